@@ -1,0 +1,142 @@
+"""Noisy sines whose exact log-likelihood is known: the embedded data set."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vrnn_lightning.batch import Sequence, SequenceBatch
+from vrnn_lightning.data import Modality, SequenceDataModule, Split
+from vrnn_lightning.errors import UserError
+
+__all__ = ["Sines"]
+
+
+class Sines(SequenceDataModule):
+    r"""Sines of one frequency in several channels under correlated noise, drawn from a seed; no files.
+
+    .. math::
+        x_{t,d} = a_d \cos \omega t + b_d \sin \omega t + \varepsilon_{t,d}, \quad
+        a_d, b_d \sim \mathcal N(0, \alpha^2), \quad
+        \varepsilon_t \sim \mathcal N\big(0, \sigma^2 [(1 - \rho) I + \rho \mathbf 1 \mathbf 1^\top]\big)
+
+    with :math:`\omega` uniform on a grid of ``frequencies`` values in (0, pi / 2). A sequence's density is therefore a
+    finite mixture of Gaussians with low-rank-plus-noise covariances, and :meth:`exact_log_likelihood` is what the best
+    of all models reaches on average. A network with a diagonal Gaussian output and no latent can't express the
+    correlation of the noise and loses :attr:`diagonal_loss` nats per step or more, however well it predicts.
+
+    Data units are the model's units: the scaler is the identity.
+
+    Args:
+        channels: Features per step, D, at least 3.
+        steps: Longest sequence, T.
+        min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
+        frequencies: Number of frequencies on the grid.
+        amplitude: Standard deviation of the coefficients, alpha.
+        noise: Standard deviation of the noise, sigma.
+        correlation: Correlation of the noise between channels, rho, in [0, 1).
+        train_size: Training sequences.
+        val_size: Validation sequences.
+        test_size: Test sequences.
+        batch_size: Sequences per batch and process.
+        num_workers: Processes that read ahead.
+        seed: Seed of the sequences and of their order.
+
+    Raises:
+        UserError: An option outside its range.
+    """
+
+    modality: ClassVar[Modality] = "series"
+
+    def __init__(
+        self,
+        channels: int = 3,
+        steps: int = 50,
+        min_steps: int | None = None,
+        frequencies: int = 8,
+        amplitude: float = 1.0,
+        noise: float = 0.5,
+        correlation: float = 0.9,
+        train_size: int = 4096,
+        val_size: int = 512,
+        test_size: int = 512,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(channels, batch_size, num_workers, seed)
+        for option, value, least in (
+            ("channels", channels, 3),
+            ("steps", steps, 1),
+            ("frequencies", frequencies, 1),
+            ("train_size", train_size, 1),
+            ("val_size", val_size, 1),
+            ("test_size", test_size, 1),
+        ):
+            if value < least:
+                raise UserError(f"--data.{option} {value}: must be at least {least}")
+        if min_steps is not None and not 1 <= min_steps <= steps:
+            raise UserError(f"--data.min_steps {min_steps}: must lie between 1 and --data.steps, {steps}")
+        if not 0 <= correlation < 1:
+            raise UserError(f"--data.correlation {correlation}: must lie in [0, 1)")
+        for option, scale in (("amplitude", amplitude), ("noise", noise)):
+            if not 0 < scale < math.inf:
+                raise UserError(f"--data.{option} {scale}: must be positive")
+        self.steps = steps
+        self.min_steps = steps if min_steps is None else min_steps
+        self.amplitude = amplitude
+        self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
+        self.omegas = torch.arange(1, frequencies + 1, dtype=torch.float64) * (math.pi / 2 / (frequencies + 1))
+        identity = torch.eye(channels, dtype=torch.float64)
+        self.noise_covariance = noise**2 * ((1 - correlation) * identity + correlation)
+        self.diagonal_loss = -0.5 * torch.logdet(self.noise_covariance / noise**2).item()
+        """What a diagonal predictive loses to the noise's correlation alone, in nats per step."""
+
+    def sequences(self, split: Split) -> list[Sequence]:
+        """Draw a split's sequences, each split from a stream of its own."""
+        stream = {"train": 0, "val": 1, "test": 2}[split]
+        generator = torch.Generator().manual_seed(self.seed * 3 + stream)
+        size, channels = self.sizes[split], self.num_features
+        lengths = torch.randint(self.min_steps, self.steps + 1, (size,), generator=generator).tolist()
+        omega = self.omegas[torch.randint(len(self.omegas), (size,), generator=generator)]
+        draw = torch.randn(size, channels, 2 + self.steps, generator=generator, dtype=torch.float64)
+        waves = self.amplitude * draw[..., :2] @ self._basis(omega, self.steps)
+        noise = torch.linalg.cholesky(self.noise_covariance) @ draw[..., 2:]
+        x = (waves + noise).transpose(1, 2).float()
+        return [Sequence(x[i, :length], name=f"sine {i}") for i, length in enumerate(lengths)]
+
+    @staticmethod
+    def _basis(omega: Tensor, steps: int) -> Tensor:
+        """Return cosine and sine, shape (frequencies, 2, steps)."""
+        phase = omega[:, None] * torch.arange(steps, dtype=omega.dtype, device=omega.device)
+        return torch.stack([phase.cos(), phase.sin()], 1)
+
+    def exact_log_likelihood(self, batch: SequenceBatch) -> Tensor:
+        r"""Return log p(x) of each sequence in nats, shape (batch,).
+
+        Given the frequency, the coefficients c are Gaussian and the sequence is linear in them. With
+        :math:`S = I / \alpha^2 + R^{-1} \otimes \Phi \Phi^\top` and :math:`b = R^{-1} X^\top \Phi^\top`, both small
+        whatever the length,
+
+        .. math:: \log p(x \mid \omega) = -\tfrac12 \big[T D \log 2\pi + T \log|R| + 2 D \log \alpha^2 + \log|S|
+            + \mathrm{tr}(X R^{-1} X^\top) - b^\top S^{-1} b\big]
+        """
+        x = batch.x.double() * batch.mask[..., None]
+        size, steps, channels = x.shape
+        precision = torch.linalg.inv(self.noise_covariance).to(x.device)
+        basis = self._basis(self.omegas.to(x.device), steps) * batch.mask[:, None, None]  # (batch, frequencies, 2, time)
+        gram = basis @ basis.mT
+        whitened = x @ precision
+        b = (basis @ whitened[:, None]).mT.flatten(2)  # ordered by channel, then cosine and sine
+        coupling = torch.einsum("de,bkij->bkdiej", precision, gram).reshape(size, -1, 2 * channels, 2 * channels)
+        s = coupling + torch.eye(2 * channels, dtype=x.dtype, device=x.device) / self.amplitude**2
+        root = torch.linalg.cholesky(s)
+        explained = torch.linalg.solve_triangular(root, b[..., None], upper=False).square().sum((-2, -1))
+        log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 4 * channels * math.log(self.amplitude)
+        constant = channels * math.log(2 * math.pi) + torch.logdet(self.noise_covariance).item()
+        quadratic = (x * whitened).sum((1, 2))[:, None] - explained
+        given_frequency = -0.5 * (batch.lengths[:, None] * constant + log_det + quadratic)
+        return given_frequency.logsumexp(1) - math.log(len(self.omegas))

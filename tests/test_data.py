@@ -1,0 +1,251 @@
+"""Padding, shards, resuming and scaling: what the base of all datamodules does."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vrnn_lightning.batch import Sequence, SequenceBatch, pad
+from vrnn_lightning.data import BatchSampler, Scaler, SequenceDataModule, SequenceLoader
+from vrnn_lightning.errors import UserError
+
+
+def ragged(lengths, width=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [Sequence(torch.randn(n, width, generator=generator), name=str(i)) for i, n in enumerate(lengths)]
+
+
+def sampler_of(sequences, **options):
+    defaults = {"batch_size": 2, "shuffle": True, "seed": 0, "num_replicas": 1, "rank": 0}
+    return BatchSampler([len(s.x) for s in sequences], **defaults | options)
+
+
+class Given(SequenceDataModule):
+    """Serves the sequences it was given, the same in every split."""
+
+    def __init__(self, given, scaling="none", **options):
+        super().__init__(given[0].x.shape[-1], **options)
+        self.given = given
+        self.scaling = scaling
+
+    def sequences(self, split):
+        return self.given
+
+
+class TestPad:
+    def test_values_lengths_and_zeros(self):
+        sequences = ragged([3, 0, 5])
+        batch = pad(sequences)
+        assert batch.x.shape == (3, 5, 2)
+        assert batch.lengths.tolist() == [3, 0, 5]
+        assert batch.lengths.dtype == torch.int64
+        assert batch.names == ["0", "1", "2"]
+        assert len(batch) == 3
+        for row, s in zip(batch.x, sequences, strict=True):
+            assert torch.equal(row[: len(s.x)], s.x)
+            assert row[len(s.x) :].count_nonzero() == 0
+
+    def test_mask_counts_real_steps(self):
+        batch = pad(ragged([3, 0, 5]))
+        assert batch.mask.sum(1).tolist() == [3, 0, 5]
+        assert batch.mask[0].tolist() == [True] * 3 + [False] * 2
+        assert batch.counted.sum() == 8 * 2
+
+    def test_observed_of_one_sequence_means_everywhere_in_the_others(self):
+        seen = torch.tensor([[True, False]])
+        batch = pad([Sequence(torch.ones(1, 2), observed=seen), Sequence(torch.ones(3, 2))])
+        assert batch.counted[0].tolist() == [[True, False], [False, False], [False, False]]
+        assert batch.counted[1].all()
+
+    def test_inputs_are_padded_with_zeros(self):
+        batch = pad([Sequence(torch.ones(1, 2), inputs=torch.ones(1, 4)), Sequence(torch.ones(3, 2))])
+        assert batch.inputs.shape == (2, 3, 4)
+        assert batch.inputs.sum() == 4
+
+    def test_nothing_but_empty_sequences_is_one_step_of_padding(self):
+        batch = pad(ragged([0, 0]))
+        assert batch.x.shape == (2, 1, 2)
+        assert not batch.mask.any()
+
+    @pytest.mark.parametrize("shape", [(4,), (4, 3), (1, 4, 2)])
+    def test_names_a_sequence_of_another_shape(self, shape):
+        with pytest.raises(UserError, match=r"odd: shape .*, expected \(time, 2\)"):
+            pad([Sequence(torch.zeros(4, 2)), Sequence(torch.zeros(shape), name="odd")])
+
+    def test_precision_is_kept(self):
+        assert pad([Sequence(torch.zeros(1, 1, dtype=torch.float64))]).x.dtype == torch.float64
+
+
+class TestBatchSampler:
+    @pytest.mark.parametrize("number", [1, 2, 7, 12, 83])
+    @pytest.mark.parametrize("replicas", [1, 2, 3])
+    @pytest.mark.parametrize("shuffle", [True, False])
+    def test_processes_share_each_global_batch(self, number, replicas, shuffle):
+        sequences = ragged([1 + i % 5 for i in range(number)], width=1)
+        options = {"batch_size": 2, "shuffle": shuffle}
+        shards = [list(sampler_of(sequences, num_replicas=replicas, rank=r, **options)) for r in range(replicas)]
+        alone = list(sampler_of(sequences, batch_size=2 * replicas, shuffle=shuffle))
+        assert {len(shard) for shard in shards} == {len(alone)} == {math.ceil(number / (2 * replicas))}
+        for batch, parts in zip(alone, zip(*shards, strict=True), strict=True):
+            assert sorted(batch) == sorted(i for part in parts for i in part if i >= 0)
+            assert all(len(part) <= 2 and part for part in parts)
+        assert sorted(i for batch in alone for i in batch) == list(range(number))
+
+    def test_order_is_a_function_of_seed_and_epoch(self):
+        def order(seed, epoch):
+            sampler = sampler_of(ragged([1] * 50), seed=seed)
+            sampler.set_epoch(epoch)
+            return list(sampler)
+
+        assert order(3, 1) == order(3, 1)
+        assert order(3, 1) != order(3, 2)
+        assert order(3, 1) != order(4, 1)
+
+    def test_without_shuffle_the_order_is_the_data_s(self):
+        assert list(sampler_of(ragged([5, 1, 3]), shuffle=False)) == [[0, 1], [2]]
+
+    def test_like_lengths_share_a_batch(self):
+        lengths = torch.randperm(400, generator=torch.Generator().manual_seed(0)) + 1
+        sampler = BatchSampler(lengths.tolist(), 10, shuffle=True, seed=0, num_replicas=1, rank=0)
+        padding = sum(len(b) * int(lengths[b].max()) - int(lengths[b].sum()) for b in sampler)
+        assert padding < 0.1 * int(lengths.sum())
+
+
+class TestSequenceLoader:
+    @staticmethod
+    def loader(sequences, **options):
+        return SequenceLoader(sequences, Scaler(), 2, sampler_of(sequences), **options)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("read", [0, 1, 3, 5])
+    def test_resumes_within_an_epoch(self, read, workers):
+        sequences = ragged([1, 2, 3, 4, 5, 6, 7, 8, 9])  # five batches
+        options = {"num_workers": workers, "persistent_workers": workers > 0}
+        first = self.loader(sequences, **options)
+        whole = [batch.names for batch in first]
+        stopped = self.loader(sequences, **options)
+        batches = iter(stopped)
+        for _ in range(read):
+            next(batches)
+        resumed = self.loader(sequences, **options)
+        resumed.load_state_dict(stopped.state_dict())
+        assert [batch.names for batch in resumed] == whole[read % 5 :]
+        assert [batch.names for batch in resumed] == whole, "only the first epoch is shortened"
+
+    def test_counts_from_the_resumed_batch_on(self):
+        sequences = ragged([1] * 9)
+        loader = self.loader(sequences)
+        loader.load_state_dict({"batches_read": 2})
+        next(iter(loader))
+        assert loader.state_dict() == {"batches_read": 3}
+
+    def test_an_epoch_read_to_its_end_leaves_nothing_to_skip(self):
+        loader = self.loader(ragged([1] * 9))
+        list(loader)
+        assert loader.state_dict() == {"batches_read": 0}
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_user_s_mistake_is_one_line_from_any_process(self, workers):
+        sequences = [Sequence(torch.tensor([[0.0, math.nan]]), name="bad.wav")]
+        with pytest.raises(UserError) as raised:
+            list(self.loader(sequences, num_workers=workers))
+        assert str(raised.value) == "bad.wav: holds NaN or infinite values; remove it or mend it"
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_what_was_not_observed_may_be_anything(self, value):
+        observed = torch.tensor([[True, False]])
+        batch = next(iter(self.loader([Sequence(torch.tensor([[1.0, value]]), observed)])))
+        assert batch.x.tolist() == [[[1.0, 0.0]]]
+
+    def test_a_wrong_width_is_named(self):
+        with pytest.raises(UserError, match=r"sequence 0: shape \(1, 3\), expected \(time, 2\)"):
+            list(self.loader([Sequence(torch.zeros(1, 3))]))
+
+    def test_a_process_without_data_still_has_covariates(self):
+        sequences = [Sequence(torch.ones(4, 2), torch.ones(4, 2) > 0, torch.ones(4, 3), "a")]
+        idle = SequenceLoader(sequences, Scaler(), 2, sampler_of(sequences, num_replicas=2, rank=1))
+        (batch,) = idle
+        assert batch.names == ["(none)"]
+        assert batch.lengths.tolist() == [0]
+        assert batch.inputs.shape == (1, 1, 3)
+        assert batch.counted.sum() == 0
+
+
+class TestScaler:
+    def test_round_trip(self):
+        scaler = Scaler(torch.tensor([1.0, -3.0]), torch.tensor([2.0, 0.5]))
+        x = torch.randn(4, 5, 2, dtype=torch.float64)
+        torch.testing.assert_close(scaler.unscale(scaler.scale(x)), x, rtol=1e-12, atol=1e-12)
+        assert scaler.scale(x).dtype == torch.float64
+
+    def test_default_is_the_identity(self):
+        x = torch.randn(3, 2)
+        assert torch.equal(Scaler().scale(x), x)
+
+    def test_per_feature_is_the_population_s(self):
+        sequences = ragged([3, 8, 1])
+        values = torch.cat([s.x for s in sequences]).double()
+        scaler = Given(sequences, "per_feature").scaler
+        torch.testing.assert_close(scaler.mean.double(), values.mean(0))
+        torch.testing.assert_close(scaler.std.double(), values.std(0, correction=0))
+
+    def test_scalar_is_over_all_values(self):
+        sequences = ragged([3, 8, 1])
+        values = torch.cat([s.x for s in sequences]).double()
+        scaler = Given(sequences, "scalar").scaler
+        assert scaler.mean.shape == scaler.std.shape == ()
+        torch.testing.assert_close(scaler.mean.double(), values.mean())
+        torch.testing.assert_close(scaler.std.double(), values.std(correction=0))
+
+    def test_unobserved_values_do_not_count(self):
+        observed = torch.tensor([[True], [True], [False]])
+        scaler = Given([Sequence(torch.tensor([[1.0], [3.0], [99.0]]), observed)], "per_feature").scaler
+        assert (scaler.mean.tolist(), scaler.std.tolist()) == ([2.0], [1.0])
+
+    @pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e6])
+    def test_a_constant_feature_is_only_centred(self, value):
+        sequences = [Sequence(torch.full((n, 1), value)) for n in (3, 1000, 77)]
+        scaler = Given(sequences, "per_feature").scaler
+        assert scaler.std.tolist() == [1.0]
+        assert abs(float(scaler.scale(torch.tensor([value])))) <= 1e-6 * abs(value)
+
+    def test_a_small_feature_is_not_taken_for_constant(self):
+        scaler = Given([Sequence(torch.tensor([[1e-9], [-1e-9]]))], "per_feature").scaler
+        assert float(scaler.std) == pytest.approx(1e-9)
+
+    def test_scaled_training_data_are_standard(self):
+        mean, std = Given([Sequence(3 + 5 * s.x) for s in ragged([30, 80])], "per_feature").input_statistics()
+        torch.testing.assert_close(mean, torch.zeros(2), atol=1e-6, rtol=0)
+        torch.testing.assert_close(std, torch.ones(2))
+
+
+class TestSequenceDataModule:
+    @pytest.mark.parametrize(("option", "value"), [("batch_size", 0), ("num_workers", -1)])
+    def test_refuses(self, option, value):
+        with pytest.raises(UserError, match=f"--data.{option} {value}: must be at least"):
+            Given(ragged([1]), **{option: value})
+
+    def test_an_empty_split_is_named(self):
+        datamodule = Given(ragged([1]))
+        datamodule.given = []
+        with pytest.raises(UserError, match="Given: the val split is empty"):
+            datamodule.split("val")
+
+    def test_the_checkpoint_s_scaler_is_not_fitted_again(self):
+        trained, other = Given(ragged([5], seed=0), "per_feature"), Given(ragged([5], seed=1), "per_feature")
+        other.load_state_dict(trained.state_dict())
+        assert torch.equal(other.scaler.mean, trained.scaler.mean)
+
+    def test_batches_are_scaled(self):
+        datamodule = Given(ragged([4, 4]), "per_feature")
+        batch = next(iter(datamodule.test_dataloader()))
+        torch.testing.assert_close(datamodule.scaler.unscale(batch.x), torch.stack([s.x for s in datamodule.given]))
+
+
+def test_pinning_keeps_every_field():
+    batch = SequenceBatch(torch.zeros(1, 1, 1), torch.tensor([1]), names=["a"])
+    if not torch.cuda.is_available():
+        pytest.skip("page-locked memory needs a GPU")
+    assert batch.pin_memory().names == ["a"]

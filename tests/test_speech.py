@@ -1,0 +1,458 @@
+"""A folder of recordings: framing, rates, channels, splits, checkpoints, and every refusal."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from datamodule_contract import CHECKS
+
+from datamodules.speech import PATTERNS, Speech
+from vrnn_lightning.errors import UserError
+
+RATE = 8000
+FRAME = 20
+SPLITS = ("train", "val", "test")
+
+
+def write(path: Path, samples, rate: int = RATE, subtype: str | None = "PCM_16") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.asarray(samples), rate, subtype=subtype)
+    return path
+
+
+def tone(samples: int, hertz: float = 440.0, rate: int = RATE) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(samples) / rate)
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """Twenty-three ragged recordings, wav and flac, in sub-folders."""
+    generator = np.random.default_rng(0)
+    for i in range(23):
+        name = f"speaker{i % 3}/{i}_take_{i % 7}.{('wav', 'flac')[i % 2]}"
+        write(tmp_path / "corpus" / name, 0.1 * generator.standard_normal(FRAME * (2 + i % 5) + i))
+    return tmp_path / "corpus"
+
+
+def speech(root: Path, **options) -> Speech:
+    return Speech(str(root), **{"frame_size": FRAME} | options)
+
+
+def files(datamodule: Speech, split: str) -> list[str]:
+    sequences = datamodule.split(split)
+    return [sequences[i].name for i in range(len(sequences))]
+
+
+def all_files(datamodule: Speech) -> dict[str, list[str]]:
+    return {split: files(datamodule, split) for split in SPLITS}
+
+
+def only(root: Path, **options):
+    """Return the one sequence of a folder with one file."""
+    (sequence,) = [s for s in speech(root, **{"test": 0, "val": 0} | options).split("train")]
+    return sequence
+
+
+def set_up(root: Path, stage: str = "fit", **options) -> None:
+    speech(root, **options).setup(stage)
+
+
+def through_a_file(state: dict) -> dict:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("tail", ["drop", "pad"])
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_contract(check, tail, corpus):
+    check(lambda **options: speech(corpus, tail=tail, **options))
+
+
+class TestFraming:
+    def test_a_ramp_survives_exactly(self, tmp_path):
+        ramp = np.arange(-32768, 32767, 7, dtype=np.int16)
+        write(tmp_path / "ramp.wav", ramp)
+        whole = len(ramp) // FRAME * FRAME
+        x = only(tmp_path).x
+        assert x.dtype == torch.float32
+        assert x.shape == (whole // FRAME, FRAME)
+        assert np.array_equal(x.numpy().ravel() * 32768, ramp[:whole])
+
+    @pytest.mark.parametrize("suffix", ["wav", "flac"])
+    def test_every_16_bit_value_is_its_integer_over_32768(self, tmp_path, suffix):
+        values = np.arange(-32768, 32768, dtype=np.int16)
+        write(tmp_path / f"all.{suffix}", values)
+        assert np.array_equal(only(tmp_path, frame_size=256).x.numpy().ravel(), values.astype("float64") / 32768)
+
+    def test_tail_is_dropped(self, tmp_path):
+        write(tmp_path / "a.wav", tone(3 * FRAME + 5))
+        sequence = only(tmp_path, tail="drop")
+        assert sequence.x.shape == (3, FRAME)
+        assert sequence.observed is None
+
+    def test_tail_is_padded_and_masked_per_sample(self, tmp_path):
+        samples = np.arange(1, 3 * FRAME + 6, dtype=np.int16)
+        write(tmp_path / "a.wav", samples)
+        sequence = only(tmp_path, tail="pad")
+        assert sequence.x.shape == sequence.observed.shape == (4, FRAME)
+        assert np.array_equal(sequence.x[sequence.observed].numpy() * 32768, samples)
+        assert sequence.observed.sum() == len(samples)
+        assert sequence.x[~sequence.observed].count_nonzero() == 0
+
+    def test_padding_is_zero_and_uncounted_in_the_batch(self, corpus):
+        datamodule = speech(corpus, tail="pad")
+        batch = next(iter(datamodule.train_dataloader()))
+        assert batch.x[~batch.counted].count_nonzero() == 0
+        names = dict(zip(batch.names, batch.counted.sum((1, 2)).tolist(), strict=True))
+        assert names == {name: soundfile.info(corpus / name).frames for name in batch.names}
+
+    def test_a_file_of_whole_frames_needs_no_mask(self, tmp_path):
+        write(tmp_path / "a.wav", tone(3 * FRAME))
+        assert only(tmp_path, tail="pad").observed is None
+
+    def test_a_file_shorter_than_a_frame_is_one_padded_frame(self, tmp_path):
+        write(tmp_path / "a.wav", tone(7))
+        assert only(tmp_path, tail="pad").observed.sum() == 7
+
+    def test_channels_are_averaged(self, tmp_path):
+        left, right = np.arange(FRAME, dtype=np.int16), 5 * np.arange(FRAME, dtype=np.int16)
+        write(tmp_path / "a.wav", np.stack([left, right], axis=1))
+        assert np.array_equal(only(tmp_path).x.numpy().ravel() * 32768, 3 * np.arange(FRAME))
+
+    def test_the_upper_case_and_the_hidden(self, tmp_path):
+        write(tmp_path / "A.WAV", tone(FRAME))
+        (tmp_path / "._A.WAV").write_bytes(b"resource fork")
+        (tmp_path / "notes.txt").write_text("not audio")
+        assert only(tmp_path).name == "A.WAV"
+
+    def test_ogg(self, tmp_path):
+        write(tmp_path / "a.ogg", tone(10 * FRAME), subtype="VORBIS")
+        assert only(tmp_path).x.shape == (10, FRAME)
+
+
+class TestRate:
+    @pytest.mark.parametrize("rate", [8000, 11025, 44100])
+    def test_a_resampled_sine_keeps_its_frequency_and_level(self, tmp_path, rate):
+        write(tmp_path / "a.wav", tone(2 * rate, hertz=500, rate=rate))
+        x = only(tmp_path, sample_rate=16000, resample=True).x.numpy().ravel()
+        assert abs(len(x) - 2 * 16000) <= FRAME
+        middle = x[4000:28000]
+        peak = np.abs(np.fft.rfft(middle)).argmax() * 16000 / len(middle)
+        assert abs(peak - 500) < 16000 / len(middle)
+        assert np.sqrt(2 * np.mean(middle**2)) == pytest.approx(0.5, rel=0.01)
+
+    @pytest.mark.parametrize("rate", [7999, 11025, 12345, 44100])
+    @pytest.mark.parametrize("tail", ["drop", "pad"])
+    def test_lengths_foretell_the_frames_of_a_resampled_file(self, tmp_path, rate, tail):
+        for samples in range(rate // 10, rate // 10 + 9):
+            write(tmp_path / f"{samples}.wav", tone(samples), rate)
+        datamodule = speech(tmp_path, sample_rate=RATE, resample=True, tail=tail, test=0, val=0, frame_size=3)
+        assert datamodule.lengths("train") == [len(s.x) for s in datamodule.split("train")]
+
+    def test_the_shared_rate_is_found(self, corpus):
+        assert speech(corpus).sample_rate == RATE
+
+    def test_the_option_is_the_rate(self, corpus):
+        assert speech(corpus, sample_rate=16000, resample=True).sample_rate == 16000
+
+    def test_two_rates_are_refused(self, tmp_path):
+        write(tmp_path / "a.wav", tone(100), 8000)
+        odd = write(tmp_path / "b.wav", tone(100), 16000)
+        with pytest.raises(UserError, match=rf"{odd}: 16000 Hz, but .*a.wav has 8000 Hz; choose --data.sample_rate"):
+            set_up(tmp_path)
+
+    def test_another_rate_is_refused_unless_resampled(self, tmp_path):
+        path = write(tmp_path / "utt_003.wav", tone(4000), 44100)
+        with pytest.raises(UserError) as raised:
+            set_up(tmp_path, sample_rate=16000)
+        assert str(raised.value) == f"{path}: 44100 Hz, but --data.sample_rate is 16000 and --data.resample is off"
+
+
+class TestSplits:
+    @pytest.mark.parametrize(("test", "val", "counts"), [(0.1, 0.1, (19, 2, 2)), (0.5, 0.25, (8, 3, 12)), (0, 0.001, (22, 1, 0))])
+    def test_fractions_are_exact(self, corpus, test, val, counts):
+        datamodule = speech(corpus, test=test, val=val)
+        assert tuple(len(datamodule.sequences(split)) for split in SPLITS) == counts
+
+    def test_splits_share_nothing_and_leave_nothing(self, corpus):
+        names = sum(all_files(speech(corpus)).values(), [])
+        assert sorted(names) == sorted(p.relative_to(corpus).as_posix() for p in corpus.rglob("*.*"))
+
+    def test_the_seed_draws_them(self, corpus):
+        assert all_files(speech(corpus, seed=1)) == all_files(speech(corpus, seed=1))
+        assert len({tuple(files(speech(corpus, seed=seed), "test")) for seed in range(5)}) > 1
+
+    def test_an_expression_is_searched_in_the_path(self, corpus):
+        datamodule = speech(corpus, test="speaker1/", val=r"\.flac$")
+        found = all_files(datamodule)
+        assert {name.split("/")[0] for name in found["test"]} == {"speaker1"}
+        assert {name[-5:] for name in found["val"]} == {".flac"}
+        assert {name.split("/")[0] for name in found["train"] + found["val"]} == {"speaker0", "speaker2"}
+        assert {name[-4:] for name in found["train"]} == {".wav"}
+
+    def test_the_official_split_of_the_spoken_digits(self, corpus):
+        assert {int(name.split("_")[2].split(".")[0]) for name in files(speech(corpus, test="fsdd"), "test")} == set(range(5))
+        assert not {5, 6} - {int(Path(n).stem[-1]) for n in files(speech(corpus, test="fsdd"), "train")}
+        assert "fsdd" in PATTERNS
+
+    @pytest.mark.parametrize("option", ["test", "val"])
+    def test_an_expression_that_matches_nothing(self, corpus, option):
+        with pytest.raises(UserError, match=f"--data.{option} 'nowhere': matches none of .*take"):
+            set_up(corpus, **{option: "nowhere"})
+
+    def test_a_test_split_of_everything(self, corpus):
+        with pytest.raises(UserError, match="--data.val 'wav': the test split leaves no file"):
+            set_up(corpus, test="take", val="wav")
+
+    def test_nothing_left_to_train_on(self, tmp_path):
+        write(tmp_path / "a.wav", tone(FRAME))
+        write(tmp_path / "b.wav", tone(FRAME))
+        with pytest.raises(UserError, match="the train split is empty"):
+            set_up(tmp_path)
+
+
+class TestScaler:
+    @pytest.mark.parametrize("tail", ["drop", "pad"])
+    def test_is_numpy_s_over_the_training_samples(self, corpus, tail):
+        datamodule = speech(corpus, tail=tail)
+        samples = [soundfile.read(corpus / name)[0] for name in files(datamodule, "train")]
+        whole = np.concatenate([s if tail == "pad" else s[: len(s) // FRAME * FRAME] for s in samples])
+        np.testing.assert_allclose(float(datamodule.scaler.mean), whole.mean(), rtol=1e-6)
+        np.testing.assert_allclose(float(datamodule.scaler.std), whole.std(), rtol=1e-6)
+
+    def test_input_statistics_are_known_without_reading(self):
+        mean, std = speech(Path("nowhere")).input_statistics()
+        assert torch.equal(mean, torch.zeros(FRAME))
+        assert torch.equal(std, torch.ones(FRAME))
+
+
+class TestReading:
+    @pytest.fixture
+    def reads(self, monkeypatch):
+        seen = []
+        read = soundfile.read
+        monkeypatch.setattr(soundfile, "read", lambda path, **options: seen.append(path) or read(path, **options))
+        return seen
+
+    def test_construction_touches_no_disk(self):
+        assert speech(Path("nowhere")).num_features == FRAME
+
+    def test_files_are_read_one_by_one(self, corpus, reads):
+        datamodule = speech(corpus)
+        datamodule.setup("fit")
+        datamodule.lengths("train")
+        assert reads == [], "headers are enough to set up"
+        sequences = datamodule.split("train")
+        assert sequences[3].name in str(reads[0])
+        assert len(reads) == 1
+
+    def test_the_scaler_reads_each_training_file_once(self, corpus, reads):
+        datamodule = speech(corpus)
+        _ = datamodule.scaler, datamodule.scaler
+        assert sorted(reads) == sorted(corpus / name for name in files(datamodule, "train"))[: len(reads)]
+
+    def test_the_collection_holds_no_samples(self, corpus):
+        assert len(pickle.dumps(speech(corpus).split("train"))) < 2000
+
+    def test_thousands_of_files_are_listed_fast(self, tmp_path):
+        source = write(tmp_path / "0.wav", tone(FRAME))
+        for i in range(1, 1000):
+            (tmp_path / f"{i}.wav").hardlink_to(source)
+        started = time.perf_counter()
+        set_up(tmp_path)
+        assert time.perf_counter() - started < 2
+
+
+class TestCheckpoint:
+    def test_a_split_outlives_the_seed_that_drew_it(self, corpus):
+        trained, other = speech(corpus, seed=0), speech(corpus, seed=1)
+        other.setup("fit")
+        before = all_files(other)
+        other.load_state_dict(through_a_file(trained.state_dict()))
+        assert all_files(other) == all_files(trained) != before
+        assert torch.equal(other.scaler.std, trained.scaler.std)
+
+    def test_files_that_came_later_are_left_out_with_one_warning(self, corpus):
+        trained = speech(corpus)
+        state, before = trained.state_dict(), all_files(trained)
+        write(corpus / "new" / "1.wav", tone(FRAME))
+        write(corpus / "new" / "2.wav", tone(FRAME))
+        grown = speech(corpus)
+        grown.load_state_dict(state)
+        with pytest.warns(UserWarning, match="2 files that are in no split of the checkpoint are left out") as warned:
+            assert all_files(grown) == before
+        assert len(warned) == 1
+        assert grown.state_dict()["train"] == state["train"]
+
+    def test_files_that_are_gone_move_no_other(self, corpus):
+        trained = speech(corpus)
+        state, before = trained.state_dict(), all_files(trained)
+        gone = {before[split][0] for split in SPLITS}
+        for name in gone:
+            (corpus / name).unlink()
+        shrunk = speech(corpus)
+        shrunk.load_state_dict(state)
+        assert all_files(shrunk) == {split: [n for n in before[split] if n not in gone] for split in SPLITS}
+        assert shrunk.state_dict()["test"] == state["test"], "the next checkpoint still knows them"
+
+    @pytest.mark.parametrize("test", [0.1, "speaker1"])
+    def test_another_corpus_is_all_test(self, corpus, tmp_path, test):
+        state = speech(corpus, test=test).state_dict()
+        for i in range(3):
+            write(tmp_path / "other" / f"{i}.wav", tone(FRAME))
+        elsewhere = speech(tmp_path / "other", test=test)
+        elsewhere.setup("test")
+        elsewhere.load_state_dict(state)
+        assert files(elsewhere, "test") == ["0.wav", "1.wav", "2.wav"]
+        assert len(elsewhere.sequences("train")) == len(elsewhere.sequences("val")) == 0
+
+    def test_a_trained_file_is_never_tested_in_another_corpus(self, corpus, tmp_path):
+        trained = speech(corpus)
+        shared = files(trained, "train")[0]
+        write(tmp_path / "other" / shared, tone(FRAME), RATE)
+        write(tmp_path / "other" / "new.wav", tone(FRAME), RATE)
+        elsewhere = speech(tmp_path / "other")
+        elsewhere.load_state_dict(trained.state_dict())
+        assert files(elsewhere, "test") == ["new.wav"]
+
+    def test_the_sample_rate_is_known_without_a_folder(self, corpus):
+        generating = speech(Path("nowhere"))
+        generating.load_state_dict(through_a_file(speech(corpus).state_dict()))
+        assert generating.sample_rate == RATE
+        assert float(generating.scaler.std) > 0
+
+    def test_another_corpus_keeps_the_checkpoint_s_rate(self, corpus, tmp_path):
+        path = write(tmp_path / "other" / "a.wav", tone(4 * FRAME), 2 * RATE)
+        state = speech(corpus).state_dict()
+        refused, resampled = speech(tmp_path / "other"), speech(tmp_path / "other", resample=True)
+        for datamodule in (refused, resampled):
+            datamodule.setup("test")
+            datamodule.load_state_dict(state)
+        with pytest.raises(UserError, match=f"{path}: 16000 Hz, but the checkpoint's sample rate is 8000"):
+            refused.split("test")
+        assert resampled.split("test")[0].x.shape == (2, FRAME)
+        assert "resample" in Speech.run_options
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"frame_size": 0}, "--data.frame_size 0: must be at least 1"),
+            ({"sample_rate": 0}, "--data.sample_rate 0: must be at least 1"),
+            ({"batch_size": 0}, "--data.batch_size 0: must be at least 1"),
+            ({"test": 1.0}, "--data.test 1.0: a fraction of the files must be at least 0 and below 1"),
+            ({"val": -0.1}, "--data.val -0.1: a fraction of the files must be at least 0 and below 1"),
+            ({"val": float("nan")}, "--data.val nan: a fraction of the files must be at least 0 and below 1"),
+            ({"test": 0.5, "val": 0.5}, "--data.test 0.5 and --data.val 0.5: add up to 1 or more"),
+            ({"test": "("}, r"--data.test '\(': not a regular expression"),
+            ({"val": "*"}, r"--data.val '\*': not a regular expression"),
+        ],
+    )
+    def test_options_at_construction(self, options, message):
+        with pytest.raises(UserError, match=message) as raised:
+            speech(Path("nowhere"), **options)
+        assert "\n" not in str(raised.value)
+
+    @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+    def test_folders(self, tmp_path, stage):
+        with pytest.raises(UserError, match="--data.root .*nowhere: no such folder"):
+            set_up(tmp_path / "nowhere", stage)
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(UserError, match="--data.root .*empty: no audio in it; expected .wav, .flac, .ogg files"):
+            set_up(tmp_path / "empty", stage)
+        path = write(tmp_path / "a.wav", tone(FRAME))
+        with pytest.raises(UserError, match="--data.root .*a.wav: is a file; give the folder"):
+            set_up(path, stage)
+
+    @pytest.mark.parametrize("content", [b"", b"this is no audio", b"RIFF\x00\x00\x00\x00WAVE"])
+    def test_an_unreadable_file(self, corpus, content):
+        (corpus / "bad.wav").write_bytes(content)
+        with pytest.raises(UserError, match=r"corpus/bad.wav: cannot be read as audio \(.+\); remove it") as raised:
+            set_up(corpus)
+        assert "\n" not in str(raised.value)
+
+    def test_an_empty_file(self, corpus):
+        write(corpus / "empty.wav", [])
+        with pytest.raises(UserError, match="corpus/empty.wav: holds no samples; remove it"):
+            set_up(corpus)
+
+    def test_a_file_that_breaks_off(self, tmp_path):
+        path = write(tmp_path / "a.flac", np.random.default_rng(0).uniform(-1, 1, 20000))
+        path.write_bytes(path.read_bytes()[:9000])
+        with pytest.raises(UserError, match="a.flac: "):
+            only(tmp_path)
+
+    def test_a_stream_of_unknown_length(self, tmp_path):
+        path = write(tmp_path / "a.flac", tone(1000))
+        content = bytearray(path.read_bytes())
+        content[21] &= 0xF0  # the 36 bits of the stream's length, 13 bytes into its first block
+        content[22:26] = bytes(4)
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="a.flac: cannot be read as audio .its header does not tell its length"):
+            set_up(tmp_path)
+
+    def test_no_file_as_long_as_a_frame(self, tmp_path):
+        write(tmp_path / "a.wav", tone(FRAME - 1))
+        with pytest.raises(UserError, match="no file is as long as one frame of 20 samples; lower --data.frame_size"):
+            set_up(tmp_path)
+
+    def test_short_files_are_left_out_with_one_warning(self, corpus):
+        for i in range(2):
+            write(corpus / f"short{i}.wav", tone(FRAME - 1))
+        datamodule = speech(corpus)
+        with pytest.warns(UserWarning, match="2 of 25 files are shorter than one frame of 20 samples") as warned:
+            names = sum(all_files(datamodule).values(), [])
+        assert len(warned) == 1
+        assert len(names) == 23
+
+    def test_padding_keeps_short_files_and_says_nothing(self, corpus):
+        write(corpus / "short.wav", tone(1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert len(sum(all_files(speech(corpus, tail="pad")).values(), [])) == 24
+
+    def test_stereo(self, corpus):
+        write(corpus / "two.wav", np.zeros((FRAME, 2)))
+        set_up(corpus)
+        with pytest.raises(UserError, match="corpus/two.wav: 2 channels, but --data.stereo is refuse"):
+            set_up(corpus, stereo="refuse")
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    @pytest.mark.parametrize("split", SPLITS)
+    @pytest.mark.parametrize("resample", [False, True])
+    def test_a_sample_that_is_no_number(self, corpus, split, value, resample):
+        datamodule = speech(corpus, sample_rate=16000 if resample else None, resample=resample, val=0.4, test=0.4)
+        _ = datamodule.scaler
+        name = next(name for name in files(datamodule, split) if name.endswith(".wav"))
+        samples, _ = soundfile.read(corpus / name)
+        samples[3] = value
+        write(corpus / name, samples, subtype="FLOAT")
+        with pytest.raises(UserError, match=f"{name}: holds NaN or infinite values"):
+            list(getattr(datamodule, f"{split}_dataloader")())
+
+
+@pytest.mark.skipif("VRNN_DATA" not in os.environ, reason="VRNN_DATA names no folder with the spoken digits")
+def test_the_spoken_digits():
+    root = Path(os.environ.get("VRNN_DATA", "")) / "speech_fsdd" / "recordings"
+    datamodule = Speech(str(root), test="fsdd")
+    started = time.perf_counter()
+    datamodule.setup("fit")
+    assert time.perf_counter() - started < 2
+    assert datamodule.sample_rate == 8000
+    assert [len(datamodule.sequences(split)) for split in SPLITS] == [2430, 270, 300]
+    assert all(Path(name).stem[-2:] in {f"_{i}" for i in range(5)} for name in files(datamodule, "test"))
+    batch = next(iter(datamodule.train_dataloader()))
+    assert batch.x.shape[2] == 200
+    assert float(batch.x[batch.counted].std()) == pytest.approx(1, abs=0.5)

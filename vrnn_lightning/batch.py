@@ -1,0 +1,119 @@
+"""The batch that every datamodule yields and every model reads: padded sequences and what is real in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from vrnn_lightning.errors import UserError
+
+__all__ = ["Sequence", "SequenceBatch", "pad"]
+
+
+@dataclass
+class Sequence:
+    """One sequence, as a dataset returns it.
+
+    Args:
+        x: Values, shape (time, features), in data units.
+        observed: True where ``x`` was measured, shape (time, features); ``None`` means everywhere.
+        inputs: Covariates known beforehand, shape (time, covariates), or ``None``.
+        name: What to call this sequence in messages, a file name for example.
+    """
+
+    x: Tensor
+    observed: Tensor | None = None
+    inputs: Tensor | None = None
+    name: str = ""
+
+
+@dataclass
+class SequenceBatch:
+    """Padded sequences, batch first.
+
+    Steps at or past a sequence's length are padding: they change no loss, metric, gradient, sample or state.
+
+    Args:
+        x: Values in scaled units, shape (batch, time, features), float.
+        lengths: Real steps of each sequence, shape (batch,), int64.
+        observed: True where ``x`` was measured, shape (batch, time, features), or ``None`` for everywhere.
+        inputs: Covariates, shape (batch, time, covariates), or ``None``.
+        reset: True for sequences whose carried state starts anew, shape (batch,), or ``None``.
+        names: One name per sequence for messages, or ``None``.
+    """
+
+    x: Tensor
+    lengths: Tensor
+    observed: Tensor | None = None
+    inputs: Tensor | None = None
+    reset: Tensor | None = None
+    names: list[str] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return self.x.shape[0]
+
+    @property
+    def mask(self) -> Tensor:
+        """True at real steps, shape (batch, time)."""
+        return torch.arange(self.x.shape[1], device=self.x.device) < self.lengths[:, None]
+
+    @property
+    def counted(self) -> Tensor:
+        """True at real, measured values, shape (batch, time, features)."""
+        mask = self.mask[..., None].expand_as(self.x)
+        return mask if self.observed is None else mask & self.observed
+
+    def pin_memory(self) -> SequenceBatch:
+        """Return the same batch in page-locked memory."""
+        pinned = {f.name: getattr(self, f.name) for f in fields(self)}
+        return SequenceBatch(**{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in pinned.items()})
+
+
+def pad(sequences: SequenceOf[Sequence]) -> SequenceBatch:
+    """Stack sequences of different lengths into one batch, zeros behind their ends.
+
+    A sequence of no steps is allowed and counts nothing. The batch is at least one step long.
+
+    Args:
+        sequences: At least one, all with the same number of features.
+
+    Returns:
+        The padded batch; ``observed`` and ``inputs`` are there when at least one sequence has them.
+
+    Raises:
+        UserError: A sequence is not (time, features) or its width differs from the first one's.
+
+    >>> batch = pad([Sequence(torch.ones(2, 3)), Sequence(torch.ones(4, 3))])
+    >>> tuple(batch.x.shape), batch.lengths.tolist()
+    ((2, 4, 3), [2, 4])
+    """
+    width = sequences[0].x.shape[-1]
+    for s in sequences:
+        if s.x.ndim != 2 or s.x.shape[1] != width:
+            raise UserError(f"{s.name or 'a sequence'}: shape {tuple(s.x.shape)}, expected (time, {width})")
+    lengths = torch.tensor([len(s.x) for s in sequences], dtype=torch.int64)
+    steps = max(1, int(lengths.max()))
+
+    def stack(values: list[Tensor | None], fill: float) -> Tensor | None:
+        given = next((v for v in values if v is not None), None)
+        if given is None:
+            return None
+        out = given.new_full((len(values), steps, given.shape[1]), fill)
+        for row, value, length in zip(out, values, lengths.tolist(), strict=True):
+            if value is not None:
+                row[:length] = value
+        return out
+
+    x = stack([s.x for s in sequences], 0.0)
+    assert x is not None
+    return SequenceBatch(
+        x=x,
+        lengths=lengths,
+        observed=stack([s.observed for s in sequences], True),
+        inputs=stack([s.inputs for s in sequences], 0.0),
+        names=[s.name for s in sequences],
+    )

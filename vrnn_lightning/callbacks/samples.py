@@ -1,0 +1,128 @@
+"""Real, reconstructed and sampled sequences side by side, as files and in the loggers that show media."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.callbacks.pictures import draw_rows
+from vrnn_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+    from matplotlib.figure import Figure
+
+__all__ = ["Samples"]
+
+
+class Samples(Callback):
+    """Shows what the model makes of validation sequences, in ``samples/`` of the run's folder.
+
+    After a validation it writes one picture with a row each of real sequences, of their reconstructions (the
+    emission's mean with the latents inferred) and of sequences drawn from the model; for audio wav files as well. Loggers
+    that can show pictures or play audio get the same.
+
+    The draws have a random stream of their own: training is the same with and without this callback.
+
+    Args:
+        every_n_validations: Show after every so many validations; 0 never.
+        count: Sequences per row.
+        max_steps: Show no more than the first so many steps of a sequence.
+    """
+
+    def __init__(self, every_n_validations: int = 1, count: int = 4, max_steps: int = 400) -> None:
+        for option, value, least in (
+            ("every_n_validations", every_n_validations, 0),
+            ("count", count, 1),
+            ("max_steps", max_steps, 1),
+        ):
+            if value < least:
+                raise UserError(f"samples.{option} {value}: must be at least {least}")
+        self.every_n_validations = every_n_validations
+        self.count = count
+        self.max_steps = max_steps
+        self.validations = 0
+        self._batch: SequenceBatch | None = None
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how many validations there were."""
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on counting from a checkpoint."""
+        self.validations = state_dict["validations"]
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: SequenceBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep the head of the first batch."""
+        if batch_idx == 0:
+            self._batch = batch
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw, write and log, on one process."""
+        batch, self._batch = self._batch, None
+        if trainer.sanity_checking or not trainer.training or not self.every_n_validations or batch is None:
+            return
+        self.validations += 1
+        if self.validations % self.every_n_validations or not trainer.is_global_zero:
+            return
+        data = getattr(trainer, "datamodule", None)
+        modality, rate = getattr(data, "modality", "series"), getattr(data, "sample_rate", None)
+        rows = self._rows(pl_module, batch)
+        figure = draw_rows(rows, modality, rate)
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"step_{trainer.global_step:07d}"
+        figure.savefig(folder / f"{name}.png", dpi=100)
+        waves = _write_waves(rows, folder, name, int(rate)) if modality == "audio" and rate else {}
+        for logger in trainer.loggers:
+            _log_media(logger, figure, folder / f"{name}.png", waves, trainer.global_step)
+
+    def _rows(self, pl_module: LightningModule, batch: SequenceBatch) -> dict[str, list[Tensor]]:
+        """Return the rows of the picture, in data units."""
+        real = int((batch.lengths[: self.count] > 0).sum())
+        lengths = batch.lengths[:real].clamp(max=self.max_steps).tolist()
+        devices = [pl_module.device] if pl_module.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            torch.manual_seed(0)
+            head = SequenceBatch(
+                batch.x[:real], batch.lengths[:real], None if batch.observed is None else batch.observed[:real]
+            )
+            mean = pl_module.vrnn(head).emission.mean
+            drawn = pl_module.vrnn.generate(max(lengths), real).x
+        unscale = pl_module.scaler.unscale
+        seen = "reconstructed" if pl_module.vrnn.latent_size else "predicted"
+        return {
+            name: [unscale(x)[:length] for x, length in zip(frames, lengths, strict=True)]
+            for name, frames in (("real", head.x), (seen, mean), ("sampled", drawn))
+        }
+
+
+def _write_waves(rows: dict[str, list[Tensor]], folder: Path, name: str, rate: int) -> dict[str, list[Path]]:
+    """Write each sequence as a wav file."""
+    import soundfile
+
+    written: dict[str, list[Path]] = {}
+    for row, sequences in rows.items():
+        for i, x in enumerate(sequences):
+            path = folder / f"{name}_{row}_{i}.wav"
+            soundfile.write(path, x.flatten().clamp(-1, 1).float().cpu().numpy(), rate)
+            written.setdefault(row, []).append(path)
+    return written
+
+
+def _log_media(logger: Logger, figure: Figure, picture: Path, waves: dict[str, list[Path]], step: int) -> None:
+    """Hand the picture and the sounds to a logger that can show them; others have the files."""
+    if hasattr(logger, "log_image"):
+        logger.log_image("samples", [str(picture)])
+    elif hasattr(logger.experiment, "add_figure"):
+        logger.experiment.add_figure("samples", figure, step)
+    if hasattr(logger, "log_audio"):
+        for row, paths in waves.items():
+            logger.log_audio(f"samples/{row}", [str(p) for p in paths])

@@ -1,0 +1,321 @@
+"""What a datamodule promises, and a base class that keeps it, so that a new data set is its reading code only."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from vrnn_lightning.batch import Sequence, SequenceBatch, pad
+from vrnn_lightning.errors import UserError
+
+__all__ = ["BatchSampler", "Modality", "Scaler", "SequenceDataModule", "SequenceLoader", "Sequences", "Split"]
+
+Modality = Literal["audio", "strokes", "series", "roll", "image"]
+Split = Literal["train", "val", "test"]
+
+
+class Sequences(Protocol):
+    """A map-style collection of sequences: a list of them, or anything that reads one when indexed."""
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+
+    def __getitem__(self, index: int, /) -> Sequence:
+        """Return one sequence in data units."""
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """The affine map between data units and the model's: ``scaled = (data - mean) / std``.
+
+    Args:
+        mean: Shape () for one value shared by all features, or (features,).
+        std: Like ``mean``, positive.
+    """
+
+    mean: Tensor = field(default_factory=lambda: torch.zeros(()))
+    std: Tensor = field(default_factory=lambda: torch.ones(()))
+
+    def scale(self, x: Tensor) -> Tensor:
+        """Return data of shape (..., features) in the model's units."""
+        return (x - self.mean.to(x)) / self.std.to(x)
+
+    def unscale(self, x: Tensor) -> Tensor:
+        """Return model values of shape (..., features) in data units."""
+        return x * self.std.to(x) + self.mean.to(x)
+
+
+class BatchSampler(DistributedSampler[list[int]]):
+    """Batches of indices whose order depends on nothing but the seed and the epoch.
+
+    Every process shuffles alike, cuts the order into global batches of ``batch_size`` times ``num_replicas`` and keeps
+    every ``num_replicas``-th sequence of each. So no sequence is read twice in an epoch, and several processes see
+    together what one process with the global batch sees. A process for which nothing is left in the last batch gets
+    the index -1, an empty sequence.
+
+    Args:
+        lengths: Steps of each sequence. With ``shuffle``, sequences of like length share a batch.
+        batch_size: Sequences per batch and process.
+        shuffle: Shuffle anew in each epoch.
+        seed: Seed of the order.
+        num_replicas: Number of processes.
+        rank: Index of this process.
+    """
+
+    def __init__(
+        self, lengths: SequenceOf[int], batch_size: int, *, shuffle: bool, seed: int, num_replicas: int, rank: int
+    ) -> None:
+        super().__init__(range(len(lengths)), num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]  # a range is sized
+        self.lengths = torch.as_tensor(lengths)
+        self.global_batch = batch_size * num_replicas
+        self.start = 0
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        return -(-len(self.lengths) // self.global_batch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield this process's batches, from ``start`` (which only the first pass heeds)."""
+        start, self.start = self.start, 0
+        for batch in self._global_batches()[start:]:
+            yield batch[self.rank :: self.num_replicas] or [-1]
+
+    def _global_batches(self) -> list[list[int]]:
+        size = self.global_batch
+        if not self.shuffle:
+            return [chunk.tolist() for chunk in torch.arange(len(self.lengths)).split(size)]
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator)
+        pools = [pool[self.lengths[pool].argsort(stable=True)] for pool in order.split(size * 20)]
+        batches = [chunk.tolist() for pool in pools for chunk in pool.split(size)]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+class _Scaled(Dataset[SequenceBatch]):
+    """Reads, checks, scales and pads the sequences of a list of indices."""
+
+    def __init__(self, sequences: Sequences, scaler: Scaler, num_features: int) -> None:
+        self.sequences = sequences
+        self.scaler = scaler
+        self.num_features = num_features
+
+    def __getitem__(self, indices: list[int]) -> SequenceBatch:
+        return pad([self._read(i) for i in indices])
+
+    def _read(self, index: int) -> Sequence:
+        if index < 0:
+            return self._nothing()
+        s = self.sequences[index]
+        name = s.name or f"sequence {index}"
+        if s.x.ndim != 2 or s.x.shape[1] != self.num_features:
+            raise UserError(f"{name}: shape {tuple(s.x.shape)}, expected (time, {self.num_features})")
+        real = s.x if s.observed is None else s.x[s.observed]
+        if not torch.isfinite(real).all():
+            raise UserError(f"{name}: holds NaN or infinite values; remove it or mend it")
+        scaled = self.scaler.scale(s.x.float())
+        if s.observed is not None:
+            scaled = scaled.masked_fill(~s.observed, 0.0)
+        return Sequence(scaled, s.observed, s.inputs, name)
+
+    def _nothing(self) -> Sequence:
+        """Return no steps of what a sequence is made of, so that a batch of it still has its covariates."""
+        s = self._read(0)
+        observed, inputs = (None if v is None else v[:0] for v in (s.observed, s.inputs))
+        return Sequence(s.x[:0], observed, inputs, "(none)")
+
+
+class SequenceLoader(DataLoader[SequenceBatch]):
+    """A DataLoader of padded batches that goes on where a checkpoint in the middle of an epoch left off."""
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        scaler: Scaler,
+        num_features: int,
+        sampler: BatchSampler,
+        **options: Any,  # noqa: ANN401  # handed on to DataLoader
+    ) -> None:
+        super().__init__(
+            _Scaled(sequences, scaler, num_features),
+            batch_size=None,
+            sampler=sampler,  # with batch_size=None an "index" is a batch of them
+            **options,
+        )
+        self.batches_read = 0
+
+    def __iter__(self) -> Iterator[SequenceBatch]:  # type: ignore[override]  # a generator serves as the base's iterator
+        """Yield the epoch's batches and count them."""
+        self.batches_read = self.sampler.start  # type: ignore[attr-defined]
+        try:
+            for batch in super().__iter__():
+                self.batches_read += 1
+                yield batch
+        except UserError as error:  # a reading process puts its whole traceback into the message
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
+        self.batches_read = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how many batches of the epoch were read."""
+        return {"batches_read": self.batches_read}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Skip the batches that were read before the checkpoint."""
+        self.sampler.start = state["batches_read"] % max(1, len(self))  # type: ignore[attr-defined]
+
+
+class SequenceDataModule(LightningDataModule):
+    """Base class of datamodules: give it :meth:`sequences`, it does scaling, batching, padding, seeds and shards.
+
+    A subclass calls ``super().__init__`` with its number of features and defines :meth:`sequences`. Any other
+    LightningDataModule whose loaders yield :class:`~vrnn_lightning.batch.SequenceBatch` and that has ``num_features``
+    (right after construction), ``modality`` and ``scaler`` serves as well.
+
+    Options travel in the checkpoint. Of these, only :attr:`run_options` may differ when a checkpoint is used again.
+
+    Args:
+        num_features: Features per time step.
+        batch_size: Sequences per batch and process.
+        num_workers: Processes that read ahead; 0 reads in the main process.
+        seed: Seed of the order of the training batches, and of whatever the subclass draws.
+    """
+
+    modality: ClassVar[Modality] = "series"
+    scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "none"
+    run_options: ClassVar[frozenset[str]] = frozenset({"root", "batch_size", "num_workers"})
+
+    def __init__(self, num_features: int, batch_size: int = 32, num_workers: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        for option, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if value < least:
+                raise UserError(f"--data.{option} {value}: must be at least {least}")
+        self.save_hyperparameters(logger=False)
+        self.num_features = num_features
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self._scaler: Scaler | None = None
+        self._splits: dict[str, Sequences] = {}
+
+    @abstractmethod
+    def sequences(self, split: Split) -> Sequences:
+        """Return the sequences of a split in data units.
+
+        Args:
+            split: "train", "val" or "test".
+        """
+
+    def lengths(self, split: Split) -> SequenceOf[int]:
+        """Return the steps of each sequence of a split; override it where reading them all would be slow."""
+        sequences = self.split(split)
+        return [len(sequences[i].x) for i in range(len(sequences))]
+
+    def exact_log_likelihood(self, batch: SequenceBatch) -> Tensor | None:
+        """Return the true log p(x) of each sequence in nats, in scaled units, shape (batch,), where it is known."""
+        return None
+
+    def input_statistics(self) -> tuple[Tensor, Tensor]:
+        """Return mean and std of each scaled feature over the training split, each of shape (features,)."""
+        mean, std = self._moments(self.scaler)
+        return mean.float(), std.float()
+
+    def split(self, split: Split) -> Sequences:
+        """Return the sequences of a split, found once.
+
+        Raises:
+            UserError: The split is empty.
+        """
+        if split not in self._splits:
+            found = self.sequences(split)
+            if len(found) == 0:
+                raise UserError(f"{type(self).__name__}: the {split} split is empty; check the options that split data")
+            self._splits[split] = found
+        return self._splits[split]
+
+    @property
+    def scaler(self) -> Scaler:
+        """The affine scaler, fitted on the training split when first asked for, or the checkpoint's."""
+        if self._scaler is None:
+            self._scaler = self.fit_scaler()
+        return self._scaler
+
+    def fit_scaler(self) -> Scaler:
+        """Fit the scaler on the training split: none, one scalar mean and std, or one per feature (``scaling``)."""
+        if self.scaling == "none":
+            return Scaler()
+        mean, std = self._moments(None)
+        varies = std > 1e-6 * mean.abs()  # what is below is rounding: a constant feature is only centred
+        return Scaler(mean.float(), torch.where(varies, std, 1.0).float())
+
+    def _moments(self, scaler: Scaler | None) -> tuple[Tensor, Tensor]:
+        count = torch.zeros(self.num_features, dtype=torch.float64)
+        total, squares = torch.zeros_like(count), torch.zeros_like(count)
+        reader = _Scaled(self.split("train"), scaler or Scaler(), self.num_features)
+        for i in range(len(self.split("train"))):
+            batch = reader[[i]]
+            x = batch.x.double() * batch.counted
+            count += batch.counted.sum((0, 1))
+            total += x.sum((0, 1))
+            squares += x.square().sum((0, 1))
+        if scaler is None and self.scaling == "scalar":
+            count, total, squares = count.sum(), total.sum(), squares.sum()
+        mean = total / count.clamp(min=1)
+        return mean, (squares / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
+
+    def setup(self, stage: str) -> None:
+        """Find the sequences of a stage early, so that what is wrong with them is said before training starts."""
+        needed: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        for split in needed.get(stage, ("test",)):
+            self.split(split)
+
+    def _loader(self, split: Split) -> SequenceLoader:
+        trainer = self.trainer
+        sampler = BatchSampler(
+            self.lengths(split),
+            self.batch_size,
+            shuffle=split == "train",
+            seed=self.seed,
+            num_replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+        )
+        return SequenceLoader(
+            self.split(split),
+            self.scaler,
+            self.num_features,
+            sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
+        )
+
+    def train_dataloader(self) -> SequenceLoader:
+        """Return the shuffled training batches."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> SequenceLoader:
+        """Return the validation batches."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> SequenceLoader:
+        """Return the test batches."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> SequenceLoader:
+        """Return the test batches."""
+        return self._loader("test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scaler, so that it is never fitted again on other data."""
+        return {"mean": self.scaler.mean, "std": self.scaler.std}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the checkpoint's scaler."""
+        self._scaler = Scaler(state_dict["mean"], state_dict["std"])

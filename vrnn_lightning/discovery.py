@@ -1,0 +1,165 @@
+"""Finding datamodules by reading the names in their files, so that one broken file never breaks another's command."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import re
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+
+from lightning.pytorch import LightningDataModule
+
+import vrnn_lightning
+from vrnn_lightning.errors import UserError
+
+__all__ = ["Found", "known", "load", "suggestion"]
+
+ENTRY_POINTS = "vrnn_lightning.datamodules"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where the datamodule of a name lives.
+
+    Args:
+        name: The class' name, what a user types after ``--data``.
+        places: Every place that claims the name: a file, or an entry point. More than one is refused when asked for.
+        hidden_by: The file of the same name in an earlier folder, which Python would import instead.
+    """
+
+    name: str
+    places: tuple[Path | EntryPoint, ...]
+    hidden_by: Path | None = None
+
+
+def known() -> dict[str, Found]:
+    """Return every datamodule by name, without importing any of them."""
+    found: dict[str, Found] = {}
+    first: dict[str, Path] = {}
+    for name, file in _classes(_files()):
+        owner = first.setdefault(file.stem, file)
+        _add(found, name, file, None if owner == file else owner)
+    for point in entry_points(group=ENTRY_POINTS):
+        _add(found, point.name, point, None)
+    return dict(sorted(found.items()))
+
+
+def _add(found: dict[str, Found], name: str, place: Path | EntryPoint, hidden_by: Path | None) -> None:
+    earlier = found.get(name)
+    places = (*earlier.places, place) if earlier else (place,)
+    found[name] = Found(name, places, hidden_by)
+
+
+def load(name: str) -> type[LightningDataModule]:
+    """Import the one datamodule that is asked for.
+
+    Args:
+        name: A known name (:func:`known`), or the dotted path of a class that lives elsewhere.
+
+    Raises:
+        UserError: The name is unknown, claimed twice, cannot be imported or is no LightningDataModule.
+    """
+    if "." in name:
+        module, _, attribute = name.rpartition(".")
+        return _datamodule(_import(module, None), attribute, name)
+    names = known()
+    if name not in names:
+        listed = f"known: {', '.join(names)}" if names else "none was found"
+        raise UserError(f"--data {name}: no such datamodule.{suggestion(name, names)} ({listed})")
+    found = names[name]
+    if len(found.places) > 1:
+        raise UserError(f"--data {name}: defined in {' and in '.join(map(_show, found.places))}; rename one")
+    (place,) = found.places
+    if isinstance(place, EntryPoint):
+        return _datamodule(_import(place.module, None), place.attr, name)
+    if found.hidden_by:
+        raise UserError(f"--data {name}: {place} is hidden by {found.hidden_by} of the same name; rename it")
+    package = _import("datamodules", None)
+    if str(place.parent) not in package.__path__:
+        package.__path__.append(str(place.parent))  # the working directory may have changed since the first import
+    return _datamodule(_import(f"datamodules.{place.stem}", place), name, name)
+
+
+def suggestion(word: str, words: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the word nearest to a mistyped one, or nothing.
+
+    >>> suggestion("Sine", ["Sines", "Speech"])
+    " Did you mean 'Sines'?"
+    """
+    by_lower = {w.lower(): w for w in words}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return f" Did you mean '{by_lower[near[0]]}'?" if near else ""
+
+
+def _show(place: Path | EntryPoint) -> str:
+    return str(place) if isinstance(place, Path) else f"{place.value} (entry point)"
+
+
+def _files() -> list[Path]:
+    """List the files of the package's folder, then those of the working directory's."""
+    folders = [Path(vrnn_lightning.__file__).parent.parent / "datamodules", Path.cwd() / "datamodules"]
+    if folders[0].resolve() == folders[1].resolve():
+        folders.pop()
+    return [file for folder in folders for file in sorted(folder.glob("*.py")) if not file.name.startswith("_")]
+
+
+def _classes(files: list[Path]) -> Iterator[tuple[str, Path]]:
+    """Yield the public datamodules of files; a file that does not parse yields all its classes."""
+    trees = {}
+    for file in files:
+        text = file.read_text(encoding="utf-8", errors="replace")
+        try:
+            trees[file] = ast.parse(text).body
+        except (SyntaxError, ValueError):  # what is wrong with it is said when it is asked for
+            yield from ((name, file) for name in re.findall(r"^class ([A-Za-z]\w*)", text, re.MULTILINE))
+    nodes = [(node, file) for file, body in trees.items() for node in body if isinstance(node, ast.ClassDef)]
+    modules: set[str] = set()
+    while more := {n.name for n, _ in nodes if n.name not in modules and _is_datamodule(n, modules)}:
+        modules |= more
+    yield from ((n.name, file) for n, file in nodes if n.name in modules and not n.name.startswith("_"))
+
+
+def _is_datamodule(node: ast.ClassDef, known_names: set[str]) -> bool:
+    bases = [base.value if isinstance(base, ast.Subscript) else base for base in node.bases]
+    names = [b.attr if isinstance(b, ast.Attribute) else getattr(b, "id", "") for b in bases]
+    return any(name.endswith("DataModule") or name in known_names for name in names)
+
+
+def _import(module: str, file: Path | None) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise _broken(module, file, error) from error
+        raise UserError(f"cannot import {module}: there is no module {error.name} here or installed") from error
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's file raises while it is imported is the user's to mend
+        raise _broken(module, file, error) from error
+
+
+def _broken(module: str, file: Path | None, error: Exception) -> UserError:
+    where = str(file or module)
+    if isinstance(error, SyntaxError) and error.filename:
+        where, line = error.filename, error.lineno
+    else:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+        own = [f for f in frames if file is None or Path(f.filename).resolve() == file.resolve()]
+        where, line = (own[-1].filename, own[-1].lineno) if own else (where, None)
+    what = error.msg if isinstance(error, SyntaxError) else error
+    return UserError(f"{where}{f', line {line}' if line else ''}: {type(error).__name__}: {what}")
+
+
+def _datamodule(module: ModuleType, attribute: str, asked: str) -> type[LightningDataModule]:
+    cls = getattr(module, attribute, None)
+    if cls is None:
+        raise UserError(f"--data {asked}: {module.__name__} has no {attribute}.{suggestion(attribute, vars(module))}")
+    if not (isinstance(cls, type) and issubclass(cls, LightningDataModule)):
+        raise UserError(f"--data {asked}: is no LightningDataModule; derive it from lightning.pytorch.LightningDataModule")
+    return cls

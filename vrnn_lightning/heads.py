@@ -1,0 +1,141 @@
+"""Heads: modules whose forward maps features to a torch Distribution over a frame.
+
+To add an emission, write one subclass of :class:`Head`; its keyword arguments become options of the command line.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Bernoulli as BernoulliDistribution
+from torch.nn import functional as F
+
+from vrnn_lightning.errors import UserError
+
+__all__ = ["Bernoulli", "Factorised", "Gaussian", "Head", "log_prob"]
+
+
+class Factorised(Independent):
+    """A distribution over a frame whose features are independent: event shape (features,)."""
+
+    def __init__(self, base: Distribution) -> None:
+        super().__init__(base, 1, validate_args=False)
+
+    def marginal_log_prob(self, value: Tensor, observed: Tensor) -> Tensor:
+        """Return the log-likelihood of the observed features alone.
+
+        Args:
+            value: Frames, shape (..., features); what stands at unobserved features does not count.
+            observed: True where a feature was measured, shape (..., features).
+
+        Returns:
+            Nats, shape (...).
+        """
+        return torch.where(observed, self.base_dist.log_prob(value), 0.0).sum(-1)
+
+
+def log_prob(distribution: Distribution, value: Tensor, observed: Tensor | None = None) -> Tensor:
+    """Return log p(value), or of its observed part, in nats, shape (...).
+
+    Args:
+        distribution: What a head returned; event shape (features,).
+        value: Frames, shape (..., features).
+        observed: True where a feature was measured, shape (..., features), or ``None`` for everywhere.
+
+    Raises:
+        UserError: Values are missing, and the distribution has no ``marginal_log_prob``.
+    """
+    if observed is None:
+        return distribution.log_prob(value)
+    if not hasattr(distribution, "marginal_log_prob"):
+        raise UserError(f"{type(distribution).__name__} can't leave out missing values; choose another emission")
+    return distribution.marginal_log_prob(value, observed)
+
+
+class Head(nn.Module, ABC):
+    """A module that maps features (..., in_features) to a Distribution over frames (..., num_features).
+
+    Parameters of the distribution are computed in float32 or better, also under autocast.
+
+    Args:
+        in_features: Width of the features.
+        num_features: Width of the frame, D.
+    """
+
+    def __init__(self, in_features: int, num_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.num_features = num_features
+
+    @abstractmethod
+    def forward(self, features: Tensor) -> Distribution:
+        """Return the distribution with batch shape (...) and event shape (num_features,)."""
+
+    @torch.no_grad()
+    def start_from(self, mean: Tensor) -> None:
+        """Let biases start from the data's mean, shape (num_features,), so that training need not find it.
+
+        Heads for scaled data have nothing to do.
+        """
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Gaussian(Head):
+    r"""A Gaussian with diagonal covariance.
+
+    .. math:: \mu, s = W f + b, \qquad \sigma = \log(1 + e^s) + \sigma_\mathrm{min}
+
+    Args:
+        in_features: Width of the features.
+        num_features: Width of the frame, D.
+        min_std: Floor under the standard deviation, in scaled units; without one a likelihood has no upper bound.
+
+    >>> head = Gaussian(4, 2)
+    >>> head(torch.zeros(3, 4)).log_prob(torch.zeros(3, 2)).shape
+    torch.Size([3])
+    """
+
+    def __init__(self, in_features: int, num_features: int, min_std: float = 1e-4) -> None:
+        super().__init__(in_features, num_features)
+        if not min_std > 0:
+            raise UserError(f"min_std {min_std}: must be positive, or the likelihood can grow without bound")
+        self.linear = nn.Linear(in_features, 2 * num_features)
+        self.min_std = min_std
+
+    def moments(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation, each (..., D), from the linear map's output (..., 2 D)."""
+        mean, spread = _at_least_float32(raw).chunk(2, -1)
+        return mean, F.softplus(spread) + self.min_std
+
+    def forward(self, features: Tensor) -> Factorised:
+        """Return the Gaussian with batch shape (...) and event shape (num_features,)."""
+        return Factorised(Normal(*self.moments(self.linear(features)), validate_args=False))
+
+
+class Bernoulli(Head):
+    r"""Independent binary features, by logits: :math:`P(x_d = 1) = 1 / (1 + e^{-(W f + b)_d})`.
+
+    Args:
+        in_features: Width of the features.
+        num_features: Width of the frame, D.
+    """
+
+    def __init__(self, in_features: int, num_features: int) -> None:
+        super().__init__(in_features, num_features)
+        self.linear = nn.Linear(in_features, num_features)
+
+    def forward(self, features: Tensor) -> Factorised:
+        """Return the distribution with batch shape (...) and event shape (num_features,)."""
+        logits = _at_least_float32(self.linear(features))
+        return Factorised(BernoulliDistribution(logits=logits, validate_args=False))
+
+    @torch.no_grad()
+    def start_from(self, mean: Tensor) -> None:
+        """Set the bias to the logit of the training mean, shape (num_features,)."""
+        self.linear.bias.copy_(torch.logit(mean.clamp(1e-3, 1 - 1e-3)))

@@ -1,0 +1,111 @@
+"""Totals over totals: what is reported of a bound, right for ragged batches and several processes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+__all__ = ["ActiveUnits", "Bound"]
+
+
+class Bound(Metric):
+    """The ELBO and its split, in nats per time step and per sequence, and in bits per dimension.
+
+    Sums run in float64. ``compute`` returns, with every total taken over all sequences and processes,
+
+    ``elbo``, ``reconstruction``, ``kl``
+        nats per time step: total / number of real steps; elbo = reconstruction - kl.
+    ``elbo_per_sequence``, ``reconstruction_per_sequence``, ``kl_per_sequence``
+        nats per sequence: total / number of sequences.
+    ``bits_per_dim``
+        minus the ELBO in data units / (number of measured values * ln 2).
+    ``exact_log_likelihood``, ``gap``
+        nats per time step, where the data know their own; gap = exact - elbo.
+    """
+
+    full_state_update = False
+    totals = ("reconstruction", "kl", "steps", "sequences", "values", "log_scale", "exact")
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.totals:
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("knows_exact", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
+        self.set_dtype(torch.float64)
+
+    def update(
+        self, log_px: Tensor, kl: Tensor, lengths: Tensor, values: Tensor, log_scale: Tensor, exact: Tensor | None = None
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            log_px: Nats, zero at padding, shape (batch, time).
+            kl: Nats, zero at padding, shape (batch, time, latent).
+            lengths: Real steps of each sequence, shape (batch,). A sequence of no steps does not count.
+            values: Number of measured values, shape ().
+            log_scale: Sum over the measured values of the log of the scaler's std, shape ().
+            exact: True log-likelihood of each sequence in scaled units, shape (batch,), where it is known.
+        """
+        self.reconstruction += log_px.detach().double().sum()
+        self.kl += kl.detach().double().sum()
+        self.steps += lengths.sum()
+        self.sequences += (lengths > 0).sum()
+        self.values += values
+        self.log_scale += log_scale.detach().double()
+        if exact is not None:
+            self.exact += exact.double().sum()
+            self.knows_exact.fill_(1)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the figures by name."""
+        reconstruction, kl = self.reconstruction, self.kl
+        elbo = reconstruction - kl
+        figures = {
+            "elbo": elbo / self.steps,
+            "reconstruction": reconstruction / self.steps,
+            "kl": kl / self.steps,
+            "elbo_per_sequence": elbo / self.sequences,
+            "reconstruction_per_sequence": reconstruction / self.sequences,
+            "kl_per_sequence": kl / self.sequences,
+            "bits_per_dim": (self.log_scale - elbo) / (self.values * math.log(2)),
+        }
+        if self.knows_exact:
+            figures["exact_log_likelihood"] = self.exact / self.steps
+            figures["gap"] = (self.exact - elbo) / self.steps
+        return figures
+
+
+class ActiveUnits(Metric):
+    """Latent dimensions in use: those whose posterior mean varies over all real steps by more than a threshold.
+
+    Follows Burda et al. 2016 (arXiv 1509.00519, sec. 5.2): the variance of E_q[z] over the data above 0.01.
+
+    Args:
+        latent_size: Number of latent dimensions.
+        threshold: Variance above which a dimension counts as in use.
+    """
+
+    full_state_update = False
+
+    def __init__(self, latent_size: int, threshold: float = 0.01) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(latent_size, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("squares", torch.zeros(latent_size, dtype=torch.float64), dist_reduce_fx="sum")
+        self.set_dtype(torch.float64)
+
+    def update(self, mean: Tensor, mask: Tensor) -> None:
+        """Add posterior means, shape (batch, time, latent), at the real steps, mask of shape (batch, time)."""
+        real = mean.detach().double() * mask[..., None]
+        self.count += mask.sum()
+        self.sums += real.sum((0, 1))
+        self.squares += real.square().sum((0, 1))
+
+    def compute(self) -> Tensor:
+        """Return the number of active units."""
+        variance = self.squares / self.count - (self.sums / self.count).square()
+        return (variance > self.threshold).sum()

@@ -1,0 +1,251 @@
+"""The LightningModule: training and evaluation steps, logging and optimisers of a VRNN."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+
+from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.data import Scaler
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.heads import Gaussian, Head
+from vrnn_lightning.metrics import ActiveUnits, Bound
+from vrnn_lightning.nn import Layers
+from vrnn_lightning.objectives import elbo
+from vrnn_lightning.vrnn import VRNN, Trace
+
+__all__ = ["VRNNLightningModule"]
+
+
+class VRNNLightningModule(LightningModule):
+    """Trains a VRNN on the ELBO and reports it, split into reconstruction and KL.
+
+    Every argument is a hyperparameter: it travels in the checkpoint, and ``load_from_checkpoint`` needs nothing else.
+
+    Args:
+        num_features: Width of a frame; on the command line the data say it.
+        latent_size: Dimensions of z_t; 0 for a plain recurrent network.
+        hidden_size: Units of the recurrence.
+        cell: "gru" or "lstm".
+        emission: Head of p(x_t | ...): a class of ``vrnn_lightning.heads``, or a partial of one.
+        phi_x: Size of the feature extractor of x_t.
+        phi_z: Size of the feature extractor of z_t.
+        prior: Size of the prior network.
+        encoder: Size of the inference network.
+        decoder: Size of the network before the emission.
+        free_bits: Nats per step and latent dimension that cost nothing to use (Kingma et al. 2016); training alone.
+        optimizer: Called with the parameters: an optimiser class or a partial of one.
+        lr_scheduler: Called with the optimiser: a scheduler class or a partial of one.
+        lr_interval: Whether the scheduler steps after every "epoch" or every "step".
+
+    Raises:
+        UserError: A size that no network can have, or a factory that no checkpoint can hold.
+
+    >>> module = VRNNLightningModule(num_features=3, latent_size=2)
+    >>> module.vrnn.generate(steps=5, batch_size=4).x.shape
+    torch.Size([4, 5, 3])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        latent_size: int = 16,
+        hidden_size: int = 64,
+        cell: Literal["gru", "lstm"] = "gru",
+        emission: Callable[[int, int], Head] = Gaussian,
+        phi_x: Layers = Layers(),
+        phi_z: Layers = Layers(),
+        prior: Layers = Layers(),
+        encoder: Layers = Layers(),
+        decoder: Layers = Layers(),
+        free_bits: float = 0.0,
+        optimizer: OptimizerCallable = lambda params: Adam(params, lr=1e-3),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+    ) -> None:
+        super().__init__()
+        if free_bits < 0:
+            raise UserError(f"free_bits {free_bits}: must not be negative")
+        self.save_hyperparameters(logger=False)
+        _make_storable(self.hparams)
+        self.vrnn = VRNN(
+            num_features, latent_size, hidden_size, cell, emission, phi_x, phi_z, prior, encoder, decoder
+        )
+        self.free_bits = free_bits
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_interval = lr_interval
+        self.beta = 1.0
+        """Weight of the KL in training; a callback may set it."""
+        self.noise_seed = torch.initial_seed()
+        self.register_buffer("scale_mean", torch.zeros(num_features))
+        self.register_buffer("scale_std", torch.ones(num_features))
+        self.bounds = torch.nn.ModuleDict({f"{stage}_": Bound() for stage in ("val", "test")})
+        self.active = torch.nn.ModuleDict({f"{stage}_": ActiveUnits(latent_size) for stage in ("val", "test")})
+
+    @property
+    def scaler(self) -> Scaler:
+        """The affine map between data units and the model's, as it was when training began."""
+        return Scaler(cast(Tensor, self.scale_mean), cast(Tensor, self.scale_std))
+
+    def setup(self, stage: str) -> None:
+        """Take scaler and input statistics from the training data, once: a checkpoint's are kept."""
+        data = getattr(self.trainer, "datamodule", None)
+        width = getattr(data, "num_features", self.vrnn.num_features)
+        if width != self.vrnn.num_features:
+            raise UserError(
+                f"{type(data).__name__} has {width} features per step, but the model was made for "
+                f"{self.vrnn.num_features}; use the data it was trained on or train a new model"
+            )
+        if stage != "fit" or self.trainer.ckpt_path is not None or data is None:
+            return
+        if hasattr(data, "scaler"):
+            cast(Tensor, self.scale_mean).copy_(data.scaler.mean)
+            cast(Tensor, self.scale_std).copy_(data.scaler.std)
+        if hasattr(data, "input_statistics"):
+            self.vrnn.start_from(*data.input_statistics())
+
+    def forward(self, batch: SequenceBatch) -> Trace:
+        """Infer the latents of a batch and score it, with fresh noise."""
+        return self.vrnn(batch)
+
+    def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
+        """Return minus the objective summed over the global batch, divided by its number of sequences."""
+        trace = self.vrnn(batch, self._noise(batch, "train", self.current_epoch, batch_idx))
+        steps, sequences = batch.lengths.sum(), (batch.lengths > 0).sum()
+        objective = elbo(trace.log_px, trace.kl, steps, self.beta, self.free_bits, self._total)
+        parts = (objective, trace.log_px.sum(), trace.kl.sum(), steps, sequences)
+        total, reconstruction, kl, all_steps, all_sequences = self._total(
+            torch.stack([p.detach().double() for p in parts])
+        )
+        loss = -objective * self.trainer.world_size / all_sequences.to(objective)
+        self._stop_unless_finite(total, "the loss", batch)
+        self.log("train/loss", -total / all_sequences)
+        self.log("train/beta", self.beta, prog_bar=True)
+        for name, value in (("elbo", reconstruction - kl), ("reconstruction", reconstruction), ("kl", kl)):
+            self.log(f"train/{name}", value / all_steps, prog_bar=True)
+            self.log(f"train/{name}_per_sequence", value / all_sequences)
+        return loss
+
+    def _total(self, x: Tensor) -> Tensor:
+        """Sum a tensor over processes, without gradient."""
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(x)
+        return x
+
+    def _noise(self, batch: SequenceBatch, stage: str, epoch: int, batch_idx: int) -> Tensor:
+        """Draw a batch's noise from a seed of its own, so that neither a resume nor what ran before changes it."""
+        place = f"{self.noise_seed} {stage} {epoch} {batch_idx} {self.global_rank}"
+        seed = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest())
+        generator = torch.Generator(self.device).manual_seed(seed - 2**63)
+        return self.vrnn.draw_noise(batch, generator)
+
+    def _stop_unless_finite(self, value: Tensor, what: str, batch: SequenceBatch | None) -> None:
+        if torch.isfinite(value):
+            return
+        checkpoint = self.trainer.checkpoint_callback
+        kept = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
+        names = [name for name in (batch.names or []) if name] if batch is not None else []
+        shown = f" on {', '.join(names[:8])}{', …' if len(names) > 8 else ''}" if names else ""
+        raise UserError(
+            f"{what} is {value.item()} at step {self.global_step}{shown}; "
+            + (f"the last good checkpoint is {kept}; " if kept else "no checkpoint was written yet; ")
+            + "try a lower learning rate, --trainer.gradient_clip_val or a larger min_std"
+        )
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the gradient's norm before clipping, and stop where it is not finite."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # a loss scaler skips such steps itself
+            self._stop_unless_finite(norm, "the gradient's norm", None)
+        self.log("train/grad_norm", norm)
+
+    def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
+        """Add a batch to the validation totals."""
+        self._evaluate(batch, batch_idx, "val")
+
+    def test_step(self, batch: SequenceBatch, batch_idx: int) -> None:
+        """Add a batch to the test totals."""
+        self._evaluate(batch, batch_idx, "test")
+
+    def _evaluate(self, batch: SequenceBatch, batch_idx: int, stage: str) -> None:
+        trace = self.vrnn(batch, self._noise(batch, stage, 0, batch_idx))
+        counted = batch.counted
+        log_scale = (counted * cast(Tensor, self.scale_std).log()).sum()
+        known = getattr(self.trainer.datamodule, "exact_log_likelihood", None)
+        exact = known(batch) if known is not None else None
+        self.bounds[f"{stage}_"].update(trace.log_px, trace.kl, batch.lengths, counted.sum(), log_scale, exact)
+        if trace.posterior is not None:
+            self.active[f"{stage}_"].update(trace.posterior.mean, batch.mask)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation figures."""
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test figures."""
+        self._report("test")
+
+    def _report(self, stage: str) -> None:
+        bound, active = self.bounds[f"{stage}_"], self.active[f"{stage}_"]
+        figures = {f"{stage}/{name}": value.float() for name, value in bound.compute().items()}
+        if self.vrnn.latent_size:
+            figures[f"{stage}/active_units"] = active.compute().float()
+        bound.reset()
+        active.reset()
+        self.log_dict(figures, sync_dist=True)  # the totals are reduced already; this only tells Lightning so
+        if not math.isfinite(figures[f"{stage}/elbo"]) and not self.trainer.sanity_checking:
+            raise UserError(f"{stage}/elbo is {figures[f'{stage}/elbo'].item()}: the data or the model holds such values")
+
+    def predict_step(self, batch: SequenceBatch, batch_idx: int) -> Trace:
+        """Return the trace of a batch."""
+        return self.vrnn(batch, self._noise(batch, "predict", 0, batch_idx))
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser, and the schedule of its learning rate where there is one."""
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        plan = {"scheduler": scheduler, "interval": self.lr_interval, "monitor": getattr(scheduler, "monitor", None)}
+        return {"optimizer": optimizer, "lr_scheduler": plan}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the seed of the noise: every process derives its own from it, so a resumed run draws the same."""
+        checkpoint["noise_seed"] = self.noise_seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the seed of the noise."""
+        self.noise_seed = checkpoint.get("noise_seed", self.noise_seed)
+
+
+def _make_storable(hparams: Any) -> None:
+    """Replace classes, partials and dataclasses by the options that make them, which load without running pickled code.
+
+    An optimiser or scheduler made by any other function is left out: only training needs it, and gives it anew.
+    """
+    for name, value in list(hparams.items()):
+        if is_dataclass(value) and not isinstance(value, type):
+            hparams[name] = asdict(value)
+        elif callable(value):
+            made, options = (value.func, dict(value.keywords)) if isinstance(value, partial) else (value, {})
+            if isinstance(value, partial) and not isinstance(made, type):  # the command line's partial names it last
+                made = value.args[-1] if value.args else made
+            if isinstance(made, type):
+                hparams[name] = {"class_path": f"{made.__module__}.{made.__qualname__}", "init_args": options}
+            elif name in ("optimizer", "lr_scheduler"):
+                del hparams[name]
+            else:
+                raise UserError(f"{name}: a checkpoint can only hold a class or functools.partial(class, option=value)")
+    hparams.setdefault("_instantiator", "lightning.pytorch.cli.instantiate_module")

@@ -1,0 +1,58 @@
+"""The small networks that a VRNN is wired from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from vrnn_lightning.errors import UserError
+
+__all__ = ["MLP", "Layers"]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Size of a multilayer perceptron.
+
+    Args:
+        width: Units per layer.
+        depth: Number of layers, each a linear map and a ReLU.
+    """
+
+    width: int = 64
+    depth: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no network can have."""
+        for option in ("width", "depth"):
+            if getattr(self, option) < 1:
+                raise UserError(f"{option} {getattr(self, option)}: a network needs at least 1")
+
+
+class MLP(nn.Sequential):
+    """``depth`` times a linear map and a ReLU: features (..., in_features) to (..., width).
+
+    Args:
+        in_features: Width of the input.
+        layers: Width and depth.
+    """
+
+    def __init__(self, in_features: int, layers: Layers) -> None:
+        widths = [in_features] + [layers.width] * layers.depth
+        steps: list[nn.Module] = []
+        for i, o in zip(widths, widths[1:], strict=False):
+            steps += [nn.Linear(i, o), nn.ReLU()]
+        super().__init__(*steps)
+        self.out_features = layers.width
+
+    def linears(self) -> Iterator[nn.Linear]:
+        """Yield the linear maps in order; a ReLU follows each."""
+        return (m for m in self if isinstance(m, nn.Linear))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features of shape (..., in_features) to (..., width)."""
+        for module in self:
+            x = module(x)
+        return x

@@ -1,0 +1,276 @@
+"""A run's folder and what is written into it: metrics, config, checkpoints, and the same in Weights & Biases."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
+
+from vrnn_lightning.errors import UserError
+
+__all__ = ["ElboBar", "RunCheckpoint", "RunLogger", "SaveConfig", "WandbLogger", "run_logger"]
+
+
+class _Rows(ExperimentWriter):
+    """Writes metrics.csv; on a resume it goes on below the rows that are older than the checkpoint."""
+
+    def __init__(self, log_dir: str, resumed: bool, first_step: int | None) -> None:
+        self.resumed = resumed
+        self.first_step = first_step
+        super().__init__(log_dir)
+
+    def _check_log_dir_exists(self) -> None:  # Lightning's deletes the old rows here and has no other hook
+        file = Path(self.metrics_file_path)
+        if not file.is_file():
+            return
+        if not self.resumed:
+            raise UserError(f"{file}: is there already; leave the logger's `version` out, or go on with --ckpt_path")
+        with file.open(newline="") as lines:
+            reader = csv.DictReader(lines)
+            rows = [row for row in reader if self._keeps(row)]
+            self.metrics_keys = list(reader.fieldnames or [])
+        with _replacing(file) as temporary, temporary.open("w", newline="") as lines:
+            writer = csv.DictWriter(lines, self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def _keeps(self, row: dict[str, str]) -> bool:
+        """Tell whether a row was written before the checkpoint; a line cut off by a kill was not."""
+        step = row.get("step") or ""
+        return step.isdigit() and (self.first_step is None or int(step) < self.first_step)
+
+
+class _replacing:  # noqa: N801  # reads as a verb in a with statement
+    """Write to a temporary file that takes a file's place at the end, so that a kill leaves the old or the new."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.temporary = file.with_name(f".{file.name}.{os.getpid()}")
+
+    def __enter__(self) -> Path:
+        return self.temporary
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            self.temporary.replace(self.file)
+        else:
+            self.temporary.unlink(missing_ok=True)
+
+
+class RunLogger(CSVLogger):
+    """Keeps a run's numbers in ``<save_dir>/<name>/version_N/metrics.csv``; the run's other files lie beside it.
+
+    Args:
+        save_dir: Folder of all runs. Default: ``runs`` under ``--trainer.default_root_dir``.
+        name: Name of the experiment. Default: the datamodule's, in lower case.
+        version: Name or number of this run. Default: the next free number.
+    """
+
+    def __init__(
+        self, save_dir: str | None = None, name: str | None = None, version: int | str | None = None
+    ) -> None:
+        super().__init__(save_dir or "runs", name or "run", version)
+        self._open = {key for key, value in (("save_dir", save_dir), ("name", name)) if value is None}
+        self.resumed = False
+        self.first_step: int | None = None
+        self.step: int | None = None
+
+    def place(self, root: Path, name: str) -> None:
+        """Fill in what the user left open.
+
+        Args:
+            root: The folder that ``runs`` lies in.
+            name: Name of the experiment.
+        """
+        if "save_dir" in self._open:
+            self._save_dir = self._root_dir = str(root.resolve() / "runs")
+        if "name" in self._open:
+            self._name = name
+
+    def resume(self, folder: Path, step: int, training: bool) -> None:
+        """Go on in the folder of an earlier run.
+
+        Args:
+            folder: That folder, ``<save_dir>/<name>/<version>``.
+            step: Optimiser steps that the checkpoint has behind it.
+            training: Drop the rows of later steps, which will come again; else append rows of this one step.
+        """
+        folder = folder.resolve()
+        self._save_dir = self._root_dir = str(folder.parents[1])
+        self._name, self._version = folder.parent.name, folder.name
+        self.resumed = True
+        self.first_step = step if training else None
+        self.step = None if training else max(0, step - 1)
+
+    def share(self, trainer: Trainer) -> None:
+        """Take process zero's version in every process."""
+        self._version = trainer.strategy.broadcast(self._version)
+
+    @property
+    def version(self) -> int | str:
+        """The run's version; a new one is claimed by making its folder, so that two runs never share it."""
+        while self._version is None and rank_zero_only.rank == 0:
+            super().version  # noqa: B018  # the base finds the next free number and keeps it
+            try:
+                Path(self.log_dir).mkdir(parents=True)
+            except FileExistsError:
+                self._version = None
+        return super().version
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """The writer of metrics.csv."""
+        if self._experiment is None:
+            self._experiment = _Rows(self.log_dir, self.resumed, self.first_step)
+        return self._experiment  # type: ignore[return-value]  # the base annotates a wider class
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Write a row; tests of a checkpoint stand at the checkpoint's step."""
+        super().log_metrics(metrics, step if self.step is None else self.step)
+
+    def log_hyperparams(self, *_: object, **__: object) -> None:
+        """Do nothing: config.yaml lies beside the metrics."""
+
+
+def run_logger(trainer: Trainer) -> RunLogger | None:
+    """Return the logger that knows the run's folder, if there is one."""
+    return next((logger for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes a fit's config.yaml into the run's folder and gives the same, nested, to the other loggers once."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Agree on the run's folder, then save."""
+        run = run_logger(trainer)
+        if run is not None:
+            run.share(trainer)
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save the config without ``ckpt_path``: whoever re-runs it wants a new run."""
+        if stage != "fit":
+            return
+        config = self.config.clone()
+        config["ckpt_path"] = None
+        text = self.parser.dump(config, skip_none=False)
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                with _replacing(Path(logger.log_dir) / "config.yaml") as temporary:
+                    temporary.write_text(text)
+            else:
+                logger.log_hyperparams(yaml.safe_load(text))
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint; it knows its files again after the run's folder was moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of an earlier run in this folder."""
+        if state_dict.get("dirpath") != self.dirpath and Path(self._here(state_dict["best_model_path"])).is_file():
+            paths = {key: self._here(state_dict[key]) for key in state_dict if key.endswith("_model_path")}
+            best = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
+            state_dict = {**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath}
+        super().load_state_dict(state_dict)
+
+    def _here(self, path: str) -> str:
+        return str(Path(self.dirpath or "", Path(path).name)) if path else path
+
+
+class ElboBar(RichProgressBar):
+    """Progress with the bound's terms: a bar on a terminal, a line per epoch in a log file."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=10, leave=True)
+        self.lines = not sys.stdout.isatty()
+        if self.lines:
+            self.disable()
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Return the metrics under short names: ``train/elbo`` is elbo, ``val/elbo`` is val_elbo."""
+        values = {name: value for name, value in trainer.progress_bar_metrics.items() if not name.endswith("_epoch")}
+        return {n.removesuffix("_step").removeprefix("train/").replace("/", "_"): v for n, v in values.items()}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the epoch's line where there is no terminal."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.lines and trainer.is_global_zero:
+            metrics = self.get_metrics(trainer, pl_module)
+            text = "  ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in metrics.items())
+            print(f"epoch {trainer.current_epoch}  step {trainer.global_step}  {text}", flush=True)
+
+
+class WandbLogger(LightningWandbLogger):
+    """Sends the run's numbers and media to Weights & Biases; its files lie in the run's folder.
+
+    The W&B run is called ``<name>/<version>`` like the folder, and a resumed run goes on in the same W&B run.
+    ``WANDB_MODE=offline`` keeps everything on this machine, ``WANDB_MODE=disabled`` writes nothing.
+
+    Args:
+        project: The W&B project.
+        name: Name of the W&B run. Default: the run's folder.
+        entity: The W&B user or team. Default: your own.
+        group: Puts runs together in the W&B page.
+        tags: Words to filter runs by.
+        notes: A longer description.
+        log_model: Upload checkpoints: True at the end of a run that succeeds, "all" while it trains.
+    """
+
+    def __init__(
+        self,
+        project: str = "vrnn-lightning",
+        name: str | None = None,
+        entity: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        notes: str | None = None,
+        log_model: Literal["all"] | bool = False,
+    ) -> None:
+        super().__init__(
+            name=name, project=project, log_model=log_model, entity=entity, group=group, tags=tags, notes=notes
+        )
+        # Lightning offers no other way to leave these two out: wandb warns about the one, and about the other offline.
+        self._wandb_init.pop("anonymous", None)
+        self._wandb_init.pop("resume", None)
+        self.run: RunLogger | None = None
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run, started when first asked for."""
+        if self._experiment is None and self.run is not None:
+            self._settle(Path(self.run.log_dir))
+        return super().experiment
+
+    def _settle(self, folder: Path) -> None:
+        """Start the W&B run in a folder, or go on in the one that the folder belongs to."""
+        folder.mkdir(parents=True, exist_ok=True)
+        id_file = folder / "wandb_id.txt"
+        earlier = id_file.read_text().strip() if id_file.is_file() else self._id
+        self._wandb_init.update(dir=str(folder), name=self._name or f"{folder.parent.name}/{folder.name}", id=earlier)
+        if earlier and os.environ.get("WANDB_MODE") != "offline":
+            self._wandb_init["resume"] = "allow"
+        id_file.write_text(f"{super().experiment.id}\n")
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Upload what remains and close the W&B run, so that the next fit in this process gets its own."""
+        super().finalize(status)
+        if self._experiment is not None:
+            self._id = self._wandb_init["id"] = self._experiment.id
+            self._experiment.finish(exit_code=0 if status == "success" else 1)
+            self._experiment = None
