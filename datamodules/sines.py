@@ -106,7 +106,7 @@ class Sines(SequenceDataModule):
         waves = self.amplitude * draw[..., :2] @ self._basis(omega, self.steps)
         noise = torch.linalg.cholesky(self.noise_covariance) @ draw[..., 2:]
         x = (waves + noise).transpose(1, 2).float()
-        return [Sequence(x[i, :length], name=f"sine {i}") for i, length in enumerate(lengths)]
+        return [Sequence(x[i, :length], name=f"{split} sine {i}") for i, length in enumerate(lengths)]
 
     @staticmethod
     def _basis(omega: Tensor, steps: int) -> Tensor:
@@ -127,7 +127,9 @@ class Sines(SequenceDataModule):
         x = batch.x.double() * batch.mask[..., None]
         size, steps, channels = x.shape
         precision = torch.linalg.inv(self.noise_covariance).to(x.device)
-        basis = self._basis(self.omegas.to(x.device), steps) * batch.mask[:, None, None]  # (batch, frequencies, 2, time)
+        basis = (
+            self._basis(self.omegas.to(x.device), steps) * batch.mask[:, None, None]
+        )  # (batch, frequencies, 2, time)
         gram = basis @ basis.mT
         whitened = x @ precision
         b = (basis @ whitened[:, None]).mT.flatten(2)  # ordered by channel, then cosine and sine
@@ -138,5 +140,5 @@ class Sines(SequenceDataModule):
         log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 4 * channels * math.log(self.amplitude)
         constant = channels * math.log(2 * math.pi) + torch.logdet(self.noise_covariance).item()
         quadratic = (x * whitened).sum((1, 2))[:, None] - explained
-        given_frequency = -0.5 * (batch.lengths[:, None] * constant + log_det + quadratic)
+        given_frequency = -0.5 * (batch.lengths[:, None].to(x) * constant + log_det + quadratic)
         return given_frequency.logsumexp(1) - math.log(len(self.omegas))

@@ -56,6 +56,10 @@ def all_files(datamodule: Speech) -> dict[str, list[str]]:
     return {split: files(datamodule, split) for split in SPLITS}
 
 
+def every_file(datamodule: Speech) -> list[str]:
+    return [name for names in all_files(datamodule).values() for name in names]
+
+
 def only(root: Path, **options):
     """Return the one sequence of a folder with one file."""
     (sequence,) = [s for s in speech(root, **{"test": 0, "val": 0} | options).split("train")]
@@ -144,7 +148,7 @@ class TestFraming:
 class TestRate:
     @pytest.mark.parametrize("rate", [8000, 11025, 44100])
     def test_a_resampled_sine_keeps_its_frequency_and_level(self, tmp_path, rate):
-        write(tmp_path / "a.wav", tone(2 * rate, hertz=500, rate=rate))
+        write(tmp_path / "a.wav", tone(2 * rate, hertz=500, rate=rate), rate)
         x = only(tmp_path, sample_rate=16000, resample=True).x.numpy().ravel()
         assert abs(len(x) - 2 * 16000) <= FRAME
         middle = x[4000:28000]
@@ -180,13 +184,15 @@ class TestRate:
 
 
 class TestSplits:
-    @pytest.mark.parametrize(("test", "val", "counts"), [(0.1, 0.1, (19, 2, 2)), (0.5, 0.25, (8, 3, 12)), (0, 0.001, (22, 1, 0))])
+    @pytest.mark.parametrize(
+        ("test", "val", "counts"), [(0.1, 0.1, (19, 2, 2)), (0.5, 0.25, (8, 3, 12)), (0, 0.001, (22, 1, 0))]
+    )
     def test_fractions_are_exact(self, corpus, test, val, counts):
         datamodule = speech(corpus, test=test, val=val)
         assert tuple(len(datamodule.sequences(split)) for split in SPLITS) == counts
 
     def test_splits_share_nothing_and_leave_nothing(self, corpus):
-        names = sum(all_files(speech(corpus)).values(), [])
+        names = every_file(speech(corpus))
         assert sorted(names) == sorted(p.relative_to(corpus).as_posix() for p in corpus.rglob("*.*"))
 
     def test_the_seed_draws_them(self, corpus):
@@ -202,7 +208,9 @@ class TestSplits:
         assert {name[-4:] for name in found["train"]} == {".wav"}
 
     def test_the_official_split_of_the_spoken_digits(self, corpus):
-        assert {int(name.split("_")[2].split(".")[0]) for name in files(speech(corpus, test="fsdd"), "test")} == set(range(5))
+        assert {int(name.split("_")[2].split(".")[0]) for name in files(speech(corpus, test="fsdd"), "test")} == set(
+            range(5)
+        )
         assert not {5, 6} - {int(Path(n).stem[-1]) for n in files(speech(corpus, test="fsdd"), "train")}
         assert "fsdd" in PATTERNS
 
@@ -212,7 +220,7 @@ class TestSplits:
             set_up(corpus, **{option: "nowhere"})
 
     def test_a_test_split_of_everything(self, corpus):
-        with pytest.raises(UserError, match="--data.val 'wav': the test split leaves no file"):
+        with pytest.raises(UserError, match=r"--data.val 'wav': the test split leaves no file"):
             set_up(corpus, test="take", val="wav")
 
     def test_nothing_left_to_train_on(self, tmp_path):
@@ -367,13 +375,13 @@ class TestRefusals:
 
     @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
     def test_folders(self, tmp_path, stage):
-        with pytest.raises(UserError, match="--data.root .*nowhere: no such folder"):
+        with pytest.raises(UserError, match=r"--data.root .*nowhere: no such folder"):
             set_up(tmp_path / "nowhere", stage)
         (tmp_path / "empty").mkdir()
-        with pytest.raises(UserError, match="--data.root .*empty: no audio in it; expected .wav, .flac, .ogg files"):
+        with pytest.raises(UserError, match=r"--data.root .*empty: no audio in it; expected .wav, .flac, .ogg files"):
             set_up(tmp_path / "empty", stage)
         path = write(tmp_path / "a.wav", tone(FRAME))
-        with pytest.raises(UserError, match="--data.root .*a.wav: is a file; give the folder"):
+        with pytest.raises(UserError, match=r"--data.root .*a.wav: is a file; give the folder"):
             set_up(path, stage)
 
     @pytest.mark.parametrize("content", [b"", b"this is no audio", b"RIFF\x00\x00\x00\x00WAVE"])
@@ -385,13 +393,13 @@ class TestRefusals:
 
     def test_an_empty_file(self, corpus):
         write(corpus / "empty.wav", [])
-        with pytest.raises(UserError, match="corpus/empty.wav: holds no samples; remove it"):
+        with pytest.raises(UserError, match=r"corpus/empty.wav: holds no samples; remove it"):
             set_up(corpus)
 
     def test_a_file_that_breaks_off(self, tmp_path):
         path = write(tmp_path / "a.flac", np.random.default_rng(0).uniform(-1, 1, 20000))
         path.write_bytes(path.read_bytes()[:9000])
-        with pytest.raises(UserError, match="a.flac: "):
+        with pytest.raises(UserError, match=r"a.flac: cannot be read as audio \(.*sync"):
             only(tmp_path)
 
     def test_a_stream_of_unknown_length(self, tmp_path):
@@ -400,12 +408,12 @@ class TestRefusals:
         content[21] &= 0xF0  # the 36 bits of the stream's length, 13 bytes into its first block
         content[22:26] = bytes(4)
         path.write_bytes(content)
-        with pytest.raises(UserError, match="a.flac: cannot be read as audio .its header does not tell its length"):
+        with pytest.raises(UserError, match=r"a.flac: cannot be read as audio .its header does not tell its length"):
             set_up(tmp_path)
 
     def test_no_file_as_long_as_a_frame(self, tmp_path):
         write(tmp_path / "a.wav", tone(FRAME - 1))
-        with pytest.raises(UserError, match="no file is as long as one frame of 20 samples; lower --data.frame_size"):
+        with pytest.raises(UserError, match=r"no file is as long as one frame of 20 samples; lower --data.frame_size"):
             set_up(tmp_path)
 
     def test_short_files_are_left_out_with_one_warning(self, corpus):
@@ -413,7 +421,7 @@ class TestRefusals:
             write(corpus / f"short{i}.wav", tone(FRAME - 1))
         datamodule = speech(corpus)
         with pytest.warns(UserWarning, match="2 of 25 files are shorter than one frame of 20 samples") as warned:
-            names = sum(all_files(datamodule).values(), [])
+            names = every_file(datamodule)
         assert len(warned) == 1
         assert len(names) == 23
 
@@ -421,12 +429,12 @@ class TestRefusals:
         write(corpus / "short.wav", tone(1))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert len(sum(all_files(speech(corpus, tail="pad")).values(), [])) == 24
+            assert len(every_file(speech(corpus, tail="pad"))) == 24
 
     def test_stereo(self, corpus):
         write(corpus / "two.wav", np.zeros((FRAME, 2)))
         set_up(corpus)
-        with pytest.raises(UserError, match="corpus/two.wav: 2 channels, but --data.stereo is refuse"):
+        with pytest.raises(UserError, match=r"corpus/two.wav: 2 channels, but --data.stereo is refuse"):
             set_up(corpus, stereo="refuse")
 
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

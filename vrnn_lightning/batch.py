@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,8 +70,9 @@ class SequenceBatch:
 
     def pin_memory(self) -> SequenceBatch:
         """Return the same batch in page-locked memory."""
-        pinned = {f.name: getattr(self, f.name) for f in fields(self)}
-        return SequenceBatch(**{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in pinned.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        pinned: dict[str, Any] = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in values.items()}
+        return SequenceBatch(**pinned)
 
 
 def pad(sequences: SequenceOf[Sequence]) -> SequenceBatch:

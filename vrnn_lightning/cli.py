@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import logging
 import os
 import pickle
 import re
@@ -79,8 +80,14 @@ def _silence() -> None:
     for message in (
         "Checkpoint directory .* exists and is not empty",  # a resumed run's
         ".* does not have many workers",  # sequences in memory need none
+        ".*isinstance\\(treespec, LeafSpec\\)",  # Lightning's own call of torch
     ):
         warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tip)
+
+
+def _no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
 
 
 def _own_line(error: UserError) -> str:
@@ -365,6 +372,7 @@ class CLI(LightningCLI):
             trainer_defaults={"logger": [{"class_path": "vrnn_lightning.tracking.RunLogger"}]},
             parser_class=Parser,
             parser_kwargs={"allow_abbrev": False, **{c: {"allow_abbrev": False, **kw} for c, kw in commands.items()}},
+            seed_everything_default=0,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
         )

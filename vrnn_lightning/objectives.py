@@ -43,6 +43,7 @@ def elbo(
     """
     per_dim = kl.sum((0, 1))
     if free_bits > 0:
-        below = total(per_dim.detach()) < free_bits * total(steps.to(kl))
-        per_dim = torch.where(below, free_bits * steps, per_dim)
+        count = steps.to(kl)
+        below = total(per_dim.detach().clone()) < free_bits * total(count.clone())
+        per_dim = torch.where(below, free_bits * count, per_dim)
     return log_px.sum() - beta * per_dim.sum()

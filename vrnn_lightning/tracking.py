@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import sys
@@ -141,6 +142,13 @@ class RunLogger(CSVLogger):
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Write a row; tests of a checkpoint stand at the checkpoint's step."""
         super().log_metrics(metrics, step if self.step is None else self.step)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what remains; a run that failed before it wrote anything leaves no folder."""
+        super().finalize(status)
+        with contextlib.suppress(OSError):  # a folder that holds something stays
+            Path(self.log_dir).rmdir()
 
     def log_hyperparams(self, *_: object, **__: object) -> None:
         """Do nothing: config.yaml lies beside the metrics."""

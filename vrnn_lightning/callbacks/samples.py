@@ -67,7 +67,7 @@ class Samples(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, write and log, on one process."""
         batch, self._batch = self._batch, None
-        if trainer.sanity_checking or not trainer.training or not self.every_n_validations or batch is None:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not self.every_n_validations or batch is None:
             return
         self.validations += 1
         if self.validations % self.every_n_validations or not trainer.is_global_zero:

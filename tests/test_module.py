@@ -1,0 +1,327 @@
+"""The LightningModule: units, resume, processes, precision, refusals."""
+
+from __future__ import annotations
+
+import csv
+import math
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from datamodules.sines import Sines
+from vrnn_lightning import Layers, UserError, VRNNLightningModule
+from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.callbacks import (
+    ConstantKLWeight,
+    CosineKLAnnealing,
+    CyclicalKLAnnealing,
+    LinearKLAnnealing,
+    Samples,
+    SigmoidKLAnnealing,
+)
+from vrnn_lightning.heads import Bernoulli, Gaussian
+from vrnn_lightning.metrics import ActiveUnits, Bound
+
+
+def data(**options):
+    sizes = {"train_size": 21, "val_size": 9, "test_size": 9, "steps": 8, "min_steps": 1, "batch_size": 4}
+    return Sines(**{**sizes, **options})
+
+
+def module(**options):
+    seed_everything(1, verbose=False)
+    layers = dict.fromkeys(("phi_x", "phi_z", "prior", "encoder", "decoder"), Layers(8))
+    return VRNNLightningModule(3, **{"latent_size": 2, "hidden_size": 8, **layers, **options})
+
+
+def trainer(folder, *callbacks, **options):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    return Trainer(
+        default_root_dir=folder,
+        logger=CSVLogger(folder, name="", version=""),
+        callbacks=list(callbacks),
+        accelerator="cpu",
+        **{"max_epochs": 2, "num_sanity_val_steps": 0, **quiet, **options},
+    )
+
+
+def rows(folder):
+    with open(folder / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def column(folder, name):
+    return [float(row[name]) for row in rows(folder) if row.get(name)]
+
+
+@pytest.mark.parametrize("latent", [2, 0])
+def test_reported_figures_are_totals_over_totals(tmp_path, latent):
+    """val/* equals sums over the split, taken by hand, for ragged lengths and an uneven last batch."""
+    model, source = module(latent_size=latent), data()
+    trainer(tmp_path, max_epochs=1).fit(model, source)
+    reported = {k: v[-1] for k in rows(tmp_path)[0] if k.startswith("val/") and (v := column(tmp_path, k))}
+    log_px = kl = steps = exact = 0.0
+    model.eval()
+    with torch.no_grad():
+        for i, batch in enumerate(source.val_dataloader()):
+            trace = model.vrnn(batch, model._noise(batch, "val", 0, i))
+            log_px += trace.log_px.double().sum().item()
+            kl += trace.kl.double().sum().item()
+            steps += batch.lengths.sum().item()
+            exact += source.exact_log_likelihood(batch).sum().item()
+    expected = {
+        "val/reconstruction": log_px / steps,
+        "val/kl": kl / steps,
+        "val/elbo": (log_px - kl) / steps,
+        "val/elbo_per_sequence": (log_px - kl) / 9,
+        "val/reconstruction_per_sequence": log_px / 9,
+        "val/kl_per_sequence": kl / 9,
+        "val/bits_per_dim": -(log_px - kl) / (3 * steps * math.log(2)),
+        "val/exact_log_likelihood": exact / steps,
+        "val/gap": (exact - log_px + kl) / steps,
+    }
+    for name, value in expected.items():
+        assert reported.pop(name) == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    assert set(reported) == ({"val/active_units"} if latent else set())
+
+
+def test_the_untrained_bound_lies_below_the_exact_likelihood(tmp_path):
+    model = module()
+    trainer(tmp_path).validate(model, data(val_size=200), verbose=False)
+    assert model.trainer.callback_metrics["val/gap"] > 0
+
+
+def test_bits_per_dim_count_the_scaler():
+    """A bound in scaled units minus the log of the scaler's std, per value and in bits."""
+    bound = Bound()
+    bound.update(torch.full((1, 4), -3.0), torch.ones(1, 4, 2), torch.tensor([4]), torch.tensor(12), torch.tensor(12 * math.log(0.5)))
+    figures = bound.compute()
+    assert figures["bits_per_dim"].item() == pytest.approx((20 + 12 * math.log(0.5)) / (12 * math.log(2)))
+    assert figures["elbo"].item() == -5.0
+
+
+def test_active_units_count_dimensions_whose_mean_varies():
+    units = ActiveUnits(3)
+    mean = torch.stack([torch.randn(4, 50), 0.05 * torch.randn(4, 50), torch.full((4, 50), 7.0)], -1)
+    mean[:, 40:] = 1e3
+    mask = torch.arange(50).expand(4, 50) < 40
+    for half in (slice(0, 2), slice(2, 4)):
+        units.update(mean[half], mask[half])
+    assert units.compute() == 1
+
+
+def test_training_loss_is_per_sequence_and_gradient_is_its_own(tmp_path):
+    model = module()
+    batch = next(iter(data().train_dataloader()))
+    runner = trainer(tmp_path)
+    runner.strategy.connect(model)
+    model.trainer = runner
+    model.log = lambda *args, **kwargs: None
+    loss = model.training_step(batch, 3)
+    trace = model.vrnn(batch, model._noise(batch, "train", 0, 3))
+    assert loss.item() == pytest.approx(-(trace.log_px.sum() - trace.kl.sum()).item() / len(batch), rel=1e-5)
+
+
+@pytest.mark.parametrize("interval", [1.0, 0.5], ids=["end of epoch", "middle of epoch"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, interval):
+    """Weights, optimiser moments, logged losses and annealing weights agree exactly."""
+
+    def run(folder, epochs, ckpt=None):
+        model = module(lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1))
+        saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=3, save_last=True)
+        t = trainer(folder, LinearKLAnnealing(10), Samples(), saver, max_epochs=epochs, val_check_interval=interval)
+        t.fit(model, data(), ckpt_path=ckpt)
+        return model, t
+
+    straight, t = run(tmp_path / "straight", 3)
+    middle = tmp_path / "straight" / ("step=6.ckpt" if interval == 1.0 else "step=9.ckpt")
+    torch.manual_seed(99)
+    resumed, r = run(tmp_path / "resumed", 3, middle)
+    assert t.global_step == r.global_step == 18
+    for a, b in zip(straight.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    moments = [tr.optimizers[0].state_dict()["state"] for tr in (t, r)]
+    assert all(torch.equal(moments[0][k]["exp_avg"], moments[1][k]["exp_avg"]) for k in moments[0])
+    for name in ("train/loss", "train/beta", "val/elbo"):
+        late, all_of_it = column(tmp_path / "resumed", name), column(tmp_path / "straight", name)
+        assert late == all_of_it[-len(late) :]
+
+
+class KeepGradients(Callback):
+    """Keeps the first step's gradients."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == 0:
+            self.gradients = [p.grad.clone() for p in pl_module.parameters()]
+
+
+def test_accumulated_micro_batches_equal_one_batch(tmp_path):
+    """Without latent noise, two batches of 4 accumulated give the gradient of one of 8."""
+    found = []
+    for size, accumulate in ((8, 1), (4, 2)):
+        keep = KeepGradients()
+        t = trainer(tmp_path, keep, max_steps=1, accumulate_grad_batches=accumulate, precision="64-true")
+        source = data(train_size=8, batch_size=size)
+        t.fit(module(latent_size=0), source)
+        found.append(keep.gradients)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true", "32-true"])
+def test_precisions_run_and_bounds_stay_wide(tmp_path, precision):
+    model = module()
+    trainer(tmp_path, precision=precision, max_epochs=1).fit(model, data())
+    trace = model(next(iter(data().val_dataloader())) if precision != "64-true" else SequenceBatch(torch.zeros(1, 2, 3).double(), torch.tensor([2])))
+    assert trace.log_px.dtype == (torch.float64 if precision == "64-true" else torch.float32)
+    assert all(math.isfinite(v) for v in column(tmp_path, "val/elbo"))
+
+
+def test_hyperparameters_load_without_running_code(tmp_path):
+    """Factories and sizes given in Python come back from a weights-only checkpoint."""
+    model = module(
+        emission=partial(Gaussian, min_std=0.01),
+        prior=Layers(5, 2),
+        optimizer=partial(torch.optim.SGD, lr=0.5),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1),
+    )
+    t = trainer(tmp_path, max_epochs=1)
+    t.fit(model, data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["noise_seed"] == model.noise_seed
+    loaded = VRNNLightningModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert loaded.vrnn.decoder[-1].min_std == 0.01
+    assert loaded.vrnn.prior[0][2].out_features == 5
+    assert loaded.optimizer([torch.nn.Parameter(torch.ones(1))]).param_groups[0]["lr"] == 0.5
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+
+
+def test_a_factory_that_no_checkpoint_can_hold_is_refused():
+    with pytest.raises(UserError, match="emission"):
+        module(emission=lambda i, o: Gaussian(i, o))
+
+
+class Binary(Sines):
+    """Signs of sines."""
+
+    def sequences(self, split):
+        found = super().sequences(split)
+        for sequence in found:
+            sequence.x = (sequence.x > 0.5).float()
+        return found
+
+    def exact_log_likelihood(self, batch):
+        return None
+
+
+def test_statistics_come_from_the_training_split_once(tmp_path):
+    source = Binary(train_size=50, val_size=9, steps=8, batch_size=10)
+    model = module(emission=Bernoulli)
+    t = trainer(tmp_path, max_epochs=1, limit_train_batches=0)
+    t.fit(model, source)
+    x = torch.cat([s.x for s in source.split("train")])
+    torch.testing.assert_close(model.vrnn.input_mean, x.mean(0))
+    torch.testing.assert_close(model.vrnn.input_std, x.std(0, unbiased=False))
+    torch.testing.assert_close(model.vrnn.decoder[-1].linear.bias.sigmoid(), x.mean(0), rtol=1e-4, atol=1e-4)
+    assert "val/gap" not in t.callback_metrics
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    later = module(emission=Bernoulli)
+    trainer(tmp_path / "b", max_epochs=1, limit_train_batches=0).fit(
+        later, Binary(train_size=50, val_size=9, steps=8, seed=5), ckpt_path=tmp_path / "a.ckpt"
+    )
+    assert torch.equal(later.vrnn.input_mean, model.vrnn.input_mean)
+
+
+class Poison(Callback):
+    """Makes one training batch infinite."""
+
+    def on_train_batch_start(self, trainer, pl_module: LightningModule, batch, batch_idx):
+        if trainer.global_step == 7:
+            batch.x[0, 0, 0] = 1e30
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_names_and_checkpoint(tmp_path):
+    saver = ModelCheckpoint(tmp_path, "kept")
+    with pytest.raises(UserError) as error:
+        trainer(tmp_path, Poison(), saver).fit(module(), data())
+    message = str(error.value)
+    assert "loss is -inf" not in message
+    assert "at step 7" in message
+    assert "sine" in message
+    assert str(tmp_path / "kept.ckpt") in message
+    kept = torch.load(tmp_path / "kept.ckpt", weights_only=True)
+    assert all(torch.isfinite(v).all() for v in kept["state_dict"].values())
+
+
+def test_another_feature_width_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"4 features .* made for 3"):
+        trainer(tmp_path).fit(module(), data(channels=4))
+
+
+@pytest.mark.parametrize(
+    "annealer",
+    [
+        LinearKLAnnealing(10),
+        CosineKLAnnealing(10),
+        SigmoidKLAnnealing(10),
+        CyclicalKLAnnealing(10, cycles=2),
+        ConstantKLWeight(0.3),
+    ],
+    ids=lambda a: type(a).__name__,
+)
+def test_annealers_log_the_weight_of_each_step(tmp_path, annealer):
+    trainer(tmp_path, annealer).fit(module(), data())
+    betas = column(tmp_path, "train/beta")
+    assert betas == pytest.approx([annealer.beta(step) for step in range(12)])
+
+
+def test_the_weight_enters_the_loss_and_no_reported_bound(tmp_path):
+    """A run with weight 0 trains on the reconstruction alone, and its first loss says so."""
+    trainer(tmp_path, ConstantKLWeight(0.0)).fit(module(), data(min_steps=None))
+    first = next(r for r in rows(tmp_path) if r["train/loss"])
+    assert float(first["train/loss"]) == pytest.approx(-float(first["train/reconstruction_per_sequence"]), rel=1e-5)
+    assert float(first["train/elbo"]) == pytest.approx(
+        float(first["train/reconstruction"]) - float(first["train/kl"]), rel=1e-5
+    )
+    assert float(first["train/kl"]) > 0
+
+
+def test_two_annealers_are_refused(tmp_path):
+    with pytest.raises(UserError, match="LinearKLAnnealing and ConstantKLWeight"):
+        trainer(tmp_path, LinearKLAnnealing(10), ConstantKLWeight()).fit(module(), data())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LinearKLAnnealing(-1),
+        lambda: CosineKLAnnealing(5, start=-1),
+        lambda: SigmoidKLAnnealing(5, steepness=0),
+        lambda: CyclicalKLAnnealing(5, cycles=0),
+        lambda: CyclicalKLAnnealing(5, ramp=0),
+        lambda: ConstantKLWeight(-1),
+        lambda: Samples(count=0),
+        lambda: module(free_bits=-1.0),
+    ],
+)
+def test_absurd_options_are_refused(make):
+    with pytest.raises(UserError):
+        make()
+
+
+def test_gradient_norm_is_logged_before_clipping(tmp_path):
+    trainer(tmp_path, gradient_clip_val=1e-3).fit(module(), data())
+    assert min(column(tmp_path, "train/grad_norm")) > 1e-3
+
+
+def test_samples_are_drawn_and_training_is_untouched(tmp_path):
+    plain, shown = module(), None
+    trainer(tmp_path / "a").fit(plain, data())
+    shown = module()
+    trainer(tmp_path / "b", Samples(every_n_validations=2)).fit(shown, data())
+    assert [p.name for p in (tmp_path / "b" / "samples").iterdir()] == ["step_0000012.png"]
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), shown.state_dict().values(), strict=True))

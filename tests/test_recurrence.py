@@ -1,0 +1,209 @@
+"""The fast path equals the textbook loop, and padding changes nothing."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from vrnn_lightning import VRNN, Layers, SequenceBatch, UserError
+from vrnn_lightning.heads import Bernoulli, Gaussian
+from vrnn_lightning.recurrence import State, textbook
+
+SIZES = [([6, 4, 1], "ragged"), ([1], "one step, one sequence"), ([5], "one sequence"), ([1, 1, 1], "one step"), ([4, 0, 4], "empty")]
+
+
+def make_model(cell: str = "gru", latent: int = 4, depth: int = 2, emission=Gaussian, features: int = 3) -> VRNN:
+    torch.manual_seed(1)
+    layers = [Layers(width, depth) for width in (5, 6, 7, 8, 9)]
+    model = VRNN(features, latent, 10, cell, emission, *layers).double()
+    model.start_from(torch.rand(features).double() * 0.5 + 0.2, torch.rand(features).double() + 0.5)
+    return model
+
+
+def make_batch(lengths: list[int], features: int = 3, binary: bool = False) -> SequenceBatch:
+    torch.manual_seed(2)
+    x = torch.randn(len(lengths), max(lengths), features, dtype=torch.float64)
+    return SequenceBatch((x > 0).double() if binary else x, torch.tensor(lengths))
+
+
+def random_state(model: VRNN, size: int) -> State:
+    torch.manual_seed(3)
+    zero = model.initial_state(size)
+    return State(torch.randn_like(zero.h), None if zero.c is None else torch.randn_like(zero.c))
+
+
+def gradients(model: VRNN, *outputs: torch.Tensor) -> list[torch.Tensor]:
+    torch.manual_seed(4)
+    loss = sum((out * torch.randn_like(out)).sum() for out in outputs)
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, model.parameters(), strict=True)]
+
+
+@pytest.mark.parametrize("lengths", [s for s, _ in SIZES], ids=[n for _, n in SIZES])
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("latent", [4, 0])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_fast_path_equals_textbook(cell, latent, depth, lengths):
+    """Values, final states and every parameter's gradient agree to 1e-9 in float64."""
+    model, batch = make_model(cell, latent, depth), make_batch(lengths)
+    noise, state = model.draw_noise(batch), random_state(model, len(batch))
+    fast = model(batch, noise, state)
+    slow = textbook(model, batch.x, batch.lengths, noise, state)
+    pairs = [(fast.log_px, slow.log_px), (fast.kl, slow.kl), (fast.state.h, slow.state.h)]
+    if cell == "lstm":
+        pairs.append((fast.state.c, slow.state.c))
+    real = batch.mask[..., None]
+    pairs.append((fast.z * real, slow.z * real))
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    for a, b in zip(gradients(model, *[p[0] for p in pairs]), gradients(model, *[p[1] for p in pairs]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_fast_path_equals_textbook_in_float32_and_for_bernoulli():
+    model, batch = make_model(emission=Bernoulli).float(), make_batch([6, 2], binary=True)
+    batch.x = batch.x.float()
+    noise, state = model.draw_noise(batch), model.initial_state(2)
+    fast, slow = model(batch, noise), textbook(model, batch.x, batch.lengths, noise, state)
+    torch.testing.assert_close(fast.log_px, slow.log_px, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fast.kl, slow.kl, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rubbish", [1e6, float("nan"), float("inf")])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_padding_changes_nothing(cell, rubbish):
+    """Longer padding, whatever it holds, changes no term, no state and no gradient."""
+    model, batch = make_model(cell), make_batch([4, 2])
+    noise = model.draw_noise(batch)
+    padded = SequenceBatch(torch.full((2, 7, 3), rubbish, dtype=torch.float64), batch.lengths)
+    longer = torch.randn(2, 7, 4, dtype=torch.float64)
+    for row, length in enumerate(batch.lengths):
+        padded.x[row, :length] = batch.x[row, :length]
+        longer[row, :length] = noise[row, :length]
+    short, long = model(batch, noise), model(padded, longer)
+    torch.testing.assert_close(long.log_px[:, :4], short.log_px, rtol=0, atol=1e-12)
+    torch.testing.assert_close(long.kl[:, :4], short.kl, rtol=0, atol=1e-12)
+    assert (long.log_px[:, 4:] == 0).all()
+    assert (long.kl[:, 4:] == 0).all()
+    torch.testing.assert_close(long.state.h, short.state.h, rtol=0, atol=1e-12)
+    bound = [(t.log_px.sum() - t.kl.sum())[None] for t in (short, long)]
+    for a, b in zip(gradients(model, bound[0]), gradients(model, bound[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_order_of_the_batch_changes_nothing():
+    model, batch = make_model(), make_batch([6, 3, 5])
+    noise, order = model.draw_noise(batch), torch.tensor([2, 0, 1])
+    there = model(batch, noise)
+    back = model(SequenceBatch(batch.x[order], batch.lengths[order]), noise[order])
+    torch.testing.assert_close(back.log_px, there.log_px[order], rtol=0, atol=1e-12)
+    torch.testing.assert_close(back.state.h, there.state.h[order], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_carried_state_joins_the_halves_of_a_sequence(cell):
+    """The state after the first half is the state before the second."""
+    model, batch = make_model(cell), make_batch([8, 8])
+    noise = model.draw_noise(batch)
+    whole = model(batch, noise)
+    half = torch.full((2,), 4)
+    first = model(SequenceBatch(batch.x[:, :4], half), noise[:, :4])
+    second = model(SequenceBatch(batch.x[:, 4:], half), noise[:, 4:], first.state)
+    torch.testing.assert_close(torch.cat([first.log_px, second.log_px], 1), whole.log_px, rtol=0, atol=1e-12)
+    torch.testing.assert_close(second.state.h, whole.state.h, rtol=0, atol=1e-12)
+
+
+def test_missing_values_count_nothing():
+    """What stands at unobserved values reaches neither the likelihood nor the network; the rest still counts."""
+    model, batch = make_model(), make_batch([4, 3])
+    observed = torch.ones_like(batch.x, dtype=torch.bool)
+    observed[0, 2, 1] = False
+    noise = model.draw_noise(batch)
+    other = batch.x.clone()
+    other[0, 2, 1] = float("nan")
+    a = model(SequenceBatch(batch.x, batch.lengths, observed), noise)
+    b = model(SequenceBatch(other, batch.lengths, observed), noise)
+    torch.testing.assert_close(a.log_px, b.log_px, rtol=0, atol=0)
+    marginal = a.emission.base_dist.log_prob(batch.x)[0, 2, [0, 2]].sum()
+    torch.testing.assert_close(a.log_px[0, 2], marginal, rtol=0, atol=1e-12)
+    full = model(SequenceBatch(batch.x, batch.lengths, torch.ones_like(observed)), noise)
+    torch.testing.assert_close(full.log_px, model(batch, noise).log_px, rtol=0, atol=1e-12)
+
+
+def test_an_early_frame_does_not_see_later_ones():
+    model, batch = make_model(), make_batch([6])
+    noise = model.draw_noise(batch)
+    later = batch.x.clone()
+    later[:, 3:] += 1
+    a, b = model(batch, noise), model(SequenceBatch(later, batch.lengths), noise)
+    torch.testing.assert_close(a.log_px[:, :3], b.log_px[:, :3], rtol=0, atol=0)
+    assert (a.log_px[:, 3:] != b.log_px[:, 3:]).all()
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("latent", [4, 0])
+def test_generation_uses_the_equations_of_training(cell, latent):
+    """Fed with the frames and latents that were drawn, the textbook's equations give the means they were drawn from."""
+    model = make_model(cell, latent)
+    torch.manual_seed(5)
+    drawn = model.generate(6, 3)
+    state, x, z = model.initial_state(3), drawn.x, drawn.z
+    h, c = state
+    means = []
+    for t in range(6):
+        features = [model.phi_z(z[:, t]), h] if latent else [h]
+        means.append(model.decoder(torch.cat(features, -1)).mean)
+        inputs = torch.cat([model.phi_x(model.centre(x[:, t])), *features[:-1]], -1)
+        if cell == "gru":
+            h = model.cell(inputs, h)
+        else:
+            h, c = model.cell(inputs, (h, c))
+    torch.testing.assert_close(torch.stack(means, 1), drawn.mean, rtol=0, atol=1e-12)
+    torch.testing.assert_close(h, drawn.state.h, rtol=0, atol=1e-12)
+
+
+def test_generated_latents_come_from_the_prior():
+    """At the first step the prior is known: the draws' moments agree with it within 5 standard errors."""
+    model = make_model()
+    torch.manual_seed(6)
+    drawn = model.generate(1, 20000)
+    prior = model.prior(torch.zeros(1, model.hidden_size, dtype=torch.float64))
+    z = (drawn.z[:, 0] - prior.mean) / prior.stddev
+    assert (z.mean(0).abs() < 5 / 20000**0.5).all()
+    assert ((z.var(0) - 1).abs() < 5 * (2 / 20000) ** 0.5).all()
+
+
+def test_generation_goes_on_from_a_state():
+    model = make_model()
+    torch.manual_seed(7)
+    first = model.generate(3, 2)
+    second = model.generate(3, state=first.state)
+    torch.manual_seed(7)
+    whole = model.generate(6, 2)
+    torch.testing.assert_close(torch.cat([first.x, second.x], 1), whole.x, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"latent_size": -1}, "latent_size -1"),
+        ({"hidden_size": 0}, "hidden_size 0"),
+        ({"num_features": 0}, "num_features 0"),
+        ({"cell": "rnn"}, "cell 'rnn'"),
+        ({"emission": partial(Gaussian, min_std=0.0)}, "min_std"),
+    ],
+)
+def test_absurd_sizes_are_refused(options, word):
+    with pytest.raises(UserError, match=word):
+        VRNN(**{"num_features": 3, **options})
+
+
+def test_layers_need_a_width_and_a_depth():
+    with pytest.raises(UserError, match="width 0"):
+        Layers(0)
+    with pytest.raises(UserError, match="depth 0"):
+        Layers(4, 0)
+    with pytest.raises(UserError, match="steps 0"):
+        make_model().generate(0)
