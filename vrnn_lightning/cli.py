@@ -13,6 +13,7 @@ import pickle
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,7 @@ def mentions(words: list[str], key: str) -> list[Any]:
         if option == f"--{key}":
             found.append(value)
         elif option in ("-c", "--config"):
-            found += _in_yaml(value, words[0], key)
+            found += _in_yaml(value, _command(words), key)
     return [value for value in found if value is not None]
 
 
@@ -149,12 +150,16 @@ def _pairs(words: list[str]) -> Iterator[tuple[str, str]]:
             yield option, value if equals else following
 
 
+def _command(words: list[str]) -> str:
+    return next((word for word in words if word in LightningCLI.subcommands()), "")
+
+
 def _in_yaml(path: str, command: str, key: str) -> list[Any]:
     try:
         document = yaml.safe_load(Path(path).read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
-    found = [document, document.get(command) if isinstance(document, dict) else None]
+    found: list[Any] = [document, document.get(command) if isinstance(document, dict) else None]
     for part in key.split("."):
         found = [value[name] for value in found if isinstance(value, dict) for name in (part, f"{part}+") if name in value]
     return found
@@ -170,6 +175,7 @@ class Checkpoint:
     Args:
         path: The file.
         step: Optimiser steps behind it.
+        epoch: The epoch it was written in.
         model: The model's options.
         data: The datamodule's options, empty where it keeps none.
         data_class: Import path of the datamodule, or ``None``.
@@ -177,6 +183,7 @@ class Checkpoint:
 
     path: Path
     step: int
+    epoch: int
     model: dict[str, Any]
     data: dict[str, Any]
     data_class: str | None
@@ -190,17 +197,17 @@ class Checkpoint:
         """
         if not path.is_file():
             raise UserError(f"--ckpt_path {path}: no such file")
+        if not zipfile.is_zipfile(path):
+            raise UserError(f"--ckpt_path {path}: is damaged or no checkpoint")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"--ckpt_path {path}: cannot be read, damaged or no checkpoint ({reason[:150]})") from error
+        except (RuntimeError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            raise UserError(f"--ckpt_path {path}: is damaged, or holds more than weights and options") from error
         model = content.get("hyper_parameters") if isinstance(content, dict) else None
         if not isinstance(model, dict) or "num_features" not in model:
             raise UserError(f"--ckpt_path {path}: is no checkpoint that `lightning fit` of vrnn-lightning wrote")
         data = dict(content.get("datamodule_hyper_parameters") or {})
-        model = {key: value for key, value in model.items() if not key.startswith("_")}
-        return cls(path, content["global_step"], model, _options(data), data.get("_class_path"))
+        return cls(path, content["global_step"], content["epoch"], _options(model), _options(data), data.get("_class_path"))
 
     @property
     def folder(self) -> Path | None:
@@ -454,7 +461,8 @@ class CLI(LightningCLI):
     def _settle(self, run: RunLogger, trainer: Trainer) -> None:
         run.place(Path(trainer.default_root_dir), type(self.datamodule).__name__.lower())
         if self.checkpoint and self.checkpoint.folder:
-            run.resume(self.checkpoint.folder, self.checkpoint.step, training=self.subcommand == "fit")
+            training = self.subcommand == "fit"
+            run.resume(self.checkpoint.folder, self.checkpoint.step, self.checkpoint.epoch, training)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.run = run

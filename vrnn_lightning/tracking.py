@@ -86,7 +86,7 @@ class RunLogger(CSVLogger):
         self._open = {key for key, value in (("save_dir", save_dir), ("name", name)) if value is None}
         self.resumed = False
         self.first_step: int | None = None
-        self.step: int | None = None
+        self.place_in_time: tuple[int, int] | None = None
 
     def place(self, root: Path, name: str) -> None:
         """Fill in what the user left open.
@@ -100,12 +100,13 @@ class RunLogger(CSVLogger):
         if "name" in self._open:
             self._name = name
 
-    def resume(self, folder: Path, step: int, training: bool) -> None:
+    def resume(self, folder: Path, step: int, epoch: int, training: bool) -> None:
         """Go on in the folder of an earlier run.
 
         Args:
             folder: That folder, ``<save_dir>/<name>/<version>``.
             step: Optimiser steps that the checkpoint has behind it.
+            epoch: The epoch it was written in.
             training: Drop the rows of later steps, which will come again; else append rows of this one step.
         """
         folder = folder.resolve()
@@ -113,7 +114,7 @@ class RunLogger(CSVLogger):
         self._name, self._version = folder.parent.name, folder.name
         self.resumed = True
         self.first_step = step if training else None
-        self.step = None if training else max(0, step - 1)
+        self.place_in_time = None if training else (max(0, step - 1), epoch)
 
     def share(self, trainer: Trainer) -> None:
         """Take process zero's version in every process."""
@@ -140,8 +141,10 @@ class RunLogger(CSVLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Write a row; tests of a checkpoint stand at the checkpoint's step."""
-        super().log_metrics(metrics, step if self.step is None else self.step)
+        """Write a row; what a test says of a checkpoint stands at the checkpoint's step and epoch."""
+        if self.place_in_time is not None:
+            step, metrics["epoch"] = self.place_in_time
+        super().log_metrics(metrics, step)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -211,6 +214,8 @@ class ElboBar(RichProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the metrics under short names: ``train/elbo`` is elbo, ``val/elbo`` is val_elbo."""
         values = {name: value for name, value in trainer.progress_bar_metrics.items() if not name.endswith("_epoch")}
+        if "val/elbo" in trainer.callback_metrics:
+            values["val/elbo"] = trainer.callback_metrics["val/elbo"].item()
         return {n.removesuffix("_step").removeprefix("train/").replace("/", "_"): v for n, v in values.items()}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,0 +1,225 @@
+"""Bugs seen in published VRNN code: each, written into a copy of ours, must make an oracle fail.
+
+A trap names a function, a piece of its source and the bug to put there. Should the source change so that the piece is gone,
+the test says so: the trap then needs a new place.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import test_heads
+import test_module
+import test_recurrence
+import test_sines
+import torch
+
+from vrnn_lightning.data import Scaler
+from vrnn_lightning.recurrence import textbook
+
+
+@dataclass
+class Trap:
+    """A bug and the oracle that must notice it."""
+
+    target: str
+    right: str
+    wrong: str
+    oracle: Callable[[], None]
+
+
+def equals_textbook(cell: str = "gru") -> None:
+    test_recurrence.test_fast_path_equals_textbook(cell, 4, 2, [6, 4, 1])
+
+
+def carries_state() -> None:
+    test_recurrence.test_carried_state_joins_the_halves_of_a_sequence("gru")
+
+
+def generates_as_trained() -> None:
+    test_recurrence.test_generation_uses_the_equations_of_training("gru", 4)
+
+
+def ignores_padding() -> None:
+    test_recurrence.test_padding_changes_nothing("gru", 1e6)
+
+
+def noise_is_standard_normal() -> None:
+    """Draws have the four moments of a standard normal."""
+    model, batch = test_recurrence.make_model(), test_recurrence.make_batch([50] * 100)
+    torch.manual_seed(0)
+    noise = model.draw_noise(batch).flatten()
+    moments = torch.stack([noise, noise**2, noise**3, noise**4]).mean(1)
+    torch.testing.assert_close(moments, torch.tensor([0.0, 1.0, 0.0, 3.0]).double(), rtol=0, atol=0.2)
+
+
+def std_has_a_floor() -> None:
+    test_heads.test_gaussian_has_finite_gradients_at_extreme_parameters()
+
+
+def reports_totals(folder_of: pytest.TempPathFactory) -> None:
+    test_module.test_reported_figures_are_totals_over_totals(folder_of.mktemp("run"), 2)
+
+
+def beta_stays_out(folder_of: pytest.TempPathFactory) -> None:
+    test_module.test_the_weight_enters_the_loss_and_no_reported_bound(folder_of.mktemp("run"))
+
+
+def loss_is_per_sequence(folder_of: pytest.TempPathFactory) -> None:
+    test_module.test_training_loss_is_per_sequence_and_gradient_is_its_own(folder_of.mktemp("run"))
+
+
+def bits_count_the_scaler(folder_of: pytest.TempPathFactory) -> None:
+    test_module.test_bits_per_dim_count_the_scaler()
+
+
+def batch_of_one_keeps_its_shape() -> None:
+    test_recurrence.test_fast_path_equals_textbook("lstm", 4, 2, [5])
+
+
+def loader_scales_once() -> None:
+    """A batch, unscaled, is the data."""
+    data = test_sines.small(batch_size=3)
+    data._scaler = Scaler(torch.tensor(0.3), torch.tensor(2.0))
+    batch = next(iter(data.val_dataloader()))
+    first = data.split("val")[0].x
+    torch.testing.assert_close(data.scaler.unscale(batch.x)[0, : len(first)], first)
+
+
+FORWARD, UNROLL, FREE = "vrnn:VRNN.forward", "recurrence:unroll", "recurrence:free_run"
+KL = "kl_divergence(posterior.base_dist, prior.base_dist)"
+CLOSED = (
+    "((prior.stddev / posterior.stddev).log() + (posterior.stddev**2 + (posterior.mean - prior.mean) ** 2)"
+    " / (2 * prior.stddev**2))"
+)
+
+TRAPS = {
+    "KL of prior from posterior": Trap(FORWARD, KL, "kl_divergence(prior.base_dist, posterior.base_dist)", equals_textbook),
+    "KL averaged over dimensions": Trap(FORWARD, KL, f"{KL} / self.latent_size", equals_textbook),
+    "KL half a nat too high": Trap(FORWARD, KL, CLOSED, equals_textbook),
+    "networks read h_t": Trap(UNROLL, "before = torch.stack(hidden, 1)", "before = torch.stack([*hidden[1:], h], 1)", equals_textbook),
+    "cell reads x_{t-1}": Trap(
+        UNROLL, "gates = F.linear(phi_x,", "gates = F.linear(torch.cat([phi_x[:1] * 0, phi_x[:-1]]),", equals_textbook
+    ),
+    "posterior reads x_{t-1}": Trap(
+        UNROLL, "from_x = F.linear(phi_x,", "from_x = F.linear(torch.cat([phi_x[:1] * 0, phi_x[:-1]]),", equals_textbook
+    ),
+    "encoder cut from the gradient": Trap(UNROLL, "z = mean + std * noises[t]", "z = (mean + std * noises[t]).detach()", equals_textbook),
+    "variance for deviation": Trap(UNROLL, "z = mean + std * noises[t]", "z = mean + std**2 * noises[t]", equals_textbook),
+    "uniform noise": Trap("vrnn:VRNN.draw_noise", "torch.randn(", "torch.rand(", noise_is_standard_normal),
+    "h_{T-1} returned as the state": Trap(
+        "recurrence:_at", "lengths.clamp(max=steps - 1)]", "(lengths - 1).clamp(min=0)]\n    return picked", carries_state
+    ),
+    "state ignored": Trap(FORWARD, "if state is None else state", "", carries_state),
+    "padding enters the likelihood": Trap(FORWARD, "log_px = torch.where(mask, log_px, 0.0)", "pass", ignores_padding),
+    "padding enters the KL": Trap(FORWARD, "torch.where(mask[..., None], ", "torch.where(mask[..., None] | True, ", ignores_padding),
+    "padding enters the network": Trap(
+        FORWARD, "inputs = self.centre(batch.x).masked_fill(~counted, 0.0)", "inputs = self.centre(batch.x)",
+        lambda: test_recurrence.test_padding_changes_nothing("gru", float("nan")),
+    ),
+    "generates from h_t": Trap(
+        FREE, "emission: Distribution = model.decoder(torch.cat(features, -1))",
+        "emission = model.decoder(torch.cat([*features[:-1], model.cell(torch.cat([h.new_zeros(len(h), 5), *reads], -1), h)], -1))",
+        generates_as_trained,
+    ),
+    "generates from the posterior of its last frame": Trap(
+        FREE, "z = model.prior(h).sample()", "z = model.encoder(torch.cat([h.new_zeros(len(h), 5), h], -1)).sample()",
+        test_recurrence.test_generated_latents_come_from_the_prior,
+    ),
+    "centring forgotten in sampling": Trap(FREE, "model.phi_x(model.centre(x))", "model.phi_x(x)", generates_as_trained),
+    "loss on data, network on centred data": Trap(
+        FORWARD, "x = batch.x.masked_fill(~counted, 0.0)", "x = inputs", equals_textbook
+    ),
+    "no floor under the std": Trap("heads:Gaussian.moments", " + self.min_std", "", std_has_a_floor),
+    "batch of one squeezed": Trap(
+        "recurrence:_infer", "return head.moments(head.linear(features))",
+        "return tuple(m.squeeze() for m in head.moments(head.linear(features)))", batch_of_one_keeps_its_shape,
+    ),
+    "LSTM networks read the cell": Trap("recurrence:_lstm", "return output.sigmoid() * c.tanh(), c", "return c, output.sigmoid() * c.tanh()", lambda: equals_textbook("lstm")),
+    "mean of per-batch means": Trap(
+        "metrics:Bound.update", "self.kl += kl.detach().double().sum()", "self.kl += kl.double().sum() / lengths.sum() * self.steps",
+        reports_totals,
+    ),
+    "validation weighted by beta": Trap(
+        "module:VRNNLightningModule._evaluate", "trace.log_px, trace.kl,", "trace.log_px, 0.5 * trace.kl,", reports_totals
+    ),
+    "beta in the reported bound": Trap(
+        "module:VRNNLightningModule.training_step", '("elbo", reconstruction - kl)', '("elbo", reconstruction - self.beta * kl)',
+        beta_stays_out,
+    ),
+    "divided by the batch twice": Trap(
+        "module:VRNNLightningModule.training_step", "return loss", "return loss / len(batch)", loss_is_per_sequence
+    ),
+    "bits forget the scaler": Trap(
+        "metrics:Bound.compute", "(self.log_scale - elbo)", "(-elbo)", bits_count_the_scaler
+    ),
+    "last batch dropped": Trap(
+        "data:BatchSampler._global_batches", "return [chunk.tolist() for chunk in torch.arange(len(self.lengths)).split(size)]",
+        "return [chunk.tolist() for chunk in torch.arange(len(self.lengths)).split(size)][:-1]", test_sines.test_contract,
+    ),
+    "data scaled twice": Trap(
+        "data:_Scaled._read", "self.scaler.scale(s.x.float())", "self.scaler.scale(self.scaler.scale(s.x.float()))",
+        loader_scales_once,
+    ),
+    "reference left alone": Trap("recurrence:textbook", "[phi_x, phi_z], [phi_z, h]", "[phi_x, phi_z], [phi_z, 1.1 * h]", equals_textbook),
+}  # fmt: skip
+
+
+def put_in(trap: Trap, monkeypatch: pytest.MonkeyPatch, folder) -> None:
+    """Load a copy of the module with the bug in it, and give the original function the copy's code."""
+    module_name, path = trap.target.split(":")
+    original = importlib.import_module(f"vrnn_lightning.{module_name}")
+    right = original
+    for name in path.split("."):
+        right = getattr(right, name)
+    right = inspect.unwrap(right)
+    lines, first = inspect.getsourcelines(right)
+    body = "".join(lines)
+    assert trap.right in body, "the trap needs a new place"
+    module_lines = inspect.getsource(original).splitlines(keepends=True)
+    module_lines[first - 1 : first - 1 + len(lines)] = [body.replace(trap.right, trap.wrong, 1)]
+    copy = folder / f"trapped_{module_name}.py"
+    copy.write_text("".join(module_lines))
+    spec = importlib.util.spec_from_file_location(copy.stem, copy)
+    trapped = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, copy.stem, trapped)
+    spec.loader.exec_module(trapped)
+    wrong = trapped
+    for name in path.split("."):
+        wrong = getattr(wrong, name)
+    monkeypatch.setattr(right, "__code__", inspect.unwrap(wrong).__code__)  # wherever it was imported to
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_every_trap_is_noticed(name, monkeypatch, tmp_path, tmp_path_factory):
+    trap = TRAPS[name]
+    takes_folder = trap.oracle.__code__.co_argcount and "folder_of" in trap.oracle.__code__.co_varnames
+    run = (lambda: trap.oracle(tmp_path_factory)) if takes_folder else trap.oracle
+    run()  # the oracle is content with the code as it is
+    put_in(trap, monkeypatch, tmp_path)
+    with pytest.raises((AssertionError, RuntimeError)) as noticed:
+        run()
+    assert "trap needs a new place" not in str(noticed.value)
+
+
+def test_the_reference_is_a_reference():
+    """The textbook loop itself is held against the definition, written without any of its code, at one step."""
+    model, batch = test_recurrence.make_model(), test_recurrence.make_batch([1, 1])
+    noise = model.draw_noise(batch)
+    h = torch.zeros(2, 10, dtype=torch.float64)
+    found = textbook(model, batch.x, batch.lengths, noise, model.initial_state(2))
+    phi_x = model.phi_x((batch.x[:, 0] - model.input_mean) / model.input_std)
+    q, p = model.encoder(torch.cat([phi_x, h], 1)), model.prior(h)
+    z = q.mean + q.stddev * noise[:, 0]
+    kl = (p.stddev / q.stddev).log() + (q.variance + (q.mean - p.mean) ** 2) / (2 * p.variance) - 0.5
+    emission = model.decoder(torch.cat([model.phi_z(z), h], 1))
+    x = batch.x[:, 0]
+    log_px = (-0.5 * ((x - emission.mean) / emission.stddev) ** 2 - emission.stddev.log() - 0.5 * torch.log(torch.tensor(2 * torch.pi))).sum(1)
+    torch.testing.assert_close(found.kl[:, 0], kl)
+    torch.testing.assert_close(found.log_px[:, 0], log_px, rtol=1e-6, atol=1e-6)
