@@ -141,4 +141,5 @@ class Sines(SequenceDataModule):
         constant = channels * math.log(2 * math.pi) + torch.logdet(self.noise_covariance).item()
         quadratic = (x * whitened).sum((1, 2))[:, None] - explained
         given_frequency = -0.5 * (batch.lengths[:, None].to(x) * constant + log_det + quadratic)
-        return given_frequency.logsumexp(1) - math.log(len(self.omegas))
+        density: Tensor = given_frequency.logsumexp(1) - math.log(len(self.omegas))
+        return density

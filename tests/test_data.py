@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -147,11 +148,14 @@ class TestSequenceLoader:
         assert loader.state_dict() == {"batches_read": 0}
 
     @pytest.mark.parametrize("workers", [0, 1])
-    def test_a_user_s_mistake_is_one_line_from_any_process(self, workers):
+    def test_a_user_s_mistake_is_one_line_from_any_process(self, workers, monkeypatch):
+        monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)  # else a failed worker ends in 5 s
         sequences = [Sequence(torch.tensor([[0.0, math.nan]]), name="bad.wav")]
         with pytest.raises(UserError) as raised:
             list(self.loader(sequences, num_workers=workers))
         assert str(raised.value) == "bad.wav: holds NaN or infinite values; remove it or mend it"
+        del raised
+        gc.collect()  # ends the worker
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     def test_what_was_not_observed_may_be_anything(self, value):

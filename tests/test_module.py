@@ -26,6 +26,11 @@ from vrnn_lightning.callbacks import (
 from vrnn_lightning.heads import Bernoulli, Gaussian
 from vrnn_lightning.metrics import ActiveUnits, Bound
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # a resume into another folder, to compare the two
+    pytest.mark.filterwarnings("ignore:Experiment logs directory"),  # two runs, of which only the gradients count
+]
+
 
 def data(**options):
     sizes = {"train_size": 21, "val_size": 9, "test_size": 9, "steps": 8, "min_steps": 1, "batch_size": 4}
@@ -50,7 +55,7 @@ def trainer(folder, *callbacks, **options):
 
 
 def rows(folder):
-    with open(folder / "metrics.csv") as file:
+    with (folder / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
 
 
@@ -98,7 +103,13 @@ def test_the_untrained_bound_lies_below_the_exact_likelihood(tmp_path):
 def test_bits_per_dim_count_the_scaler():
     """A bound in scaled units minus the log of the scaler's std, per value and in bits."""
     bound = Bound()
-    bound.update(torch.full((1, 4), -3.0), torch.ones(1, 4, 2), torch.tensor([4]), torch.tensor(12), torch.tensor(12 * math.log(0.5)))
+    bound.update(
+        torch.full((1, 4), -3.0),
+        torch.ones(1, 4, 2),
+        torch.tensor([4]),
+        torch.tensor(12),
+        torch.tensor(12 * math.log(0.5)),
+    )
     figures = bound.compute()
     assert figures["bits_per_dim"].item() == pytest.approx((20 + 12 * math.log(0.5)) / (12 * math.log(2)))
     assert figures["elbo"].item() == -5.0
@@ -176,7 +187,11 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path):
 def test_precisions_run_and_bounds_stay_wide(tmp_path, precision):
     model = module()
     trainer(tmp_path, precision=precision, max_epochs=1).fit(model, data())
-    trace = model(next(iter(data().val_dataloader())) if precision != "64-true" else SequenceBatch(torch.zeros(1, 2, 3).double(), torch.tensor([2])))
+    trace = model(
+        next(iter(data().val_dataloader()))
+        if precision != "64-true"
+        else SequenceBatch(torch.zeros(1, 2, 3).double(), torch.tensor([2]))
+    )
     assert trace.log_px.dtype == (torch.float64 if precision == "64-true" else torch.float32)
     assert all(math.isfinite(v) for v in column(tmp_path, "val/elbo"))
 
@@ -194,10 +209,12 @@ def test_hyperparameters_load_without_running_code(tmp_path):
     t.save_checkpoint(tmp_path / "a.ckpt")
     assert torch.load(tmp_path / "a.ckpt", weights_only=True)["noise_seed"] == model.noise_seed
     loaded = VRNNLightningModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
-    assert loaded.vrnn.decoder[-1].min_std == 0.01
-    assert loaded.vrnn.prior[0][2].out_features == 5
+    assert loaded.vrnn.decoder.head.min_std == 0.01
+    assert loaded.vrnn.prior.body[2].out_features == 5
     assert loaded.optimizer([torch.nn.Parameter(torch.ones(1))]).param_groups[0]["lr"] == 0.5
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
 
 
 def test_a_factory_that_no_checkpoint_can_hold_is_refused():
@@ -226,7 +243,7 @@ def test_statistics_come_from_the_training_split_once(tmp_path):
     x = torch.cat([s.x for s in source.split("train")])
     torch.testing.assert_close(model.vrnn.input_mean, x.mean(0))
     torch.testing.assert_close(model.vrnn.input_std, x.std(0, unbiased=False))
-    torch.testing.assert_close(model.vrnn.decoder[-1].linear.bias.sigmoid(), x.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.vrnn.decoder.head.linear.bias.sigmoid(), x.mean(0), rtol=1e-4, atol=1e-4)
     assert "val/gap" not in t.callback_metrics
     t.save_checkpoint(tmp_path / "a.ckpt")
     later = module(emission=Bernoulli)

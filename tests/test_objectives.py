@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -58,7 +60,7 @@ def test_schedules_meet_their_end_points(schedule):
 @pytest.mark.parametrize("schedule", [schedules.linear, schedules.cosine, schedules.sigmoid])
 def test_schedules_rise(schedule):
     values = [schedule(step, 100) for step in range(101)]
-    assert all(a < b for a, b in zip(values, values[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(values))
     assert values[50] == pytest.approx(0.5)
 
 

@@ -11,7 +11,13 @@ from vrnn_lightning import VRNN, Layers, SequenceBatch, UserError
 from vrnn_lightning.heads import Bernoulli, Gaussian
 from vrnn_lightning.recurrence import State, textbook
 
-SIZES = [([6, 4, 1], "ragged"), ([1], "one step, one sequence"), ([5], "one sequence"), ([1, 1, 1], "one step"), ([4, 0, 4], "empty")]
+SIZES = [
+    ([6, 4, 1], "ragged"),
+    ([1], "one step, one sequence"),
+    ([5], "one sequence"),
+    ([1, 1, 1], "one step"),
+    ([4, 0, 4], "empty"),
+]
 
 
 def make_model(cell: str = "gru", latent: int = 4, depth: int = 2, emission=Gaussian, features: int = 3) -> VRNN:

@@ -15,7 +15,9 @@ from vrnn_lightning.batch import pad
 
 
 def small(**options):
-    return Sines(**{"train_size": 21, "val_size": 9, "test_size": 7, "steps": 9, "min_steps": 1, "batch_size": 4, **options})
+    return Sines(
+        **{"train_size": 21, "val_size": 9, "test_size": 7, "steps": 9, "min_steps": 1, "batch_size": 4, **options}
+    )
 
 
 def test_contract():
@@ -76,9 +78,19 @@ def test_splits_differ_and_a_seed_fixes_them():
 
 @pytest.mark.parametrize(
     "option",
-    [{"channels": 2}, {"steps": 0}, {"min_steps": 10}, {"correlation": 1.0}, {"noise": 0.0}, {"amplitude": float("nan")},
-     {"val_size": 0}, {"batch_size": 0}, {"num_workers": -1}, {"frequencies": 0}],
-)  # fmt: skip
+    [
+        {"channels": 2},
+        {"steps": 0},
+        {"min_steps": 10},
+        {"correlation": 1.0},
+        {"noise": 0.0},
+        {"amplitude": float("nan")},
+        {"val_size": 0},
+        {"batch_size": 0},
+        {"num_workers": -1},
+        {"frequencies": 0},
+    ],
+)
 def test_absurd_options_are_named(option):
     with pytest.raises(UserError, match=next(iter(option))):
         small(**option)

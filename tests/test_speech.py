@@ -62,7 +62,7 @@ def every_file(datamodule: Speech) -> list[str]:
 
 def only(root: Path, **options):
     """Return the one sequence of a folder with one file."""
-    (sequence,) = [s for s in speech(root, **{"test": 0, "val": 0} | options).split("train")]
+    (sequence,) = list(speech(root, **{"test": 0, "val": 0} | options).split("train"))
     return sequence
 
 

@@ -138,8 +138,8 @@ TRAPS = {
     ),
     "no floor under the std": Trap("heads:Gaussian.moments", " + self.min_std", "", std_has_a_floor),
     "batch of one squeezed": Trap(
-        "recurrence:_infer", "return head.moments(head.linear(features))",
-        "return tuple(m.squeeze() for m in head.moments(head.linear(features)))", batch_of_one_keeps_its_shape,
+        "recurrence:_infer", "return encoder.head.moments(encoder.head.linear(features))",
+        "return tuple(m.squeeze() for m in encoder.head.moments(encoder.head.linear(features)))", batch_of_one_keeps_its_shape,
     ),
     "LSTM networks read the cell": Trap("recurrence:_lstm", "return output.sigmoid() * c.tanh(), c", "return c, output.sigmoid() * c.tanh()", lambda: equals_textbook("lstm")),
     "mean of per-batch means": Trap(
@@ -220,6 +220,10 @@ def test_the_reference_is_a_reference():
     kl = (p.stddev / q.stddev).log() + (q.variance + (q.mean - p.mean) ** 2) / (2 * p.variance) - 0.5
     emission = model.decoder(torch.cat([model.phi_z(z), h], 1))
     x = batch.x[:, 0]
-    log_px = (-0.5 * ((x - emission.mean) / emission.stddev) ** 2 - emission.stddev.log() - 0.5 * torch.log(torch.tensor(2 * torch.pi))).sum(1)
+    log_px = (
+        -0.5 * ((x - emission.mean) / emission.stddev) ** 2
+        - emission.stddev.log()
+        - 0.5 * torch.log(torch.tensor(2 * torch.pi))
+    ).sum(1)
     torch.testing.assert_close(found.kl[:, 0], kl)
     torch.testing.assert_close(found.log_px[:, 0], log_px, rtol=1e-6, atol=1e-6)

@@ -161,7 +161,9 @@ def _in_yaml(path: str, command: str, key: str) -> list[Any]:
         raise UserError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
     found: list[Any] = [document, document.get(command) if isinstance(document, dict) else None]
     for part in key.split("."):
-        found = [value[name] for value in found if isinstance(value, dict) for name in (part, f"{part}+") if name in value]
+        found = [
+            value[name] for value in found if isinstance(value, dict) for name in (part, f"{part}+") if name in value
+        ]
     return found
 
 
@@ -207,7 +209,9 @@ class Checkpoint:
         if not isinstance(model, dict) or "num_features" not in model:
             raise UserError(f"--ckpt_path {path}: is no checkpoint that `lightning fit` of vrnn-lightning wrote")
         data = dict(content.get("datamodule_hyper_parameters") or {})
-        return cls(path, content["global_step"], content["epoch"], _options(model), _options(data), data.get("_class_path"))
+        return cls(
+            path, content["global_step"], content["epoch"], _options(model), _options(data), data.get("_class_path")
+        )
 
     @property
     def folder(self) -> Path | None:
@@ -286,7 +290,9 @@ def find_checkpoint(words: list[str], data: str | None) -> Path | None:
 
 def _run_name(words: list[str]) -> str | None:
     loggers = [entry for value in mentions(words, "trainer.logger") if isinstance(value, list) for entry in value]
-    options = [e.get("init_args") or {} for e in loggers if isinstance(e, dict) and "RunLogger" in e.get("class_path", "")]
+    options = [
+        e.get("init_args") or {} for e in loggers if isinstance(e, dict) and "RunLogger" in e.get("class_path", "")
+    ]
     return next((o["name"] for o in reversed(options) if o.get("name")), None)
 
 
@@ -334,12 +340,20 @@ class Parser(LightningArgumentParser):
         cls = class_path.rpartition(".")[2]
         module = sys.modules[class_path.rpartition(".")[0]]
         bases = inspect.getmro(getattr(module, cls))
-        accepted = {p for base in bases if "__init__" in vars(base) for p in inspect.signature(base.__init__).parameters}
+        accepted = {
+            p for base in bases if "__init__" in vars(base) for p in inspect.signature(base.__init__).parameters
+        }
         return f"{option}: {cls} has no such option.{discovery.suggestion(option, accepted)}"
 
     @staticmethod
     def _unknown_class(key: str, name: str) -> str:
-        bases = {"emission": Head, "callbacks": Callback, "logger": Logger, "optimizer": Optimizer, "lr_scheduler": LRScheduler}
+        bases = {
+            "emission": Head,
+            "callbacks": Callback,
+            "logger": Logger,
+            "optimizer": Optimizer,
+            "lr_scheduler": LRScheduler,
+        }
         base = next((base for word, base in bases.items() if word in key.rstrip("+").split(".")), None)
         names = {cls.__name__ for cls in _subclasses(base)} if base else set()
         return f"--{key} {name}: no such class.{discovery.suggestion(name, names)}"
@@ -366,7 +380,11 @@ class CLI(LightningCLI):
 
     def __init__(self, words: list[str]) -> None:
         self.words = with_configs(words)
-        names = [_class_name(value) for key in ("data", "data.class_path", "data.help") for value in mentions(self.words, key)]
+        names = [
+            _class_name(value)
+            for key in ("data", "data.class_path", "data.help")
+            for value in mentions(self.words, key)
+        ]
         classes = [discovery.load(name) for name in names if name]
         self.checkpoint = self._read_checkpoint(classes)
         epilog = f"Datamodules: {', '.join(discovery.known()) or 'none'}. `--data.help NAME` shows one's options."
@@ -427,7 +445,9 @@ class CLI(LightningCLI):
             return
         command = self.config["subcommand"]
         self.config[command]["ckpt_path"] = str(self.checkpoint.path)
-        dumped = yaml.safe_load(parser.dump(self.config, skip_link_targets=False, skip_none=False, skip_validation=True))
+        dumped = yaml.safe_load(
+            parser.dump(self.config, skip_link_targets=False, skip_none=False, skip_validation=True)
+        )
         module, _, name = dumped[command]["data"]["class_path"].rpartition(".")
         run_options = getattr(getattr(sys.modules[module], name), "run_options", RUN_OPTIONS)
         self.checkpoint.check(dumped[command], command == "fit", run_options)
@@ -452,6 +472,8 @@ class CLI(LightningCLI):
         callbacks = list(options.get("callbacks") or [])
         if options.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(ElboBar())
+        if options.get("enable_checkpointing") is False:
+            self._parser(self.subcommand).callback_keys.remove("checkpoint")  # the trainer refuses it then
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         run = run_logger(trainer)
         if run is not None:

@@ -142,7 +142,7 @@ class SequenceLoader(DataLoader[SequenceBatch]):
         scaler: Scaler,
         num_features: int,
         sampler: BatchSampler,
-        **options: Any,  # noqa: ANN401  # handed on to DataLoader
+        **options: Any,  # handed on to DataLoader
     ) -> None:
         super().__init__(
             _Scaled(sequences, scaler, num_features),

@@ -161,5 +161,7 @@ def _datamodule(module: ModuleType, attribute: str, asked: str) -> type[Lightnin
     if cls is None:
         raise UserError(f"--data {asked}: {module.__name__} has no {attribute}.{suggestion(attribute, vars(module))}")
     if not (isinstance(cls, type) and issubclass(cls, LightningDataModule)):
-        raise UserError(f"--data {asked}: is no LightningDataModule; derive it from lightning.pytorch.LightningDataModule")
+        raise UserError(
+            f"--data {asked}: is no LightningDataModule; derive it from lightning.pytorch.LightningDataModule"
+        )
     return cls

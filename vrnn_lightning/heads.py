@@ -6,16 +6,19 @@ To add an emission, write one subclass of :class:`Head`; its keyword arguments b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
 from torch.distributions import Bernoulli as BernoulliDistribution
+from torch.distributions import Distribution, Independent, Normal
 from torch.nn import functional as F
 
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.nn import MLP, Layers
 
-__all__ = ["Bernoulli", "Factorised", "Gaussian", "Head", "log_prob"]
+__all__ = ["Bernoulli", "Factorised", "Gaussian", "Head", "Network", "log_prob"]
 
 
 class Factorised(Independent):
@@ -52,7 +55,7 @@ def log_prob(distribution: Distribution, value: Tensor, observed: Tensor | None 
         return distribution.log_prob(value)
     if not hasattr(distribution, "marginal_log_prob"):
         raise UserError(f"{type(distribution).__name__} can't leave out missing values; choose another emission")
-    return distribution.marginal_log_prob(value, observed)
+    return cast(Tensor, distribution.marginal_log_prob(value, observed))
 
 
 class Head(nn.Module, ABC):
@@ -139,3 +142,26 @@ class Bernoulli(Head):
     def start_from(self, mean: Tensor) -> None:
         """Set the bias to the logit of the training mean, shape (num_features,)."""
         self.linear.bias.copy_(torch.logit(mean.clamp(1e-3, 1 - 1e-3)))
+
+
+HeadT = TypeVar("HeadT", bound=Head)
+
+
+class Network(nn.Module, Generic[HeadT]):
+    """A multilayer perceptron and the head that reads it: features (..., in_features) to a Distribution.
+
+    Args:
+        in_features: Width of the input.
+        layers: Size of the perceptron.
+        head: Called with (in_features, num_features), returns the head.
+        num_features: Width of the frame.
+    """
+
+    def __init__(self, in_features: int, layers: Layers, head: Callable[[int, int], HeadT], num_features: int) -> None:
+        super().__init__()
+        self.body = MLP(in_features, layers)
+        self.head = head(self.body.out_features, num_features)
+
+    def forward(self, features: Tensor) -> Distribution:
+        """Return the distribution with batch shape (...) and event shape (num_features,)."""
+        return cast(Distribution, self.head(self.body(features)))

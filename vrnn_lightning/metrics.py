@@ -27,17 +27,30 @@ class Bound(Metric):
     """
 
     full_state_update = False
-    totals = ("reconstruction", "kl", "steps", "sequences", "values", "log_scale", "exact")
+    reconstruction: Tensor
+    kl: Tensor
+    steps: Tensor
+    sequences: Tensor
+    values: Tensor
+    log_scale: Tensor
+    exact: Tensor
+    knows_exact: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        for name in self.totals:
+        for name in ("reconstruction", "kl", "steps", "sequences", "values", "log_scale", "exact"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("knows_exact", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
         self.set_dtype(torch.float64)
 
     def update(
-        self, log_px: Tensor, kl: Tensor, lengths: Tensor, values: Tensor, log_scale: Tensor, exact: Tensor | None = None
+        self,
+        log_px: Tensor,
+        kl: Tensor,
+        lengths: Tensor,
+        values: Tensor,
+        log_scale: Tensor,
+        exact: Tensor | None = None,
     ) -> None:
         """Add a batch.
 
@@ -89,6 +102,9 @@ class ActiveUnits(Metric):
     """
 
     full_state_update = False
+    count: Tensor
+    sums: Tensor
+    squares: Tensor
 
     def __init__(self, latent_size: int, threshold: float = 0.01) -> None:
         super().__init__()

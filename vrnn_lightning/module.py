@@ -56,6 +56,9 @@ class VRNNLightningModule(LightningModule):
     torch.Size([4, 5, 3])
     """
 
+    scale_mean: Tensor
+    scale_std: Tensor
+
     def __init__(
         self,
         num_features: int,
@@ -78,9 +81,7 @@ class VRNNLightningModule(LightningModule):
             raise UserError(f"free_bits {free_bits}: must not be negative")
         self.save_hyperparameters(logger=False)
         _make_storable(self.hparams)
-        self.vrnn = VRNN(
-            num_features, latent_size, hidden_size, cell, emission, phi_x, phi_z, prior, encoder, decoder
-        )
+        self.vrnn = VRNN(num_features, latent_size, hidden_size, cell, emission, phi_x, phi_z, prior, encoder, decoder)
         self.free_bits = free_bits
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -90,13 +91,13 @@ class VRNNLightningModule(LightningModule):
         self.noise_seed = torch.initial_seed()
         self.register_buffer("scale_mean", torch.zeros(num_features))
         self.register_buffer("scale_std", torch.ones(num_features))
-        self.bounds = torch.nn.ModuleDict({f"{stage}_": Bound() for stage in ("val", "test")})
-        self.active = torch.nn.ModuleDict({f"{stage}_": ActiveUnits(latent_size) for stage in ("val", "test")})
+        self.bound = Bound()
+        self.active = ActiveUnits(latent_size)
 
     @property
     def scaler(self) -> Scaler:
         """The affine map between data units and the model's, as it was when training began."""
-        return Scaler(cast(Tensor, self.scale_mean), cast(Tensor, self.scale_std))
+        return Scaler(self.scale_mean, self.scale_std)
 
     def setup(self, stage: str) -> None:
         """Take scaler and input statistics from the training data, once: a checkpoint's are kept."""
@@ -110,14 +111,14 @@ class VRNNLightningModule(LightningModule):
         if stage != "fit" or self.trainer.ckpt_path is not None or data is None:
             return
         if hasattr(data, "scaler"):
-            cast(Tensor, self.scale_mean).copy_(data.scaler.mean)
-            cast(Tensor, self.scale_std).copy_(data.scaler.std)
+            self.scale_mean.copy_(data.scaler.mean)
+            self.scale_std.copy_(data.scaler.std)
         if hasattr(data, "input_statistics"):
             self.vrnn.start_from(*data.input_statistics())
 
     def forward(self, batch: SequenceBatch) -> Trace:
         """Infer the latents of a batch and score it, with fresh noise."""
-        return self.vrnn(batch)
+        return cast(Trace, self.vrnn(batch))
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """Return minus the objective summed over the global batch, divided by its number of sequences."""
@@ -128,7 +129,7 @@ class VRNNLightningModule(LightningModule):
         total, reconstruction, kl, all_steps, all_sequences = self._total(
             torch.stack([p.detach().double() for p in parts])
         )
-        loss = -objective * self.trainer.world_size / all_sequences.to(objective)
+        loss: Tensor = -objective * self.trainer.world_size / all_sequences.to(objective)
         self._stop_unless_finite(total, "the loss", batch)
         self.log("train/loss", -total / all_sequences)
         self.log("train/beta", self.beta, prog_bar=True)
@@ -182,12 +183,12 @@ class VRNNLightningModule(LightningModule):
     def _evaluate(self, batch: SequenceBatch, batch_idx: int, stage: str) -> None:
         trace = self.vrnn(batch, self._noise(batch, stage, 0, batch_idx))
         counted = batch.counted
-        log_scale = (counted * cast(Tensor, self.scale_std).log()).sum()
-        known = getattr(self.trainer.datamodule, "exact_log_likelihood", None)
+        log_scale = (counted * self.scale_std.log()).sum()
+        known = getattr(getattr(self.trainer, "datamodule", None), "exact_log_likelihood", None)
         exact = known(batch) if known is not None else None
-        self.bounds[f"{stage}_"].update(trace.log_px, trace.kl, batch.lengths, counted.sum(), log_scale, exact)
+        self.bound.update(trace.log_px, trace.kl, batch.lengths, counted.sum(), log_scale, exact)
         if trace.posterior is not None:
-            self.active[f"{stage}_"].update(trace.posterior.mean, batch.mask)
+            self.active.update(trace.posterior.mean, batch.mask)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation figures."""
@@ -198,19 +199,20 @@ class VRNNLightningModule(LightningModule):
         self._report("test")
 
     def _report(self, stage: str) -> None:
-        bound, active = self.bounds[f"{stage}_"], self.active[f"{stage}_"]
-        figures = {f"{stage}/{name}": value.float() for name, value in bound.compute().items()}
+        figures = {f"{stage}/{name}": value.float() for name, value in self.bound.compute().items()}
         if self.vrnn.latent_size:
-            figures[f"{stage}/active_units"] = active.compute().float()
-        bound.reset()
-        active.reset()
+            figures[f"{stage}/active_units"] = self.active.compute().float()
+        self.bound.reset()
+        self.active.reset()
         self.log_dict(figures, sync_dist=True)  # the totals are reduced already; this only tells Lightning so
         if not math.isfinite(figures[f"{stage}/elbo"]) and not self.trainer.sanity_checking:
-            raise UserError(f"{stage}/elbo is {figures[f'{stage}/elbo'].item()}: the data or the model holds such values")
+            raise UserError(
+                f"{stage}/elbo is {figures[f'{stage}/elbo'].item()}: the data or the model holds such values"
+            )
 
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> Trace:
         """Return the trace of a batch."""
-        return self.vrnn(batch, self._noise(batch, "predict", 0, batch_idx))
+        return cast(Trace, self.vrnn(batch, self._noise(batch, "predict", 0, batch_idx)))
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser, and the schedule of its learning rate where there is one."""

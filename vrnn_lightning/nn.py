@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -42,7 +43,7 @@ class MLP(nn.Sequential):
     def __init__(self, in_features: int, layers: Layers) -> None:
         widths = [in_features] + [layers.width] * layers.depth
         steps: list[nn.Module] = []
-        for i, o in zip(widths, widths[1:], strict=False):
+        for i, o in pairwise(widths):
             steps += [nn.Linear(i, o), nn.ReLU()]
         super().__init__(*steps)
         self.out_features = layers.width

@@ -1,7 +1,8 @@
 """The time loop: the only room that steps.
 
 :func:`unroll` is what training runs: it holds only what depends on z_t. :func:`textbook` is the readable reference with
-everything inside the loop. They share no step code, take the same noise and are tested equal. :func:`free_run` generates.
+everything inside the loop. They share no step code, take the same noise and are tested equal.
+:func:`free_run` generates.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 from torch.nn import functional as F
 
+from vrnn_lightning.heads import Gaussian, Head, Network
 from vrnn_lightning.nn import MLP
 
 __all__ = ["Generated", "Networks", "Reference", "State", "Steps", "free_run", "textbook", "unroll"]
@@ -55,9 +57,9 @@ class Networks(Protocol):
 
     phi_x: MLP
     phi_z: MLP | None
-    prior: nn.Sequential | None
-    encoder: nn.Sequential | None
-    decoder: nn.Sequential
+    prior: Network[Gaussian] | None
+    encoder: Network[Gaussian] | None
+    decoder: Network[Head]
     cell: nn.GRUCell | nn.LSTMCell
 
     def centre(self, x: Tensor) -> Tensor:
@@ -83,9 +85,11 @@ def unroll(model: Networks, phi_x: Tensor, noise: Tensor, state: State, lengths:
     cell = model.cell
     gates = F.linear(phi_x, cell.weight_ih[:, :width], cell.bias_ih).unbind(0)
     weight_z = cell.weight_ih[:, width:].t()
-    reads_h, bias_h, splits = cell.weight_hh, cell.bias_hh, [0, cell.weight_hh.shape[0]]
+    splits = [0, cell.weight_hh.shape[0]]
+    reads_h: Tensor = cell.weight_hh
+    bias_h: Tensor = cell.bias_hh
     if model.encoder is not None:
-        first = next(model.encoder[0].linears())
+        first = next(model.encoder.body.linears())
         from_x = F.linear(phi_x, first.weight[:, :width], first.bias).unbind(0)
         reads_h = torch.cat([first.weight[:, width:], reads_h])
         bias_h = torch.cat([torch.zeros_like(first.bias), bias_h])
@@ -98,7 +102,8 @@ def unroll(model: Networks, phi_x: Tensor, noise: Tensor, state: State, lengths:
     hidden, cells, latents = [], [], []
     for t, gate in enumerate(gates):
         hidden.append(h)
-        cells.append(c)
+        if c is not None:
+            cells.append(c)
         encoder_h, gate_h = torch.addmm(bias_h, h, weight_h).split(splits, 1)
         if model.encoder is not None and model.phi_z is not None:
             mean, std = _infer(model.encoder, from_x[t] + encoder_h)
@@ -109,22 +114,21 @@ def unroll(model: Networks, phi_x: Tensor, noise: Tensor, state: State, lengths:
         h, c = advance(gate, gate_h, h, c)
 
     empty = phi_x.new_zeros(phi_x.shape[1], len(gates), 0)
-    latent = [torch.stack(part, 1) for part in zip(*latents, strict=True)] or [empty] * 4
+    mean, std, z, phi_z = [torch.stack(part, 1) for part in zip(*latents, strict=True)] or [empty] * 4
     before = torch.stack(hidden, 1)
     last = State(_at(before, h, lengths), None if c is None else _at(torch.stack(cells, 1), c, lengths))
-    return Steps(before, *latent, last)
+    return Steps(before, mean, std, z, phi_z, last)
 
 
-def _infer(encoder: nn.Sequential, first: Tensor) -> tuple[Tensor, Tensor]:
+def _infer(encoder: Network[Gaussian], first: Tensor) -> tuple[Tensor, Tensor]:
     """Finish the encoder from its first layer's sum, shape (batch, width)."""
-    body, head = encoder
     features = first.relu()
-    for linear in list(body.linears())[1:]:
+    for linear in list(encoder.body.linears())[1:]:
         features = linear(features).relu()
-    return head.moments(head.linear(features))
+    return encoder.head.moments(encoder.head.linear(features))
 
 
-def _gru(gate_x: Tensor, gate_h: Tensor, h: Tensor, c: None) -> tuple[Tensor, None]:
+def _gru(gate_x: Tensor, gate_h: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Advance a GRU (Cho et al. 2014, as in torch.nn.GRUCell) from its two sums, each (batch, 3 hidden)."""
     splits = [2 * h.shape[1], h.shape[1]]
     sum_x, new_x = gate_x.split(splits, 1)
@@ -134,9 +138,10 @@ def _gru(gate_x: Tensor, gate_h: Tensor, h: Tensor, c: None) -> tuple[Tensor, No
     return new + update * (h - new), None
 
 
-def _lstm(gate_x: Tensor, gate_h: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def _lstm(gate_x: Tensor, gate_h: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Advance an LSTM (as in torch.nn.LSTMCell) from its two sums, each (batch, 4 hidden)."""
     write, forget, new, output = (gate_x + gate_h).chunk(4, 1)
+    assert c is not None
     c = forget.sigmoid() * c + write.sigmoid() * new.tanh()
     return output.sigmoid() * c.tanh(), c
 
@@ -248,4 +253,5 @@ def free_run(model: Networks, steps: int, state: State) -> Generated:
             h = model.cell(inputs, h)
         else:
             h, c = model.cell(inputs, (h, c))
-    return Generated(*(torch.stack(part, 1) for part in zip(*drawn, strict=True)), State(h, c))
+    x, mean, z = (torch.stack(part, 1) for part in zip(*drawn, strict=True))
+    return Generated(x, mean, z, State(h, c))

@@ -45,9 +45,7 @@ def sigmoid(step: int, steps: int, start: float = 0.0, end: float = 1.0, steepne
     return start + (end - start) * (1 + rise) / 2
 
 
-def cyclical(
-    step: int, steps: int, start: float = 0.0, end: float = 1.0, cycles: int = 4, ramp: float = 0.5
-) -> float:
+def cyclical(step: int, steps: int, start: float = 0.0, end: float = 1.0, cycles: int = 4, ramp: float = 0.5) -> float:
     """Return the weight that rises linearly ``cycles`` times (Fu et al. 2019, arXiv 1903.10145, eq. 6 and 7).
 
     Each cycle spends the share ``ramp`` of its steps rising and the rest at ``end``.

@@ -79,9 +79,7 @@ class RunLogger(CSVLogger):
         version: Name or number of this run. Default: the next free number.
     """
 
-    def __init__(
-        self, save_dir: str | None = None, name: str | None = None, version: int | str | None = None
-    ) -> None:
+    def __init__(self, save_dir: str | None = None, name: str | None = None, version: int | str | None = None) -> None:
         super().__init__(save_dir or "runs", name or "run", version)
         self._open = {key for key, value in (("save_dir", save_dir), ("name", name)) if value is None}
         self.resumed = False
@@ -191,8 +189,10 @@ class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint; it knows its files again after the run's folder was moved."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of an earlier run in this folder."""
-        if state_dict.get("dirpath") != self.dirpath and Path(self._here(state_dict["best_model_path"])).is_file():
+        """Take the state of an earlier run in this folder; a run that starts in another one has no best yet."""
+        if state_dict.get("dirpath") != self.dirpath:
+            if not Path(self._here(state_dict["best_model_path"])).is_file():
+                return
             paths = {key: self._here(state_dict[key]) for key in state_dict if key.endswith("_model_path")}
             best = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
             state_dict = {**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath}

@@ -12,7 +12,7 @@ from torch.distributions import Distribution, Normal, kl_divergence
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.heads import Factorised, Gaussian, Head, log_prob
+from vrnn_lightning.heads import Factorised, Gaussian, Head, Network, log_prob
 from vrnn_lightning.nn import MLP, Layers
 from vrnn_lightning.recurrence import Generated, State, free_run, unroll
 
@@ -107,26 +107,22 @@ class VRNN(nn.Module):
         self.hidden_size = hidden_size
         self.phi_x = MLP(num_features, phi_x)
         self.phi_z = MLP(latent_size, phi_z) if latent_size else None
-        self.prior = self._gaussian(hidden_size, prior) if latent_size else None
-        self.encoder = self._gaussian(self.phi_x.out_features + hidden_size, encoder) if latent_size else None
+        self.prior = Network(hidden_size, prior, Gaussian, latent_size) if latent_size else None
+        encoder_width = self.phi_x.out_features + hidden_size
+        self.encoder = Network(encoder_width, encoder, Gaussian, latent_size) if latent_size else None
         latent_width = self.phi_z.out_features if self.phi_z is not None else 0
-        body = MLP(latent_width + hidden_size, decoder)
-        self.decoder = nn.Sequential(body, emission(body.out_features, num_features))
-        rnn = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}[cell]
-        self.cell = rnn(self.phi_x.out_features + latent_width, hidden_size)
+        self.decoder = Network(latent_width + hidden_size, decoder, emission, num_features)
+        rnn: type[nn.GRUCell] | type[nn.LSTMCell] = nn.GRUCell if cell == "gru" else nn.LSTMCell
+        self.cell: nn.GRUCell | nn.LSTMCell = rnn(self.phi_x.out_features + latent_width, hidden_size)
         self.register_buffer("input_mean", torch.zeros(num_features))
         self.register_buffer("input_std", torch.ones(num_features))
 
-    def _gaussian(self, in_features: int, layers: Layers) -> nn.Sequential:
-        body = MLP(in_features, layers)
-        return nn.Sequential(body, Gaussian(body.out_features, self.latent_size))
-
     @torch.no_grad()
     def start_from(self, mean: Tensor, std: Tensor) -> None:
-        """Centre what phi_x reads, and start the emission's bias, from the training data's moments, each (features,)."""
+        """Centre what phi_x reads, and start the emission's bias, from the data's moments, each (features,)."""
         self.input_mean.copy_(mean)
         self.input_std.copy_(torch.where(std > 0, std, 1.0))
-        self.decoder[-1].start_from(mean)
+        self.decoder.head.start_from(mean)
 
     def centre(self, x: Tensor) -> Tensor:
         """Return what phi_x reads of frames of shape (..., features)."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from vrnn_lightning import schedules
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.module import VRNNLightningModule
 
 __all__ = [
     "ConstantKLWeight",
@@ -45,7 +47,7 @@ class KLAnnealing(Callback, ABC):
         self, trainer: Trainer, pl_module: LightningModule, batch: SequenceBatch, batch_idx: int
     ) -> None:
         """Set the weight that the coming step uses."""
-        pl_module.beta = self.beta(trainer.global_step)
+        cast(VRNNLightningModule, pl_module).beta = self.beta(trainer.global_step)
 
 
 def _check(**options: float) -> None:
@@ -138,9 +140,7 @@ class CyclicalKLAnnealing(KLAnnealing):
         ramp: Share of a cycle spent rising, in (0, 1]; the rest of it stays at ``end``.
     """
 
-    def __init__(
-        self, steps: int, start: float = 0.0, end: float = 1.0, cycles: int = 4, ramp: float = 0.5
-    ) -> None:
+    def __init__(self, steps: int, start: float = 0.0, end: float = 1.0, cycles: int = 4, ramp: float = 0.5) -> None:
         _check(steps=steps, start=start, end=end)
         if cycles < 1:
             raise UserError(f"KL annealing: cycles {cycles} must be at least 1")

@@ -16,7 +16,7 @@ __all__ = ["draw_rows"]
 
 
 def draw_rows(rows: dict[str, list[Tensor]], modality: str, sample_rate: int | None = None) -> Figure:
-    """Draw sequences in a grid: one row per name, one column per sequence; audio gets a spectrogram under each waveform.
+    """Draw sequences in a grid: a row per name, a column per sequence, audio with a spectrogram under each waveform.
 
     Args:
         rows: Name of the row to its sequences, each in data units, shape (time, features).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,9 +12,9 @@ from torch import Tensor
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.pictures import draw_rows
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.module import VRNNLightningModule
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger
     from matplotlib.figure import Figure
 
 __all__ = ["Samples"]
@@ -24,8 +24,8 @@ class Samples(Callback):
     """Shows what the model makes of validation sequences, in ``samples/`` of the run's folder.
 
     After a validation it writes one picture with a row each of real sequences, of their reconstructions (the
-    emission's mean with the latents inferred) and of sequences drawn from the model; for audio wav files as well. Loggers
-    that can show pictures or play audio get the same.
+    emission's mean with the latents inferred) and of sequences drawn from the model; for audio wav files as well.
+    Loggers that can show pictures or play audio get the same.
 
     The draws have a random stream of their own: training is the same with and without this callback.
 
@@ -58,7 +58,12 @@ class Samples(Callback):
         self.validations = state_dict["validations"]
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: SequenceBatch, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: SequenceBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keep the head of the first batch."""
         if batch_idx == 0:
@@ -74,7 +79,7 @@ class Samples(Callback):
             return
         data = getattr(trainer, "datamodule", None)
         modality, rate = getattr(data, "modality", "series"), getattr(data, "sample_rate", None)
-        rows = self._rows(pl_module, batch)
+        rows = self._rows(cast(VRNNLightningModule, pl_module), batch)
         figure = draw_rows(rows, modality, rate)
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +89,7 @@ class Samples(Callback):
         for logger in trainer.loggers:
             _log_media(logger, figure, folder / f"{name}.png", waves, trainer.global_step)
 
-    def _rows(self, pl_module: LightningModule, batch: SequenceBatch) -> dict[str, list[Tensor]]:
+    def _rows(self, pl_module: VRNNLightningModule, batch: SequenceBatch) -> dict[str, list[Tensor]]:
         """Return the rows of the picture, in data units."""
         real = int((batch.lengths[: self.count] > 0).sum())
         lengths = batch.lengths[:real].clamp(max=self.max_steps).tolist()
@@ -117,7 +122,7 @@ def _write_waves(rows: dict[str, list[Tensor]], folder: Path, name: str, rate: i
     return written
 
 
-def _log_media(logger: Logger, figure: Figure, picture: Path, waves: dict[str, list[Path]], step: int) -> None:
+def _log_media(logger: Any, figure: Figure, picture: Path, waves: dict[str, list[Path]], step: int) -> None:
     """Hand the picture and the sounds to a logger that can show them; others have the files."""
     if hasattr(logger, "log_image"):
         logger.log_image("samples", [str(picture)])

@@ -1,0 +1,355 @@
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+PLUGIN = """
+from pathlib import Path
+
+import torch
+from vrnn_lightning import Sequence, SequenceDataModule, UserError
+
+class Pairs(SequenceDataModule):
+    def __init__(self, width: int = 2, wrong: str = "", num_workers: int = 0) -> None:
+        found = Path("width.txt")
+        super().__init__(int(found.read_text()) if found.exists() else width, batch_size=2, num_workers=num_workers)
+        if wrong == "constructor":
+            raise UserError("pairs.txt: no such file")
+        self.wrong = wrong
+
+    def sequences(self, split):
+        if self.wrong == "setup":
+            raise UserError("pairs.txt: is empty")
+        value = float("nan") if self.wrong == "value" else 1.0
+        return [Sequence(torch.full((3, self.num_features), value), name=f"pair {i}") for i in range(4)]
+"""
+SMALL = (
+    "--trainer.accelerator=cpu",
+    "--trainer.max_epochs=1",
+    "--model.hidden_size=4",
+    "--samples.every_n_validations=0",
+)
+
+
+@pytest.fixture
+def plugin(folder):
+    file = folder / "datamodules" / "pairs.py"
+    file.parent.mkdir()
+    file.write_text(PLUGIN)
+    return file
+
+
+@pytest.fixture
+def trained(lightning, tiny):
+    """The folder of a run of two epochs."""
+    assert lightning("fit", "-c", tiny, "--trainer.max_epochs=2").code == 0
+    return Path("runs/sines/version_0")
+
+
+def rows(run):
+    with (Path(run) / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def one_line(said, *parts):
+    lines = said.err.strip().splitlines()
+    assert said.code != 0
+    assert "Traceback" not in said.err
+    assert lines[-1].startswith("error: ")
+    for part in parts:
+        assert part in lines[-1]
+    return True
+
+
+def test_fit_makes_a_run_folder_and_sums_up(lightning, tiny):
+    said = lightning("fit", "-c", tiny, "--samples.every_n_validations=1")
+    run = Path("runs/sines/version_0")
+    assert said.code == 0
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.yaml", "metrics.csv", "samples"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert "best val/elbo" in said.out
+    assert "gap" in said.out
+    assert f"lightning test --ckpt_path {run}/checkpoints/best.ckpt" in said.out
+    assert "epoch 0  step 2" in said.out
+
+
+def test_saved_config_runs_again_into_a_new_folder(lightning, trained):
+    assert lightning("fit", "-c", trained / "config.yaml", "--trainer.max_epochs=1").code == 0
+    first, second = (
+        yaml.safe_load((trained.parent / v / "config.yaml").read_text()) for v in ("version_0", "version_1")
+    )
+    second["trainer"]["max_epochs"] = 2
+    assert first == second
+
+
+def test_config_on_the_command_line_may_name_the_data_in_every_way(lightning, folder, plugin):
+    Path("short.yaml").write_text("data: Pairs\n")
+    Path("long.yaml").write_text("data: {class_path: Pairs, init_args: {width: 3}}\n")
+    Path("other.yaml").write_text("seed_everything: 1\n")
+    for words in (
+        ["--data", "Pairs"],
+        ["--data=Pairs"],
+        ["--data.class_path", "Pairs"],
+        ["-c", "short.yaml"],
+        ["--config=long.yaml", "-c", "other.yaml"],
+        ["-c", "other.yaml", "-c", "long.yaml", "--data.width=4"],
+        ["--data", "datamodules.pairs.Pairs"],
+    ):
+        assert lightning("fit", *SMALL, "--trainer.fast_dev_run=true", *words).code == 0
+
+
+def test_datamodule_elsewhere_by_dotted_path(lightning, folder):
+    Path("my_elsewhere.py").write_text(PLUGIN.replace("Pairs", "Elsewhere"))
+    assert lightning("fit", *SMALL, "--data", "my_elsewhere.Elsewhere").code == 0
+    assert Path("runs/elsewhere/version_0/checkpoints/last.ckpt").is_file()
+
+
+def test_help(lightning, plugin):
+    assert "Pairs, Sines, Speech" in " ".join(lightning("fit", "--help").out.split())
+    assert "--data.wrong" in lightning("fit", "--data.help", "Pairs").out
+    assert "--model.emission.min_std" in lightning("fit", "--model.emission.help", "Gaussian").out
+
+
+def test_emission_and_callbacks_by_short_name(lightning, tiny):
+    Path("kl.yaml").write_text("trainer: {callbacks+: [{class_path: LinearKLAnnealing, init_args: {steps: 2}}]}\n")
+    Path("more.yaml").write_text("trainer: {callbacks+: [{class_path: LearningRateMonitor}]}\n")
+    said = lightning(
+        "fit", "-c", tiny, "-c", "kl.yaml", "-c", "more.yaml", "--model.emission", "Bernoulli", "--print_config"
+    )
+    config = yaml.safe_load(said.out)
+    assert config["model"]["emission"]["class_path"] == "vrnn_lightning.heads.Bernoulli"
+    names = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
+    assert names == ["LinearKLAnnealing", "LearningRateMonitor"]
+    assert lightning("fit", "-c", tiny, "-c", "kl.yaml", "-c", "more.yaml").code == 0
+
+
+def test_logger_overlays_keep_the_run_logger(lightning, tiny):
+    Path("two.yaml").write_text("trainer: {logger+: [{class_path: CSVLogger, init_args: {save_dir: other}}]}\n")
+    config = yaml.safe_load(lightning("fit", "-c", tiny, "-c", "two.yaml", "--print_config").out)
+    names = [logger["class_path"].rpartition(".")[2] for logger in config["trainer"]["logger"]]
+    assert names == ["RunLogger", "CSVLogger"]
+
+
+@pytest.mark.parametrize(
+    "words", [["--trainer.logger=false"], ["-c", "off.yaml"], ["--trainer.enable_checkpointing=false"]]
+)
+def test_without_logger_or_checkpoints(lightning, tiny, words):
+    Path("off.yaml").write_text("trainer: {logger: false, enable_progress_bar: false}\n")
+    assert lightning("fit", "-c", tiny, *words).code == 0
+    assert Path("runs").exists() == ("checkpointing" in words[0])
+
+
+def test_run_folder_follows_root_and_name(lightning, tiny):
+    words = ["--trainer.default_root_dir=out", "--trainer.logger.name=first"]
+    assert lightning("fit", "-c", tiny, *words).code == 0
+    assert Path("out/runs/first/version_0/config.yaml").is_file()
+    assert lightning("fit", "-c", tiny, *words, "--ckpt_path=last", "--trainer.max_epochs=2").code == 0
+    assert rows("out/runs/first/version_0")[-1]["epoch"] == "1"
+
+
+def test_shipped_config_serves_where_there_is_none(lightning, folder):
+    assert "LinearKLAnnealing" in lightning("fit", "-c", "configs/synthetic.yaml", "--print_config").out
+    Path("configs").mkdir()
+    Path("configs/synthetic.yaml").write_text("data: Sines\nseed_everything: 17\n")
+    assert "seed_everything: 17" in lightning("fit", "-c", "configs/synthetic.yaml", "--print_config").out
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["-c", "nope.yaml"], ["nope.yaml: no such config file"]),
+        (["--data", "Sine"], ["--data Sine:", "Did you mean 'Sines'?", "Speech"]),
+        (["--data", "no.such.Data"], ["no.such"]),
+        (["--data", "torch.nn.Linear"], ["torch.nn.Linear", "no LightningDataModule"]),
+        ([], ["--data", "Sines"]),
+        (["--data=Sines", "--model.hiden_size=3"], ["--model.hiden_size", "Did you mean '--model.hidden_size'?"]),
+        (["--data=Sines", "--trainer.max_epoch=3"], ["Did you mean '--trainer.max_epochs'?"]),
+        (["--data=Sines", "--data.bach_size=3"], ["bach_size", "Sines", "Did you mean 'batch_size'?"]),
+        (["--data=Sines", "--model.emission=Bernouli"], ["Bernouli", "Did you mean 'Bernoulli'?"]),
+        (["--data=Sines", "--model.hidden_size=x"], ["--model.hidden_size", "x", "int"]),
+        (["--data=Sines", "-c", "typo.yaml"], ["hiden_size", "Did you mean 'hidden_size'?"]),
+        (["--data=Sines", "-c", "callback.yaml"], ["LinearKLAnealing", "Did you mean 'LinearKLAnnealing'?"]),
+        (["-c", "data.yaml"], ["bach_size", "Did you mean 'batch_size'?"]),
+        (["-c", "broken.yaml"], ["broken.yaml", "YAML"]),
+        (["--data=Sines", "--ckpt_path=last"], ["last.ckpt", "runs/sines"]),
+        (["--data=Sines", "--ckpt_path=no.ckpt"], ["no.ckpt: no such file"]),
+        (["--data=Sines", "--ckpt_path=typo.yaml"], ["typo.yaml: is damaged or no checkpoint"]),
+    ],
+)
+def test_mistake_is_one_line(lightning, folder, words, parts):
+    Path("typo.yaml").write_text("model: {hiden_size: 3}\n")
+    Path("callback.yaml").write_text("trainer: {callbacks: [{class_path: LinearKLAnealing}]}\n")
+    Path("data.yaml").write_text("data: {class_path: Sines, init_args: {bach_size: 3}}\n")
+    Path("broken.yaml").write_text("data: [\n")
+    said = lightning("fit", *words)
+    assert one_line(said, *parts)
+    assert len(said.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--data.wrong=constructor"], "error: pairs.txt: no such file"),
+        (["--data.wrong=setup"], "error: pairs.txt: is empty"),
+        (
+            ["--data.wrong=value", "--data.num_workers=1"],
+            "error: pair 0: holds NaN or infinite values; remove it or mend it",
+        ),
+    ],
+)
+def test_user_errors_of_every_depth_are_one_line(lightning, plugin, words, line):
+    said = lightning("fit", *SMALL, "--data=Pairs", *words)
+    assert said.code == 1
+    assert "Traceback" not in said.err
+    assert said.err.strip().splitlines()[-1] == line
+    assert not Path("runs/pairs/version_0").exists()
+
+
+def test_debug_shows_the_traceback(lightning, plugin):
+    from vrnn_lightning import UserError
+
+    with pytest.raises(UserError, match="is empty"):
+        lightning("--debug", "fit", *SMALL, "--data=Pairs", "--data.wrong=setup")
+
+
+def test_other_exceptions_keep_their_traceback(lightning, folder):
+    Path("my_sums.py").write_text(PLUGIN.replace("raise UserError", "raise ArithmeticError").replace("Pairs", "Sums"))
+    with pytest.raises(ArithmeticError):
+        lightning("fit", *SMALL, "--data=my_sums.Sums", "--data.wrong=setup")
+
+
+def test_resume_goes_on_as_if_it_had_never_stopped(lightning, tiny, trained):
+    assert lightning("fit", "-c", tiny, "--ckpt_path=last", "--trainer.max_epochs=4").code == 0
+    assert lightning("fit", "-c", tiny, "--trainer.max_epochs=4").code == 0
+    assert [path.name for path in sorted(trained.parent.iterdir())] == ["version_0", "version_1"]
+    assert rows(trained) == rows("runs/sines/version_1")
+
+
+def test_resume_after_a_kill_leaves_no_row_twice(lightning, tiny, trained):
+    older = shutil.copy(trained / "checkpoints/last.ckpt", trained / "checkpoints/older.ckpt")
+    lightning("fit", "-c", tiny, "--ckpt_path=last", "--trainer.max_epochs=3")
+    with (trained / "metrics.csv").open("a") as file:
+        file.write("2,5")  # cut off
+    lightning("fit", "-c", tiny, "--ckpt_path", older, "--trainer.max_epochs=3")
+    lightning("fit", "-c", tiny, "--trainer.max_epochs=3")
+    assert rows(trained) == rows("runs/sines/version_1")
+
+
+def test_resume_says_nothing_of_the_folder_being_there(lightning, tiny, trained, recwarn):
+    said = lightning("fit", "-c", tiny, "--ckpt_path=last", "--trainer.max_epochs=3")
+    assert "not empty" not in said.err
+    assert "deleted" not in said.err
+
+
+def test_moved_run_keeps_its_best(lightning, tiny, trained):
+    shutil.move(trained.parent.parent, "elsewhere")
+    last = "elsewhere/sines/version_0/checkpoints/last.ckpt"
+    score = torch.load(last, weights_only=True)["callbacks"]
+    said = lightning("fit", "--ckpt_path", last, "--trainer.accelerator=cpu", "--trainer.max_epochs=2")
+    assert said.code == 0
+    (best,) = (state["best_model_score"] for state in score.values() if "best_model_score" in state)
+    assert f"best val/elbo: {best:.4f}" in said.out
+
+
+def test_evaluation_from_the_checkpoint_alone(lightning, tiny, trained):
+    config = (trained / "config.yaml").read_text()
+    best = trained / "checkpoints/best.ckpt"
+    for command in ("test", "validate"):
+        assert lightning(command, "--ckpt_path", best, "--trainer.accelerator=cpu").code == 0
+    assert (
+        lightning("test", "--ckpt_path=best", "--data=Sines", "--data.batch_size=2", "--trainer.accelerator=cpu").code
+        == 0
+    )
+    written = rows(trained)
+    assert [row["step"] for row in written if row["test/elbo"]] == ["3", "3"]
+    assert [row["epoch"] for row in written if row["test/elbo"]] == ["1", "1"]
+    assert len({row["step"] for row in written if row["train/loss"]}) == 4
+    assert (trained / "config.yaml").read_text() == config
+    assert [path.name for path in trained.parent.iterdir()] == ["version_0"]
+
+
+def test_prediction_from_the_checkpoint_alone(lightning, trained):
+    assert lightning("predict", "--ckpt_path=best", "--trainer.accelerator=cpu").code == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "parts"),
+    [
+        ("test", ["--model.hidden_size=5"], ["--model.hidden_size 5", "4"]),
+        ("test", ["--model.emission=Bernoulli"], ["--model.emission", "Bernoulli", "Gaussian"]),
+        ("test", ["--data=Sines", "--data.seed=5"], ["--data.seed 5", "0"]),
+        ("test", ["--data=Speech", "--data.root=."], ["Speech", "Sines"]),
+        ("fit", ["--model.optimizer.lr=1"], ["--model.optimizer.lr 1", "0.001"]),
+        ("fit", ["-c", "tiny.yaml", "--data.steps=6"], ["--data.steps 6", "5"]),
+    ],
+)
+def test_option_that_contradicts_the_checkpoint_is_refused(lightning, trained, command, words, parts):
+    said = lightning(command, "--ckpt_path", trained / "checkpoints/best.ckpt", "--trainer.accelerator=cpu", *words)
+    assert one_line(said, "best.ckpt", *parts)
+
+
+def test_training_options_do_not_matter_to_a_test(lightning, tiny, trained):
+    words = ["-c", tiny, "--ckpt_path=best", "--model.optimizer.lr=1"]
+    assert lightning("test", *words).code == 0
+
+
+def test_damaged_and_foreign_checkpoints_are_one_line(lightning, trained):
+    whole = (trained / "checkpoints/best.ckpt").read_bytes()
+    Path("cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"state_dict": {}}, "foreign.ckpt")
+    torch.save(torch.nn.Linear(1, 1), "pickle.ckpt")
+    for name in ("cut", "foreign", "pickle"):
+        assert one_line(lightning("test", "--ckpt_path", f"{name}.ckpt"), f"{name}.ckpt")
+
+
+def test_other_width_names_both(lightning, plugin):
+    assert lightning("fit", *SMALL, "--data=Pairs").code == 0
+    Path("width.txt").write_text("5")
+    said = lightning("test", "--ckpt_path=best", "--data=Pairs", "--trainer.accelerator=cpu")
+    assert one_line(said, "5 features", "2")
+
+
+def test_checkpoint_that_lies_in_no_run_gets_a_new_folder(lightning, tiny, trained):
+    shutil.copy(trained / "checkpoints/last.ckpt", "weights.ckpt")
+    assert lightning("fit", "-c", tiny, "--ckpt_path=weights.ckpt", "--trainer.max_epochs=3").code == 0
+    assert {row["epoch"] for row in rows("runs/sines/version_1")} == {"2"}
+
+
+def test_metrics_are_complete_when_a_run_is_stopped(lightning, plugin):
+    Path("my_stop.py").write_text(
+        "from lightning.pytorch import Callback\n"
+        "class Stop(Callback):\n"
+        "    def on_train_batch_end(self, trainer, *_):\n"
+        "        if trainer.global_step == 3:\n"
+        "            raise KeyboardInterrupt\n"
+    )
+    Path("stop.yaml").write_text("trainer: {log_every_n_steps: 1, callbacks: [{class_path: my_stop.Stop}]}\n")
+    said = lightning("fit", *SMALL[:1], *SMALL[2:], "--trainer.max_epochs=2", "-c", "stop.yaml", "--data=Pairs")
+    assert said.code != 0
+    assert [row["step"] for row in rows("runs/pairs/version_0") if row["train/loss"]] == ["0", "1"]
+
+
+@pytest.mark.parametrize("start", [["-m", "vrnn_lightning"], [str(Path(sys.executable).with_name("lightning"))]])
+def test_two_processes_share_one_run_folder(tiny, start):
+    words = [
+        "fit",
+        "-c",
+        "tiny.yaml",
+        "--trainer.strategy=ddp",
+        "--trainer.devices=2",
+        "--samples.every_n_validations=1",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *start, *words], capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("best val/elbo") == 1
+    assert [path.name for path in Path("runs/sines").iterdir()] == ["version_0"]
+    assert Path("runs/sines/version_0/checkpoints/last.ckpt").is_file()

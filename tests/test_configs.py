@@ -1,0 +1,89 @@
+"""Every config, and every overlay on every config, through the real command line at tiny size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+
+from vrnn_lightning.cli import main
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+OVERLAYS = ("wandb",)
+BASES = sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem not in OVERLAYS)
+TINY = {
+    "synthetic": ["--data.train_size", "8", "--data.val_size", "4", "--data.steps", "5"],
+    "speech": ["--data.root", "recordings", "--data.frame_size", "20"],
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a few recordings; W&B stays offline."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "recordings").mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(12):
+        soundfile.write(f"recordings/{i}.wav", 0.1 * generator.standard_normal(300 + 10 * i), 8000)
+    return tmp_path
+
+
+def run(base: str, *more: str) -> dict:
+    """Fit one epoch; return the run's config."""
+    quick = [
+        "--trainer.max_epochs",
+        "2",
+        "--trainer.check_val_every_n_epoch",
+        "1",
+        "--trainer.limit_train_batches",
+        "2",
+    ]
+    small = ["--model.hidden_size", "8", "--samples.every_n_validations", "2", "--trainer.log_every_n_steps", "1"]
+    words = ["fit", "-c", f"configs/{base}.yaml", *more, *TINY[base], *quick, *small]
+    assert main([*words, "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]) == 0
+    (config,) = Path("runs").glob("*/version_0/config.yaml")
+    return yaml.safe_load(config.read_text())
+
+
+def classes(entries: list[dict]) -> list[str]:
+    return [entry["class_path"].rpartition(".")[2] for entry in entries]
+
+
+def test_every_config_is_covered():
+    assert set(TINY) == set(BASES)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_config_trains(base, folder):
+    config = run(base)
+    (made,) = (folder / "runs").glob("*/version_0")
+    assert {p.name for p in (made / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    header = (made / "metrics.csv").read_text().splitlines()[0]
+    assert {"train/loss", "train/beta", "train/grad_norm", "val/elbo", "val/kl"} <= set(header.split(","))
+    assert list((made / "samples").glob("*.png"))
+    assert bool(list((made / "samples").glob("*.wav"))) == (base == "speech")
+    assert classes(config["trainer"]["logger"]) == ["RunLogger"]
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_appends(base, overlay, folder):
+    config = run(base, "-c", f"configs/{overlay}.yaml")
+    plain = yaml.safe_load((CONFIGS / f"{base}.yaml").read_text())
+    assert classes(config["trainer"]["logger"]) == ["RunLogger", "WandbLogger"]
+    before = classes(plain["trainer"]["callbacks"])
+    assert classes(config["trainer"]["callbacks"])[: len(before)] == before
+    (media,) = (folder / "runs").glob("*/version_0/wandb/offline-run-*/files/media")
+    assert list(media.rglob("*.png"))
+    assert bool(list(media.rglob("*.wav"))) == (base == "speech")
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_header_tells_command_and_number(config):
+    header = [line for line in config.read_text().splitlines() if line.startswith("#")]
+    assert any("lightning fit" in line and config.name in line for line in header)
+    assert any("Expect" in line for line in header)

@@ -1,0 +1,85 @@
+"""What the README shows runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from vrnn_lightning import cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()]
+FITS = [c.partition("lightning ")[2] for c in COMMANDS if "lightning fit" in c and "ddp" not in c]
+TINY = [
+    "--trainer.limit_train_batches=1",
+    "--trainer.limit_val_batches=1",
+    "--trainer.max_epochs=1",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+def block(language: str, beginning: str = "") -> str:
+    """Return the first block in a language that begins so."""
+    return next(text for found, text in BLOCKS if found == language and text.startswith(beginning))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with recordings and the README's datamodule."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "recordings").mkdir()
+    for i in range(12):
+        noise = 0.1 * np.random.default_rng(i).standard_normal(900)
+        soundfile.write(f"recordings/a_{i}.wav", noise, 8000)
+    (tmp_path / "datamodules").mkdir()
+    (tmp_path / "datamodules" / "walks.py").write_text(block("python", "# datamodules/walks.py"))
+    import datamodules
+
+    monkeypatch.setattr(datamodules, "__path__", [*datamodules.__path__, str(tmp_path / "datamodules")])
+    yield tmp_path
+    sys.modules.pop("datamodules.walks", None)
+
+
+@pytest.mark.parametrize("command", FITS)
+def test_fit_commands(command, here):
+    """In the order of the page; the checkpoint of the speech run is tested as the page says."""
+    assert cli.main([*shlex.split(command), *TINY]) == 0
+    if "--data.root" in command:
+        test = next(c for c in COMMANDS if c.startswith("lightning test"))
+        assert cli.main([*shlex.split(test)[1:], "--trainer.enable_progress_bar=false"]) == 0
+
+
+def test_yaml(here):
+    Path("walk.yaml").write_text(block("yaml"))
+    assert cli.main(["fit", "-c", "walk.yaml", *TINY]) == 0
+
+
+def test_python(here, capsys):
+    Path("snippet.py").write_text(block("python", "import torch\nfrom lightning"))
+    found = runpy.run_path("snippet.py")
+    assert found["sequences"].shape == (8, 50, 3)
+
+
+def test_the_datamodule_has_twenty_lines():
+    code = [line for line in block("python", "# datamodules/walks.py").splitlines() if line.strip()]
+    assert len(code) <= 20
+
+
+def test_files_it_names_are_there():
+    for name in re.findall(r"\]\(((?!http)[^)]+)\)", README) + re.findall(r"configs/\w+\.yaml", README):
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_test_command_is_the_one_that_ci_runs():
+    command = next(c for c in COMMANDS if "pytest" in c).rpartition("&& ")[2]
+    assert command in (ROOT / ".ci" / "run").read_text()
