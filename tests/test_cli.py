@@ -173,7 +173,7 @@ def test_shipped_config_serves_where_there_is_none(lightning, folder):
         (["--data=Sines", "--data.bach_size=3"], ["bach_size", "Sines", "Did you mean 'batch_size'?"]),
         (["--data=Sines", "--model.emission=Bernouli"], ["Bernouli", "Did you mean 'Bernoulli'?"]),
         (["--data=Sines", "--model.hidden_size=x"], ["--model.hidden_size", "x", "int"]),
-        (["--data=Sines", "-c", "typo.yaml"], ["hiden_size", "Did you mean 'hidden_size'?"]),
+        (["--data=Sines", "-c", "typo.yaml"], ["hiden_size", "Did you mean '--model.hidden_size'?"]),
         (["--data=Sines", "-c", "callback.yaml"], ["LinearKLAnealing", "Did you mean 'LinearKLAnnealing'?"]),
         (["-c", "data.yaml"], ["bach_size", "Did you mean 'batch_size'?"]),
         (["-c", "broken.yaml"], ["broken.yaml", "YAML"]),
@@ -208,6 +208,10 @@ def test_user_errors_of_every_depth_are_one_line(lightning, plugin, words, line)
     assert said.code == 1
     assert "Traceback" not in said.err
     assert said.err.strip().splitlines()[-1] == line
+
+
+def test_run_that_fails_before_it_starts_leaves_no_folder(lightning, plugin):
+    lightning("fit", *SMALL, "--data=Pairs", "--data.wrong=setup")
     assert not Path("runs/pairs/version_0").exists()
 
 
@@ -241,6 +245,19 @@ def test_resume_after_a_kill_leaves_no_row_twice(lightning, tiny, trained):
     assert rows(trained) == rows("runs/sines/version_1")
 
 
+def test_last_is_the_last_also_where_it_is_not_the_best(lightning, tiny):
+    assert lightning("fit", "-c", tiny, "--trainer.max_epochs=3", "--checkpoint.mode=min").code == 0
+    files = (Path("runs/sines/version_0/checkpoints") / f"{name}.ckpt" for name in ("best", "last"))
+    assert [torch.load(file, weights_only=True)["epoch"] for file in files] == [0, 2]
+    lightning("fit", "-c", tiny, "--trainer.max_epochs=4", "--checkpoint.mode=min", "--ckpt_path=last")
+    lightning("fit", "-c", tiny, "--trainer.max_epochs=4", "--checkpoint.mode=min")
+    assert rows("runs/sines/version_0") == rows("runs/sines/version_1")
+
+
+def test_resume_beyond_the_last_epoch_is_refused(lightning, tiny, trained):
+    assert one_line(lightning("fit", "-c", tiny, "--ckpt_path=last"), "--trainer.max_epochs 1", "2 epochs behind it")
+
+
 def test_resume_says_nothing_of_the_folder_being_there(lightning, tiny, trained, recwarn):
     said = lightning("fit", "-c", tiny, "--ckpt_path=last", "--trainer.max_epochs=3")
     assert "not empty" not in said.err
@@ -253,7 +270,7 @@ def test_moved_run_keeps_its_best(lightning, tiny, trained):
     score = torch.load(last, weights_only=True)["callbacks"]
     said = lightning("fit", "--ckpt_path", last, "--trainer.accelerator=cpu", "--trainer.max_epochs=2")
     assert said.code == 0
-    (best,) = (state["best_model_score"] for state in score.values() if "best_model_score" in state)
+    (best,) = (state["best_model_score"] for state in score.values() if state.get("monitor"))
     assert f"best val/elbo: {best:.4f}" in said.out
 
 
@@ -335,19 +352,14 @@ def test_metrics_are_complete_when_a_run_is_stopped(lightning, plugin):
     assert [row["step"] for row in rows("runs/pairs/version_0") if row["train/loss"]] == ["0", "1"]
 
 
-@pytest.mark.parametrize("start", [["-m", "vrnn_lightning"], [str(Path(sys.executable).with_name("lightning"))]])
-def test_two_processes_share_one_run_folder(tiny, start):
-    words = [
-        "fit",
-        "-c",
-        "tiny.yaml",
-        "--trainer.strategy=ddp",
-        "--trainer.devices=2",
-        "--samples.every_n_validations=1",
-    ]
+def test_two_processes_share_one_run_folder(tiny):
+    Path("lightning").write_text(
+        "import sys\nfrom vrnn_lightning.cli import main\nsys.exit(main())\n"
+    )  # as pip writes it
+    words = ["lightning", "fit", "-c", "tiny.yaml", "--trainer.strategy=ddp", "--trainer.devices=2"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *start, *words], capture_output=True, text=True, env=environment, timeout=120, check=False
+        [sys.executable, *words], capture_output=True, text=True, env=environment, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("best val/elbo") == 1

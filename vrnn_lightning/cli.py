@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
-import os
 import pickle
 import re
 import sys
@@ -38,13 +37,13 @@ from vrnn_lightning.tracking import ElboBar, RunCheckpoint, RunLogger, SaveConfi
 
 __all__ = ["CLI", "main"]
 
-CHECKPOINT_DEFAULTS = {
-    "monitor": "val/elbo",
-    "mode": "max",
-    "filename": "best",
-    "save_last": True,
+COMMON = {
     "auto_insert_metric_name": False,  # a metric's slash would make a folder
-    "enable_version_counter": False,  # a resumed run replaces its best.ckpt
+    "enable_version_counter": False,  # a resumed run replaces its files
+}
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "checkpoint": {"monitor": "val/elbo", "mode": "max", "filename": "best", **COMMON},
+    "last": {"filename": "last", **COMMON},  # `save_last` would write only where there is a new best
 }
 NOT_ARCHITECTURE = ("optimizer", "lr_scheduler")  # a test may be run under a YAML that trains otherwise
 RUN_OPTIONS = frozenset({"root", "batch_size", "num_workers"})
@@ -62,8 +61,9 @@ def main(args: list[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in words
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())  # appended, so that nothing there hides an installed package
+    here = str(Path.cwd())
+    if not {"", here} & set(sys.path):
+        sys.path.append(here)  # appended, so that nothing there hides an installed package
     try:
         with warnings.catch_warnings():
             _silence()
@@ -289,11 +289,11 @@ def find_checkpoint(words: list[str], data: str | None) -> Path | None:
 
 
 def _run_name(words: list[str]) -> str | None:
+    names = mentions(words, "trainer.logger.name") + mentions(words, "trainer.logger.init_args.name")
     loggers = [entry for value in mentions(words, "trainer.logger") if isinstance(value, list) for entry in value]
-    options = [
-        e.get("init_args") or {} for e in loggers if isinstance(e, dict) and "RunLogger" in e.get("class_path", "")
-    ]
-    return next((o["name"] for o in reversed(options) if o.get("name")), None)
+    ours = [entry for entry in loggers if isinstance(entry, dict) and "RunLogger" in entry.get("class_path", "")]
+    names += [(entry.get("init_args") or {}).get("name") for entry in ours]
+    return next((name for name in names if name), None)
 
 
 # Messages of the parser -----------------------------------------------------------------------------------------------
@@ -311,6 +311,7 @@ class Parser(LightningArgumentParser):
     def _line(self, message: str) -> str:
         for pattern, line in (
             (r"unrecognized arguments: (\S+)", self._unknown_option),
+            (r"does not accept option '([\w.]+)'", self._unknown_key),
             (r"arguments are required: (\S+)", self._required),
             (r"given class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", self._unknown_init_arg),
             (r'Parser key "([\w.+]+)"[^:]*:.*?Expected a dot import path string: (\S+)', self._unknown_class),
@@ -329,6 +330,9 @@ class Parser(LightningArgumentParser):
     def _unknown_option(self, option: str) -> str:
         return f"{option}: no such option.{discovery.suggestion(option.partition('=')[0], self._options())}"
 
+    def _unknown_key(self, key: str) -> str:
+        return self._unknown_option(f"--{key}")
+
     @staticmethod
     def _required(option: str) -> str:
         name = option.rpartition(".")[2]
@@ -337,12 +341,9 @@ class Parser(LightningArgumentParser):
 
     @staticmethod
     def _unknown_init_arg(class_path: str, option: str) -> str:
-        cls = class_path.rpartition(".")[2]
-        module = sys.modules[class_path.rpartition(".")[0]]
-        bases = inspect.getmro(getattr(module, cls))
-        accepted = {
-            p for base in bases if "__init__" in vars(base) for p in inspect.signature(base.__init__).parameters
-        }
+        module, _, cls = class_path.rpartition(".")
+        bases = [vars(base) for base in inspect.getmro(getattr(sys.modules[module], cls)) if "__init__" in vars(base)]
+        accepted = {name for base in bases for name in inspect.signature(base["__init__"]).parameters}
         return f"{option}: {cls} has no such option.{discovery.suggestion(option, accepted)}"
 
     @staticmethod
@@ -354,8 +355,8 @@ class Parser(LightningArgumentParser):
             "optimizer": Optimizer,
             "lr_scheduler": LRScheduler,
         }
-        base = next((base for word, base in bases.items() if word in key.rstrip("+").split(".")), None)
-        names = {cls.__name__ for cls in _subclasses(base)} if base else set()
+        meant = [base for word, base in bases.items() if word in key.rstrip("+").split(".")]
+        names = {cls.__name__ for base in meant for cls in _subclasses(base)}
         return f"--{key} {name}: no such class.{discovery.suggestion(name, names)}"
 
     @staticmethod
@@ -365,7 +366,8 @@ class Parser(LightningArgumentParser):
 
 
 def _subclasses(base: type) -> set[type]:
-    return {base}.union(*(_subclasses(cls) for cls in base.__subclasses__()))
+    below: list[type] = base.__subclasses__()
+    return {base}.union(*map(_subclasses, below))
 
 
 # The command line -----------------------------------------------------------------------------------------------------
@@ -409,16 +411,17 @@ class CLI(LightningCLI):
         checkpoint = Checkpoint.read(path)
         if checkpoint.data_class and not classes:
             discovery.load(_class_name(checkpoint.data_class) or "")
-        for cls in classes:
-            if checkpoint.data_class and checkpoint.data_class != f"{cls.__module__}.{cls.__qualname__}":
+        for data in classes:
+            if checkpoint.data_class and checkpoint.data_class != f"{data.__module__}.{data.__qualname__}":
                 own = checkpoint.data_class.rpartition(".")[2]
-                raise UserError(f"--data {cls.__name__}: {path} was trained on {own}; leave --data out or give {own}")
+                raise UserError(f"--data {data.__name__}: {path} was trained on {own}; leave --data out or give {own}")
         return checkpoint
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what every run has, and put the checkpoint's options beneath the user's."""
-        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        parser.set_defaults({f"checkpoint.{key}": value for key, value in CHECKPOINT_DEFAULTS.items()})
+        for group, defaults in CHECKPOINTS.items():
+            parser.add_lightning_class_args(RunCheckpoint, group)
+            parser.set_defaults({f"{group}.{key}": value for key, value in defaults.items()})
         parser.add_lightning_class_args(Samples, "samples")
         parser.link_arguments("data", "model.num_features", compute_fn=self.num_features, apply_on="instantiate")
         if self.checkpoint:
@@ -472,8 +475,9 @@ class CLI(LightningCLI):
         callbacks = list(options.get("callbacks") or [])
         if options.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(ElboBar())
-        if options.get("enable_checkpointing") is False:
-            self._parser(self.subcommand).callback_keys.remove("checkpoint")  # the trainer refuses it then
+        if options.get("enable_checkpointing") is False or options.get("fast_dev_run"):
+            keys = self._parser(self.subcommand).callback_keys
+            keys[:] = [key for key in keys if key not in CHECKPOINTS]  # refused, or would leave an empty folder
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         run = run_logger(trainer)
         if run is not None:
@@ -489,9 +493,20 @@ class CLI(LightningCLI):
             if isinstance(logger, WandbLogger):
                 logger.run = run
 
+    def before_fit(self) -> None:
+        """Refuse to resume what has more epochs behind it than it is to have.
+
+        Raises:
+            UserError: It has.
+        """
+        wanted = self.trainer.max_epochs
+        if self.checkpoint and wanted is not None and -1 < wanted <= self.checkpoint.epoch:
+            done = f"{self.checkpoint.path} has {self.checkpoint.epoch + 1} epochs behind it"
+            raise UserError(f"--trainer.max_epochs {wanted}: {done}; give more")
+
     def after_fit(self) -> None:
         """Print what came of it."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             print("\n".join(self._summary()))
 
     def _summary(self) -> Iterator[str]:
@@ -506,7 +521,7 @@ class CLI(LightningCLI):
         if run is not None:
             yield f"run folder: {_short(run.log_dir)}"
         if best is not None and checkpoint is not None:
-            yield f"test it: lightning test --ckpt_path {_short(checkpoint.best_model_path)}"
+            yield f"test it: lightning test --ckpt_path {_short(getattr(checkpoint, 'best_model_path', ''))}"
 
 
 def _class_name(value: object) -> str | None:

@@ -121,7 +121,7 @@ class RunLogger(CSVLogger):
     @property
     def version(self) -> int | str:
         """The run's version; a new one is claimed by making its folder, so that two runs never share it."""
-        while self._version is None and rank_zero_only.rank == 0:
+        while self._version is None and not rank_zero_only.rank:  # type: ignore[attr-defined]
             super().version  # noqa: B018  # the base finds the next free number and keeps it
             try:
                 Path(self.log_dir).mkdir(parents=True)

@@ -75,13 +75,15 @@ class Samples(Callback):
         if trainer.sanity_checking or trainer.state.fn != "fit" or not self.every_n_validations or batch is None:
             return
         self.validations += 1
-        if self.validations % self.every_n_validations or not trainer.is_global_zero:
+        if self.validations % self.every_n_validations:
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"  # a collective: every process asks
+        if not trainer.is_global_zero:
             return
         data = getattr(trainer, "datamodule", None)
         modality, rate = getattr(data, "modality", "series"), getattr(data, "sample_rate", None)
         rows = self._rows(cast(VRNNLightningModule, pl_module), batch)
         figure = draw_rows(rows, modality, rate)
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         name = f"step_{trainer.global_step:07d}"
         figure.savefig(folder / f"{name}.png", dpi=100)

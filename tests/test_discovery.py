@@ -1,0 +1,104 @@
+import subprocess
+import sys
+from importlib.metadata import EntryPoint, EntryPoints
+
+import pytest
+
+from vrnn_lightning import UserError, discovery
+
+HEAD = "from vrnn_lightning import SequenceDataModule\n"
+
+
+@pytest.fixture
+def drop(folder):
+    """Write a file into the working directory's datamodules."""
+    (folder / "datamodules").mkdir()
+
+    def write(name, text):
+        file = folder / "datamodules" / name
+        file.write_text(text)
+        return file
+
+    return write
+
+
+def test_files_are_found_without_being_imported(drop):
+    drop("found_one.py", HEAD + "raise RuntimeError\nclass FoundOne(SequenceDataModule): pass\n")
+    drop("found_two.py", "class Base(x.LightningDataModule[int]): pass\nclass FoundTwo(Base): pass\nclass Not: pass\n")
+    drop("found_three.py", "class _Hidden(SequenceDataModule): pass\nclass FoundThree(_Hidden): pass\n")
+    drop("_template.py", HEAD + "class Hidden(SequenceDataModule): pass\n")
+    names = set(discovery.known())
+    assert {"Base", "FoundOne", "FoundTwo", "FoundThree", "Sines", "Speech"} <= names
+    assert not {"Not", "Hidden", "_Hidden"} & names
+    assert not any(name.startswith("datamodules.found") for name in sys.modules)
+
+
+def test_dropped_file_is_imported_as_part_of_the_package(drop):
+    drop("dropped.py", HEAD + "class Dropped(SequenceDataModule): pass\n")
+    assert discovery.load("Dropped").__module__ == "datamodules.dropped"
+
+
+def test_broken_file_breaks_only_its_own_command(drop):
+    file = drop("broken_syntax.py", HEAD + "class BrokenSyntax(SequenceDataModule):\n    def f(:\n")
+    other = drop("broken_import.py", HEAD + "\n1 / 0\nclass BrokenImport(SequenceDataModule): pass\n")
+    missing = drop("needs_more.py", HEAD + "import no_such_library\nclass NeedsMore(SequenceDataModule): pass\n")
+    assert discovery.load("Sines").__name__ == "Sines"
+    with pytest.raises(UserError, match=rf"{file}, line 3: SyntaxError") as caught:
+        discovery.load("BrokenSyntax")
+    assert isinstance(caught.value.__cause__, SyntaxError)
+    with pytest.raises(UserError, match=rf"{other}, line 3: ZeroDivisionError"):
+        discovery.load("BrokenImport")
+    with pytest.raises(UserError, match=rf"{missing}, line 2: ModuleNotFoundError.*no_such_library"):
+        discovery.load("NeedsMore")
+
+
+def test_two_classes_of_one_name_are_refused_when_asked_for(drop):
+    first = drop("twice_a.py", HEAD + "class Twice(SequenceDataModule): pass\n")
+    second = drop("twice_b.py", HEAD + "class Twice(SequenceDataModule): pass\nclass Once(SequenceDataModule): pass\n")
+    assert discovery.load("Once").__name__ == "Once"
+    with pytest.raises(UserError, match=rf"{first} and in {second}"):
+        discovery.load("Twice")
+
+
+def test_file_hidden_by_the_package_is_refused_when_asked_for(drop):
+    hidden = drop("sines.py", HEAD + "class OwnSines(SequenceDataModule): pass\n")
+    assert discovery.load("Sines").__name__ == "Sines"
+    with pytest.raises(UserError, match=rf"{hidden} is hidden by .*datamodules/sines.py"):
+        discovery.load("OwnSines")
+
+
+def test_folder_that_is_both_is_read_once(folder, monkeypatch):
+    from pathlib import Path
+
+    monkeypatch.chdir(Path(discovery.__file__).parents[1])
+    assert len(discovery.known()["Sines"].places) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Sine", "no such datamodule. Did you mean 'Sines'?"),
+        ("datamodules.sines.Sine", "has no Sine. Did you mean 'Sines'?"),
+        ("no_package.Data", "cannot import no_package"),
+        ("datamodules.nothing.Data", "cannot import datamodules.nothing"),
+        ("torch.nn.Linear", "is no LightningDataModule"),
+    ],
+)
+def test_what_cannot_be_found_is_said(folder, name, message):
+    with pytest.raises(UserError) as caught:
+        discovery.load(name)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_entry_points_are_known_by_name_and_loaded_when_asked_for(folder, monkeypatch):
+    point = EntryPoint("Elsewhere", "datamodules.sines:Sines", discovery.ENTRY_POINTS)
+    monkeypatch.setattr(discovery, "entry_points", lambda group: EntryPoints([point]))
+    assert "Elsewhere" in discovery.known()
+    assert discovery.load("Elsewhere").__name__ == "Sines"
+
+
+def test_importing_the_command_line_prints_nothing_and_imports_no_data_and_no_wandb():
+    code = "import sys, vrnn_lightning.cli; sys.exit('wandb' in sys.modules or 'datamodules.sines' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
