@@ -174,7 +174,7 @@ def keeps_the_splits_apart(make: Make) -> None:
 
 def reads_alike_in_processes(make: Make) -> None:
     alone, helped = ready(make, batch_size=2), ready(make, batch_size=2, num_workers=2)
-    assert helped.train_dataloader().num_workers == 2
+    assert helped.train_dataloader()._loader.num_workers == 2
     for one, other in zip(alone.train_dataloader(), helped.train_dataloader(), strict=True):
         assert_equal_batches(one, other)
 

@@ -73,7 +73,7 @@ def test_reported_figures_are_totals_over_totals(tmp_path, latent):
     model.eval()
     with torch.no_grad():
         for i, batch in enumerate(source.val_dataloader()):
-            trace = model.vrnn(batch, model._noise(batch, "val", 0, i))
+            trace = model.vrnn(batch, model._evaluation_noise(batch, i))
             log_px += trace.log_px.double().sum().item()
             kl += trace.kl.double().sum().item()
             steps += batch.lengths.sum().item()
@@ -98,6 +98,16 @@ def test_the_untrained_bound_lies_below_the_exact_likelihood(tmp_path):
     model = module()
     trainer(tmp_path).validate(model, data(val_size=200), verbose=False)
     assert model.trainer.callback_metrics["val/gap"] > 0
+
+
+def test_neither_batch_size_nor_order_changes_what_is_reported(tmp_path):
+    """Every sequence has noise of its own."""
+    model, found = module(), []
+    for size in (4, 9, 1):
+        runner = trainer(tmp_path, precision="64-true")
+        runner.validate(model, data(batch_size=size), verbose=False)
+        found.append(runner.callback_metrics["val/elbo"].item())
+    assert found == pytest.approx([found[0]] * 3, rel=1e-6)
 
 
 def test_bits_per_dim_count_the_scaler():
@@ -133,7 +143,7 @@ def test_training_loss_is_per_sequence_and_gradient_is_its_own(tmp_path):
     model.trainer = runner
     model.log = lambda *args, **kwargs: None
     loss = model.training_step(batch, 3)
-    trace = model.vrnn(batch, model._noise(batch, "train", 0, 3))
+    trace = model.vrnn(batch, model._training_noise(batch, 3))
     assert loss.item() == pytest.approx(-(trace.log_px.sum() - trace.kl.sum()).item() / len(batch), rel=1e-5)
 
 

@@ -21,7 +21,9 @@ OPTIONS = {
 def fit(folder: Path, **options: object) -> Path:
     """Run a fit in processes of its own; return the run's folder."""
     words = [f"--{k}={v}" for k, v in {**OPTIONS, **options, "trainer.default_root_dir": folder}.items()]
-    done = subprocess.run([sys.executable, "-m", "vrnn_lightning", "fit", *words], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "vrnn_lightning", "fit", *words], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     (run,) = (folder / "runs" / "sines").iterdir()
     return run

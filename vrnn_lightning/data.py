@@ -133,30 +133,37 @@ class _Scaled(Dataset[SequenceBatch]):
         return Sequence(s.x[:0], observed, inputs, "(none)")
 
 
-class SequenceLoader(DataLoader[SequenceBatch]):
-    """A DataLoader of padded batches that goes on where a checkpoint in the middle of an epoch left off."""
+class SequenceLoader:
+    """Padded batches of an epoch; goes on where a checkpoint in the middle of an epoch left off.
+
+    It holds a DataLoader and is none itself: Lightning rebuilds those, sampler and all, for prediction.
+
+    Args:
+        sequences: What to read, in data units.
+        scaler: Applied to every sequence.
+        num_features: Features per time step, which every sequence must have.
+        sampler: Decides the batches.
+        options: Handed on to DataLoader.
+    """
 
     def __init__(
-        self,
-        sequences: Sequences,
-        scaler: Scaler,
-        num_features: int,
-        sampler: BatchSampler,
-        **options: Any,  # handed on to DataLoader
+        self, sequences: Sequences, scaler: Scaler, num_features: int, sampler: BatchSampler, **options: Any
     ) -> None:
-        super().__init__(
-            _Scaled(sequences, scaler, num_features),
-            batch_size=None,
-            sampler=sampler,  # with batch_size=None an "index" is a batch of them
-            **options,
-        )
+        self.sampler = sampler  # where Lightning looks to announce the epoch
+        self.batch_sampler = None  # where it looks next
+        self.dataset = _Scaled(sequences, scaler, num_features)
+        self._loader: DataLoader[SequenceBatch] = DataLoader(self.dataset, batch_size=None, sampler=sampler, **options)
         self.batches_read = 0
 
-    def __iter__(self) -> Iterator[SequenceBatch]:  # type: ignore[override]  # a generator serves as the base's iterator
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[SequenceBatch]:
         """Yield the epoch's batches and count them."""
-        self.batches_read = self.sampler.start  # type: ignore[attr-defined]
+        self.batches_read = self.sampler.start
         try:
-            for batch in super().__iter__():
+            for batch in self._loader:
                 self.batches_read += 1
                 yield batch
         except UserError as error:  # a reading process puts its whole traceback into the message
@@ -169,7 +176,7 @@ class SequenceLoader(DataLoader[SequenceBatch]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Skip the batches that were read before the checkpoint."""
-        self.sampler.start = state["batches_read"] % max(1, len(self))  # type: ignore[attr-defined]
+        self.sampler.start = state["batches_read"] % max(1, len(self))
 
 
 class SequenceDataModule(LightningDataModule):
@@ -204,6 +211,10 @@ class SequenceDataModule(LightningDataModule):
         self.seed = seed
         self._scaler: Scaler | None = None
         self._splits: dict[str, Sequences] = {}
+
+    def __str__(self) -> str:
+        """Return the class and its options; Lightning's would open every loader."""
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.hparams.items())})"
 
     @abstractmethod
     def sequences(self, split: Split) -> Sequences:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -122,7 +123,7 @@ class VRNNLightningModule(LightningModule):
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """Return minus the objective summed over the global batch, divided by its number of sequences."""
-        trace = self.vrnn(batch, self._noise(batch, "train", self.current_epoch, batch_idx))
+        trace = self.vrnn(batch, self._training_noise(batch, batch_idx))
         steps, sequences = batch.lengths.sum(), (batch.lengths > 0).sum()
         objective = elbo(trace.log_px, trace.kl, steps, self.beta, self.free_bits, self._total)
         parts = (objective, trace.log_px.sum(), trace.kl.sum(), steps, sequences)
@@ -130,6 +131,7 @@ class VRNNLightningModule(LightningModule):
             torch.stack([p.detach().double() for p in parts])
         )
         loss: Tensor = -objective * self.trainer.world_size / all_sequences.to(objective)
+        loss = loss + 0.0 * trace.state.h.sum()  # one-step batches leave the cell unused, which DDP would wait for
         self._stop_unless_finite(total, "the loss", batch)
         self.log("train/loss", -total / all_sequences)
         self.log("train/beta", self.beta, prog_bar=True)
@@ -144,18 +146,25 @@ class VRNNLightningModule(LightningModule):
             torch.distributed.all_reduce(x)
         return x
 
-    def _noise(self, batch: SequenceBatch, stage: str, epoch: int, batch_idx: int) -> Tensor:
+    def _training_noise(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """Draw a batch's noise from a seed of its own, so that neither a resume nor what ran before changes it."""
-        place = f"{self.noise_seed} {stage} {epoch} {batch_idx} {self.global_rank}"
-        seed = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest())
-        generator = torch.Generator(self.device).manual_seed(seed - 2**63)
-        return self.vrnn.draw_noise(batch, generator)
+        place = f"{self.noise_seed} {self.current_epoch} {batch_idx} {self.global_rank}"
+        return self.vrnn.draw_noise(batch, torch.Generator(self.device).manual_seed(_seed(place)))
+
+    def _evaluation_noise(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
+        """Draw each sequence's noise from a seed of its own: no batch size, order or number of processes changes it."""
+        names = batch.names or [f"{batch_idx} {i} {self.global_rank}" for i in range(len(batch))]
+        noise = torch.zeros(*batch.x.shape[:2], self.vrnn.latent_size, dtype=batch.x.dtype)
+        for row, name, length in zip(noise, names, batch.lengths.tolist(), strict=True):
+            generator = torch.Generator().manual_seed(_seed(f"{self.noise_seed} {name}"))
+            row[:length] = torch.randn(length, self.vrnn.latent_size, generator=generator)
+        return noise.to(batch.x.device)
 
     def _stop_unless_finite(self, value: Tensor, what: str, batch: SequenceBatch | None) -> None:
         if torch.isfinite(value):
             return
-        checkpoint = self.trainer.checkpoint_callback
-        kept = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
+        written = {getattr(callback, "best_model_path", "") for callback in self.trainer.checkpoint_callbacks} - {""}
+        kept = max(written, key=lambda path: Path(path).stat().st_mtime, default="")
         names = [name for name in (batch.names or []) if name] if batch is not None else []
         shown = f" on {', '.join(names[:8])}{', …' if len(names) > 8 else ''}" if names else ""
         raise UserError(
@@ -174,14 +183,14 @@ class VRNNLightningModule(LightningModule):
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         """Add a batch to the validation totals."""
-        self._evaluate(batch, batch_idx, "val")
+        self._evaluate(batch, batch_idx)
 
     def test_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         """Add a batch to the test totals."""
-        self._evaluate(batch, batch_idx, "test")
+        self._evaluate(batch, batch_idx)
 
-    def _evaluate(self, batch: SequenceBatch, batch_idx: int, stage: str) -> None:
-        trace = self.vrnn(batch, self._noise(batch, stage, 0, batch_idx))
+    def _evaluate(self, batch: SequenceBatch, batch_idx: int) -> None:
+        trace = self.vrnn(batch, self._evaluation_noise(batch, batch_idx))
         counted = batch.counted
         log_scale = (counted * self.scale_std.log()).sum()
         known = getattr(getattr(self.trainer, "datamodule", None), "exact_log_likelihood", None)
@@ -212,7 +221,7 @@ class VRNNLightningModule(LightningModule):
 
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> Trace:
         """Return the trace of a batch."""
-        return cast(Trace, self.vrnn(batch, self._noise(batch, "predict", 0, batch_idx)))
+        return cast(Trace, self.vrnn(batch, self._evaluation_noise(batch, batch_idx)))
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser, and the schedule of its learning rate where there is one."""
@@ -230,6 +239,11 @@ class VRNNLightningModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the seed of the noise."""
         self.noise_seed = checkpoint.get("noise_seed", self.noise_seed)
+
+
+def _seed(place: str) -> int:
+    """Return a seed for a generator from words that name what it draws for."""
+    return int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), signed=True)
 
 
 def _make_storable(hparams: Any) -> None:
