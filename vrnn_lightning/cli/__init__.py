@@ -1,0 +1,5 @@
+"""The command line: ``lightning fit -c configs/synthetic.yaml``."""
+
+from vrnn_lightning.cli.command import CLI, main
+
+__all__ = ["CLI", "main"]

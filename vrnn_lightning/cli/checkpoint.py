@@ -1,0 +1,145 @@
+"""The checkpoint that a command starts from: which file is meant, what it knows, and what may not differ from it."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vrnn_lightning.cli.words import mentions
+from vrnn_lightning.errors import UserError
+
+__all__ = ["Checkpoint", "find_checkpoint"]
+
+NOT_ARCHITECTURE = ("optimizer", "lr_scheduler")  # a test may be run under a YAML that trains otherwise
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint knows about its run.
+
+    Args:
+        path: The file.
+        step: Optimiser steps behind it.
+        epoch: The epoch it was written in.
+        model: The model's options.
+        data: The datamodule's options, empty where it keeps none.
+        data_class: Import path of the datamodule, or ``None``.
+    """
+
+    path: Path
+    step: int
+    epoch: int
+    model: dict[str, Any]
+    data: dict[str, Any]
+    data_class: str | None
+
+    @classmethod
+    def read(cls, path: Path) -> Checkpoint:
+        """Read a file.
+
+        Raises:
+            UserError: It is missing, damaged or not a checkpoint of this framework.
+        """
+        if not path.is_file():
+            raise UserError(f"--ckpt_path {path}: no such file")
+        if not zipfile.is_zipfile(path):
+            raise UserError(f"--ckpt_path {path}: is damaged or no checkpoint")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            raise UserError(f"--ckpt_path {path}: is damaged, or holds more than weights and options") from error
+        model = content.get("hyper_parameters") if isinstance(content, dict) else None
+        if not isinstance(model, dict) or "num_features" not in model:
+            raise UserError(f"--ckpt_path {path}: is no checkpoint that `lightning fit` of vrnn-lightning wrote")
+        data = dict(content.get("datamodule_hyper_parameters") or {})
+        return cls(
+            path, content["global_step"], content["epoch"], _options(model), _options(data), data.get("_class_path")
+        )
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of its run, or ``None`` if it does not lie in one."""
+        folder = self.path.resolve().parent.parent
+        return folder if (folder / "config.yaml").is_file() else None
+
+    def defaults(self) -> dict[str, Any]:
+        """Return its options as a parser's defaults, beneath whatever the user states."""
+        model = {f"model.{key}": value for key, value in self.model.items() if key != "num_features"}
+        data = {"data": {"class_path": self.data_class, "init_args": self.data}} if self.data_class else {}
+        return {**model, **data}
+
+    def check(self, stated: dict[str, Any], training: bool, run_options: frozenset[str]) -> None:
+        """Refuse options that differ from its own.
+
+        Args:
+            stated: The options ``model`` and ``data`` of this run.
+            training: Also compare how the model is trained.
+            run_options: Data options that may differ.
+
+        Raises:
+            UserError: At least one differs.
+        """
+        skipped = {"num_features", *(() if training else NOT_ARCHITECTURE)}
+        differing = _differences("model", self.model, stated["model"], skipped)
+        differing += _differences("data", self.data, stated["data"].get("init_args") or {}, run_options)
+        if differing:
+            kept = "leave the option out to keep the checkpoint's, or start a new run without --ckpt_path"
+            raise UserError(f"{'; '.join(differing)}: differs from {self.path}; {kept}")
+
+
+def _options(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in hyper_parameters.items() if not key.startswith("_")}
+
+
+def _differences(group: str, old: dict[str, Any], new: dict[str, Any], skipped: Iterable[str]) -> list[str]:
+    old = _flat({key: value for key, value in old.items() if key in new and key not in skipped})
+    new = _flat(new)
+    keys = [key for key in old if key in new and old[key] != new[key]]
+    return [f"--{group}.{key.removesuffix('.class_path')} {new[key]} (checkpoint: {old[key]})" for key in keys]
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, prefix if key == "init_args" else f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def find_checkpoint(words: list[str], data: str | None) -> Path | None:
+    """Return the checkpoint that a command line asks for; ``last`` and ``best`` are looked for among the runs.
+
+    Args:
+        words: The command line.
+        data: Name of the datamodule, if it is said.
+
+    Raises:
+        UserError: There is no run with such a checkpoint.
+    """
+    asked = [value for value in mentions(words, "ckpt_path") if value]
+    if not asked:
+        return None
+    if asked[-1] not in ("last", "best"):
+        return Path(asked[-1])
+    root = Path(*mentions(words, "trainer.default_root_dir")[-1:]) / "runs"
+    name = _run_name(words) or (data.rpartition(".")[2].lower() if data else "*")
+    found = sorted(root.glob(f"{name}/*/checkpoints/{asked[-1]}.ckpt"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise UserError(f"--ckpt_path {asked[-1]}: no run under {root / name} has a {asked[-1]}.ckpt")
+    return found[-1]
+
+
+def _run_name(words: list[str]) -> str | None:
+    names = mentions(words, "trainer.logger.name") + mentions(words, "trainer.logger.init_args.name")
+    loggers = [entry for value in mentions(words, "trainer.logger") if isinstance(value, list) for entry in value]
+    ours = [entry for entry in loggers if isinstance(entry, dict) and "RunLogger" in entry.get("class_path", "")]
+    names += [(entry.get("init_args") or {}).get("name") for entry in ours]
+    return next((name for name in names if name), None)

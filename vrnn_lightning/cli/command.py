@@ -1,0 +1,258 @@
+"""LightningCLI with our options, defaults and refusals, and the ``main`` that the console scripts call."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from vrnn_lightning import discovery
+from vrnn_lightning.callbacks import Samples
+from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint
+from vrnn_lightning.cli.parser import Parser
+from vrnn_lightning.cli.words import mentions, with_configs
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.module import VRNNLightningModule
+from vrnn_lightning.tracking import ElboBar, RunCheckpoint, RunLogger, SaveConfig, WandbLogger, run_logger
+
+__all__ = ["CLI", "main"]
+
+COMMON = {
+    "auto_insert_metric_name": False,  # a metric's slash would make a folder
+    "enable_version_counter": False,  # a resumed run replaces its files
+}
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "checkpoint": {"monitor": "val/elbo", "mode": "max", "filename": "best", **COMMON},
+    "last": {"filename": "last", **COMMON},  # `save_last` would write only where there is a new best
+}
+RUN_OPTIONS = frozenset({"root", "batch_size", "num_workers"})
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run a command, for example ``main(["fit", "-c", "configs/synthetic.yaml"])``.
+
+    Args:
+        args: The words after ``lightning``; by default those of the command line. ``--debug`` among them shows the
+            traceback of what is otherwise one line.
+
+    Returns:
+        The exit code: 0, or 1 after a :class:`~vrnn_lightning.errors.UserError`.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in words
+    here = str(Path.cwd())
+    if not {"", here} & set(sys.path):
+        sys.path.append(here)  # appended, so that nothing there hides an installed package
+    try:
+        with warnings.catch_warnings():
+            _silence()
+            CLI([word for word in words if word != "--debug"])
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {_own_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _silence() -> None:
+    """Silence what Lightning says about things that are as they should be."""
+    for message in (
+        "Checkpoint directory .* exists and is not empty",  # a resumed run's
+        ".* does not have many workers",  # sequences in memory need none
+        ".*isinstance\\(treespec, LeafSpec\\)",  # Lightning's own call of torch
+    ):
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tip)
+
+
+def _no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
+
+
+def _own_line(error: UserError) -> str:
+    """Return the user's line, also of an error that a DataLoader's worker wrapped into its traceback."""
+    lines = str(error).strip().splitlines()
+    named = [line.partition("UserError: ")[2] for line in lines if "UserError: " in line]
+    return named[-1] if named else " ".join(lines)
+
+
+class CLI(LightningCLI):
+    """LightningCLI with the VRNN as its model and any datamodule as its data.
+
+    Args:
+        words: The command line.
+    """
+
+    def __init__(self, words: list[str]) -> None:
+        self.words = with_configs(words)
+        names = [
+            _class_name(value)
+            for key in ("data", "data.class_path", "data.help")
+            for value in mentions(self.words, key)
+        ]
+        classes = [discovery.load(name) for name in names if name]
+        self.checkpoint = self._read_checkpoint(classes)
+        epilog = f"Datamodules: {', '.join(discovery.known()) or 'none'}. `--data.help NAME` shows one's options."
+        commands = {command: {"epilog": epilog} for command in self.subcommands()}
+        super().__init__(
+            VRNNLightningModule,
+            LightningDataModule,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_defaults={"logger": [{"class_path": "vrnn_lightning.tracking.RunLogger"}]},
+            parser_class=Parser,
+            parser_kwargs={"allow_abbrev": False, **{c: {"allow_abbrev": False, **kw} for c, kw in commands.items()}},
+            seed_everything_default=0,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+        )
+
+    def _read_checkpoint(self, classes: list[type[LightningDataModule]]) -> Checkpoint | None:
+        path = find_checkpoint(self.words, classes[-1].__name__ if classes else None)
+        if path is None or {"-h", "--help"} & set(self.words):
+            return None
+        checkpoint = Checkpoint.read(path)
+        if checkpoint.data_class and not classes:
+            discovery.load(_class_name(checkpoint.data_class) or "")
+        for data in classes:
+            if checkpoint.data_class and checkpoint.data_class != f"{data.__module__}.{data.__qualname__}":
+                own = checkpoint.data_class.rpartition(".")[2]
+                raise UserError(f"--data {data.__name__}: {path} was trained on {own}; leave --data out or give {own}")
+        return checkpoint
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what every run has, and put the checkpoint's options beneath the user's."""
+        for group, defaults in CHECKPOINTS.items():
+            parser.add_lightning_class_args(RunCheckpoint, group)
+            parser.set_defaults({f"{group}.{key}": value for key, value in defaults.items()})
+        parser.add_lightning_class_args(Samples, "samples")
+        parser.link_arguments("data", "model.num_features", compute_fn=self.num_features, apply_on="instantiate")
+        if self.checkpoint:
+            parser.set_defaults(self.checkpoint.defaults())
+
+    def num_features(self, data: LightningDataModule) -> int:
+        """Return the data's width, which is the model's.
+
+        Raises:
+            UserError: The datamodule has none, or the checkpoint's model has another.
+        """
+        width = getattr(data, "num_features", None)
+        if not isinstance(width, int):
+            raise UserError(f"--data {type(data).__name__}: has no number `num_features` after its construction")
+        if self.checkpoint and width != self.checkpoint.model["num_features"]:
+            own = self.checkpoint.model["num_features"]
+            raise UserError(f"--data {type(data).__name__}: {width} features, but {self.checkpoint.path} has {own}")
+        return width
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:
+        """Parse, and compare what was stated with the checkpoint."""
+        self.config = parser.parse_args(self.words)
+        if self.checkpoint is None:
+            return
+        command = self.config["subcommand"]
+        self.config[command]["ckpt_path"] = str(self.checkpoint.path)
+        dumped = yaml.safe_load(
+            parser.dump(self.config, skip_link_targets=False, skip_none=False, skip_validation=True)
+        )
+        module, _, name = dumped[command]["data"]["class_path"].rpartition(".")
+        run_options = getattr(getattr(sys.modules[module], name), "run_options", RUN_OPTIONS)
+        self.checkpoint.check(dumped[command], command == "fit", run_options)
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: the checkpoint's options are beneath the user's already, and none differs in silence."""
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer.
+
+        Raises:
+            UserError: As a datamodule's constructor raised it; jsonargparse wraps it.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise _user_error(error) or error from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer, with the bound's terms in the progress bar, and settle the run's folder."""
+        options = self._get(self.config_init, "trainer")
+        callbacks = list(options.get("callbacks") or [])
+        if options.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(ElboBar())
+        if options.get("enable_checkpointing") is False or options.get("fast_dev_run"):
+            keys = self._parser(self.subcommand).callback_keys
+            keys[:] = [key for key in keys if key not in CHECKPOINTS]  # refused, or would leave an empty folder
+        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        run = run_logger(trainer)
+        if run is not None:
+            self._settle(run, trainer)
+        return trainer
+
+    def _settle(self, run: RunLogger, trainer: Trainer) -> None:
+        run.place(Path(trainer.default_root_dir), type(self.datamodule).__name__.lower())
+        if self.checkpoint and self.checkpoint.folder:
+            training = self.subcommand == "fit"
+            run.resume(self.checkpoint.folder, self.checkpoint.step, self.checkpoint.epoch, training)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.run = run
+
+    def before_fit(self) -> None:
+        """Refuse to resume what has more epochs behind it than it is to have.
+
+        Raises:
+            UserError: It has.
+        """
+        wanted = self.trainer.max_epochs
+        if self.checkpoint and wanted is not None and -1 < wanted <= self.checkpoint.epoch:
+            done = f"{self.checkpoint.path} has {self.checkpoint.epoch + 1} epochs behind it"
+            raise UserError(f"--trainer.max_epochs {wanted}: {done}; give more")
+
+    def after_fit(self) -> None:
+        """Print what came of it."""
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print("\n".join(self._summary()))
+
+    def _summary(self) -> Iterator[str]:
+        checkpoint, metrics = self.trainer.checkpoint_callback, self.trainer.callback_metrics
+        best = getattr(checkpoint, "best_model_score", None)
+        if best is not None:
+            yield f"best val/elbo: {best:.4f} nats per step"
+            exact = metrics.get("val/exact_log_likelihood")
+            if exact is not None:
+                yield f"exact log-likelihood: {exact:.4f} nats per step, gap {exact - best:.4f}"
+        run = run_logger(self.trainer)
+        if run is not None:
+            yield f"run folder: {_short(run.log_dir)}"
+        if best is not None and checkpoint is not None:
+            yield f"test it: lightning test --ckpt_path {_short(getattr(checkpoint, 'best_model_path', ''))}"
+
+
+def _class_name(value: object) -> str | None:
+    """Return the datamodule's name from ``Name``, ``{class_path: Name}`` or the path of a file in ``datamodules``."""
+    name = value.get("class_path") if isinstance(value, dict) else value
+    if not isinstance(name, str) or name.startswith("-"):
+        return None
+    package, _, rest = name.partition(".")
+    return rest.rpartition(".")[2] if package == "datamodules" and rest else name
+
+
+def _short(path: str) -> str:
+    """Return a path relative to the working directory where it lies below."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """Return the UserError that an exception wraps."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error

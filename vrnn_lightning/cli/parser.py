@@ -1,0 +1,91 @@
+"""The parser, and what it says of an option that it can't take."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+from typing import NoReturn
+
+from lightning.pytorch import Callback
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from vrnn_lightning import discovery
+from vrnn_lightning.heads import Head
+
+__all__ = ["Parser"]
+
+
+class Parser(LightningArgumentParser):
+    """Says in one line what is wrong with an option, with the word that was probably meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with one line."""
+        if not self.exit_on_error:  # a parser within the parser, whose caller says it
+            super().error(message, ex)
+        self.exit(2, f"error: {self._line(message)}\n")
+
+    def _line(self, message: str) -> str:
+        for pattern, line in (
+            (r"unrecognized arguments: (\S+)", self._unknown_option),
+            (r"does not accept option '([\w.]+)'", self._unknown_key),
+            (r"arguments are required: (\S+)", self._required),
+            (r"given class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", self._unknown_init_arg),
+            (r'Parser key "([\w.+]+)"[^:]*:.*?Expected a dot import path string: (\S+)', self._unknown_class),
+            (r'Parser key "([\w.+]+)":\s+Expected an? (.*?)\. Got value: (.*)', self._wrong_type),
+        ):
+            match = re.search(pattern, message, re.DOTALL)
+            if match:
+                return line(*match.groups())
+        return " ".join(message.split())
+
+    def _options(self) -> set[str]:
+        subparsers = [a.choices.values() for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers = [self, *(parser for group in subparsers for parser in group)]
+        return {option for parser in parsers for action in parser._actions for option in action.option_strings}
+
+    def _unknown_option(self, option: str) -> str:
+        return f"{option}: no such option.{discovery.suggestion(option.partition('=')[0], self._options())}"
+
+    def _unknown_key(self, key: str) -> str:
+        return self._unknown_option(f"--{key}")
+
+    @staticmethod
+    def _required(option: str) -> str:
+        name = option.rpartition(".")[2]
+        known = f" one of {', '.join(discovery.known())}, or the dotted path of your own" if name == "data" else ""
+        return f"--{name} is needed:{known}" if known else f"--{name} is needed"
+
+    @staticmethod
+    def _unknown_init_arg(class_path: str, option: str) -> str:
+        module, _, cls = class_path.rpartition(".")
+        bases = [vars(base) for base in inspect.getmro(getattr(sys.modules[module], cls)) if "__init__" in vars(base)]
+        accepted = {name for base in bases for name in inspect.signature(base["__init__"]).parameters}
+        return f"{option}: {cls} has no such option.{discovery.suggestion(option, accepted)}"
+
+    @staticmethod
+    def _unknown_class(key: str, name: str) -> str:
+        bases = {
+            "emission": Head,
+            "callbacks": Callback,
+            "logger": Logger,
+            "optimizer": Optimizer,
+            "lr_scheduler": LRScheduler,
+        }
+        meant = [base for word, base in bases.items() if word in key.rstrip("+").split(".")]
+        names = {cls.__name__ for base in meant for cls in _subclasses(base)}
+        return f"--{key} {name}: no such class.{discovery.suggestion(name, names)}"
+
+    @staticmethod
+    def _wrong_type(key: str, expected: str, value: str) -> str:
+        kind = re.sub(r"<class '(.*?)'>", r"\1", expected)
+        return f"--{key} {' '.join(value.split())}: expected {kind}"
+
+
+def _subclasses(base: type) -> set[type]:
+    below: list[type] = base.__subclasses__()
+    return {base}.union(*map(_subclasses, below))
