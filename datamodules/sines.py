@@ -26,7 +26,7 @@ class Sines(SequenceDataModule):
     with :math:`\omega` uniform on a grid of ``frequencies`` values in (0, pi / 2). A sequence's density is therefore a
     finite mixture of Gaussians with low-rank-plus-noise covariances, and :meth:`exact_log_likelihood` is what the best
     of all models reaches on average. A network with a diagonal Gaussian output and no latent can't express the
-    correlation of the noise and loses :attr:`diagonal_loss` nats per step or more, however well it predicts.
+    correlation of the noise: even where it knows frequency and coefficients it loses :attr:`diagonal_loss` nats a step.
 
     Data units are the model's units: the scaler is the identity.
 
@@ -93,7 +93,7 @@ class Sines(SequenceDataModule):
         identity = torch.eye(channels, dtype=torch.float64)
         self.noise_covariance = noise**2 * ((1 - correlation) * identity + correlation)
         self.diagonal_loss = -0.5 * torch.logdet(self.noise_covariance / noise**2).item()
-        """What a diagonal predictive loses to the noise's correlation alone, in nats per step."""
+        """What a diagonal Gaussian loses to the noise's correlation where the rest is known, in nats per step."""
 
     def sequences(self, split: Split) -> list[Sequence]:
         """Draw a split's sequences, each split from a stream of its own."""

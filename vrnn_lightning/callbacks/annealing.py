@@ -72,7 +72,21 @@ class ConstantKLWeight(KLAnnealing):
         return self.value
 
 
-class LinearKLAnnealing(KLAnnealing):
+class _Ramp(KLAnnealing):
+    """A weight that goes from ``start`` to ``end``.
+
+    Args:
+        steps: Optimiser steps until the weight is ``end``.
+        start: Weight at the first step.
+        end: Weight from ``steps`` on.
+    """
+
+    def __init__(self, steps: int, start: float = 0.0, end: float = 1.0) -> None:
+        _check(steps=steps, start=start, end=end)
+        self.steps, self.start, self.end = steps, start, end
+
+
+class LinearKLAnnealing(_Ramp):
     """A straight line from ``start`` to ``end`` (Bowman et al. 2016).
 
     Args:
@@ -81,16 +95,12 @@ class LinearKLAnnealing(KLAnnealing):
         end: Weight from ``steps`` on.
     """
 
-    def __init__(self, steps: int, start: float = 0.0, end: float = 1.0) -> None:
-        _check(steps=steps, start=start, end=end)
-        self.steps, self.start, self.end = steps, start, end
-
     def beta(self, step: int) -> float:
         """Return the weight after ``step`` optimiser steps."""
         return schedules.linear(step, self.steps, self.start, self.end)
 
 
-class CosineKLAnnealing(KLAnnealing):
+class CosineKLAnnealing(_Ramp):
     """Half a cosine wave from ``start`` to ``end``, flat at both ends.
 
     Args:
@@ -99,16 +109,12 @@ class CosineKLAnnealing(KLAnnealing):
         end: Weight from ``steps`` on.
     """
 
-    def __init__(self, steps: int, start: float = 0.0, end: float = 1.0) -> None:
-        _check(steps=steps, start=start, end=end)
-        self.steps, self.start, self.end = steps, start, end
-
     def beta(self, step: int) -> float:
         """Return the weight after ``step`` optimiser steps."""
         return schedules.cosine(step, self.steps, self.start, self.end)
 
 
-class SigmoidKLAnnealing(KLAnnealing):
+class SigmoidKLAnnealing(_Ramp):
     """A logistic curve from ``start`` to ``end`` (Bowman et al. 2016).
 
     Args:
@@ -119,17 +125,17 @@ class SigmoidKLAnnealing(KLAnnealing):
     """
 
     def __init__(self, steps: int, start: float = 0.0, end: float = 1.0, steepness: float = 10.0) -> None:
-        _check(steps=steps, start=start, end=end)
+        super().__init__(steps, start, end)
         if not steepness > 0:
             raise UserError(f"KL annealing: steepness {steepness} must be positive")
-        self.steps, self.start, self.end, self.steepness = steps, start, end, steepness
+        self.steepness = steepness
 
     def beta(self, step: int) -> float:
         """Return the weight after ``step`` optimiser steps."""
         return schedules.sigmoid(step, self.steps, self.start, self.end, self.steepness)
 
 
-class CyclicalKLAnnealing(KLAnnealing):
+class CyclicalKLAnnealing(_Ramp):
     """Several linear rises, each from ``start`` (Fu et al. 2019).
 
     Args:
@@ -141,12 +147,12 @@ class CyclicalKLAnnealing(KLAnnealing):
     """
 
     def __init__(self, steps: int, start: float = 0.0, end: float = 1.0, cycles: int = 4, ramp: float = 0.5) -> None:
-        _check(steps=steps, start=start, end=end)
+        super().__init__(steps, start, end)
         if cycles < 1:
             raise UserError(f"KL annealing: cycles {cycles} must be at least 1")
         if not 0 < ramp <= 1:
             raise UserError(f"KL annealing: ramp {ramp} must lie in (0, 1]")
-        self.steps, self.start, self.end, self.cycles, self.ramp = steps, start, end, cycles, ramp
+        self.cycles, self.ramp = cycles, ramp
 
     def beta(self, step: int) -> float:
         """Return the weight after ``step`` optimiser steps."""
