@@ -110,8 +110,8 @@ TRAPS = {
     "posterior reads x_{t-1}": Trap(
         UNROLL, "from_x = F.linear(phi_x,", "from_x = F.linear(torch.cat([phi_x[:1] * 0, phi_x[:-1]]),", equals_textbook
     ),
-    "encoder cut from the gradient": Trap(UNROLL, "z = mean + std * noises[t]", "z = (mean + std * noises[t]).detach()", equals_textbook),
-    "variance for deviation": Trap(UNROLL, "z = mean + std * noises[t]", "z = mean + std**2 * noises[t]", equals_textbook),
+    "encoder cut from the gradient": Trap(UNROLL, "z = torch.addcmul(mean, std, noises[t])", "z = torch.addcmul(mean, std, noises[t]).detach()", equals_textbook),
+    "variance for deviation": Trap(UNROLL, "z = torch.addcmul(mean, std, noises[t])", "z = torch.addcmul(mean, std**2, noises[t])", equals_textbook),
     "uniform noise": Trap("vrnn:VRNN.draw_noise", "torch.randn(", "torch.rand(", noise_is_standard_normal),
     "h_{T-1} returned as the state": Trap(
         "recurrence:_at", "lengths.clamp(max=steps - 1)]", "(lengths - 1).clamp(min=0)]\n    return picked", carries_state

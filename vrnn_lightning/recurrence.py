@@ -107,7 +107,7 @@ def unroll(model: Networks, phi_x: Tensor, noise: Tensor, state: State, lengths:
         encoder_h, gate_h = torch.addmm(bias_h, h, weight_h).split(splits, 1)
         if model.encoder is not None and model.phi_z is not None:
             mean, std = _infer(model.encoder, from_x[t] + encoder_h)
-            z = mean + std * noises[t]  # rsample's formula: the gradient reaches the encoder
+            z = torch.addcmul(mean, std, noises[t])  # rsample's formula: the gradient reaches the encoder
             phi_z = model.phi_z(z)
             gate = torch.addmm(gate, phi_z, weight_z)
             latents.append((mean, std, z, phi_z))
@@ -134,8 +134,8 @@ def _gru(gate_x: Tensor, gate_h: Tensor, h: Tensor, c: Tensor | None) -> tuple[T
     sum_x, new_x = gate_x.split(splits, 1)
     sum_h, new_h = gate_h.split(splits, 1)
     reset, update = (sum_x + sum_h).sigmoid().chunk(2, 1)
-    new = (new_x + reset * new_h).tanh()
-    return new + update * (h - new), None
+    new = torch.addcmul(new_x, reset, new_h).tanh()
+    return new.to(h.dtype).lerp(h, update.to(h.dtype)), None  # under autocast the state stays wide
 
 
 def _lstm(gate_x: Tensor, gate_h: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -6,10 +6,11 @@ import argparse
 import inspect
 import re
 import sys
+from functools import partial
 from typing import NoReturn
 
 from lightning.pytorch import Callback
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -30,13 +31,19 @@ class Parser(LightningArgumentParser):
         self.exit(2, f"error: {self._line(message)}\n")
 
     def _line(self, message: str) -> str:
+        keys = re.findall(r'Parser key "([\w.+]+)"', message)  # a class' own option stands below the option it is for
+        option = f"--{'.'.join(keys)}"
         for pattern, line in (
             (r"unrecognized arguments: (\S+)", self._unknown_option),
             (r"does not accept option '([\w.]+)'", self._unknown_key),
-            (r"arguments are required: (\S+)", self._required),
-            (r"given class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", self._unknown_init_arg),
-            (r'Parser key "([\w.+]+)"[^:]*:.*?Expected a dot import path string: (\S+)', self._unknown_class),
-            (r'Parser key "([\w.+]+)":\s+Expected an? (.*?)\. Got value: (.*)', self._wrong_type),
+            (r"arguments are required: (\S+)", lambda name: self._required(".".join([*keys, name]))),
+            (
+                r"given class_path '([\w.]+)':\s+Option '(\w+)' is not accepted",
+                lambda path, name: self._unknown_init_arg(option, path, name),
+            ),
+            (r"Expected a dot import path string: (\S+)", lambda name: self._unknown_class(option, name)),
+            (r"Expected an? ([^\n]*?)\. Got value: ([^\n]*?)(?:\. Got value|\n|$)", partial(self._wrong_type, option)),
+            (r"Subtypes: \[(.*?)\]\n.*Given value: (.*)", partial(self._wrong_type, option)),
         ):
             match = re.search(pattern, message, re.DOTALL)
             if match:
@@ -56,16 +63,16 @@ class Parser(LightningArgumentParser):
 
     @staticmethod
     def _required(option: str) -> str:
-        name = option.rpartition(".")[2]
-        known = f" one of {', '.join(discovery.known())}, or the dotted path of your own" if name == "data" else ""
-        return f"--{name} is needed:{known}" if known else f"--{name} is needed"
+        name = option.partition(".")[2] if option.startswith(tuple(LightningCLI.subcommands())) else option
+        known = f": one of {', '.join(discovery.known())}, or the dotted path of your own" if name == "data" else ""
+        return f"--{name} is needed{known}"
 
     @staticmethod
-    def _unknown_init_arg(class_path: str, option: str) -> str:
+    def _unknown_init_arg(key: str, class_path: str, option: str) -> str:
         module, _, cls = class_path.rpartition(".")
         bases = [vars(base) for base in inspect.getmro(getattr(sys.modules[module], cls)) if "__init__" in vars(base)]
         accepted = {name for base in bases for name in inspect.signature(base["__init__"]).parameters}
-        return f"{option}: {cls} has no such option.{discovery.suggestion(option, accepted)}"
+        return f"{key}.{option}: {cls} has no such option.{discovery.suggestion(option, accepted)}"
 
     @staticmethod
     def _unknown_class(key: str, name: str) -> str:
@@ -76,14 +83,16 @@ class Parser(LightningArgumentParser):
             "optimizer": Optimizer,
             "lr_scheduler": LRScheduler,
         }
-        meant = [base for word, base in bases.items() if word in key.rstrip("+").split(".")]
+        meant = [base for word, base in bases.items() if word in key.strip("-+").split(".")]
         names = {cls.__name__ for base in meant for cls in _subclasses(base)}
-        return f"--{key} {name}: no such class.{discovery.suggestion(name, names)}"
+        return f"{key} {name}: no such class.{discovery.suggestion(name, names)}"
 
     @staticmethod
     def _wrong_type(key: str, expected: str, value: str) -> str:
-        kind = re.sub(r"<class '(.*?)'>", r"\1", expected)
-        return f"--{key} {' '.join(value.split())}: expected {kind}"
+        kinds = (
+            re.sub(r"<class '(.*?)'>", r"\1", expected).replace("typing.Literal", "one of ").replace("NoneType", "null")
+        )
+        return f"{key} {' '.join(value.split())}: expected {kinds.replace(', null', ' or null')}"
 
 
 def _subclasses(base: type) -> set[type]:
