@@ -80,11 +80,13 @@ class Sines(SequenceDataModule):
                 raise UserError(f"--data.{option} {value}: must be at least {least}")
         if min_steps is not None and not 1 <= min_steps <= steps:
             raise UserError(f"--data.min_steps {min_steps}: must lie between 1 and --data.steps, {steps}")
+        if frequencies > 1000:
+            raise UserError(f"--data.frequencies {frequencies}: must be at most 1000")
         if not 0 <= correlation < 1:
             raise UserError(f"--data.correlation {correlation}: must lie in [0, 1)")
         for option, scale in (("amplitude", amplitude), ("noise", noise)):
-            if not 0 < scale < math.inf:
-                raise UserError(f"--data.{option} {scale}: must be positive")
+            if not 1e-6 <= scale <= 1e6:
+                raise UserError(f"--data.{option} {scale}: must lie between 1e-6 and 1e6")
         self.steps = steps
         self.min_steps = steps if min_steps is None else min_steps
         self.amplitude = amplitude
@@ -92,6 +94,8 @@ class Sines(SequenceDataModule):
         self.omegas = torch.arange(1, frequencies + 1, dtype=torch.float64) * (math.pi / 2 / (frequencies + 1))
         identity = torch.eye(channels, dtype=torch.float64)
         self.noise_covariance = noise**2 * ((1 - correlation) * identity + correlation)
+        if torch.linalg.cholesky_ex(self.noise_covariance).info:
+            raise UserError(f"--data.correlation {correlation}: too close to 1 to compute with")
         self.diagonal_loss = -0.5 * torch.logdet(self.noise_covariance / noise**2).item()
         """What a diagonal Gaussian loses to the noise's correlation where the rest is known, in nats per step."""
 
@@ -111,7 +115,7 @@ class Sines(SequenceDataModule):
     @staticmethod
     def _basis(omega: Tensor, steps: int) -> Tensor:
         """Return cosine and sine, shape (frequencies, 2, steps)."""
-        phase = omega[:, None] * torch.arange(steps, dtype=omega.dtype, device=omega.device)
+        phase = omega[:, None] * torch.arange(steps, dtype=omega.dtype)
         return torch.stack([phase.cos(), phase.sin()], 1)
 
     def exact_log_likelihood(self, batch: SequenceBatch) -> Tensor:
@@ -124,17 +128,16 @@ class Sines(SequenceDataModule):
         .. math:: \log p(x \mid \omega) = -\tfrac12 \big[T D \log 2\pi + T \log|R| + 2 D \log \alpha^2 + \log|S|
             + \mathrm{tr}(X R^{-1} X^\top) - b^\top S^{-1} b\big]
         """
+        batch = batch if batch.x.device.type == "cpu" else SequenceBatch(batch.x.cpu(), batch.lengths.cpu())
         x = batch.x.double() * batch.mask[..., None]
         size, steps, channels = x.shape
-        precision = torch.linalg.inv(self.noise_covariance).to(x.device)
-        basis = (
-            self._basis(self.omegas.to(x.device), steps) * batch.mask[:, None, None]
-        )  # (batch, frequencies, 2, time)
+        precision = torch.linalg.inv(self.noise_covariance)
+        basis = self._basis(self.omegas, steps) * batch.mask[:, None, None]  # (batch, frequencies, 2, time)
         gram = basis @ basis.mT
         whitened = x @ precision
         b = (basis @ whitened[:, None]).mT.flatten(2)  # ordered by channel, then cosine and sine
         coupling = torch.einsum("de,bkij->bkdiej", precision, gram).reshape(size, -1, 2 * channels, 2 * channels)
-        s = coupling + torch.eye(2 * channels, dtype=x.dtype, device=x.device) / self.amplitude**2
+        s = coupling + torch.eye(2 * channels, dtype=x.dtype) / self.amplitude**2
         root = torch.linalg.cholesky(s)
         explained = torch.linalg.solve_triangular(root, b[..., None], upper=False).square().sum((-2, -1))
         log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 4 * channels * math.log(self.amplitude)

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -100,6 +100,7 @@ class Speech(SequenceDataModule):
         self._asked_rate = self._rate = sample_rate
         self._headers: dict[str, _Header] | None = None
         self._members: dict[Split, list[str]] | None = None
+        self._trained: dict[str, int] = {}
         self._warned: set[str] = set()
 
     @property
@@ -138,13 +139,17 @@ class Speech(SequenceDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scaler, the sample rate in Hz and the files of each split, as paths below ``root``."""
-        return super().state_dict() | {"sample_rate": self.sample_rate} | dict(self._drawn())
+        drawn, headers = self._drawn(), self._scan()
+        seen = [name for name in [*drawn["train"], *drawn["val"]] if name in headers]
+        trained = self._trained | {name: headers[name].samples for name in seen}
+        return super().state_dict() | {"sample_rate": self.sample_rate, "trained": trained} | dict(drawn)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the checkpoint's scaler, sample rate and splits."""
         super().load_state_dict(state_dict)
         self._rate = state_dict["sample_rate"]
         self._members = {"train": state_dict["train"], "val": state_dict["val"], "test": state_dict["test"]}
+        self._trained = state_dict["trained"]
         self._splits.clear()  # those that setup found were drawn anew
 
     def _names(self, split: Split) -> list[str]:
@@ -153,11 +158,23 @@ class Speech(SequenceDataModule):
         known = {name for names in drawn.values() for name in names}
         unknown = [name for name in usable if name not in known]
         if unknown and not set(usable).intersection(drawn["test"]):
+            self._refuse_trained(unknown)
             drawn, unknown = {**drawn, "test": unknown}, []
         if unknown:
             self._warn(f"{self.root}: {len(unknown)} files that are in no split of the checkpoint are left out")
         wanted = set(drawn[split])
         return [name for name in usable if name in wanted]
+
+    def _refuse_trained(self, names: list[str]) -> None:
+        """Refuse another corpus that holds a file of the checkpoint's under another path."""
+        trained = {(PurePosixPath(name).stem, samples): name for name, samples in self._trained.items()}
+        for name in names:
+            known = trained.get((PurePosixPath(name).stem, self._scan()[name].samples))
+            if known is not None:
+                raise UserError(
+                    f"{self.root / name}: seems to be {known}, which the model was trained on; "
+                    f"choose --data.root so that {known} lies below it"
+                )
 
     def _drawn(self) -> dict[Split, list[str]]:
         """Return the files of each split as the checkpoint has them, or draw them once."""
@@ -317,6 +334,8 @@ def _read(path: Path, sample_rate: int) -> NDArray[np.float32]:
     except soundfile.LibsndfileError as error:
         raise _unreadable(path, error.error_string) from None
     mono: NDArray[np.float32] = samples.mean(axis=1)
+    if not math.isfinite(mono.sum(dtype="float64")):
+        raise UserError(f"{path}: holds NaN or infinite samples; remove it or mend it")
     if rate == sample_rate:
         return mono
     from scipy.signal import resample_poly

@@ -365,3 +365,85 @@ def test_two_processes_share_one_run_folder(tiny):
     assert done.stdout.count("best val/elbo") == 1
     assert [path.name for path in Path("runs/sines").iterdir()] == ["version_0"]
     assert Path("runs/sines/version_0/checkpoints/last.ckpt").is_file()
+
+
+def metrics(run, name):
+    with (run / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def test_no_words_is_one_line(lightning):
+    said = lightning()
+    assert said.code == 2
+    assert "Traceback" not in said.err
+
+
+def test_a_resume_without_a_config_goes_on_with_the_run_s(lightning, tiny, folder):
+    """Annealing, clipping and everything else are the run's own, and its config.yaml keeps them."""
+    overlay = folder / "kl.yaml"
+    overlay.write_text("trainer: {callbacks+: [{class_path: LinearKLAnnealing, init_args: {steps: 100}}]}")
+    assert lightning("fit", "-c", tiny, "-c", overlay).code == 0
+    assert lightning("fit", "--ckpt_path", "last", "--trainer.max_epochs", 3).code == 0
+    run = folder / "runs" / "sines" / "version_0"
+    assert metrics(run, "train/beta") == pytest.approx([step / 100 for step in range(6)])
+    assert "LinearKLAnnealing" in (run / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5])
+def test_a_run_stopped_by_max_steps_resumes_exactly(lightning, tiny, folder, stop):
+    common = ("fit", "-c", tiny, "--data.train_size", 16, "--trainer.max_epochs", 10)
+    assert lightning(*common, "--trainer.max_steps", 6, "--trainer.default_root_dir", "straight").code == 0
+    assert lightning(*common, "--trainer.max_steps", stop).code == 0
+    assert lightning(*common, "--trainer.max_steps", 6, "--ckpt_path", "last").code == 0
+    losses = [metrics(root / "runs" / "sines" / "version_0", "train/loss") for root in (folder / "straight", folder)]
+    assert losses[0] == losses[1]
+
+
+def test_the_last_epoch_is_kept_whether_it_was_validated_or_not(lightning, tiny, folder):
+    for more in (("--trainer.check_val_every_n_epoch", 2), ("--trainer.limit_val_batches", 0)):
+        assert lightning("fit", "-c", tiny, "--trainer.max_epochs", 3, *more).code == 0
+    for run in (folder / "runs" / "sines").iterdir():
+        assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 6
+
+
+def test_a_schedule_that_comes_or_goes_on_resume_is_refused(lightning, tiny, folder):
+    schedule = ("--model.lr_scheduler", "StepLR", "--model.lr_scheduler.step_size", 1)
+    assert lightning("fit", "-c", tiny).code == 0
+    said = lightning("fit", "-c", tiny, "--trainer.max_epochs", 2, "--ckpt_path", "last", *schedule)
+    assert said.code == 1
+    assert "--model.lr_scheduler" in said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--model.optimizer.lr=-1"], "learning rate"),
+        (["--model.optimizer.lr=abc"], "lr"),
+        (["--data.seed=99999999999999999999999"], "seed"),
+        (["--data.correlation=0.9999999999999999999"], "correlation"),
+        (["--data.noise=1e-300"], "noise"),
+        (["--data.noise=1e200"], "noise"),
+        (["--data.frequencies=100000000000"], "frequencies"),
+        (["--trainer.accelerator=gpu"], "gpu"),
+        (["--trainer.devices=0"], "devices"),
+        (["--trainer.strategy=xyz"], "xyz"),
+        (["--checkpoint.monitor=foo"], "foo"),
+        (["--trainer.precision=bf16-true"], "bf16-mixed"),
+        (["--model.emission=Bernoulli"], "feature 0"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_absurd_values_are_one_line(lightning, tiny, words, part):
+    said = lightning("fit", "-c", tiny, *words)
+    assert said.code not in (0, None)
+    assert "Traceback" not in said.err
+    assert part.lower() in said.err.lower()
+    assert len([line for line in said.err.splitlines() if line.startswith("error:")]) == 1
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "just words"])
+def test_a_config_without_options_is_named(lightning, folder, text):
+    (folder / "odd.yaml").write_text(text)
+    said = lightning("fit", "-c", "odd.yaml")
+    assert said.code == 1
+    assert "odd.yaml" in said.err

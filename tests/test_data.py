@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -253,3 +254,34 @@ def test_pinning_keeps_every_field():
     if not torch.cuda.is_available():
         pytest.skip("page-locked memory needs a GPU")
     assert batch.pin_memory().names == ["a"]
+
+
+def test_a_large_offset_costs_no_precision():
+    """Unit noise on a mean of a hundred million is standardised as if the mean were zero."""
+
+    class Far(SequenceDataModule):
+        scaling = "per_feature"
+
+        def sequences(self, split):
+            generator = torch.Generator().manual_seed(0)
+            return [Sequence(torch.randn(200, 1, generator=generator, dtype=torch.float64) + 1e8) for _ in range(3)]
+
+    data = Far(num_features=1, batch_size=3)
+    x = next(iter(data.val_dataloader())).x
+    assert x.dtype == torch.float32
+    assert x.mean().abs().item() < 1e-6
+    assert x.std(unbiased=False).item() == pytest.approx(1, abs=1e-5)
+    assert len(x.unique()) > 500
+
+
+def test_a_class_without_sequences_says_so():
+    with pytest.raises(NotImplementedError, match="must define sequences"):
+        SequenceDataModule(num_features=1).split("train")
+
+
+def test_a_path_among_the_options_is_stored_as_words():
+    class Rooted(SequenceDataModule):
+        def __init__(self, root):
+            super().__init__(num_features=1)
+
+    assert Rooted(Path("here")).hparams["root"] == "here"

@@ -73,7 +73,7 @@ def test_reported_figures_are_totals_over_totals(tmp_path, latent):
     model.eval()
     with torch.no_grad():
         for i, batch in enumerate(source.val_dataloader()):
-            trace = model.vrnn(batch, model._evaluation_noise(batch, i))
+            trace = model.vrnn(batch, model._noise(batch, i))
             log_px += trace.log_px.double().sum().item()
             kl += trace.kl.double().sum().item()
             steps += batch.lengths.sum().item()
@@ -143,7 +143,7 @@ def test_training_loss_is_per_sequence_and_gradient_is_its_own(tmp_path):
     model.trainer = runner
     model.log = lambda *args, **kwargs: None
     loss = model.training_step(batch, 3)
-    trace = model.vrnn(batch, model._training_noise(batch, 3))
+    trace = model.vrnn(batch, model._noise(batch, 3, 0))
     assert loss.item() == pytest.approx(-(trace.log_px.sum() - trace.kl.sum()).item() / len(batch), rel=1e-5)
 
 
@@ -211,7 +211,7 @@ def test_hyperparameters_load_without_running_code(tmp_path):
     model = module(
         emission=partial(Gaussian, min_std=0.01),
         prior=Layers(5, 2),
-        optimizer=partial(torch.optim.SGD, lr=0.5),
+        optimizer=partial(torch.optim.SGD, lr=1e-5),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1),
     )
     t = trainer(tmp_path, max_epochs=1)
@@ -221,7 +221,7 @@ def test_hyperparameters_load_without_running_code(tmp_path):
     loaded = VRNNLightningModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
     assert loaded.vrnn.decoder.head.min_std == 0.01
     assert loaded.vrnn.prior.body[2].out_features == 5
-    assert loaded.optimizer([torch.nn.Parameter(torch.ones(1))]).param_groups[0]["lr"] == 0.5
+    assert loaded.optimizer([torch.nn.Parameter(torch.ones(1))]).param_groups[0]["lr"] == 1e-5
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
     )
@@ -261,6 +261,99 @@ def test_statistics_come_from_the_training_split_once(tmp_path):
         later, Binary(train_size=50, val_size=9, steps=8, seed=5), ckpt_path=tmp_path / "a.ckpt"
     )
     assert torch.equal(later.vrnn.input_mean, model.vrnn.input_mean)
+
+
+def test_grey_values_are_no_bernoulli(tmp_path):
+    with pytest.raises(UserError, match=r"feature 0 has values from .* not 0 and 1"):
+        trainer(tmp_path).fit(module(emission=Bernoulli), data())
+
+
+def test_a_second_fit_keeps_what_the_first_learned(tmp_path):
+    """Biases that started from the data are not reset; only the scaler follows the data."""
+    model, source = module(emission=Bernoulli), Binary(train_size=50, val_size=9, steps=8, batch_size=10)
+    trainer(tmp_path, max_epochs=1).fit(model, source)
+    bias = model.vrnn.decoder.head.linear.bias.clone()
+    trainer(tmp_path, max_epochs=0).fit(model, source)
+    assert torch.equal(model.vrnn.decoder.head.linear.bias, bias)
+
+
+def test_fit_after_validate_and_test(tmp_path):
+    model, source = module(), data()
+    runner = trainer(tmp_path, max_epochs=1)
+    runner.validate(model, source, verbose=False)
+    runner.fit(model, source)
+    runner.test(model, source, verbose=False)
+    trainer(tmp_path, max_epochs=1).fit(model, source)
+    assert math.isfinite(runner.callback_metrics["test/elbo"])
+
+
+class Loud(Sines):
+    """Sines in other units, standardised."""
+
+    scaling = "scalar"
+
+    def __init__(self, gain: float = 1.0, **options):
+        super().__init__(**options)
+        self.gain = gain
+
+    def sequences(self, split):
+        found = super().sequences(split)
+        for sequence in found:
+            sequence.x = sequence.x * self.gain
+        return found
+
+    def exact_log_likelihood(self, batch):
+        return None
+
+
+def test_data_scaled_otherwise_are_refused_without_the_checkpoint(tmp_path):
+    """With it, the checkpoint's scaler is used, and bits per dimension count it."""
+    model, options = module(), {"train_size": 20, "val_size": 9, "test_size": 9, "steps": 8, "batch_size": 10}
+    first = trainer(tmp_path, max_epochs=1)
+    first.fit(model, Loud(**options))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match="scaled otherwise"):
+        trainer(tmp_path).test(model, Loud(10.0, **options), verbose=False)
+    runner, source = trainer(tmp_path), Loud(10.0, **options)
+    runner.test(model, source, ckpt_path=tmp_path / "a.ckpt", verbose=False, weights_only=True)
+    assert source.scaler.std.item() == pytest.approx(model.scale_std[0].item())
+    figures = runner.callback_metrics
+    bits = -(figures["test/elbo"] / 3 - model.scale_std[0].log()) / math.log(2)
+    assert figures["test/bits_per_dim"].item() == pytest.approx(bits.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_narrow_parameters_are_refused(tmp_path, precision):
+    with pytest.raises(UserError, match="bf16-mixed"):
+        trainer(tmp_path, precision=precision).fit(module(), data())
+
+
+def test_an_optimiser_option_out_of_range_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"optimizer.*learning rate"):
+        trainer(tmp_path).fit(module(optimizer=partial(torch.optim.Adam, lr=-1.0)), data())
+
+
+class WithEmpty(Sines):
+    """Two sequences of no steps among the others."""
+
+    def sequences(self, split):
+        found = super().sequences(split)
+        for sequence in found[:3:2]:
+            sequence.x = sequence.x[:0]
+        return found
+
+
+def test_sequences_of_no_steps_train_and_are_not_drawn(tmp_path):
+    trainer(tmp_path, Samples(), max_epochs=1).fit(module(), WithEmpty(train_size=9, val_size=5, steps=4, batch_size=5))
+    assert list((tmp_path / "samples").glob("*.png"))
+    assert math.isfinite(column(tmp_path, "val/elbo")[0])
+
+
+def test_sequences_without_a_name_have_noise_of_their_own():
+    model, batch = module(), SequenceBatch(torch.zeros(3, 4, 3), torch.tensor([4, 4, 2]), names=["", "", ""])
+    noise = model._noise(batch, 0)
+    assert not torch.equal(noise[0], noise[1])
+    assert (noise[2, 2:] == 0).all()
 
 
 class Poison(Callback):

@@ -143,7 +143,7 @@ TRAPS = {
     ),
     "LSTM networks read the cell": Trap("recurrence:_lstm", "return output.sigmoid() * c.tanh(), c", "return c, output.sigmoid() * c.tanh()", lambda: equals_textbook("lstm")),
     "mean of per-batch means": Trap(
-        "metrics:Bound.update", "self.kl += kl.detach().double().sum()", "self.kl += kl.double().sum() / lengths.sum() * self.steps",
+        "metrics:Bound.update", "self.kl + kl.detach().to(WIDE).sum()", "self.kl + kl.sum() / lengths.sum() * self.steps",
         reports_totals,
     ),
     "validation weighted by beta": Trap(
@@ -164,7 +164,7 @@ TRAPS = {
         "return [chunk.tolist() for chunk in torch.arange(len(self.lengths)).split(size)][:-1]", test_sines.test_contract,
     ),
     "data scaled twice": Trap(
-        "data:_Scaled._read", "self.scaler.scale(s.x.float())", "self.scaler.scale(self.scaler.scale(s.x.float()))",
+        "data:_Scaled.read", "self.scaler.scale(s.x.double())", "self.scaler.scale(self.scaler.scale(s.x.double()))",
         loader_scales_once,
     ),
     "reference left alone": Trap("recurrence:textbook", "[phi_x, phi_z], [phi_z, h]", "[phi_x, phi_z], [phi_z, 1.1 * h]", equals_textbook),

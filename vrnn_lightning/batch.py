@@ -21,7 +21,8 @@ class Sequence:
     Args:
         x: Values, shape (time, features), in data units.
         observed: True where ``x`` was measured, shape (time, features); ``None`` means everywhere.
-        inputs: Covariates known beforehand, shape (time, covariates), or ``None``.
+        inputs: Covariates known beforehand, shape (time, covariates), or ``None``; for models that read them, which
+            :class:`~vrnn_lightning.vrnn.VRNN` does not.
         name: What to call this sequence in messages, a file name for example.
     """
 
@@ -41,8 +42,8 @@ class SequenceBatch:
         x: Values in scaled units, shape (batch, time, features), float.
         lengths: Real steps of each sequence, shape (batch,), int64.
         observed: True where ``x`` was measured, shape (batch, time, features), or ``None`` for everywhere.
-        inputs: Covariates, shape (batch, time, covariates), or ``None``.
-        reset: True for sequences whose carried state starts anew, shape (batch,), or ``None``.
+        inputs: Covariates, shape (batch, time, covariates), or ``None``; the VRNN does not read them.
+        reset: True for sequences whose carried state starts anew, shape (batch,), or ``None``; likewise.
         names: One name per sequence for messages, or ``None``.
     """
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -109,9 +109,12 @@ class _Scaled(Dataset[SequenceBatch]):
         self.num_features = num_features
 
     def __getitem__(self, indices: list[int]) -> SequenceBatch:
-        return pad([self._read(i) for i in indices])
+        batch = pad([self.read(i) for i in indices])
+        batch.x = batch.x.float()
+        return batch
 
-    def _read(self, index: int) -> Sequence:
+    def read(self, index: int) -> Sequence:
+        """Return one sequence in scaled units, in float64: a large offset is gone before precision is."""
         if index < 0:
             return self._nothing()
         s = self.sequences[index]
@@ -121,14 +124,14 @@ class _Scaled(Dataset[SequenceBatch]):
         real = s.x if s.observed is None else s.x[s.observed]
         if not torch.isfinite(real).all():
             raise UserError(f"{name}: holds NaN or infinite values; remove it or mend it")
-        scaled = self.scaler.scale(s.x.float())
+        scaled = self.scaler.scale(s.x.double())
         if s.observed is not None:
             scaled = scaled.masked_fill(~s.observed, 0.0)
         return Sequence(scaled, s.observed, s.inputs, name)
 
     def _nothing(self) -> Sequence:
         """Return no steps of what a sequence is made of, so that a batch of it still has its covariates."""
-        s = self._read(0)
+        s = self.read(0)
         observed, inputs = (None if v is None else v[:0] for v in (s.observed, s.inputs))
         return Sequence(s.x[:0], observed, inputs, "(none)")
 
@@ -204,7 +207,11 @@ class SequenceDataModule(LightningDataModule):
         for option, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
             if value < least:
                 raise UserError(f"--data.{option} {value}: must be at least {least}")
+        if not 0 <= seed < 2**60:
+            raise UserError(f"--data.seed {seed}: must lie between 0 and 2^60")
         self.save_hyperparameters(logger=False)
+        paths = {key: str(value) for key, value in self.hparams.items() if isinstance(value, PurePath)}
+        self.hparams.update(paths)  # a checkpoint holds words, not objects
         self.num_features = num_features
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -216,13 +223,13 @@ class SequenceDataModule(LightningDataModule):
         """Return the class and its options; Lightning's would open every loader."""
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.hparams.items())})"
 
-    @abstractmethod
     def sequences(self, split: Split) -> Sequences:
         """Return the sequences of a split in data units.
 
         Args:
             split: "train", "val" or "test".
         """
+        raise NotImplementedError(f"{type(self).__name__} must define sequences(split)")
 
     def lengths(self, split: Split) -> SequenceOf[int]:
         """Return the steps of each sequence of a split; override it where reading them all would be slow."""
@@ -263,27 +270,32 @@ class SequenceDataModule(LightningDataModule):
         if self.scaling == "none":
             return Scaler()
         mean, std = self._moments(None)
-        varies = std > 1e-6 * mean.abs()  # what is below is rounding: a constant feature is only centred
-        return Scaler(mean.float(), torch.where(varies, std, 1.0).float())
+        varies = std > 1e-12 * mean.abs()  # what is below is rounding: a constant feature is only centred
+        return Scaler(mean, torch.where(varies, std, 1.0))
 
     def _moments(self, scaler: Scaler | None) -> tuple[Tensor, Tensor]:
-        count = torch.zeros(self.num_features, dtype=torch.float64)
-        total, squares = torch.zeros_like(count), torch.zeros_like(count)
+        """Return mean and std of the training split, in one pass that large means do not harm (Chan et al. 1983)."""
+        shared = scaler is None and self.scaling == "scalar"
+        count = torch.zeros(1 if shared else self.num_features, dtype=torch.float64)
+        mean, deviation = torch.zeros_like(count), torch.zeros_like(count)
         reader = _Scaled(self.split("train"), scaler or Scaler(), self.num_features)
-        for i in range(len(self.split("train"))):
-            batch = reader[[i]]
-            x = batch.x.double() * batch.counted
-            count += batch.counted.sum((0, 1))
-            total += x.sum((0, 1))
-            squares += x.square().sum((0, 1))
-        if scaler is None and self.scaling == "scalar":
-            count, total, squares = count.sum(), total.sum(), squares.sum()
-        mean = total / count.clamp(min=1)
-        return mean, (squares / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
+        for i in range(len(reader.sequences)):
+            s = reader.read(i)
+            real = torch.ones_like(s.x) if s.observed is None else s.observed.to(s.x)
+            x, real = (s.x.reshape(-1, 1), real.reshape(-1, 1)) if shared else (s.x, real)
+            here = real.sum(0)
+            center = (x * real).sum(0) / here.clamp(min=1)
+            total = (count + here).clamp(min=1)
+            shift = center - mean
+            deviation += ((x - center).square() * real).sum(0) + shift.square() * count * here / total
+            mean += shift * here / total
+            count += here
+        std = (deviation / count.clamp(min=1)).sqrt()
+        return (mean[0], std[0]) if shared else (mean, std)
 
     def setup(self, stage: str) -> None:
         """Find the sequences of a stage early, so that what is wrong with them is said before training starts."""
-        needed: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        needed: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
         for split in needed.get(stage, ("test",)):
             self.split(split)
 

@@ -77,6 +77,17 @@ class Head(nn.Module, ABC):
     def forward(self, features: Tensor) -> Distribution:
         """Return the distribution with batch shape (...) and event shape (num_features,)."""
 
+    def check(self, x: Tensor, counted: Tensor) -> None:  # most densities take every number
+        """Refuse data outside the distribution's support.
+
+        Args:
+            x: Frames, shape (..., num_features).
+            counted: True at real, measured values, shape (..., num_features).
+
+        Raises:
+            UserError: A value has no probability; the message names its feature and range.
+        """
+
     @torch.no_grad()
     def start_from(self, mean: Tensor) -> None:
         """Let biases start from the data's mean, shape (num_features,), so that training need not find it.
@@ -137,6 +148,26 @@ class Bernoulli(Head):
         """Return the distribution with batch shape (...) and event shape (num_features,)."""
         logits = _at_least_float32(self.linear(features))
         return Factorised(BernoulliDistribution(logits=logits, validate_args=False))
+
+    def check(self, x: Tensor, counted: Tensor) -> None:
+        """Refuse values that are neither 0 nor 1: what a Bernoulli says of others is no likelihood.
+
+        Args:
+            x: Frames, shape (..., num_features).
+            counted: True at real, measured values, shape (..., num_features).
+
+        Raises:
+            UserError: The message names the feature and its range.
+        """
+        wrong = counted & (x != 0) & (x != 1)
+        if not wrong.any():
+            return
+        feature = int(wrong.flatten(0, -2).any(0).nonzero()[0])
+        values = x[..., feature][counted[..., feature]]
+        raise UserError(
+            f"emission Bernoulli: feature {feature} has values from {values.min():.4g} to {values.max():.4g}, "
+            "not 0 and 1 alone; binarise the data or choose another emission"
+        )
 
     @torch.no_grad()
     def start_from(self, mean: Tensor) -> None:

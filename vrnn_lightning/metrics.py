@@ -11,10 +11,14 @@ from torchmetrics import Metric
 __all__ = ["ActiveUnits", "Bound"]
 
 
+WIDE = torch.float32 if torch.backends.mps.is_available() else torch.float64  # Apple GPUs have no float64
+
+
 class Bound(Metric):
     """The ELBO and its split, in nats per time step and per sequence, and in bits per dimension.
 
-    Sums run in float64. ``compute`` returns, with every total taken over all sequences and processes,
+    Sums run in float64 wherever the machine has it. ``compute`` returns, with every total taken over all sequences and
+    processes,
 
     ``elbo``, ``reconstruction``, ``kl``
         nats per time step: total / number of real steps; elbo = reconstruction - kl.
@@ -39,9 +43,9 @@ class Bound(Metric):
     def __init__(self) -> None:
         super().__init__()
         for name in ("reconstruction", "kl", "steps", "sequences", "values", "log_scale", "exact"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((), dtype=WIDE), dist_reduce_fx="sum")
         self.add_state("knows_exact", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
-        self.set_dtype(torch.float64)
+        self.set_dtype(WIDE)
 
     def update(
         self,
@@ -62,15 +66,15 @@ class Bound(Metric):
             log_scale: Sum over the measured values of the log of the scaler's std, shape ().
             exact: True log-likelihood of each sequence in scaled units, shape (batch,), where it is known.
         """
-        self.reconstruction += log_px.detach().double().sum()
-        self.kl += kl.detach().double().sum()
-        self.steps += lengths.sum()
-        self.sequences += (lengths > 0).sum()
-        self.values += values
-        self.log_scale += log_scale.detach().double()
+        self.reconstruction = self.reconstruction + log_px.detach().to(WIDE).sum()
+        self.kl = self.kl + kl.detach().to(WIDE).sum()
+        self.steps = self.steps + lengths.sum()
+        self.sequences = self.sequences + (lengths > 0).sum()
+        self.values = self.values + values
+        self.log_scale = self.log_scale + log_scale.detach().to(WIDE)
         if exact is not None:
-            self.exact += exact.double().sum()
-            self.knows_exact.fill_(1)
+            self.exact = self.exact + exact.to(self.exact).sum()
+            self.knows_exact = torch.ones_like(self.knows_exact)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the figures by name."""
@@ -109,17 +113,17 @@ class ActiveUnits(Metric):
     def __init__(self, latent_size: int, threshold: float = 0.01) -> None:
         super().__init__()
         self.threshold = threshold
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("sums", torch.zeros(latent_size, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("squares", torch.zeros(latent_size, dtype=torch.float64), dist_reduce_fx="sum")
-        self.set_dtype(torch.float64)
+        self.add_state("count", torch.zeros((), dtype=WIDE), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(latent_size, dtype=WIDE), dist_reduce_fx="sum")
+        self.add_state("squares", torch.zeros(latent_size, dtype=WIDE), dist_reduce_fx="sum")
+        self.set_dtype(WIDE)
 
     def update(self, mean: Tensor, mask: Tensor) -> None:
         """Add posterior means, shape (batch, time, latent), at the real steps, mask of shape (batch, time)."""
-        real = mean.detach().double() * mask[..., None]
-        self.count += mask.sum()
-        self.sums += real.sum((0, 1))
-        self.squares += real.square().sum((0, 1))
+        real = mean.detach().to(WIDE) * mask[..., None]
+        self.count = self.count + mask.sum()
+        self.sums = self.sums + real.sum((0, 1))
+        self.squares = self.squares + real.square().sum((0, 1))
 
     def compute(self) -> Tensor:
         """Return the number of active units."""

@@ -59,6 +59,7 @@ class VRNNLightningModule(LightningModule):
 
     scale_mean: Tensor
     scale_std: Tensor
+    prepared: Tensor
 
     def __init__(
         self,
@@ -92,6 +93,7 @@ class VRNNLightningModule(LightningModule):
         self.noise_seed = torch.initial_seed()
         self.register_buffer("scale_mean", torch.zeros(num_features))
         self.register_buffer("scale_std", torch.ones(num_features))
+        self.register_buffer("prepared", torch.tensor(False))
         self.bound = Bound()
         self.active = ActiveUnits(latent_size)
 
@@ -101,21 +103,55 @@ class VRNNLightningModule(LightningModule):
         return Scaler(self.scale_mean, self.scale_std)
 
     def setup(self, stage: str) -> None:
-        """Take scaler and input statistics from the training data, once: a checkpoint's are kept."""
-        data = getattr(self.trainer, "datamodule", None)
-        width = getattr(data, "num_features", self.vrnn.num_features)
+        """Refuse what can't work.
+
+        Raises:
+            UserError: The data's width is not the model's, or the precision leaves the densities no room.
+        """
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            raise UserError(f"--trainer.precision {self.trainer.precision}: too narrow for densities; use bf16-mixed")
+        width = getattr(self._data, "num_features", self.vrnn.num_features)
         if width != self.vrnn.num_features:
             raise UserError(
-                f"{type(data).__name__} has {width} features per step, but the model was made for "
+                f"{type(self._data).__name__} has {width} features per step, but the model was made for "
                 f"{self.vrnn.num_features}; use the data it was trained on or train a new model"
             )
-        if stage != "fit" or self.trainer.ckpt_path is not None or data is None:
+
+    @property
+    def _data(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
+
+    def on_fit_start(self) -> None:
+        """Take the data's scaler, and before the very first training what phi_x and the emission start from."""
+        self._take_scaler(anew=True)
+        if not self.prepared and hasattr(self._data, "input_statistics"):
+            self.vrnn.start_from(*self._data.input_statistics())
+        self.prepared.fill_(True)
+
+    def on_validation_start(self) -> None:
+        """Refuse data that are scaled otherwise than in training."""
+        self._take_scaler(anew=not self.prepared)
+
+    def on_test_start(self) -> None:
+        """Refuse data that are scaled otherwise than in training."""
+        self._take_scaler(anew=not self.prepared)
+
+    def on_predict_start(self) -> None:
+        """Refuse data that are scaled otherwise than in training."""
+        self._take_scaler(anew=not self.prepared)
+
+    def _take_scaler(self, anew: bool) -> None:
+        if not hasattr(self._data, "scaler"):
             return
-        if hasattr(data, "scaler"):
-            self.scale_mean.copy_(data.scaler.mean)
-            self.scale_std.copy_(data.scaler.std)
-        if hasattr(data, "input_statistics"):
-            self.vrnn.start_from(*data.input_statistics())
+        scaler: Scaler = self._data.scaler
+        same = all(
+            torch.allclose(own, other.to(own).expand_as(own), rtol=1e-4, atol=1e-6)
+            for own, other in ((self.scale_mean, scaler.mean), (self.scale_std, scaler.std))
+        )
+        if not anew and not same:
+            raise UserError("the data were scaled otherwise than in training; give the checkpoint as ckpt_path, too")
+        self.scale_mean.copy_(scaler.mean)
+        self.scale_std.copy_(scaler.std)
 
     def forward(self, batch: SequenceBatch) -> Trace:
         """Infer the latents of a batch and score it, with fresh noise."""
@@ -123,12 +159,14 @@ class VRNNLightningModule(LightningModule):
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """Return minus the objective summed over the global batch, divided by its number of sequences."""
-        trace = self.vrnn(batch, self._training_noise(batch, batch_idx))
+        if batch_idx == 0:
+            self.vrnn.decoder.head.check(batch.x, batch.counted)
+        trace = self.vrnn(batch, self._noise(batch, batch_idx, self.current_epoch))
         steps, sequences = batch.lengths.sum(), (batch.lengths > 0).sum()
         objective = elbo(trace.log_px, trace.kl, steps, self.beta, self.free_bits, self._total)
         parts = (objective, trace.log_px.sum(), trace.kl.sum(), steps, sequences)
         total, reconstruction, kl, all_steps, all_sequences = self._total(
-            torch.stack([p.detach().double() for p in parts])
+            torch.stack([p.detach().to(self.bound.kl.dtype) for p in parts])
         )
         loss: Tensor = -objective * self.trainer.world_size / all_sequences.to(objective)
         loss = loss + 0.0 * trace.state.h.sum()  # one-step batches leave the cell unused, which DDP would wait for
@@ -146,18 +184,19 @@ class VRNNLightningModule(LightningModule):
             torch.distributed.all_reduce(x)
         return x
 
-    def _training_noise(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
-        """Draw a batch's noise from a seed of its own, so that neither a resume nor what ran before changes it."""
-        place = f"{self.noise_seed} {self.current_epoch} {batch_idx} {self.global_rank}"
-        return self.vrnn.draw_noise(batch, torch.Generator(self.device).manual_seed(_seed(place)))
+    def _noise(self, batch: SequenceBatch, batch_idx: int, epoch: int = -1) -> Tensor:
+        """Draw each sequence's noise from a seed of its own, shape (batch, time, latent).
 
-    def _evaluation_noise(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
-        """Draw each sequence's noise from a seed of its own: no batch size, order or number of processes changes it."""
-        names = batch.names or [f"{batch_idx} {i} {self.global_rank}" for i in range(len(batch))]
+        So no resume, batch size, order, padding or number of processes changes it. Evaluation (epoch -1) draws the
+        same in every epoch: its figures differ by the model alone.
+        """
+        names = batch.names or [""] * len(batch)
         noise = torch.zeros(*batch.x.shape[:2], self.vrnn.latent_size, dtype=batch.x.dtype)
-        for row, name, length in zip(noise, names, batch.lengths.tolist(), strict=True):
-            generator = torch.Generator().manual_seed(_seed(f"{self.noise_seed} {name}"))
-            row[:length] = torch.randn(length, self.vrnn.latent_size, generator=generator)
+        for i, (name, length) in enumerate(zip(names, batch.lengths.tolist(), strict=True)):
+            place = f"{self.noise_seed} {epoch} {name or (batch_idx, i, self.global_rank)}"
+            seed = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), signed=True)
+            generator = torch.Generator().manual_seed(seed)
+            noise[i, :length] = torch.randn(length, self.vrnn.latent_size, generator=generator, dtype=batch.x.dtype)
         return noise.to(batch.x.device)
 
     def _stop_unless_finite(self, value: Tensor, what: str, batch: SequenceBatch | None) -> None:
@@ -190,10 +229,12 @@ class VRNNLightningModule(LightningModule):
         self._evaluate(batch, batch_idx)
 
     def _evaluate(self, batch: SequenceBatch, batch_idx: int) -> None:
-        trace = self.vrnn(batch, self._evaluation_noise(batch, batch_idx))
+        if batch_idx == 0:
+            self.vrnn.decoder.head.check(batch.x, batch.counted)
+        trace = self.vrnn(batch, self._noise(batch, batch_idx))
         counted = batch.counted
         log_scale = (counted * self.scale_std.log()).sum()
-        known = getattr(getattr(self.trainer, "datamodule", None), "exact_log_likelihood", None)
+        known = getattr(self._data, "exact_log_likelihood", None)
         exact = known(batch) if known is not None else None
         self.bound.update(trace.log_px, trace.kl, batch.lengths, counted.sum(), log_scale, exact)
         if trace.posterior is not None:
@@ -221,11 +262,14 @@ class VRNNLightningModule(LightningModule):
 
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> Trace:
         """Return the trace of a batch."""
-        return cast(Trace, self.vrnn(batch, self._evaluation_noise(batch, batch_idx)))
+        return cast(Trace, self.vrnn(batch, self._noise(batch, batch_idx)))
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser, and the schedule of its learning rate where there is one."""
-        optimizer = self.optimizer(self.parameters())
+        try:
+            optimizer = self.optimizer(self.parameters())
+        except ValueError as error:  # torch checks the options' ranges
+            raise UserError(f"--model.optimizer: {error}") from error
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -239,11 +283,6 @@ class VRNNLightningModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the seed of the noise."""
         self.noise_seed = checkpoint.get("noise_seed", self.noise_seed)
-
-
-def _seed(place: str) -> int:
-    """Return a seed for a generator from words that name what it draws for."""
-    return int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), signed=True)
 
 
 def _make_storable(hparams: Any) -> None:

@@ -164,11 +164,14 @@ class SaveConfig(SaveConfigCallback):
     """Writes a fit's config.yaml into the run's folder and gives the same, nested, to the other loggers once."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Agree on the run's folder, then save."""
+        """Agree on the run's folder."""
         run = run_logger(trainer)
         if run is not None:
             run.share(trainer)
-        super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, now that nothing is wrong with data, model and trainer."""
+        super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save the config without ``ckpt_path``: whoever re-runs it wants a new run."""
@@ -186,7 +189,29 @@ class SaveConfig(SaveConfigCallback):
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint; it knows its files again after the run's folder was moved."""
+    """Lightning's ModelCheckpoint, with two habits more.
+
+    It knows its files again after the run's folder was moved. And without a monitor it writes at the end of every
+    epoch, validated or not, and at the step that ``max_steps`` ends on, while the epoch still counts as unfinished.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save at the last step of all."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if 0 < trainer.max_steps <= trainer.global_step:
+            self._save_last_of_all(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save at the end of an epoch that nothing validated."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._save_last_of_all(trainer)
+
+    def _save_last_of_all(self, trainer: Trainer) -> None:
+        every_epoch = self.monitor is None and self._every_n_epochs == 1  # private parts: Lightning has no hook here
+        if every_epoch and not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of an earlier run in this folder; a run that starts in another one has no best yet."""

@@ -149,6 +149,8 @@ class VRNN(nn.Module):
         Returns:
             The terms of the bound, step by step. Padding changes nothing, whatever it holds.
         """
+        if batch.x.shape[1] == 0:
+            raise UserError("a batch of no time steps: pad it to one")
         counted, mask = batch.counted, batch.mask
         noise = self.draw_noise(batch) if noise is None else noise
         state = self.initial_state(len(batch)) if state is None else state

@@ -66,7 +66,7 @@ class Samples(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the head of the first batch."""
-        if batch_idx == 0:
+        if batch_idx == 0 and (batch.lengths > 0).any():
             self._batch = batch
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,16 +93,16 @@ class Samples(Callback):
 
     def _rows(self, pl_module: VRNNLightningModule, batch: SequenceBatch) -> dict[str, list[Tensor]]:
         """Return the rows of the picture, in data units."""
-        real = int((batch.lengths[: self.count] > 0).sum())
-        lengths = batch.lengths[:real].clamp(max=self.max_steps).tolist()
+        shown = (batch.lengths > 0).nonzero().flatten()[: self.count]
+        lengths = batch.lengths[shown].clamp(max=self.max_steps).tolist()
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():
             torch.manual_seed(0)
             head = SequenceBatch(
-                batch.x[:real], batch.lengths[:real], None if batch.observed is None else batch.observed[:real]
+                batch.x[shown], batch.lengths[shown], None if batch.observed is None else batch.observed[shown]
             )
             mean = pl_module.vrnn(head).emission.mean
-            drawn = pl_module.vrnn.generate(max(lengths), real).x
+            drawn = pl_module.vrnn.generate(max(lengths), len(shown)).x
         unscale = pl_module.scaler.unscale
         seen = "reconstructed" if pl_module.vrnn.latent_size else "predicted"
         return {

@@ -98,8 +98,11 @@ def _options(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(group: str, old: dict[str, Any], new: dict[str, Any], skipped: Iterable[str]) -> list[str]:
-    old = _flat({key: value for key, value in old.items() if key in new and key not in skipped})
-    new = _flat(new)
+    both = [key for key in old if key in new and key not in skipped]
+    old = {key: old[key] for key in both}
+    new = {key: {"class_path": None} if new[key] is None and isinstance(old[key], dict) else new[key] for key in both}
+    old = {key: {"class_path": None} if old[key] is None and isinstance(new[key], dict) else old[key] for key in both}
+    old, new = _flat(old), _flat(new)
     keys = [key for key in old if key in new and old[key] != new[key]]
     return [f"--{group}.{key.removesuffix('.class_path')} {new[key]} (checkpoint: {old[key]})" for key in keys]
 
@@ -129,7 +132,8 @@ def find_checkpoint(words: list[str], data: str | None) -> Path | None:
         return None
     if asked[-1] not in ("last", "best"):
         return Path(asked[-1])
-    root = Path(*mentions(words, "trainer.default_root_dir")[-1:]) / "runs"
+    said = mentions(words, "trainer.logger.save_dir") or mentions(words, "trainer.logger.init_args.save_dir")
+    root = Path(said[-1]) if said else Path(*mentions(words, "trainer.default_root_dir")[-1:]) / "runs"
     name = _run_name(words) or (data.rpartition(".")[2].lower() if data else "*")
     found = sorted(root.glob(f"{name}/*/checkpoints/{asked[-1]}.ckpt"), key=lambda file: file.stat().st_mtime)
     if not found:

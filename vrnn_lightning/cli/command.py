@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import sys
 import warnings
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -55,7 +57,7 @@ def main(args: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             _silence()
             CLI([word for word in words if word != "--debug"])
-    except UserError as error:
+    except (UserError, MisconfigurationException) as error:  # Lightning's own word for a user's mistake
         if debug:
             raise
         print(f"error: {_own_line(error)}", file=sys.stderr)
@@ -67,6 +69,7 @@ def _silence() -> None:
     """Silence what Lightning says about things that are as they should be."""
     for message in (
         "Checkpoint directory .* exists and is not empty",  # a resumed run's
+        ".*could not find the monitored key",  # a run that max_steps ends before its first validation
         ".* does not have many workers",  # sequences in memory need none
         ".*isinstance\\(treespec, LeafSpec\\)",  # Lightning's own call of torch
     ):
@@ -78,7 +81,7 @@ def _no_tip(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()
 
 
-def _own_line(error: UserError) -> str:
+def _own_line(error: Exception) -> str:
     """Return the user's line, also of an error that a DataLoader's worker wrapped into its traceback."""
     lines = str(error).strip().splitlines()
     named = [line.partition("UserError: ")[2] for line in lines if "UserError: " in line]
@@ -101,6 +104,8 @@ class CLI(LightningCLI):
         ]
         classes = [discovery.load(name) for name in names if name]
         self.checkpoint = self._read_checkpoint(classes)
+        if self.checkpoint and self.checkpoint.folder and not _has_config(self.words) and "fit" in self.words:
+            self.words.insert(self.words.index("fit") + 1, f"--config={self.checkpoint.folder / 'config.yaml'}")
         epilog = f"Datamodules: {', '.join(discovery.known()) or 'none'}. `--data.help NAME` shows one's options."
         commands = {command: {"epilog": epilog} for command in self.subcommands()}
         super().__init__(
@@ -145,9 +150,11 @@ class CLI(LightningCLI):
         Raises:
             UserError: The datamodule has none, or the checkpoint's model has another.
         """
-        width = getattr(data, "num_features", None)
-        if not isinstance(width, int):
-            raise UserError(f"--data {type(data).__name__}: has no number `num_features` after its construction")
+        try:
+            width = operator.index(getattr(data, "num_features", None))  # type: ignore[arg-type]  # checked by the call
+        except TypeError:
+            line = f"--data {type(data).__name__}: has no number `num_features` after its construction"
+            raise UserError(line) from None
         if self.checkpoint and width != self.checkpoint.model["num_features"]:
             own = self.checkpoint.model["num_features"]
             raise UserError(f"--data {type(data).__name__}: {width} features, but {self.checkpoint.path} has {own}")
@@ -190,7 +197,10 @@ class CLI(LightningCLI):
         if options.get("enable_checkpointing") is False or options.get("fast_dev_run"):
             keys = self._parser(self.subcommand).callback_keys
             keys[:] = [key for key in keys if key not in CHECKPOINTS]  # refused, or would leave an empty folder
-        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        try:
+            trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except ValueError as error:  # the Trainer's word for a strategy or device that there is not
+            raise UserError(f"--trainer: {error}") from error
         run = run_logger(trainer)
         if run is not None:
             self._settle(run, trainer)
@@ -234,6 +244,10 @@ class CLI(LightningCLI):
             yield f"run folder: {_short(run.log_dir)}"
         if best is not None and checkpoint is not None:
             yield f"test it: lightning test --ckpt_path {_short(getattr(checkpoint, 'best_model_path', ''))}"
+
+
+def _has_config(words: list[str]) -> bool:
+    return any(word in ("-c", "--config") or word.startswith("--config=") for word in words)
 
 
 def _class_name(value: object) -> str | None:

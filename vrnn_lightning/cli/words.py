@@ -58,7 +58,7 @@ def mentions(words: list[str], key: str) -> list[Any]:
 
 
 def _pairs(words: list[str]) -> Iterator[tuple[str, str]]:
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         if word.startswith("-"):
             option, equals, value = word.partition("=")
             yield option, value if equals else following
@@ -73,7 +73,9 @@ def _in_yaml(path: str, command: str, key: str) -> list[Any]:
         document = yaml.safe_load(Path(path).read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
-    found: list[Any] = [document, document.get(command) if isinstance(document, dict) else None]
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: holds no options; expected lines such as `model: {{latent_size: 16}}`")
+    found: list[Any] = [document, document.get(command)]
     for part in key.split("."):
         found = [
             value[name] for value in found if isinstance(value, dict) for name in (part, f"{part}+") if name in value
