@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +45,7 @@ def here(tmp_path, monkeypatch):
     import datamodules
 
     monkeypatch.setattr(datamodules, "__path__", [*datamodules.__path__, str(tmp_path / "datamodules")])
-    yield tmp_path
-    sys.modules.pop("datamodules.walks", None)
+    return tmp_path
 
 
 @pytest.mark.parametrize("command", FITS)
