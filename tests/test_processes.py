@@ -12,7 +12,8 @@ import torch
 
 OPTIONS = {
     "data": "Sines", "data.train_size": 13, "data.val_size": 5, "data.steps": 6, "data.min_steps": 1,
-    "model.latent_size": 3, "model.free_bits": 0.05, "model.hidden_size": 5, "trainer.precision": "64-true", "trainer.max_epochs": 2,
+    "model.latent_size": 3, "model.free_bits": 0.05, "model.hidden_size": 5,
+    "trainer.precision": "64-true", "trainer.max_epochs": 2,
     "trainer.log_every_n_steps": 1, "trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false",
     "trainer.num_sanity_val_steps": 0, "samples.every_n_validations": 1, "seed_everything": 3,
 }  # fmt: skip
@@ -35,7 +36,7 @@ def column(run: Path, name: str) -> list[float]:
 
 
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
-    """Parameters, losses and validation figures, with a latent, free bits, ragged lengths and a last batch of one sequence."""
+    """Parameters, losses and figures, with a latent, free bits, ragged lengths and a last batch of one sequence."""
     one = fit(tmp_path / "one", **{"data.batch_size": 4})
     two = fit(tmp_path / "two", **{"data.batch_size": 2, "trainer.devices": 2, "trainer.strategy": "ddp"})
     states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (one, two)]
