@@ -292,7 +292,14 @@ def test_evaluation_from_the_checkpoint_alone(lightning, tiny, trained):
 
 
 def test_prediction_from_the_checkpoint_alone(lightning, trained):
-    assert lightning("predict", "--ckpt_path=best", "--trainer.accelerator=cpu").code == 0
+    said = lightning("predict", "--ckpt_path=best", "--trainer.accelerator=cpu")
+    assert said.code == 0
+    assert "encodings.npz" in said.out
+    assert (trained / "encodings.npz").is_file()
+
+
+def test_a_test_without_a_checkpoint_says_so(lightning, tiny):
+    assert "has not been trained" in lightning("test", "-c", tiny).err
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import csv
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -19,6 +20,7 @@ from vrnn_lightning.callbacks import (
     ConstantKLWeight,
     CosineKLAnnealing,
     CyclicalKLAnnealing,
+    Encodings,
     LinearKLAnnealing,
     Samples,
     SigmoidKLAnnealing,
@@ -445,3 +447,20 @@ def test_samples_are_drawn_and_training_is_untouched(tmp_path):
     trainer(tmp_path / "b", Samples(every_n_validations=2)).fit(shown, data())
     assert [p.name for p in (tmp_path / "b" / "samples").iterdir()] == ["step_0000012.png"]
     assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), shown.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("latent", [2, 0])
+def test_prediction_writes_scores_and_posterior_means(tmp_path, latent):
+    """Scores add up to the test ELBO, and the means lie one after the other, without padding."""
+    model, source = module(latent_size=latent), data()
+    runner = trainer(tmp_path, Encodings())
+    runner.predict(model, source, return_predictions=False)
+    with np.load(tmp_path / "encodings.npz") as archive:
+        written = dict(archive)
+    lengths = [len(s.x) for s in source.split("test")]
+    assert written["test_lengths"].tolist() == lengths
+    assert written["test_values"].shape == (sum(lengths), latent)
+    assert written["test_names"].tolist() == [s.name for s in source.split("test")]
+    runner.test(model, source, verbose=False)
+    elbo = runner.callback_metrics["test/elbo"].item()
+    assert written["test_elbo"].sum() / sum(lengths) == pytest.approx(elbo, rel=1e-5)

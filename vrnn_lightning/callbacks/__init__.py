@@ -1,4 +1,4 @@
-"""Callbacks: KL annealing and pictures of what the model learned; they work with every logger."""
+"""Callbacks: KL annealing, pictures and encodings of what the model learned; they work with every logger."""
 
 from vrnn_lightning.callbacks.annealing import (
     ConstantKLWeight,
@@ -8,12 +8,14 @@ from vrnn_lightning.callbacks.annealing import (
     LinearKLAnnealing,
     SigmoidKLAnnealing,
 )
+from vrnn_lightning.callbacks.encodings import Encodings
 from vrnn_lightning.callbacks.samples import Samples
 
 __all__ = [
     "ConstantKLWeight",
     "CosineKLAnnealing",
     "CyclicalKLAnnealing",
+    "Encodings",
     "KLAnnealing",
     "LinearKLAnnealing",
     "Samples",

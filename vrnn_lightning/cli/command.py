@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from vrnn_lightning import discovery
-from vrnn_lightning.callbacks import Samples
+from vrnn_lightning.callbacks import Encodings, Samples
 from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint
 from vrnn_lightning.cli.parser import Parser
 from vrnn_lightning.cli.words import mentions, with_configs
@@ -194,6 +194,8 @@ class CLI(LightningCLI):
         callbacks = list(options.get("callbacks") or [])
         if options.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(ElboBar())
+        if self.subcommand == "predict":
+            callbacks.append(Encodings())
         if options.get("enable_checkpointing") is False or options.get("fast_dev_run"):
             keys = self._parser(self.subcommand).callback_keys
             keys[:] = [key for key in keys if key not in CHECKPOINTS]  # refused, or would leave an empty folder
@@ -214,6 +216,24 @@ class CLI(LightningCLI):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.run = run
+
+    def before_validate(self) -> None:
+        """Say that the model is untrained, if it is."""
+        if self.checkpoint is None and self.trainer.is_global_zero:
+            print("no --ckpt_path: these are the figures of a model that has not been trained", file=sys.stderr)
+
+    before_test = before_validate
+
+    def before_predict(self) -> None:
+        """Keep no predictions in memory: they are written."""
+        self.before_validate()
+        self.config_init["predict"]["return_predictions"] = False
+
+    def after_predict(self) -> None:
+        """Print where the encodings are."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Encodings) and self.trainer.is_global_zero:
+                print(f"encodings and scores: {_short(str(callback.path))}")
 
     def before_fit(self) -> None:
         """Refuse to resume what has more epochs behind it than it is to have.
