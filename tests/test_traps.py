@@ -32,6 +32,7 @@ class Trap:
     right: str
     wrong: str
     oracle: Callable[[], None]
+    noticed_as: type[BaseException] = AssertionError
 
 
 def equals_textbook(cell: str = "gru") -> None:
@@ -92,6 +93,10 @@ def loader_scales_once() -> None:
     torch.testing.assert_close(data.scaler.unscale(batch.x)[0, : len(first)], first)
 
 
+def grey_values_are_refused(folder_of: pytest.TempPathFactory) -> None:
+    test_module.test_grey_values_are_no_bernoulli(folder_of.mktemp("run"))
+
+
 FORWARD, UNROLL, FREE = "vrnn:VRNN.forward", "recurrence:unroll", "recurrence:free_run"
 KL = "kl_divergence(posterior.base_dist, prior.base_dist)"
 CLOSED = (
@@ -139,7 +144,7 @@ TRAPS = {
     "no floor under the std": Trap("heads:Gaussian.moments", " + self.min_std", "", std_has_a_floor),
     "batch of one squeezed": Trap(
         "recurrence:_infer", "return encoder.head.moments(encoder.head.linear(features))",
-        "return tuple(m.squeeze() for m in encoder.head.moments(encoder.head.linear(features)))", batch_of_one_keeps_its_shape,
+        "return tuple(m.squeeze() for m in encoder.head.moments(encoder.head.linear(features)))", batch_of_one_keeps_its_shape, RuntimeError,
     ),
     "LSTM networks read the cell": Trap("recurrence:_lstm", "return output.sigmoid() * c.tanh(), c", "return c, output.sigmoid() * c.tanh()", lambda: equals_textbook("lstm")),
     "mean of per-batch means": Trap(
@@ -166,6 +171,9 @@ TRAPS = {
     "data scaled twice": Trap(
         "data:_Scaled.read", "self.scaler.scale(s.x.double())", "self.scaler.scale(self.scaler.scale(s.x.double()))",
         loader_scales_once,
+    ),
+    "grey values scored with a Bernoulli": Trap(
+        "heads:Bernoulli.check", "if not wrong.any():", "if True:", grey_values_are_refused, pytest.fail.Exception
     ),
     "reference left alone": Trap("recurrence:textbook", "[phi_x, phi_z], [phi_z, h]", "[phi_x, phi_z], [phi_z, 1.1 * h]", equals_textbook),
 }  # fmt: skip
@@ -203,7 +211,7 @@ def test_every_trap_is_noticed(name, monkeypatch, tmp_path, tmp_path_factory):
     run = (lambda: trap.oracle(tmp_path_factory)) if takes_folder else trap.oracle
     run()  # the oracle is content with the code as it is
     put_in(trap, monkeypatch, tmp_path)
-    with pytest.raises((AssertionError, RuntimeError)) as noticed:
+    with pytest.raises(trap.noticed_as) as noticed:
         run()
     assert "trap needs a new place" not in str(noticed.value)
 
