@@ -10,7 +10,7 @@ from scipy import stats
 from torch.distributions import Normal, kl_divergence
 
 from vrnn_lightning import UserError
-from vrnn_lightning.heads import Bernoulli, Factorised, Gaussian, log_prob
+from vrnn_lightning.heads import Bernoulli, Factorised, Gaussian, GaussianMixture, log_prob
 
 
 def features(*shape: int) -> torch.Tensor:
@@ -92,3 +92,47 @@ def test_bernoulli_starts_from_the_datas_mean():
     head.start_from(mean)
     torch.testing.assert_close(head.linear.bias.sigmoid(), torch.tensor([0.1, 0.5, 1e-3]))
     assert math.isfinite(head.linear.bias.sum().item())
+
+
+def test_mixture_density_is_the_log_of_a_sum():
+    """log sum_k pi_k prod_d N(x_d), with scipy's densities and weights that sum to one over the components."""
+    head, f, x = GaussianMixture(4, 3, components=5).double(), features(6, 4), features(6, 3)
+    d = head(f)
+    weights = d.mixture_distribution.probs.detach().numpy()
+    normal = d.component_distribution.base_dist
+    each = stats.norm.pdf(x[:, None], normal.loc.detach(), normal.scale.detach()).prod(-1)
+    expected = torch.as_tensor((weights * each).sum(-1)).log()
+    torch.testing.assert_close(log_prob(d, x).detach(), expected, rtol=1e-10, atol=1e-10)
+    assert d.mixture_distribution.probs.shape == (6, 5)
+    assert d.event_shape == (3,)
+    everywhere = torch.ones(6, 3, dtype=torch.bool)
+    torch.testing.assert_close(log_prob(d, x, everywhere), log_prob(d, x))
+
+
+def test_mixture_integrates_to_one_and_so_does_its_marginal():
+    grid = torch.linspace(-20, 20, 100001, dtype=torch.float64)[:, None]
+    one = GaussianMixture(4, 1, components=4).double()(features(1, 4))
+    assert torch.trapezoid(log_prob(one, grid).exp(), grid[:, 0]).item() == pytest.approx(1, abs=1e-9)
+    two = GaussianMixture(4, 2, components=4).double()(features(1, 4))
+    frames = torch.cat([torch.full_like(grid, 1e9), grid], 1)
+    marginal = log_prob(two, frames, torch.tensor([False, True]).expand_as(frames))
+    assert torch.trapezoid(marginal.exp(), grid[:, 0]).item() == pytest.approx(1, abs=1e-9)
+
+
+def test_a_mixture_of_one_is_a_gaussian():
+    head, f, x = GaussianMixture(4, 3, components=1).double(), features(6, 4), features(6, 3)
+    torch.testing.assert_close(log_prob(head(f), x), log_prob(head.gaussians(f), x))
+
+
+def test_mixture_survives_extreme_parameters_and_samples_its_mean():
+    head = GaussianMixture(4, 2)
+    value = log_prob(head(torch.full((3, 4), 1e4)), torch.zeros(3, 2))
+    value.sum().backward()
+    assert torch.isfinite(value).all()
+    assert all(torch.isfinite(p.grad).all() for p in head.parameters())
+    torch.manual_seed(0)
+    d = head(torch.zeros(1, 4))
+    draws = d.sample((20000,))
+    assert ((draws.mean(0) - d.mean).abs() < 5 * (d.variance / 20000).sqrt()).all()
+    with pytest.raises(UserError, match="components 0"):
+        GaussianMixture(4, 2, components=0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vrnn_lightning import VRNN, Layers, SequenceBatch, UserError
-from vrnn_lightning.heads import Bernoulli, Gaussian
+from vrnn_lightning.heads import Bernoulli, Gaussian, GaussianMixture
 from vrnn_lightning.recurrence import State, textbook
 
 SIZES = [
@@ -75,6 +75,15 @@ def test_fast_path_equals_textbook_in_float32_and_for_bernoulli():
     fast, slow = model(batch, noise), textbook(model, batch.x, batch.lengths, noise, state)
     torch.testing.assert_close(fast.log_px, slow.log_px, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(fast.kl, slow.kl, rtol=1e-4, atol=1e-5)
+
+
+def test_fast_path_equals_textbook_for_a_mixture():
+    model, batch = make_model(emission=partial(GaussianMixture, components=3)), make_batch([6, 2])
+    noise = model.draw_noise(batch)
+    fast, slow = model(batch, noise), textbook(model, batch.x, batch.lengths, noise, model.initial_state(2))
+    torch.testing.assert_close(fast.log_px, slow.log_px, rtol=1e-9, atol=1e-9)
+    for a, b in zip(gradients(model, fast.log_px), gradients(model, slow.log_px), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("rubbish", [1e6, float("nan"), float("inf")])

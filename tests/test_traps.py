@@ -175,6 +175,14 @@ TRAPS = {
     "grey values scored with a Bernoulli": Trap(
         "heads:Bernoulli.check", "if not wrong.any():", "if True:", grey_values_are_refused, pytest.fail.Exception
     ),
+    "mixture of logs": Trap(
+        "heads:Mixture.marginal_log_prob", "torch.logsumexp(each + self.mixture_distribution.logits.log_softmax(-1), -1)",
+        "(each * self.mixture_distribution.probs).sum(-1)", test_heads.test_mixture_density_is_the_log_of_a_sum,
+    ),
+    "softmax over the wrong axis": Trap(
+        "heads:Mixture.marginal_log_prob", "log_softmax(-1)", "log_softmax(0)",
+        test_heads.test_mixture_density_is_the_log_of_a_sum,
+    ),
     "reference left alone": Trap("recurrence:textbook", "[phi_x, phi_z], [phi_z, h]", "[phi_x, phi_z], [phi_z, 1.1 * h]", equals_textbook),
 }  # fmt: skip
 

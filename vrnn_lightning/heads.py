@@ -12,13 +12,13 @@ from typing import Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli as BernoulliDistribution
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal
 from torch.nn import functional as F
 
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.nn import MLP, Layers
 
-__all__ = ["Bernoulli", "Factorised", "Gaussian", "Head", "Network", "log_prob"]
+__all__ = ["Bernoulli", "Factorised", "Gaussian", "GaussianMixture", "Head", "Mixture", "Network", "log_prob"]
 
 
 class Factorised(Independent):
@@ -38,6 +38,27 @@ class Factorised(Independent):
             Nats, shape (...).
         """
         return torch.where(observed, self.base_dist.log_prob(value), 0.0).sum(-1)
+
+
+class Mixture(MixtureSameFamily):
+    """A mixture of :class:`Factorised` components that share one weight vector per frame: event shape (features,)."""
+
+    def __init__(self, weights: Categorical, components: Factorised) -> None:
+        super().__init__(weights, components, validate_args=False)
+
+    def marginal_log_prob(self, value: Tensor, observed: Tensor) -> Tensor:
+        """Return the log-likelihood of the observed features alone.
+
+        Args:
+            value: Frames, shape (..., features); what stands at unobserved features does not count.
+            observed: True where a feature was measured, shape (..., features).
+
+        Returns:
+            Nats, shape (...).
+        """
+        components = cast(Factorised, self.component_distribution)
+        each = components.marginal_log_prob(value[..., None, :], observed[..., None, :])
+        return torch.logsumexp(each + self.mixture_distribution.logits.log_softmax(-1), -1)
 
 
 def log_prob(distribution: Distribution, value: Tensor, observed: Tensor | None = None) -> Tensor:
@@ -130,6 +151,39 @@ class Gaussian(Head):
     def forward(self, features: Tensor) -> Factorised:
         """Return the Gaussian with batch shape (...) and event shape (num_features,)."""
         return Factorised(Normal(*self.moments(self.linear(features)), validate_args=False))
+
+
+class GaussianMixture(Head):
+    r"""A mixture of Gaussians with diagonal covariance and one weight vector for the frame (Chung et al. 2015, GMM).
+
+    .. math:: p(x) = \sum_k \pi_k \prod_d \mathcal N(x_d; \mu_{k,d}, \sigma_{k,d}^2)
+
+    Args:
+        in_features: Width of the features.
+        num_features: Width of the frame, D.
+        components: Number of Gaussians, K.
+        min_std: Floor under the standard deviations, in scaled units; without one a likelihood has no upper bound.
+
+    >>> head = GaussianMixture(4, 2, components=3)
+    >>> head(torch.zeros(5, 4)).log_prob(torch.zeros(5, 2)).shape
+    torch.Size([5])
+    """
+
+    def __init__(self, in_features: int, num_features: int, components: int = 20, min_std: float = 1e-4) -> None:
+        super().__init__(in_features, num_features)
+        if components < 1:
+            raise UserError(f"components {components}: a mixture needs at least 1")
+        self.components = components
+        self.weights = nn.Linear(in_features, components)
+        self.gaussians = Gaussian(in_features, components * num_features, min_std)
+
+    def forward(self, features: Tensor) -> Mixture:
+        """Return the mixture with batch shape (...) and event shape (num_features,)."""
+        weights = Categorical(logits=_at_least_float32(self.weights(features)), validate_args=False)
+        shape = (self.components, self.num_features)
+        mean, std = self.gaussians.moments(self.gaussians.linear(features))
+        components = Normal(mean.unflatten(-1, shape), std.unflatten(-1, shape), validate_args=False)
+        return Mixture(weights, Factorised(components))
 
 
 class Bernoulli(Head):
