@@ -431,6 +431,8 @@ def test_a_schedule_that_comes_or_goes_on_resume_is_refused(lightning, tiny, fol
         (["--data.noise=1e-300"], "noise"),
         (["--data.noise=1e200"], "noise"),
         (["--data.frequencies=100000000000"], "frequencies"),
+        (["--seed_everything=-5"], "-5 is not in bounds"),
+        (["--trainer.max_epochs=-7"], "max_epochs"),
         (["--trainer.accelerator=gpu"], "gpu"),
         (["--trainer.devices=0"], "devices"),
         (["--trainer.strategy=xyz"], "xyz"),

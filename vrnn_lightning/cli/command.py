@@ -177,6 +177,12 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do nothing: the checkpoint's options are beneath the user's already, and none differs in silence."""
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UserError(f"--seed_everything {error}") from error
+
     def instantiate_classes(self) -> None:
         """Build data, model and trainer.
 
