@@ -39,7 +39,8 @@ class KLAnnealing(Callback, ABC):
         Raises:
             UserError: Two annealers are among the trainer's callbacks.
         """
-        annealers = [type(c).__name__ for c in trainer.callbacks if isinstance(c, KLAnnealing)]  # type: ignore[attr-defined]
+        callbacks: list[Callback] = getattr(trainer, "callbacks", [])  # set by a connector, which types don't see
+        annealers = [type(callback).__name__ for callback in callbacks if isinstance(callback, KLAnnealing)]
         if len(annealers) > 1:
             raise UserError(f"trainer.callbacks: {' and '.join(annealers)} would both set beta; keep one")
 

@@ -237,7 +237,7 @@ class CLI(LightningCLI):
 
     def after_predict(self) -> None:
         """Print where the encodings are."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # a connector sets it
             if isinstance(callback, Encodings) and self.trainer.is_global_zero:
                 print(f"encodings and scores: {_short(str(callback.path))}")
 
@@ -254,7 +254,7 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Print what came of it."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # likewise
             print("\n".join(self._summary()))
 
     def _summary(self) -> Iterator[str]:
