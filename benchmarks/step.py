@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 
 from vrnn_lightning import VRNN, Layers, SequenceBatch
+from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import elbo
 from vrnn_lightning.recurrence import textbook
 
@@ -41,7 +42,7 @@ def steps_of(x: int, h: int, z: int, batch_size: int, steps: int) -> tuple[Calla
         return trace.log_px, trace.kl
 
     def slow() -> tuple[torch.Tensor, torch.Tensor]:
-        found = textbook(model, batch.x, batch.lengths, model.draw_noise(batch), model.initial_state(batch_size))
+        found = textbook(model, batch, Noise(batch).over_time(z), model.initial_state(batch_size))
         return found.log_px, found.kl
 
     return lambda: train(fast), lambda: train(slow)

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    "errors", "batch", "nn", "heads", "recurrence", "vrnn", "objectives", "schedules", "metrics", "data", "module",
+    "errors", "batch", "noise", "filtering", "nn", "heads", "recurrence", "vrnn", "objectives", "schedules", "metrics",
+    "data", "module",
     "callbacks", "tracking", "discovery", "cli",
 ]  # fmt: skip
 FRAMEWORKS = {"lightning", "wandb", "jsonargparse", "pytorch_lightning"}

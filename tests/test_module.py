@@ -26,6 +26,7 @@ from vrnn_lightning.callbacks import (
     SigmoidKLAnnealing,
 )
 from vrnn_lightning.heads import Bernoulli, Gaussian
+from vrnn_lightning.objectives import ELBO
 from vrnn_lightning.metrics import ActiveUnits, Bound
 
 pytestmark = [
@@ -75,7 +76,7 @@ def test_reported_figures_are_totals_over_totals(tmp_path, latent):
     model.eval()
     with torch.no_grad():
         for i, batch in enumerate(source.val_dataloader()):
-            trace = model.vrnn(batch, model._noise(batch, i))
+            trace = model.vrnn(batch, model._noise(batch, i).over_time(latent))
             log_px += trace.log_px.double().sum().item()
             kl += trace.kl.double().sum().item()
             steps += batch.lengths.sum().item()
@@ -145,7 +146,7 @@ def test_training_loss_is_per_sequence_and_gradient_is_its_own(tmp_path):
     model.trainer = runner
     model.log = lambda *args, **kwargs: None
     loss = model.training_step(batch, 3)
-    trace = model.vrnn(batch, model._noise(batch, 3, 0))
+    trace = model.vrnn(batch, model._noise(batch, 3, 0).over_time(2))
     assert loss.item() == pytest.approx(-(trace.log_px.sum() - trace.kl.sum()).item() / len(batch), rel=1e-5)
 
 
@@ -353,7 +354,7 @@ def test_sequences_of_no_steps_train_and_are_not_drawn(tmp_path):
 
 def test_sequences_without_a_name_have_noise_of_their_own():
     model, batch = module(), SequenceBatch(torch.zeros(3, 4, 3), torch.tensor([4, 4, 2]), names=["", "", ""])
-    noise = model._noise(batch, 0)
+    noise = model._noise(batch, 0).over_time(2)
     assert not torch.equal(noise[0], noise[1])
     assert (noise[2, 2:] == 0).all()
 
@@ -427,7 +428,7 @@ def test_two_annealers_are_refused(tmp_path):
         lambda: CyclicalKLAnnealing(5, ramp=0),
         lambda: ConstantKLWeight(-1),
         lambda: Samples(count=0),
-        lambda: module(free_bits=-1.0),
+        lambda: module(objective=partial(ELBO, free_bits=-1.0)),
     ],
 )
 def test_absurd_options_are_refused(make):

@@ -12,7 +12,7 @@ import torch
 
 OPTIONS = {
     "data": "Sines", "data.train_size": 13, "data.val_size": 5, "data.steps": 6, "data.min_steps": 1,
-    "model.latent_size": 3, "model.free_bits": 0.05, "model.hidden_size": 5,
+    "model.latent_size": 3, "model.objective": "ELBO", "model.objective.free_bits": 0.05, "model.hidden_size": 5,
     "trainer.precision": "64-true", "trainer.max_epochs": 2,
     "trainer.log_every_n_steps": 1, "trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false",
     "trainer.num_sanity_val_steps": 0, "samples.every_n_validations": 1, "seed_everything": 3,

@@ -9,8 +9,10 @@ import torch
 
 from vrnn_lightning import VRNN, Layers, SequenceBatch, UserError
 from vrnn_lightning.heads import Bernoulli, Gaussian, GaussianMixture
+from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import State, textbook
 
+NETWORKS = ("phi_x", "phi_z", "prior", "encoder", "decoder")
 SIZES = [
     ([6, 4, 1], "ragged"),
     ([1], "one step, one sequence"),
@@ -23,7 +25,7 @@ SIZES = [
 def make_model(cell: str = "gru", latent: int = 4, depth: int = 2, emission=Gaussian, features: int = 3) -> VRNN:
     torch.manual_seed(1)
     layers = [Layers(width, depth) for width in (5, 6, 7, 8, 9)]
-    model = VRNN(features, latent, 10, cell, emission, *layers).double()
+    model = VRNN(features, latent, 10, cell=cell, emission=emission, **dict(zip(NETWORKS, layers, strict=True))).double()
     model.start_from(torch.rand(features).double() * 0.5 + 0.2, torch.rand(features).double() + 0.5)
     return model
 
@@ -32,6 +34,10 @@ def make_batch(lengths: list[int], features: int = 3, binary: bool = False) -> S
     torch.manual_seed(2)
     x = torch.randn(len(lengths), max(lengths), features, dtype=torch.float64)
     return SequenceBatch((x > 0).double() if binary else x, torch.tensor(lengths))
+
+
+def draw_noise(model: VRNN, batch: SequenceBatch, samples: int = 1) -> torch.Tensor:
+    return Noise(batch, list(range(len(batch)))).over_time(model.latent_size, samples)
 
 
 def random_state(model: VRNN, size: int) -> State:
@@ -54,9 +60,9 @@ def gradients(model: VRNN, *outputs: torch.Tensor) -> list[torch.Tensor]:
 def test_fast_path_equals_textbook(cell, latent, depth, lengths):
     """Values, final states and every parameter's gradient agree to 1e-9 in float64."""
     model, batch = make_model(cell, latent, depth), make_batch(lengths)
-    noise, state = model.draw_noise(batch), random_state(model, len(batch))
+    noise, state = draw_noise(model, batch), random_state(model, len(batch))
     fast = model(batch, noise, state)
-    slow = textbook(model, batch.x, batch.lengths, noise, state)
+    slow = textbook(model, batch, noise, state)
     pairs = [(fast.log_px, slow.log_px), (fast.kl, slow.kl), (fast.state.h, slow.state.h)]
     if cell == "lstm":
         pairs.append((fast.state.c, slow.state.c))
@@ -71,16 +77,16 @@ def test_fast_path_equals_textbook(cell, latent, depth, lengths):
 def test_fast_path_equals_textbook_in_float32_and_for_bernoulli():
     model, batch = make_model(emission=Bernoulli).float(), make_batch([6, 2], binary=True)
     batch.x = batch.x.float()
-    noise, state = model.draw_noise(batch), model.initial_state(2)
-    fast, slow = model(batch, noise), textbook(model, batch.x, batch.lengths, noise, state)
+    noise, state = draw_noise(model, batch), model.initial_state(2)
+    fast, slow = model(batch, noise), textbook(model, batch, noise, state)
     torch.testing.assert_close(fast.log_px, slow.log_px, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(fast.kl, slow.kl, rtol=1e-4, atol=1e-5)
 
 
 def test_fast_path_equals_textbook_for_a_mixture():
     model, batch = make_model(emission=partial(GaussianMixture, components=3)), make_batch([6, 2])
-    noise = model.draw_noise(batch)
-    fast, slow = model(batch, noise), textbook(model, batch.x, batch.lengths, noise, model.initial_state(2))
+    noise = draw_noise(model, batch)
+    fast, slow = model(batch, noise), textbook(model, batch, noise, model.initial_state(2))
     torch.testing.assert_close(fast.log_px, slow.log_px, rtol=1e-9, atol=1e-9)
     for a, b in zip(gradients(model, fast.log_px), gradients(model, slow.log_px), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -91,7 +97,7 @@ def test_fast_path_equals_textbook_for_a_mixture():
 def test_padding_changes_nothing(cell, rubbish):
     """Longer padding, whatever it holds, changes no term, no state and no gradient."""
     model, batch = make_model(cell), make_batch([4, 2])
-    noise = model.draw_noise(batch)
+    noise = draw_noise(model, batch)
     padded = SequenceBatch(torch.full((2, 7, 3), rubbish, dtype=torch.float64), batch.lengths)
     longer = torch.randn(2, 7, 4, dtype=torch.float64)
     for row, length in enumerate(batch.lengths):
@@ -110,7 +116,7 @@ def test_padding_changes_nothing(cell, rubbish):
 
 def test_order_of_the_batch_changes_nothing():
     model, batch = make_model(), make_batch([6, 3, 5])
-    noise, order = model.draw_noise(batch), torch.tensor([2, 0, 1])
+    noise, order = draw_noise(model, batch), torch.tensor([2, 0, 1])
     there = model(batch, noise)
     back = model(SequenceBatch(batch.x[order], batch.lengths[order]), noise[order])
     torch.testing.assert_close(back.log_px, there.log_px[order], rtol=0, atol=1e-12)
@@ -121,7 +127,7 @@ def test_order_of_the_batch_changes_nothing():
 def test_carried_state_joins_the_halves_of_a_sequence(cell):
     """The state after the first half is the state before the second."""
     model, batch = make_model(cell), make_batch([8, 8])
-    noise = model.draw_noise(batch)
+    noise = draw_noise(model, batch)
     whole = model(batch, noise)
     half = torch.full((2,), 4)
     first = model(SequenceBatch(batch.x[:, :4], half), noise[:, :4])
@@ -135,7 +141,7 @@ def test_missing_values_count_nothing():
     model, batch = make_model(), make_batch([4, 3])
     observed = torch.ones_like(batch.x, dtype=torch.bool)
     observed[0, 2, 1] = False
-    noise = model.draw_noise(batch)
+    noise = draw_noise(model, batch)
     other = batch.x.clone()
     other[0, 2, 1] = float("nan")
     a = model(SequenceBatch(batch.x, batch.lengths, observed), noise)
@@ -149,7 +155,7 @@ def test_missing_values_count_nothing():
 
 def test_an_early_frame_does_not_see_later_ones():
     model, batch = make_model(), make_batch([6])
-    noise = model.draw_noise(batch)
+    noise = draw_noise(model, batch)
     later = batch.x.clone()
     later[:, 3:] += 1
     a, b = model(batch, noise), model(SequenceBatch(later, batch.lengths), noise)
@@ -165,18 +171,18 @@ def test_generation_uses_the_equations_of_training(cell, latent):
     torch.manual_seed(5)
     drawn = model.generate(6, 3)
     state, x, z = model.initial_state(3), drawn.x, drawn.z
-    h, c = state
+    h, c = state.h[:, 0], None if state.c is None else state.c[:, 0]
     means = []
     for t in range(6):
         features = [model.phi_z(z[:, t]), h] if latent else [h]
         means.append(model.decoder(torch.cat(features, -1)).mean)
-        inputs = torch.cat([model.phi_x(model.centre(x[:, t])), *features[:-1]], -1)
+        inputs = torch.cat([model.phi_x(model.look(x[:, t], torch.ones_like(x[:, t]).bool())), *features[:-1]], -1)
         if cell == "gru":
-            h = model.cell(inputs, h)
+            h = model.cells[0](inputs, h)
         else:
-            h, c = model.cell(inputs, (h, c))
+            h, c = model.cells[0](inputs, (h, c))
     torch.testing.assert_close(torch.stack(means, 1), drawn.mean, rtol=0, atol=1e-12)
-    torch.testing.assert_close(h, drawn.state.h, rtol=0, atol=1e-12)
+    torch.testing.assert_close(h, drawn.state.h[:, 0], rtol=0, atol=1e-12)
 
 
 def test_generated_latents_come_from_the_prior():

@@ -69,6 +69,16 @@ class SequenceBatch:
         mask = self.mask[..., None].expand_as(self.x)
         return mask if self.observed is None else mask & self.observed
 
+    def rows(self, index: slice) -> SequenceBatch:
+        """Return some of the sequences, cut to the longest of them."""
+        steps = max(1, int(self.lengths[index].max()))
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        cut: dict[str, Any] = {}
+        for key, value in values.items():
+            chosen = None if value is None else value[index]
+            cut[key] = chosen[:, :steps] if isinstance(chosen, Tensor) and chosen.ndim > 1 else chosen
+        return SequenceBatch(**cut)
+
     def pin_memory(self) -> SequenceBatch:
         """Return the same batch in page-locked memory."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["ActiveUnits", "Bound"]
+__all__ = ["ActiveUnits", "Bound", "Estimate"]
 
 
 WIDE = torch.float32 if torch.backends.mps.is_available() else torch.float64  # Apple GPUs have no float64
@@ -129,3 +129,60 @@ class ActiveUnits(Metric):
         """Return the number of active units."""
         variance = self.squares / self.count - (self.sums / self.count).square()
         return (variance > self.threshold).sum()
+
+
+class Estimate(Metric):
+    r"""The mean of a quantity that every sequence has one of, per time step and per sequence, with standard errors.
+
+    Per step it is the ratio of totals :math:`r = \sum_i x_i / \sum_i n_i`, whose standard error over sequences is
+    :math:`\sqrt{\tfrac{N}{N-1} \sum_i (x_i - r n_i)^2} \,/ \sum_i n_i` (the ratio estimator of sampling theory).
+
+    >>> estimate = Estimate()
+    >>> estimate.update(torch.tensor([-2.0, -8.0]), torch.tensor([1, 2]))
+    >>> {name: round(value.item(), 3) for name, value in estimate.compute().items()}
+    {'': -3.333, '_stderr': 0.889, '_per_sequence': -5.0, '_per_sequence_stderr': 3.0}
+    """
+
+    full_state_update = False
+    sequences: Tensor
+    steps: Tensor
+    total: Tensor
+    squares: Tensor
+    products: Tensor
+    steps_squared: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("sequences", "steps", "total", "squares", "products", "steps_squared"):
+            self.add_state(name, torch.zeros((), dtype=WIDE), dist_reduce_fx="sum")
+        self.set_dtype(WIDE)
+
+    def update(self, values: Tensor, lengths: Tensor) -> None:
+        """Add sequences.
+
+        Args:
+            values: Of each sequence, shape (batch,).
+            lengths: Real steps of each sequence, shape (batch,). A sequence of no steps does not count.
+        """
+        real = lengths > 0
+        x, n = values.detach().to(WIDE)[real], lengths.to(WIDE)[real]
+        self.sequences = self.sequences + len(x)
+        self.steps = self.steps + n.sum()
+        self.total = self.total + x.sum()
+        self.squares = self.squares + x.square().sum()
+        self.products = self.products + (x * n).sum()
+        self.steps_squared = self.steps_squared + n.square().sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the figures by the ending of their names; a single sequence has no standard error."""
+        count, steps, total = self.sequences, self.steps, self.total
+        ratio, mean = total / steps, total / count
+        about_ratio = self.squares - 2 * ratio * self.products + ratio.square() * self.steps_squared
+        about_mean = self.squares - count * mean.square()
+        figures = {
+            "": ratio,
+            "_stderr": (about_ratio.clamp(min=0) * count / (count - 1)).sqrt() / steps,
+            "_per_sequence": mean,
+            "_per_sequence_stderr": (about_mean.clamp(min=0) / (count - 1) / count).sqrt(),
+        }
+        return figures if count > 1 else {name: v for name, v in figures.items() if not name.endswith("stderr")}

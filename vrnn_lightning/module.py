@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
@@ -13,6 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
@@ -22,7 +22,8 @@ from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads import Gaussian, Head
 from vrnn_lightning.metrics import ActiveUnits, Bound
 from vrnn_lightning.nn import Layers
-from vrnn_lightning.objectives import elbo
+from vrnn_lightning.noise import Noise
+from vrnn_lightning.objectives import ELBO, Objective
 from vrnn_lightning.vrnn import VRNN, Trace
 
 __all__ = ["VRNNLightningModule"]
@@ -37,14 +38,21 @@ class VRNNLightningModule(LightningModule):
         num_features: Width of a frame; on the command line the data say it.
         latent_size: Dimensions of z_t; 0 for a plain recurrent network.
         hidden_size: Units of the recurrence.
+        layers: Layers of the recurrence; the networks read the top one.
         cell: "gru" or "lstm".
         emission: Head of p(x_t | ...): a class of ``vrnn_lightning.heads``, or a partial of one.
         phi_x: Size of the feature extractor of x_t.
         phi_z: Size of the feature extractor of z_t.
-        prior: Size of the prior network.
+        prior: Size of the prior network; null for N(0, I) at every step, the paper's VRNN-I.
         encoder: Size of the inference network.
         decoder: Size of the network before the emission.
-        free_bits: Nats per step and latent dimension that cost nothing to use (Kingma et al. 2016); training alone.
+        residual_posterior: The encoder's mean is added to the prior's.
+        smoothing: The encoder also reads a recurrence that comes back from the sequence's end.
+        dropout: Probability of dropping a unit of phi_x, phi_z or h where networks read it, the same units at every
+            step of a sequence.
+        num_inputs: Covariates per step; on the command line the data say it.
+        missing: phi_x also reads which values were measured; on the command line the data say it.
+        objective: The bound to train on: a class of ``vrnn_lightning.objectives``, or a partial of one.
         optimizer: Called with the parameters: an optimiser class or a partial of one.
         lr_scheduler: Called with the optimiser: a scheduler class or a partial of one.
         lr_interval: Whether the scheduler steps after every "epoch" or every "step".
@@ -66,25 +74,46 @@ class VRNNLightningModule(LightningModule):
         num_features: int,
         latent_size: int = 16,
         hidden_size: int = 64,
+        layers: int = 1,
         cell: Literal["gru", "lstm"] = "gru",
         emission: Callable[[int, int], Head] = Gaussian,
         phi_x: Layers = Layers(),
         phi_z: Layers = Layers(),
-        prior: Layers = Layers(),
+        prior: Layers | None = Layers(),
         encoder: Layers = Layers(),
         decoder: Layers = Layers(),
-        free_bits: float = 0.0,
+        residual_posterior: bool = False,
+        smoothing: bool = False,
+        dropout: float = 0.0,
+        num_inputs: int = 0,
+        missing: bool = False,
+        objective: Callable[[], Objective] = ELBO,
         optimizer: OptimizerCallable = lambda params: Adam(params, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
         super().__init__()
-        if free_bits < 0:
-            raise UserError(f"free_bits {free_bits}: must not be negative")
         self.save_hyperparameters(logger=False)
         _make_storable(self.hparams)
-        self.vrnn = VRNN(num_features, latent_size, hidden_size, cell, emission, phi_x, phi_z, prior, encoder, decoder)
-        self.free_bits = free_bits
+        self.vrnn = VRNN(
+            num_features,
+            latent_size,
+            hidden_size,
+            layers,
+            cell,
+            emission,
+            phi_x,
+            phi_z,
+            prior,
+            encoder,
+            decoder,
+            residual_posterior,
+            smoothing,
+            dropout,
+            num_inputs,
+            missing,
+        )
+        self.objective = objective()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
@@ -160,23 +189,34 @@ class VRNNLightningModule(LightningModule):
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """Return minus the objective summed over the global batch, divided by its number of sequences."""
         if batch_idx == 0:
-            self.vrnn.decoder.head.check(batch.x, batch.counted)
-        trace = self.vrnn(batch, self._noise(batch, batch_idx, self.current_epoch))
+            self._check(batch)
+        noise = self._noise(batch, batch_idx, self.current_epoch)
+        value, trace = self.objective(self.vrnn, batch, noise, self.beta, self._total)
         steps, sequences = batch.lengths.sum(), (batch.lengths > 0).sum()
-        objective = elbo(trace.log_px, trace.kl, steps, self.beta, self.free_bits, self._total)
-        parts = (objective, trace.log_px.sum(), trace.kl.sum(), steps, sequences)
+        samples = len(trace.log_px) // len(batch)
+        parts = (value, trace.log_px.sum() / samples, trace.kl.sum() / samples, steps, sequences)
         total, reconstruction, kl, all_steps, all_sequences = self._total(
             torch.stack([p.detach().to(self.bound.kl.dtype) for p in parts])
         )
-        loss: Tensor = -objective * self.trainer.world_size / all_sequences.to(objective)
-        loss = loss + 0.0 * trace.state.h.sum()  # one-step batches leave the cell unused, which DDP would wait for
+        loss: Tensor = -value * self.trainer.world_size / all_sequences.to(value)
+        if batch.x.shape[1] == 1:  # leaves the recurrence unused, which DDP would wait for
+            loss = loss + 0.0 * torch.stack([p.sum() for p in self.vrnn.parameters()]).sum()
         self._stop_unless_finite(total, "the loss", batch)
         self.log("train/loss", -total / all_sequences)
         self.log("train/beta", self.beta, prog_bar=True)
-        for name, value in (("elbo", reconstruction - kl), ("reconstruction", reconstruction), ("kl", kl)):
-            self.log(f"train/{name}", value / all_steps, prog_bar=True)
-            self.log(f"train/{name}_per_sequence", value / all_sequences)
+        for name, part in (("elbo", reconstruction - kl), ("reconstruction", reconstruction), ("kl", kl)):
+            self.log(f"train/{name}", part / all_steps, prog_bar=True)
+            self.log(f"train/{name}_per_sequence", part / all_sequences)
         return loss
+
+    def _check(self, batch: SequenceBatch) -> None:
+        """Refuse values that the emission can't score, and say what the model does not read."""
+        self.vrnn.decoder.head.check(batch.x, batch.counted)
+        data = type(self._data).__name__
+        if self.training and batch.observed is not None and not self.vrnn.missing and (batch.mask[..., None] & ~batch.observed).any():
+            rank_zero_warn(f"{data} has missing values, which the networks read as the mean; with `missing = True` in that class they are told what is missing")
+        if self.training and batch.inputs is not None and not self.vrnn.num_inputs:
+            rank_zero_warn(f"{data} has covariates (inputs), which the model does not read; give that class `num_inputs`, their number")
 
     def _total(self, x: Tensor) -> Tensor:
         """Sum a tensor over processes, without gradient."""
@@ -184,20 +224,13 @@ class VRNNLightningModule(LightningModule):
             torch.distributed.all_reduce(x)
         return x
 
-    def _noise(self, batch: SequenceBatch, batch_idx: int, epoch: int = -1) -> Tensor:
-        """Draw each sequence's noise from a seed of its own, shape (batch, time, latent).
+    def _noise(self, batch: SequenceBatch, batch_idx: int, epoch: int = -1) -> Noise:
+        """Return what a pass over a batch draws from: the run's seed, the epoch and each sequence's name decide it.
 
         So no resume, batch size, order, padding or number of processes changes it. Evaluation (epoch -1) draws the
         same in every epoch: its figures differ by the model alone.
         """
-        names = batch.names or [""] * len(batch)
-        noise = torch.zeros(*batch.x.shape[:2], self.vrnn.latent_size, dtype=batch.x.dtype)
-        for i, (name, length) in enumerate(zip(names, batch.lengths.tolist(), strict=True)):
-            place = f"{self.noise_seed} {epoch} {name or (batch_idx, i, self.global_rank)}"
-            seed = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), signed=True)
-            generator = torch.Generator().manual_seed(seed)
-            noise[i, :length] = torch.randn(length, self.vrnn.latent_size, generator=generator, dtype=batch.x.dtype)
-        return noise.to(batch.x.device)
+        return Noise.named(batch, self.noise_seed, epoch, unnamed=(batch_idx, self.global_rank))
 
     def _stop_unless_finite(self, value: Tensor, what: str, batch: SequenceBatch | None) -> None:
         if torch.isfinite(value):
@@ -220,18 +253,23 @@ class VRNNLightningModule(LightningModule):
             self._stop_unless_finite(norm, "the gradient's norm", None)
         self.log("train/grad_norm", norm)
 
-    def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
-        """Add a batch to the validation totals."""
-        self._evaluate(batch, batch_idx)
+    def validation_step(self, batch: SequenceBatch, batch_idx: int) -> Trace:
+        """Add a batch to the validation totals, and return its trace."""
+        return self._evaluate(batch, batch_idx)
 
-    def test_step(self, batch: SequenceBatch, batch_idx: int) -> None:
-        """Add a batch to the test totals."""
-        self._evaluate(batch, batch_idx)
+    def test_step(self, batch: SequenceBatch, batch_idx: int) -> Trace:
+        """Add a batch to the test totals, and return its trace."""
+        return self._evaluate(batch, batch_idx)
 
-    def _evaluate(self, batch: SequenceBatch, batch_idx: int) -> None:
+    def trace(self, batch: SequenceBatch, batch_idx: int) -> Trace:
+        """Infer the latents of a batch and score it, with the noise that evaluation always draws."""
+        noise = self._noise(batch, batch_idx).over_time(self.vrnn.latent_size)
+        return cast(Trace, self.vrnn(batch, noise))
+
+    def _evaluate(self, batch: SequenceBatch, batch_idx: int) -> Trace:
         if batch_idx == 0:
-            self.vrnn.decoder.head.check(batch.x, batch.counted)
-        trace = self.vrnn(batch, self._noise(batch, batch_idx))
+            self._check(batch)
+        trace = self.trace(batch, batch_idx)
         counted = batch.counted
         log_scale = (counted * self.scale_std.log()).sum()
         known = getattr(self._data, "exact_log_likelihood", None)
@@ -239,6 +277,7 @@ class VRNNLightningModule(LightningModule):
         self.bound.update(trace.log_px, trace.kl, batch.lengths, counted.sum(), log_scale, exact)
         if trace.posterior is not None:
             self.active.update(trace.posterior.mean, batch.mask)
+        return trace
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation figures."""
@@ -262,7 +301,7 @@ class VRNNLightningModule(LightningModule):
 
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> Trace:
         """Return the trace of a batch."""
-        return cast(Trace, self.vrnn(batch, self._noise(batch, batch_idx)))
+        return self.trace(batch, batch_idx)
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser, and the schedule of its learning rate where there is one."""

@@ -1,13 +1,28 @@
-"""What training maximises: pure functions of a trace's terms."""
+"""What training maximises: lower bounds on log p(x), as functions of a trace's terms and as options of a run.
+
+To add one, write a subclass of :class:`Objective`; its keyword arguments become options of the command line.
+"""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
-__all__ = ["elbo"]
+from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.filtering import Resampling
+from vrnn_lightning.noise import Noise
+from vrnn_lightning.vrnn import VRNN, Trace
+
+__all__ = ["ELBO", "FIVO", "IWAE", "Found", "Objective", "elbo", "iwae"]
+
+Total = Callable[[Tensor], Tensor]
 
 
 def elbo(
@@ -16,9 +31,9 @@ def elbo(
     steps: Tensor,
     beta: float = 1.0,
     free_bits: float = 0.0,
-    total: Callable[[Tensor], Tensor] = lambda x: x,
+    total: Total = lambda x: x,
 ) -> Tensor:
-    r"""Return the training objective, summed over the batch, in nats.
+    r"""Return the evidence lower bound as it is trained, summed over the batch, in nats.
 
     .. math:: \sum_t \log p(x_t \mid \cdot) - \beta \sum_j \max\Big(\sum_t \mathrm{KL}_{t,j},\; \lambda N\Big)
 
@@ -47,3 +62,173 @@ def elbo(
         below = total(per_dim.detach().clone()) < free_bits * total(count.clone())
         per_dim = torch.where(below, free_bits * count, per_dim)
     return log_px.sum() - beta * per_dim.sum()
+
+
+def iwae(log_px: Tensor, log_ratio: Tensor, samples: int, beta: float = 1.0) -> Tensor:
+    r"""Return the importance-weighted bound of each sequence in nats, shape (batch,) (Burda et al. 2016).
+
+    .. math:: \log \frac1K \sum_k \exp \sum_t \log p(x_t \mid \cdot) + \beta \log\frac{p(z_t^k \mid \cdot)}{q(z_t^k \mid \cdot)}
+
+    One weight per sequence: log-weights are summed over time before the mean over samples.
+
+    Args:
+        log_px: Zero at padding, shape (samples * batch, time).
+        log_ratio: log p(z_t | .) - log q(z_t | .), zero at padding, shape (samples * batch, time).
+        samples: K.
+        beta: Weight of the latent's part; 1 for the bound.
+
+    >>> iwae(torch.tensor([[-1.0], [-3.0]]), torch.zeros(2, 1), samples=2).round(decimals=4)
+    tensor([-1.5662])
+    """
+    log_weights = (log_px + beta * log_ratio).sum(1).unflatten(0, (samples, -1))
+    return log_weights.logsumexp(0) - math.log(samples)
+
+
+class Found(NamedTuple):
+    """What an objective found of a batch.
+
+    Args:
+        value: To be maximised, summed over the batch, in nats.
+        trace: Trajectories that were not resampled, from which the reported bound comes.
+    """
+
+    value: Tensor
+    trace: Trace
+
+
+class Objective(ABC):
+    """A bound to train on."""
+
+    @abstractmethod
+    def __call__(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total) -> Found:
+        """Evaluate it.
+
+        Args:
+            model: The model.
+            batch: Padded sequences.
+            noise: What to draw from.
+            beta: Weight of the latent's part, as a callback set it.
+            total: Sums a tensor over processes, without gradient.
+        """
+
+
+class ELBO(Objective):
+    """The evidence lower bound, with one trajectory per sequence.
+
+    Args:
+        kl: "analytic", the KL of two Gaussians in closed form; "sampled", log q - log p of the latents drawn, which is
+            as right on average and more variable.
+        free_bits: Nats per step and latent dimension that cost nothing to use (Kingma et al. 2016).
+        balance: Share of the KL's gradient that goes to the prior, the rest goes to the posterior (Hafner et al. 2021,
+            arXiv 2010.02193, uses 0.8); ``None`` for the whole gradient to both. Its value is the same.
+
+    Raises:
+        UserError: An option outside its range, or a balance of a sampled KL.
+    """
+
+    def __init__(
+        self,
+        kl: Literal["analytic", "sampled"] = "analytic",
+        free_bits: float = 0.0,
+        balance: float | None = None,
+    ) -> None:
+        if kl not in ("analytic", "sampled"):
+            raise UserError(f"objective.kl {kl!r}: choose 'analytic' or 'sampled'")
+        if not 0 <= free_bits < math.inf:
+            raise UserError(f"objective.free_bits {free_bits}: must not be negative")
+        if balance is not None and not 0 <= balance <= 1:
+            raise UserError(f"objective.balance {balance}: is a share, between 0 and 1")
+        if balance is not None and kl == "sampled":
+            raise UserError("objective.balance: needs objective.kl 'analytic'")
+        self.kl = kl
+        self.free_bits = free_bits
+        self.balance = balance
+
+    def __call__(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total) -> Found:
+        """Evaluate it."""
+        trace = model(batch, noise.over_time(model.latent_size), masks=model.draw_masks(noise))
+        kl = self._kl(trace)
+        return Found(elbo(trace.log_px, kl, batch.lengths.sum(), beta, self.free_bits, total), trace)
+
+    def _kl(self, trace: Trace) -> Tensor:
+        if trace.posterior is None or trace.prior is None or (self.kl == "analytic" and self.balance is None):
+            return trace.kl
+        q, p = trace.posterior.base_dist, trace.prior.base_dist
+        if self.balance is None:
+            kl = q.log_prob(trace.z) - p.log_prob(trace.z)
+        else:
+            kl = self.balance * kl_divergence(_constant(q), p) + (1 - self.balance) * kl_divergence(q, _constant(p))
+        return torch.where(trace.mask[..., None], kl, 0.0)
+
+
+def _constant(normal: Normal) -> Normal:
+    return Normal(normal.loc.detach(), normal.scale.detach(), validate_args=False)
+
+
+def _refuse(samples: str, count: int, kl: str) -> None:
+    if count < 1:
+        raise UserError(f"objective.{samples} {count}: must be at least 1")
+    if kl != "sampled":
+        raise UserError(
+            f"objective.kl {kl!r}: importance weights are made of the latents drawn, so kl must be 'sampled'; "
+            "for an analytic KL train on the ELBO"
+        )
+
+
+class IWAE(Objective):
+    """The importance-weighted bound (Burda et al. 2016, arXiv 1509.00519), tighter than the ELBO.
+
+    Args:
+        samples: Trajectories per sequence, K.
+        kl: Only "sampled": the weights hold log q of the latents drawn.
+
+    Raises:
+        UserError: Fewer than one sample, or an analytic KL.
+    """
+
+    def __init__(self, samples: int = 16, kl: str = "sampled") -> None:
+        _refuse("samples", samples, kl)
+        self.samples = samples
+
+    def __call__(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total) -> Found:
+        """Evaluate it."""
+        samples = self.samples if model.latent_size else 1
+        masks = model.draw_masks(noise)
+        trace = model(batch, noise.over_time(model.latent_size, samples), masks=masks, samples=samples)
+        return Found(iwae(trace.log_px, trace.log_ratio, samples, beta).sum(), trace)
+
+
+class FIVO(Objective):
+    """The bound of a particle filter (Maddison et al. 2017, arXiv 1705.09279), tight for long sequences.
+
+    Args:
+        particles: Per sequence, K.
+        resampling: "multinomial" or "systematic".
+        threshold: Resample where the effective sample size is below this share of the particles.
+        resampling_gradient: Let the gradient account for the choice of ancestors; the paper found it harmful.
+        kl: Only "sampled": the weights hold log q of the latents drawn.
+
+    Raises:
+        UserError: Fewer than one particle, an option outside its range, or an analytic KL.
+    """
+
+    def __init__(
+        self,
+        particles: int = 16,
+        resampling: Literal["multinomial", "systematic"] = "systematic",
+        threshold: float = 0.5,
+        resampling_gradient: bool = False,
+        kl: str = "sampled",
+    ) -> None:
+        _refuse("particles", particles, kl)
+        self.particles = particles
+        self.resampling = Resampling(resampling, threshold, resampling_gradient)
+
+    def __call__(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total) -> Found:
+        """Evaluate it; the reported bound comes from a pass of its own, without gradient or resampling."""
+        particles = self.particles if model.latent_size else 1
+        masks = model.draw_masks(noise)
+        with torch.no_grad():
+            trace = model(batch, noise.over_time(model.latent_size), masks=masks)
+        filtered = model.filter(batch, particles, self.resampling, noise, masks, beta)
+        return Found(filtered.log_likelihood.sum(), trace)

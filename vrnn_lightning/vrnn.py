@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,20 +12,33 @@ from torch.distributions import Distribution, Normal, kl_divergence
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.filtering import Filtered, Resampling, particle_filter
 from vrnn_lightning.heads import Factorised, Gaussian, Head, Network, log_prob
 from vrnn_lightning.nn import MLP, Layers
-from vrnn_lightning.recurrence import Generated, State, free_run, unroll
+from vrnn_lightning.noise import Noise
+from vrnn_lightning.recurrence import (
+    Generated,
+    Masks,
+    Prior,
+    Reads,
+    State,
+    filter_step,
+    free_run,
+    log_ratio,
+    unroll,
+)
 
-__all__ = ["VRNN", "Trace"]
+__all__ = ["VRNN", "StandardNormal", "Trace"]
 
 
 @dataclass
 class Trace:
-    """One pass of inference over a batch; every tensor is batch first.
+    """One pass of inference over a batch; every tensor is batch first, with samples * batch rows.
 
     Args:
         log_px: log p(x_t | z_<=t, x_<t) in nats, zero at padding, shape (batch, time).
         kl: KL of each latent dimension in nats, zero at padding, shape (batch, time, latent).
+        mask: True at real steps, shape (batch, time).
         emission: p(x_t | z_<=t, x_<t), batch shape (batch, time).
         posterior: q(z_t | x_<=t, z_<t), or ``None`` without a latent.
         prior: p(z_t | x_<t, z_<t), or ``None`` without a latent.
@@ -35,11 +48,36 @@ class Trace:
 
     log_px: Tensor
     kl: Tensor
+    mask: Tensor
     emission: Distribution
     posterior: Factorised | None
     prior: Factorised | None
     z: Tensor
     state: State
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log p(z_t | .) - log q(z_t | .) of the latents drawn in nats, zero at padding, shape (batch, time)."""
+        if self.prior is None or self.posterior is None:
+            return torch.zeros_like(self.log_px)
+        return torch.where(self.mask, log_ratio(self.prior, self.posterior, self.z), 0.0)
+
+
+class StandardNormal(nn.Module):
+    """The prior N(0, I), whatever came before (VRNN-I in Chung et al. 2015).
+
+    Args:
+        latent_size: Dimensions of z_t.
+    """
+
+    def __init__(self, latent_size: int) -> None:
+        super().__init__()
+        self.latent_size = latent_size
+
+    def forward(self, features: Tensor) -> Factorised:
+        """Return it with the batch shape of the features, shape (..., width)."""
+        zeros = features.new_zeros(*features.shape[:-1], self.latent_size)
+        return Factorised(Normal(zeros, torch.ones_like(zeros), validate_args=False))
 
 
 class VRNN(nn.Module):
@@ -53,19 +91,28 @@ class VRNN(nn.Module):
         \text{inference} \quad & z_t \sim \mathcal N(\mu_{z,t}, \sigma_{z,t}^2), \quad
             [\mu_{z,t}, \sigma_{z,t}] = \varphi_\mathrm{enc}(\varphi_x(x_t), h_{t-1})
 
-    With ``latent_size=0`` it is the plain recurrent network of the same sizes, whose likelihood is exact.
+    The models of the paper: RNN-Gauss and RNN-GMM with ``latent_size=0``, whose likelihood is exact; VRNN-I with
+    ``prior=None``; VRNN-Gauss and VRNN-GMM by their emission.
 
     Args:
         num_features: Width of a frame, D.
         latent_size: Dimensions of z_t; 0 for a plain recurrent network.
         hidden_size: Units of the recurrence.
+        layers: Layers of the recurrence; the networks read the top one.
         cell: "gru" or "lstm"; in an LSTM the networks read the output h, not the cell.
         emission: Called with (in_features, num_features), returns the head of p(x_t | ...).
         phi_x: Size of the feature extractor of x_t.
         phi_z: Size of the feature extractor of z_t.
-        prior: Size of the prior network.
+        prior: Size of the prior network; ``None`` for N(0, I) at every step.
         encoder: Size of the inference network.
         decoder: Size of the network before the emission.
+        residual_posterior: The encoder's mean is added to the prior's (Res_q in Fraccaro et al. 2016).
+        smoothing: The encoder also reads a recurrence that comes back from the sequence's end (Fraccaro et al. 2016,
+            arXiv 1605.07571). Generation is the same; of a sequence cut into chunks it sees the chunk.
+        dropout: Probability of dropping a unit of phi_x, phi_z or h where networks, or the layer above, read it; the
+            same units at every step of a sequence (Gal & Ghahramani 2016, arXiv 1512.05287).
+        num_inputs: Covariates per step; every network and the recurrence read them.
+        missing: phi_x also reads which values were measured.
 
     Raises:
         UserError: A size that no network can have.
@@ -84,36 +131,58 @@ class VRNN(nn.Module):
         num_features: int,
         latent_size: int = 16,
         hidden_size: int = 64,
+        layers: int = 1,
         cell: Literal["gru", "lstm"] = "gru",
         emission: Callable[[int, int], Head] = Gaussian,
         phi_x: Layers = Layers(),
         phi_z: Layers = Layers(),
-        prior: Layers = Layers(),
+        prior: Layers | None = Layers(),
         encoder: Layers = Layers(),
         decoder: Layers = Layers(),
+        residual_posterior: bool = False,
+        smoothing: bool = False,
+        dropout: float = 0.0,
+        num_inputs: int = 0,
+        missing: bool = False,
     ) -> None:
         super().__init__()
         for option, value, least in (
             ("num_features", num_features, 1),
             ("latent_size", latent_size, 0),
             ("hidden_size", hidden_size, 1),
+            ("layers", layers, 1),
+            ("num_inputs", num_inputs, 0),
         ):
             if value < least:
                 raise UserError(f"{option} {value}: must be at least {least}")
         if cell not in ("gru", "lstm"):
             raise UserError(f"cell {cell!r}: choose 'gru' or 'lstm'")
+        if not 0 <= dropout < 1:
+            raise UserError(f"dropout {dropout}: must lie in [0, 1)")
+        for name, chosen in (("smoothing", smoothing), ("residual_posterior", residual_posterior)):
+            if chosen and not latent_size:
+                raise UserError(f"{name}: says how latents are inferred, but latent_size is 0")
         self.num_features = num_features
         self.latent_size = latent_size
         self.hidden_size = hidden_size
-        self.phi_x = MLP(num_features, phi_x)
+        self.residual_posterior = residual_posterior
+        self.dropout = dropout
+        self.num_inputs = num_inputs
+        self.missing = missing
+        self.phi_x = MLP(num_features * (2 if missing else 1), phi_x)
+        seen = self.phi_x.out_features + num_inputs
+        read = hidden_size + num_inputs
         self.phi_z = MLP(latent_size, phi_z) if latent_size else None
-        self.prior = Network(hidden_size, prior, Gaussian, latent_size) if latent_size else None
-        encoder_width = self.phi_x.out_features + hidden_size
-        self.encoder = Network(encoder_width, encoder, Gaussian, latent_size) if latent_size else None
-        latent_width = self.phi_z.out_features if self.phi_z is not None else 0
-        self.decoder = Network(latent_width + hidden_size, decoder, emission, num_features)
-        rnn: type[nn.GRUCell] | type[nn.LSTMCell] = nn.GRUCell if cell == "gru" else nn.LSTMCell
-        self.cell: nn.GRUCell | nn.LSTMCell = rnn(self.phi_x.out_features + latent_width, hidden_size)
+        self.prior: Prior | None = None
+        if latent_size:
+            self.prior = StandardNormal(latent_size) if prior is None else Network(read, prior, Gaussian, latent_size)
+        rnn, kind = (nn.GRU, nn.GRUCell) if cell == "gru" else (nn.LSTM, nn.LSTMCell)
+        self.backward_rnn = rnn(seen, hidden_size) if smoothing else None
+        known = seen + (hidden_size if smoothing else 0) + hidden_size
+        self.encoder = Network(known, encoder, Gaussian, latent_size) if latent_size else None
+        width_z = self.phi_z.out_features if self.phi_z is not None else 0
+        self.decoder = Network(width_z + read, decoder, emission, num_features)
+        self.cells = nn.ModuleList(kind(hidden_size if i else seen + width_z, hidden_size) for i in range(layers))
         self.register_buffer("input_mean", torch.zeros(num_features))
         self.register_buffer("input_std", torch.ones(num_features))
 
@@ -124,62 +193,172 @@ class VRNN(nn.Module):
         self.input_std.copy_(torch.where(std > 0, std, 1.0))
         self.decoder.head.start_from(mean)
 
-    def centre(self, x: Tensor) -> Tensor:
-        """Return what phi_x reads of frames of shape (..., features)."""
-        return (x - self.input_mean) / self.input_std
+    def look(self, x: Tensor, counted: Tensor) -> Tensor:
+        """Return what phi_x reads of frames: centred values, and where it is told, which were measured.
+
+        Args:
+            x: Frames, shape (..., features).
+            counted: True at real, measured values, shape (..., features); others read as the mean.
+        """
+        centred = ((x - self.input_mean) / self.input_std).masked_fill(~counted, 0.0)
+        return torch.cat([centred, counted.to(centred)], -1) if self.missing else centred
 
     def initial_state(self, batch_size: int) -> State:
         """Return the zero state for ``batch_size`` sequences."""
-        zeros = self.input_mean.new_zeros(batch_size, self.hidden_size)
-        return State(zeros, zeros if isinstance(self.cell, nn.LSTMCell) else None)
+        zeros = self.input_mean.new_zeros(batch_size, len(self.cells), self.hidden_size)
+        return State(zeros, zeros if isinstance(self.cells[0], nn.LSTMCell) else None)
 
-    def draw_noise(self, batch: SequenceBatch, generator: torch.Generator | None = None) -> Tensor:
-        """Draw the standard normal noise of a pass over a batch, shape (batch, time, latent)."""
-        shape = (*batch.x.shape[:2], self.latent_size)
-        return torch.randn(shape, generator=generator, dtype=batch.x.dtype, device=batch.x.device)
+    def draw_masks(self, noise: Noise) -> Masks | None:
+        """Draw the dropout of a pass, or return ``None`` where nothing is dropped: in evaluation, or at probability 0."""
+        if not self.training or not self.dropout:
+            return None
+        widths = [self.phi_x.out_features, self.phi_z.out_features if self.phi_z is not None else 0]
+        hidden = (len(self.cells), self.hidden_size)
+        kept = noise.uniform(sum(widths) + hidden[0] * hidden[1]) >= self.dropout
+        scaled = kept.to(self.input_mean) / (1 - self.dropout)
+        phi_x, phi_z, h = scaled.split([*widths, hidden[0] * hidden[1]], -1)
+        return Masks(phi_x, phi_z, h.unflatten(-1, hidden))
 
-    def forward(self, batch: SequenceBatch, noise: Tensor | None = None, state: State | None = None) -> Trace:
+    def _clean(self, batch: SequenceBatch) -> SequenceBatch:
+        """Return the batch with zeros wherever it does not count, whatever stood there."""
+        if batch.x.shape[1] == 0:
+            raise UserError("a batch of no time steps: pad it to one")
+        inputs = None
+        if self.num_inputs:
+            width = 0 if batch.inputs is None else batch.inputs.shape[-1]
+            if batch.inputs is None or width != self.num_inputs:
+                raise UserError(f"the batch has {width} covariates (inputs) per step, but num_inputs is {self.num_inputs}")
+            inputs = batch.inputs.to(batch.x).masked_fill(~batch.mask[..., None], 0.0)
+        return replace(batch, x=batch.x.masked_fill(~batch.counted, 0.0), inputs=inputs)
+
+    def _reads(self, batch: SequenceBatch, masks: Masks | None) -> Reads:
+        """Return what the networks read of a clean batch, time first."""
+        phi_x = self.phi_x(self.look(batch.x, batch.counted).transpose(0, 1))
+        if masks is not None:
+            phi_x = phi_x * masks.phi_x
+        inputs = phi_x[..., :0] if batch.inputs is None else batch.inputs.transpose(0, 1)
+        cell = phi_x if batch.inputs is None else torch.cat([phi_x, inputs], -1)
+        encoder = cell if self.backward_rnn is None else torch.cat([cell, self._future(cell, batch.lengths)], -1)
+        return Reads(cell, encoder, inputs)
+
+    def _future(self, reads: Tensor, lengths: Tensor) -> Tensor:
+        """Return the states of the recurrence that comes back from each sequence's end, shape (time, batch, hidden)."""
+        assert self.backward_rnn is not None
+        time = torch.arange(len(reads), device=lengths.device)[:, None]
+        mirrored = torch.where(time < lengths, lengths - 1 - time, time)
+        rows = torch.arange(len(lengths), device=lengths.device)
+        states: Tensor = self.backward_rnn(reads[mirrored, rows])[0]
+        return states[mirrored, rows]
+
+    def forward(
+        self,
+        batch: SequenceBatch,
+        noise: Tensor | None = None,
+        state: State | None = None,
+        masks: Masks | None = None,
+        samples: int = 1,
+    ) -> Trace:
         """Infer the latents of a batch and score it.
 
         Args:
             batch: Padded sequences.
-            noise: Standard normal noise, shape (batch, time, latent); drawn if not given.
-            state: State before the first step; zero if not given.
+            noise: Standard normal noise, shape (samples * batch, time, latent); drawn if not given.
+            state: State before the first step, of samples * batch rows; zero if not given.
+            masks: Dropout; drawn if not given, in training.
+            samples: Latent trajectories per sequence, K. Row ``k * batch + i`` of what is returned is trajectory k of
+                sequence i.
 
         Returns:
             The terms of the bound, step by step. Padding changes nothing, whatever it holds.
-        """
-        if batch.x.shape[1] == 0:
-            raise UserError("a batch of no time steps: pad it to one")
-        counted, mask = batch.counted, batch.mask
-        noise = self.draw_noise(batch) if noise is None else noise
-        state = self.initial_state(len(batch)) if state is None else state
-        inputs = self.centre(batch.x).masked_fill(~counted, 0.0)
-        steps = unroll(self, self.phi_x(inputs.transpose(0, 1)), noise, state, batch.lengths)
 
-        features = [steps.phi_z, steps.hidden] if self.latent_size else [steps.hidden]
-        emission = self.decoder(torch.cat(features, -1))
-        x = batch.x.masked_fill(~counted, 0.0)
-        log_px = log_prob(emission, x, None if batch.observed is None else counted)
+        Raises:
+            UserError: The batch has no steps, or not the covariates that the model reads.
+        """
+        batch = self._clean(batch)
+        fresh = Noise(batch) if noise is None or (masks is None and self.training and self.dropout) else None
+        noise = fresh.over_time(self.latent_size, samples) if noise is None and fresh is not None else noise
+        masks = self.draw_masks(fresh) if masks is None and fresh is not None else masks
+        state = self.initial_state(samples * len(batch)) if state is None else state
+        assert noise is not None
+
+        def spread(x: Tensor) -> Tensor:
+            return x if samples == 1 else x.repeat(samples, *[1] * (x.ndim - 1))
+
+        reads = self._reads(batch, masks)
+        steps = unroll(self, reads, noise, state, spread(batch.lengths), masks, samples)
+        known = [steps.hidden] if batch.inputs is None else [steps.hidden, spread(batch.inputs)]
+        emission = self.decoder(torch.cat([steps.phi_z, *known], -1))
+        mask = spread(batch.mask)
+        log_px = log_prob(emission, spread(batch.x), None if batch.observed is None else spread(batch.counted))
         log_px = torch.where(mask, log_px, 0.0)
         if self.prior is None:
-            return Trace(log_px, steps.z, emission, None, None, steps.z, steps.state)
-        prior = self.prior(steps.hidden)
+            return Trace(log_px, steps.z, mask, emission, None, None, steps.z, steps.state)
         posterior = Factorised(Normal(steps.mean, steps.std, validate_args=False))
+        if steps.prior is None:
+            prior = self.prior(torch.cat(known, -1))
+        else:
+            prior = Factorised(Normal(*steps.prior, validate_args=False))
         kl = torch.where(mask[..., None], kl_divergence(posterior.base_dist, prior.base_dist), 0.0)
-        return Trace(log_px, kl, emission, posterior, prior, steps.z, steps.state)
+        return Trace(log_px, kl, mask, emission, posterior, prior, steps.z, steps.state)
 
-    def generate(self, steps: int, batch_size: int = 1, state: State | None = None) -> Generated:
+    def filter(
+        self,
+        batch: SequenceBatch,
+        samples: int,
+        resampling: Resampling | None = None,
+        noise: Noise | None = None,
+        masks: Masks | None = None,
+        beta: float = 1.0,
+    ) -> Filtered:
+        """Bound each sequence's log-likelihood with weighted particles, without keeping any step's.
+
+        Args:
+            batch: Padded sequences.
+            samples: Particles per sequence, K.
+            resampling: When particles are drawn anew; ``None`` never, which is the importance-weighted bound.
+            noise: What to draw from; torch's global generator decides if not given.
+            masks: Dropout.
+            beta: Weight of the latent's part of the increments; 1 for a likelihood.
+
+        Raises:
+            UserError: The batch has no steps, or not the covariates that the model reads.
+        """
+        batch = self._clean(batch)
+        noise = Noise(batch) if noise is None else noise
+        state = self.initial_state(samples * len(batch))
+        states = (*state.h.unbind(1), *(() if state.c is None else state.c.unbind(1)))
+        step = filter_step(self, self._reads(batch, masks), batch, noise, samples, masks, beta)
+        return particle_filter(step, states, batch.lengths, samples, batch.x.shape[1], resampling, noise.uniform)
+
+    def generate(
+        self,
+        steps: int,
+        batch_size: int = 1,
+        state: State | None = None,
+        inputs: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Generated:
         """Draw sequences from the model: each z_t from the prior, each x_t from its emission.
 
         Args:
             steps: Frames per sequence, T.
             batch_size: Number of sequences, B; ``state`` decides it where given.
             state: State to go on from; zero if not given.
+            inputs: Covariates, shape (B, T, num_inputs), for a model that reads them.
+            temperature: Of the emission; below 1 for the more likely frames.
 
         Returns:
             Frames in the model's (scaled) units, shape (B, T, features), with their means, latents and last state.
+
+        Raises:
+            UserError: No steps or sequences, or not the covariates that the model reads.
         """
         if steps < 1 or batch_size < 1:
             raise UserError(f"steps {steps}, batch_size {batch_size}: both must be at least 1")
-        return free_run(self, steps, self.initial_state(batch_size) if state is None else state)
+        state = self.initial_state(batch_size) if state is None else state
+        if self.num_inputs:
+            needed = (len(state.h), steps, self.num_inputs)
+            if inputs is None or tuple(inputs.shape) != needed:
+                given = "none" if inputs is None else f"shape {tuple(inputs.shape)}"
+                raise UserError(f"inputs: the model reads covariates of shape {needed}, but got {given}")
+        return free_run(self, steps, state, inputs if self.num_inputs else None, temperature)

@@ -9,6 +9,7 @@ from vrnn_lightning.callbacks.annealing import (
     SigmoidKLAnnealing,
 )
 from vrnn_lightning.callbacks.encodings import Encodings
+from vrnn_lightning.callbacks.evaluation import Evaluation
 from vrnn_lightning.callbacks.samples import Samples
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "CosineKLAnnealing",
     "CyclicalKLAnnealing",
     "Encodings",
+    "Evaluation",
     "KLAnnealing",
     "LinearKLAnnealing",
     "Samples",

@@ -9,6 +9,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.callbacks.archives import archive_path, write_archive
 from vrnn_lightning.vrnn import Trace
 
 __all__ = ["Encodings"]
@@ -33,8 +34,7 @@ class Encodings(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle the file's name; every process takes part."""
-        suffix = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
-        self.path = Path(trainer.log_dir or trainer.default_root_dir) / f"encodings{suffix}.npz"
+        self.path = archive_path(trainer, "encodings")
         self._parts = []
 
     def on_predict_batch_end(
@@ -64,8 +64,4 @@ class Encodings(Callback):
         """Write the archive, whole or not at all."""
         if not self._parts or self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        columns = {f"test_{key}": np.concatenate([part[key] for part in self._parts]) for key in self._parts[0]}
-        temporary = self.path.with_suffix(".part.npz")
-        np.savez(temporary, **columns)  # type: ignore[arg-type]  # the stub takes them for allow_pickle
-        temporary.replace(self.path)
+        write_archive(self.path, self._parts, "test")

@@ -16,7 +16,8 @@ from vrnn_lightning.errors import UserError
 
 __all__ = ["Checkpoint", "find_checkpoint"]
 
-NOT_ARCHITECTURE = ("optimizer", "lr_scheduler")  # a test may be run under a YAML that trains otherwise
+FROM_DATA = ("num_features", "num_inputs", "missing")  # linked, so no option of the command line
+NOT_ARCHITECTURE = ("optimizer", "lr_scheduler", "objective")  # a test may be run under a YAML that trains otherwise
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Checkpoint:
 
     def defaults(self) -> dict[str, Any]:
         """Return its options as a parser's defaults, beneath whatever the user states."""
-        model = {f"model.{key}": value for key, value in self.model.items() if key != "num_features"}
+        model = {f"model.{key}": value for key, value in self.model.items() if key not in FROM_DATA}
         data = {"data": {"class_path": self.data_class, "init_args": self.data}} if self.data_class else {}
         return {**model, **data}
 
@@ -85,7 +86,7 @@ class Checkpoint:
         Raises:
             UserError: At least one differs.
         """
-        skipped = {"num_features", *(() if training else NOT_ARCHITECTURE)}
+        skipped = {*FROM_DATA, *(() if training else NOT_ARCHITECTURE)}
         differing = _differences("model", self.model, stated["model"], skipped)
         differing += _differences("data", self.data, stated["data"].get("init_args") or {}, run_options)
         if differing:

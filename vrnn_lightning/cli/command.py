@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from vrnn_lightning import discovery
-from vrnn_lightning.callbacks import Encodings, Samples
+from vrnn_lightning.callbacks import Encodings, Evaluation, Samples
 from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint
 from vrnn_lightning.cli.parser import Parser
 from vrnn_lightning.cli.words import mentions, with_configs
@@ -140,7 +140,10 @@ class CLI(LightningCLI):
             parser.add_lightning_class_args(RunCheckpoint, group)
             parser.set_defaults({f"{group}.{key}": value for key, value in defaults.items()})
         parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.link_arguments("data", "model.num_features", compute_fn=self.num_features, apply_on="instantiate")
+        parser.link_arguments("data", "model.num_inputs", compute_fn=_num_inputs, apply_on="instantiate")
+        parser.link_arguments("data", "model.missing", compute_fn=_missing, apply_on="instantiate")
         if self.checkpoint:
             parser.set_defaults(self.checkpoint.defaults())
 
@@ -235,6 +238,17 @@ class CLI(LightningCLI):
         self.before_validate()
         self.config_init["predict"]["return_predictions"] = False
 
+    def after_test(self) -> None:
+        """Print what the table has no room for."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # a connector sets it
+            if isinstance(callback, Evaluation) and self.trainer.is_global_zero and callback.kl_per_dim is not None:
+                kl = " ".join(f"{value:.3g}" for value in callback.kl_per_dim.sort(descending=True).values.tolist())
+                print(f"IWAE and FIVO with {callback.samples} samples; errors are standard errors over sequences")
+                print(f"KL per latent dimension, nats per step: {kl or 'no latent'}")
+                print(f"figures of each sequence: {_short(str(callback.path))}")
+
+    after_validate = after_test
+
     def after_predict(self) -> None:
         """Print where the encodings are."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # a connector sets it
@@ -265,11 +279,22 @@ class CLI(LightningCLI):
             exact = metrics.get("val/exact_log_likelihood")
             if exact is not None:
                 yield f"exact log-likelihood: {exact:.4f} nats per step, gap {exact - best:.4f}"
+            loss = getattr(self.datamodule, "diagonal_loss", None)
+            if loss is not None:
+                yield f"the best diagonal predictor without a latent would lose {loss:.4f} nats per step"
         run = run_logger(self.trainer)
         if run is not None:
             yield f"run folder: {_short(run.log_dir)}"
         if best is not None and checkpoint is not None:
             yield f"test it: lightning test --ckpt_path {_short(getattr(checkpoint, 'best_model_path', ''))}"
+
+
+def _num_inputs(data: LightningDataModule) -> int:
+    return int(getattr(data, "num_inputs", 0))
+
+
+def _missing(data: LightningDataModule) -> bool:
+    return bool(getattr(data, "missing", False))
 
 
 def _has_config(words: list[str]) -> bool:

@@ -1,0 +1,224 @@
+"""What a test reports beyond the ELBO: tighter bounds on the likelihood, with standard errors over sequences."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.callbacks.archives import archive_path, write_archive
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.filtering import Resampling
+from vrnn_lightning.metrics import Estimate
+from vrnn_lightning.module import VRNNLightningModule
+from vrnn_lightning.noise import Noise
+from vrnn_lightning.vrnn import VRNN, Trace
+
+__all__ = ["Evaluation", "importance_weighted", "particle_filtered"]
+
+
+def importance_weighted(
+    model: VRNN, batch: SequenceBatch, samples: int, noise: Noise, rows: int = 4096
+) -> tuple[Tensor, Tensor]:
+    """Return the importance-weighted bound of each sequence and the effective samples of its weights, each (batch,).
+
+    Memory is bounded by ``rows``, whatever the number of samples and the length of the sequences.
+
+    Args:
+        model: The model.
+        batch: Padded sequences.
+        samples: K.
+        noise: What to draw from.
+        rows: Trajectories at a time, more where the batch itself holds more.
+    """
+    largest = max(1, rows // len(batch))
+    chunks = [min(largest, samples - done) for done in range(0, samples, largest)]
+    found = [(model.filter(batch, chunk, None, noise), chunk) for chunk in chunks]
+    sums = torch.stack([f.log_likelihood + math.log(chunk) for f, chunk in found])
+    squares = 2 * sums - torch.stack([f.final_effective_samples for f, _ in found]).log()
+    total = sums.logsumexp(0)
+    return total - math.log(samples), (2 * total - squares.logsumexp(0)).exp()
+
+
+def particle_filtered(
+    model: VRNN, batch: SequenceBatch, samples: int, noise: Noise, resampling: Resampling
+) -> tuple[Tensor, Tensor]:
+    """Return the particle filter's bound of each sequence and its mean effective sample size, each (batch,).
+
+    Args:
+        model: The model.
+        batch: Padded sequences.
+        samples: Particles, K; all of them are held at once, of one time step.
+        noise: What to draw from.
+        resampling: When particles are drawn anew.
+    """
+    found = model.filter(batch, samples, resampling, noise)
+    return found.log_likelihood, found.effective_samples
+
+
+class Evaluation(Callback):
+    """Reports, in ``lightning test`` and ``lightning validate``, bounds on log p(x) that are tighter than the ELBO.
+
+    ``test/iwae``, ``test/fivo``
+        the importance-weighted bound (Burda et al. 2016) and the particle filter's (Maddison et al. 2017) with
+        ``samples`` trajectories, nats per time step; like ``test/elbo`` with ``_stderr``, ``_per_sequence`` and
+        ``_per_sequence_stderr``. Standard errors are over sequences.
+    ``test/iwae_gap``, ``test/fivo_gap``, ``test/gap_stderr``, …
+        exact log-likelihood minus the bound, where the data know their own; the errors are of paired differences.
+    ``test/iwae_effective_samples``, ``test/fivo_effective_samples``
+        effective sample size of the weights: of whole trajectories, mean over sequences; and at each step before
+        resampling, mean over steps.
+
+    It also writes each sequence's figures to ``evaluation.npz`` in the run's folder (``test_names``, ``test_lengths``,
+    ``test_elbo``, ``test_iwae``, ``test_fivo`` in nats per sequence, ``test_kl_per_dim`` in nats per step), which is
+    what a paired comparison of two models needs.
+
+    Args:
+        samples: Trajectories per sequence, K.
+        rows: Trajectories at a time; bounds memory, and changes no figure but by its draws.
+        resampling: Of the particle filter: "multinomial" or "systematic".
+        threshold: Resample where the effective sample size is below this share of the particles.
+
+    Raises:
+        UserError: An option outside its range.
+    """
+
+    def __init__(
+        self,
+        samples: int = 40,
+        rows: int = 4096,
+        resampling: Literal["multinomial", "systematic"] = "systematic",
+        threshold: float = 0.5,
+    ) -> None:
+        for option, value in (("samples", samples), ("rows", rows)):
+            if value < 1:
+                raise UserError(f"evaluation.{option} {value}: must be at least 1")
+        self.samples = samples
+        self.rows = rows
+        self.resampling = Resampling(resampling, threshold)
+        self.kl_per_dim: Tensor | None = None
+        """Nats per step of each latent dimension, after an evaluation."""
+        self.path: Path | None = None
+        self._estimates: dict[str, Estimate] = {}
+        self._parts: list[dict[str, np.ndarray]] = []
+        self._kl: list[Tensor] = []
+
+    def _begin(self, trainer: Trainer) -> None:
+        self.path = archive_path(trainer, "evaluation")
+        self._estimates, self._parts, self._kl = {}, [], []
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start from nothing."""
+        self._begin(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start from nothing, if this is no validation within training."""
+        if trainer.state.fn == "validate":
+            self._begin(trainer)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: SequenceBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Bound the sequences of a batch."""
+        self._add(cast(VRNNLightningModule, pl_module), outputs, batch, batch_idx)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: SequenceBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Bound the sequences of a batch, if this is no validation within training."""
+        if trainer.state.fn == "validate":
+            self._add(cast(VRNNLightningModule, pl_module), outputs, batch, batch_idx)
+
+    def _add(self, module: VRNNLightningModule, trace: Trace, batch: SequenceBatch, batch_idx: int) -> None:
+        figures = {"elbo": trace.log_px.sum(1) - trace.kl.sum((1, 2)), **self._bounds(module, batch, batch_idx)}
+        known = getattr(module._data, "exact_log_likelihood", None)
+        exact = known(batch) if known is not None else None
+        if exact is not None:
+            exact = exact.to(figures["elbo"])
+            gaps = {"gap": "elbo", "iwae_gap": "iwae", "fivo_gap": "fivo"}
+            figures |= {"exact_log_likelihood": exact} | {gap: exact - figures[own] for gap, own in gaps.items()}
+        for name, values in figures.items():
+            self._estimates.setdefault(name, Estimate().to(module.device)).update(values, batch.lengths)
+        real = (batch.lengths > 0).cpu()
+        self._kl.append(trace.kl.double().sum((0, 1)).cpu())
+        columns = {name: values.double().cpu()[real].numpy() for name, values in figures.items()}
+        names = [n for n, r in zip(batch.names or [""] * len(batch), real, strict=True) if r]
+        self._parts.append(columns | {"lengths": batch.lengths.cpu()[real].numpy(), "names": np.array(names, str)})
+
+    def _bounds(self, module: VRNNLightningModule, batch: SequenceBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Return the bounds of each sequence in nats, and effective samples times steps where a step has them."""
+        model = module.vrnn
+        samples = self.samples if model.latent_size else 1
+        size = max(1, self.rows // samples)
+        found = []
+        for start in range(0, len(batch), size):
+            part = batch.rows(slice(start, start + size))
+            noise = Noise.named(part, module.noise_seed, "evaluation", unnamed=(batch_idx, start, module.global_rank))
+            iwae, of_trajectories = importance_weighted(model, part, samples, noise, self.rows)
+            fivo, of_steps = particle_filtered(model, part, samples, noise, self.resampling)
+            found.append(torch.stack([iwae, fivo, of_trajectories, of_steps]))
+        iwae, fivo, of_trajectories, of_steps = torch.cat(found, 1)
+        if not model.latent_size:
+            return {"iwae": iwae, "fivo": fivo}
+        named = {"iwae_effective_samples": of_trajectories, "fivo_effective_samples": of_steps * batch.lengths}
+        return {"iwae": iwae, "fivo": fivo, **named}
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report."""
+        self._report(trainer, pl_module, "test")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report, if this is no validation within training."""
+        if trainer.state.fn == "validate":
+            self._report(trainer, pl_module, "val")
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        found = {
+            f"{name}{ending}": value
+            for name, estimate in self._estimates.items()
+            for ending, value in estimate.compute().items()
+        }
+        shown = {
+            name: value
+            for name, value in found.items()
+            if name not in _REPORTED_BY_THE_MODULE and "gap_per_sequence" not in name
+        }
+        for name in ("iwae", "fivo"):
+            whole = {key: found[key] for key in found if key.startswith(f"{name}_effective_samples")}
+            shown = {key: value for key, value in shown.items() if key not in whole}
+            if whole:
+                ending = "_per_sequence" if name == "iwae" else ""  # a weight per trajectory, or one per step
+                shown[f"{name}_effective_samples"] = whole[f"{name}_effective_samples{ending}"]
+        shown["samples"] = torch.tensor(float(self.samples))
+        pl_module.log_dict({f"{stage}/{name}": value.float() for name, value in shown.items()}, sync_dist=True)
+        steps = torch.tensor(sum(int(part["lengths"].sum()) for part in self._parts), device=pl_module.device)
+        kl = torch.stack(self._kl).sum(0).to(pl_module.device)
+        self.kl_per_dim = (trainer.strategy.reduce(kl, reduce_op="sum") / trainer.strategy.reduce(steps, reduce_op="sum")).cpu()
+        assert self.path is not None
+        write_archive(self.path, self._parts, stage, kl_per_dim=self.kl_per_dim.numpy())
+
+
+_REPORTED_BY_THE_MODULE = {
+    "elbo",
+    "elbo_per_sequence",
+    "gap",
+    *(f"exact_log_likelihood{ending}" for ending in ("", "_stderr", "_per_sequence_stderr")),
+}
