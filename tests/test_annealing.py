@@ -59,29 +59,30 @@ def test_a_large_kl_raises_the_weight_and_a_small_one_lowers_it(kl, rises):
 
 @pytest.mark.parametrize("kl", [0.0, 100.0])
 def test_at_a_bound_the_sum_does_not_wind_up(kl):
-    """After any time at a bound, the weight leaves it within a step or two of the error's change of sign."""
+    """After any time at a bound, the weight leaves it with the first error of the other sign."""
     control = ControlVAE(10.0, kp=0.01, ki=0.01, beta_min=0.2, beta_max=1.0)
     for _ in range(1000):
         control.observe(kl)
         assert 0.2 <= control.weight <= 1.0
     held = control.weight
-    for _ in range(2):
-        control.observe(10.0 - 4 * math.copysign(1, kl - 10))
+    assert held == pytest.approx(0.2 if kl < 10 else 1.0, abs=0.01)
+    control.observe(10.0 - 4 * math.copysign(1, kl - 10))
     assert abs(control.weight - held) > 0.03
 
 
 def test_an_error_of_any_size_is_taken():
     control = ControlVAE(5000.0)
     control.observe(0.0)
+    assert control.weight == 0.0
     control.observe(1e6)
-    assert control.weight == 10.0 or control.weight > 0
+    assert control.weight == 10.0
 
 
 @pytest.mark.parametrize("target", [0.3, 2.0])
 def test_a_simulated_plant_comes_to_its_target(target):
     """A KL that follows log(4 / beta) with a lag, starting near nothing."""
-    control, kl = ControlVAE(target), 0.01
-    for _ in range(8000):
+    control, kl = ControlVAE(target, ki=0.005), 0.01
+    for _ in range(4000):
         asked = max(0.0, math.log(4 / max(control.beta(0), 1e-3)))
         kl += 0.02 * (asked - kl)
         control.observe(kl)
@@ -91,16 +92,16 @@ def test_a_simulated_plant_comes_to_its_target(target):
 
 @pytest.mark.parametrize("target", [1.0, 3.0])
 def test_a_fit_comes_to_its_target(tmp_path, target):
-    fit(tmp_path, ControlVAE(target, ki=0.005), size=512, batch_size=32, max_epochs=24)
+    fit(tmp_path, ControlVAE(target, ki=0.005), size=512, batch_size=32, max_epochs=20)
     kl, beta = column(tmp_path, "train/kl"), column(tmp_path, "train/beta")
     assert sum(kl[-60:]) / 60 == pytest.approx(target, rel=0.15)
     assert beta[0] == 0.0
-    assert 0 < min(beta[-60:])
+    assert min(beta[-60:]) > 0
 
 
 def test_every_step_s_weight_comes_of_the_kl_before(tmp_path):
-    fit(tmp_path, ControlVAE(1.0, ki=0.1), max_epochs=2)
-    control, weights = ControlVAE(1.0, ki=0.1), [0.0]
+    fit(tmp_path, ControlVAE(0.02, ki=0.1), max_epochs=2)
+    control, weights = ControlVAE(0.02, ki=0.1), [0.0]
     for kl in column(tmp_path, "train/kl"):
         control.observe(kl)
         weights.append(control.weight)
@@ -120,8 +121,8 @@ class Calls(Callback):
 
 
 def test_accumulated_batches_are_one_step_of_control(tmp_path):
-    calls, control = Calls(), ControlVAE(1.0, ki=0.1)
-    fit(tmp_path, calls, ControlVAE(1.0, ki=0.1), accumulate_grad_batches=3)
+    calls, control = Calls(), ControlVAE(0.02, ki=0.1)
+    fit(tmp_path, calls, ControlVAE(0.02, ki=0.1), accumulate_grad_batches=3)
     expected = []
     for start in range(0, 8, 3):
         kls = calls.kls[start : start + 3]
@@ -136,19 +137,20 @@ def test_accumulated_batches_are_one_step_of_control(tmp_path):
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, step):
     def run(folder, ckpt=None):
         saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
-        return fit(folder, ControlVAE(1.0, ki=0.1), saver, max_epochs=2, ckpt_path=ckpt)[0]
+        return fit(folder, ControlVAE(0.02, ki=0.1), saver, max_epochs=2, ckpt_path=ckpt)[0]
 
     straight = run(tmp_path / "straight")
     resumed = run(tmp_path / "resumed", tmp_path / "straight" / f"step={step}.ckpt")
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
     for name in ("train/beta", "train/kl", "train/loss"):
         assert column(tmp_path / "resumed", name) == column(tmp_path / "straight", name)[step:]
+    assert len(set(column(tmp_path / "resumed", "train/beta"))) > 5
 
 
 def test_a_model_without_a_latent_is_refused_in_training_alone(tmp_path):
     with pytest.raises(UserError, match="latent_size 0"):
         fit(tmp_path, ControlVAE(1.0), latent=0)
-    model, trainer = fit(tmp_path, latent=0)
+    model, _ = fit(tmp_path, latent=0)
     Trainer(callbacks=[ControlVAE(1.0)], logger=False, enable_progress_bar=False, accelerator="cpu").validate(
         model, Sines(train_size=4, val_size=4, steps=4, batch_size=4), verbose=False
     )

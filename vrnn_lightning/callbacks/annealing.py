@@ -61,8 +61,8 @@ class KLAnnealing(Callback, ABC):
 
 def _check(**options: float) -> None:
     for name, value in options.items():
-        if value < 0:
-            raise UserError(f"KL annealing: {name} {value} must not be negative")
+        if not 0 <= value < math.inf:
+            raise UserError(f"KL annealing: {name} {value} must be finite and not negative")
 
 
 class ConstantKLWeight(KLAnnealing):
@@ -180,8 +180,8 @@ class ControlVAE(KLAnnealing):
     .. math:: \beta_{t+1} = \frac{K_p}{1 + e^{e_t}} - K_i \sum_{j \le t} e_j + \beta_{\min}, \qquad
         e_t = \mathrm{target} - \mathrm{KL}_t,
 
-    clamped to [beta_min, beta_max]: a KL below the target lowers it, one above raises it. While it is at a bound, the
-    sum takes no error that would press it further out (anti-windup). The first step's weight is ``beta_min``.
+    clamped to [beta_min, beta_max]: a KL below the target lowers it, one above raises it. The sum takes no error that
+    would press the weight beyond a bound (anti-windup). The first step's weight is ``beta_min``.
 
     Args:
         target: KL in nats per time step, as ``train/kl`` counts it.
@@ -214,21 +214,19 @@ class ControlVAE(KLAnnealing):
         return self.weight
 
     def settled(self, step: int) -> bool:
-        """Tell whether there is no lower weight to go to: the sum holds less than one step can take."""
-        return self.integral <= self.ki * self.target
+        """Tell whether there is no lower weight to go to."""
+        return self.integral <= 0
 
     def observe(self, kl: float) -> None:
         """Take the KL of an optimiser step, in nats per time step."""
         error = self.target - kl
         proportional = self.kp * (1 - math.tanh(error / 2)) / 2  # kp / (1 + exp(error)), which would overflow
-        raised = self._unclamped(proportional, self.integral - self.ki * error)
-        outward = raised < self.beta_min if error > 0 else raised > self.beta_max
-        if not outward:
-            self.integral -= self.ki * error
-        self.weight = min(max(self._unclamped(proportional, self.integral), self.beta_min), self.beta_max)
-
-    def _unclamped(self, proportional: float, integral: float) -> float:
-        return proportional + integral + self.beta_min
+        total = self.integral - self.ki * error
+        if error > 0:
+            self.integral = min(self.integral, max(total, -proportional))
+        else:
+            self.integral = max(self.integral, min(total, self.beta_max - self.beta_min - proportional))
+        self.weight = min(max(proportional + self.integral + self.beta_min, self.beta_min), self.beta_max)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second annealer, and a model that has no KL to steer.

@@ -44,7 +44,7 @@ class Diagnostics(Callback):
         UserError: An option out of range.
     """
 
-    def __init__(self, min_kl: float = 0.01, patience: int = 3, max_ratio: float = 50.0, window: int = 200) -> None:
+    def __init__(self, min_kl: float = 0.01, patience: int = 5, max_ratio: float = 50.0, window: int = 200) -> None:
         for option, value, least in (
             ("min_kl", min_kl, 0),
             ("patience", patience, 1),
