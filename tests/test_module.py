@@ -26,8 +26,8 @@ from vrnn_lightning.callbacks import (
     SigmoidKLAnnealing,
 )
 from vrnn_lightning.heads import Bernoulli, Gaussian
-from vrnn_lightning.objectives import ELBO
 from vrnn_lightning.metrics import ActiveUnits, Bound
+from vrnn_lightning.objectives import ELBO
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # a resume into another folder, to compare the two

@@ -44,3 +44,13 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
         torch.testing.assert_close(states[1][name], value, rtol=1e-10, atol=1e-10, msg=name)
     for name in ("train/loss", "train/elbo", "val/elbo", "val/gap", "val/bits_per_dim"):
         assert column(two, name) == pytest.approx(column(one, name), rel=1e-5), name
+
+
+def test_two_processes_steer_the_kl_alike(tmp_path):
+    """The controller's weight, and with it every gradient, is that of one process."""
+    steered = {"trainer.callbacks+": "ControlVAE", "trainer.callbacks.target": 0.02, "trainer.callbacks.ki": 0.1}
+    one = fit(tmp_path / "one", **steered, **{"data.batch_size": 4})
+    two = fit(tmp_path / "two", **steered, **{"data.batch_size": 2, "trainer.devices": 2, "trainer.strategy": "ddp"})
+    assert len(set(column(one, "train/beta"))) > 5
+    for name in ("train/beta", "train/loss", "val/elbo"):
+        assert column(two, name) == pytest.approx(column(one, name), rel=1e-5), name

@@ -25,7 +25,9 @@ SIZES = [
 def make_model(cell: str = "gru", latent: int = 4, depth: int = 2, emission=Gaussian, features: int = 3) -> VRNN:
     torch.manual_seed(1)
     layers = [Layers(width, depth) for width in (5, 6, 7, 8, 9)]
-    model = VRNN(features, latent, 10, cell=cell, emission=emission, **dict(zip(NETWORKS, layers, strict=True))).double()
+    model = VRNN(
+        features, latent, 10, cell=cell, emission=emission, **dict(zip(NETWORKS, layers, strict=True))
+    ).double()
     model.start_from(torch.rand(features).double() * 0.5 + 0.2, torch.rand(features).double() + 0.5)
     return model
 

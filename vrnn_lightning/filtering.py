@@ -40,7 +40,9 @@ class Resampling:
         if not 0 <= self.threshold <= 1:
             raise UserError(f"threshold {self.threshold}: is a share of the particles, between 0 and 1")
         if self.gradient and self.scheme != "multinomial":
-            raise UserError(f"resampling_gradient: {self.scheme} draws have no density; choose resampling 'multinomial'")
+            raise UserError(
+                f"resampling_gradient: {self.scheme} draws have no density; choose resampling 'multinomial'"
+            )
 
 
 class Filtered(NamedTuple):

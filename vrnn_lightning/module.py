@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
@@ -212,11 +212,15 @@ class VRNNLightningModule(LightningModule):
     def _check(self, batch: SequenceBatch) -> None:
         """Refuse values that the emission can't score, and say what the model does not read."""
         self.vrnn.decoder.head.check(batch.x, batch.counted)
+        if not self.training:
+            return
         data = type(self._data).__name__
-        if self.training and batch.observed is not None and not self.vrnn.missing and (batch.mask[..., None] & ~batch.observed).any():
-            rank_zero_warn(f"{data} has missing values, which the networks read as the mean; with `missing = True` in that class they are told what is missing")
-        if self.training and batch.inputs is not None and not self.vrnn.num_inputs:
-            rank_zero_warn(f"{data} has covariates (inputs), which the model does not read; give that class `num_inputs`, their number")
+        if not self.vrnn.missing and batch.observed is not None and not batch.observed[batch.mask].all():
+            rank_zero_warn(
+                f"{data}: missing values read as the mean; `missing = True` in that class tells phi_x of them"
+            )
+        if not self.vrnn.num_inputs and batch.inputs is not None:
+            rank_zero_warn(f"{data}: covariates are not read; say in that class how many there are, `num_inputs`")
 
     def _total(self, x: Tensor) -> Tensor:
         """Sum a tensor over processes, without gradient."""
@@ -253,11 +257,11 @@ class VRNNLightningModule(LightningModule):
             self._stop_unless_finite(norm, "the gradient's norm", None)
         self.log("train/grad_norm", norm)
 
-    def validation_step(self, batch: SequenceBatch, batch_idx: int) -> Trace:
+    def validation_step(self, batch: SequenceBatch, batch_idx: int) -> Any:
         """Add a batch to the validation totals, and return its trace."""
         return self._evaluate(batch, batch_idx)
 
-    def test_step(self, batch: SequenceBatch, batch_idx: int) -> Trace:
+    def test_step(self, batch: SequenceBatch, batch_idx: int) -> Any:
         """Add a batch to the test totals, and return its trace."""
         return self._evaluate(batch, batch_idx)
 

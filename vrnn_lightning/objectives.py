@@ -67,7 +67,9 @@ def elbo(
 def iwae(log_px: Tensor, log_ratio: Tensor, samples: int, beta: float = 1.0) -> Tensor:
     r"""Return the importance-weighted bound of each sequence in nats, shape (batch,) (Burda et al. 2016).
 
-    .. math:: \log \frac1K \sum_k \exp \sum_t \log p(x_t \mid \cdot) + \beta \log\frac{p(z_t^k \mid \cdot)}{q(z_t^k \mid \cdot)}
+    .. math::
+        \log \frac1K \sum_k \exp \sum_t
+        \log p(x_t \mid \cdot) + \beta \log\frac{p(z_t^k \mid \cdot)}{q(z_t^k \mid \cdot)}
 
     One weight per sequence: log-weights are summed over time before the mean over samples.
 
@@ -81,7 +83,8 @@ def iwae(log_px: Tensor, log_ratio: Tensor, samples: int, beta: float = 1.0) -> 
     tensor([-1.5662])
     """
     log_weights = (log_px + beta * log_ratio).sum(1).unflatten(0, (samples, -1))
-    return log_weights.logsumexp(0) - math.log(samples)
+    bound: Tensor = log_weights.logsumexp(0) - math.log(samples)
+    return bound
 
 
 class Found(NamedTuple):

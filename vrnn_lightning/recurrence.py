@@ -7,7 +7,7 @@ shares no step code with them, takes the same noise and is tested equal. :func:`
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +148,8 @@ class _FastStep:
     def __init__(self, model: Networks, reads: Reads, masks: Masks | None, samples: int) -> None:
         self.model = model
         self.samples = samples
-        bottom, top = model.cells[0], model.cells[-1]
+        self.cells = [cast("nn.GRUCell | nn.LSTMCell", cell) for cell in model.cells]
+        bottom, top = self.cells[0], self.cells[-1]
         width = reads.cell.shape[-1]
         self.advance = _lstm if isinstance(bottom, nn.LSTMCell) else _gru
         self.gates = F.linear(reads.cell, bottom.weight_ih[:, :width], bottom.bias_ih).unbind(0)
@@ -156,7 +157,8 @@ class _FastStep:
         self.inputs = reads.inputs.unbind(0) if reads.inputs.shape[-1] else None
         self.mask_h = None if masks is None else [self.spread(m) for m in masks.h.unbind(1)]
         self.mask_z = None if masks is None else self.spread(masks.phi_z)
-        self.weight_top, self.bias_top = top.weight_hh.t(), top.bias_hh
+        self.weight_top: Tensor = top.weight_hh.t()
+        self.bias_top: Tensor = top.bias_hh
         if model.encoder is not None:
             first = next(model.encoder.body.linears())
             split = reads.encoder.shape[-1]
@@ -183,7 +185,7 @@ class _FastStep:
             states: Before it.
             noise: Standard normal, shape (rows, latent).
         """
-        model, layers = self.model, len(self.model.cells)
+        model, layers = self.model, len(self.cells)
         h, c = states[:layers], states[layers:]
         top = h[-1]
         hidden = top if self.mask_h is None else top * self.mask_h[-1]
@@ -206,8 +208,9 @@ class _FastStep:
                 phi_z = phi_z * self.mask_z
             gate = torch.addmm(gate, phi_z, self.weight_z)
 
-        hs, cs = [], []
-        for layer, cell in enumerate(model.cells):
+        hs: list[Tensor] = []
+        cs: list[Tensor] = []
+        for layer, cell in enumerate(self.cells):
             if layer:
                 below = hs[-1] if self.mask_h is None else hs[-1] * self.mask_h[layer - 1]
                 gate = F.linear(below, cell.weight_ih, cell.bias_ih)
@@ -312,7 +315,8 @@ class NoiseSource(Protocol):
 
 def log_ratio(prior: Factorised, posterior: Factorised, z: Tensor) -> Tensor:
     """Return log p(z) - log q(z) in nats, shape (...), of latents of shape (..., latent)."""
-    return prior.log_prob(z) - posterior.log_prob(z)
+    ratio: Tensor = prior.log_prob(z) - posterior.log_prob(z)
+    return ratio
 
 
 def _as_tuple(state: State) -> tuple[Tensor, ...]:
@@ -443,7 +447,7 @@ def _textbook_future(model: Networks, batch: SequenceBatch, drop: Masks) -> list
     if rnn is None:
         return []
     kind = nn.GRUCell if isinstance(rnn, nn.GRU) else nn.LSTMCell
-    weights = {name.removesuffix("_l0"): value for name, value in rnn.named_parameters()}
+    weights: dict[str, Tensor] = {name.removesuffix("_l0"): value for name, value in rnn.named_parameters()}
     x, counted = batch.x, batch.counted
     a = x.new_zeros(len(x), rnn.hidden_size)
     c, past = a, []

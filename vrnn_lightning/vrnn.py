@@ -57,7 +57,7 @@ class Trace:
 
     @property
     def log_ratio(self) -> Tensor:
-        """log p(z_t | .) - log q(z_t | .) of the latents drawn in nats, zero at padding, shape (batch, time)."""
+        """Log p(z_t | .) - log q(z_t | .) of the latents drawn in nats, zero at padding, shape (batch, time)."""
         if self.prior is None or self.posterior is None:
             return torch.zeros_like(self.log_px)
         return torch.where(self.mask, log_ratio(self.prior, self.posterior, self.z), 0.0)
@@ -209,7 +209,7 @@ class VRNN(nn.Module):
         return State(zeros, zeros if isinstance(self.cells[0], nn.LSTMCell) else None)
 
     def draw_masks(self, noise: Noise) -> Masks | None:
-        """Draw the dropout of a pass, or return ``None`` where nothing is dropped: in evaluation, or at probability 0."""
+        """Draw the dropout of a pass; ``None`` in evaluation, or where the probability is 0."""
         if not self.training or not self.dropout:
             return None
         widths = [self.phi_x.out_features, self.phi_z.out_features if self.phi_z is not None else 0]
@@ -227,7 +227,9 @@ class VRNN(nn.Module):
         if self.num_inputs:
             width = 0 if batch.inputs is None else batch.inputs.shape[-1]
             if batch.inputs is None or width != self.num_inputs:
-                raise UserError(f"the batch has {width} covariates (inputs) per step, but num_inputs is {self.num_inputs}")
+                raise UserError(
+                    f"the batch has {width} covariates (inputs) per step, the model reads {self.num_inputs}"
+                )
             inputs = batch.inputs.to(batch.x).masked_fill(~batch.mask[..., None], 0.0)
         return replace(batch, x=batch.x.masked_fill(~batch.counted, 0.0), inputs=inputs)
 

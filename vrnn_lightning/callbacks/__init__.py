@@ -1,21 +1,25 @@
-"""Callbacks: KL annealing, pictures and encodings of what the model learned; they work with every logger."""
+"""Callbacks: KL annealing, diagnostics, pictures and encodings of what was learned; they work with every logger."""
 
 from vrnn_lightning.callbacks.annealing import (
     ConstantKLWeight,
+    ControlVAE,
     CosineKLAnnealing,
     CyclicalKLAnnealing,
     KLAnnealing,
     LinearKLAnnealing,
     SigmoidKLAnnealing,
 )
+from vrnn_lightning.callbacks.diagnostics import Diagnostics
 from vrnn_lightning.callbacks.encodings import Encodings
 from vrnn_lightning.callbacks.evaluation import Evaluation
 from vrnn_lightning.callbacks.samples import Samples
 
 __all__ = [
     "ConstantKLWeight",
+    "ControlVAE",
     "CosineKLAnnealing",
     "CyclicalKLAnnealing",
+    "Diagnostics",
     "Encodings",
     "Evaluation",
     "KLAnnealing",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from typing import cast
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from vrnn_lightning import schedules
 from vrnn_lightning.batch import SequenceBatch
@@ -14,6 +16,7 @@ from vrnn_lightning.module import VRNNLightningModule
 
 __all__ = [
     "ConstantKLWeight",
+    "ControlVAE",
     "CosineKLAnnealing",
     "CyclicalKLAnnealing",
     "KLAnnealing",
@@ -23,15 +26,20 @@ __all__ = [
 
 
 class KLAnnealing(Callback, ABC):
-    """Sets ``module.beta`` before each training step to a function of the optimiser steps taken so far.
+    """Sets ``module.beta`` before each training step.
 
-    Beta is in force in training alone: reported ELBOs and the choice of the best checkpoint never see it. As a function
-    of the step count it needs no state of its own: a resumed run goes on with the weight the step asks for.
+    Beta is in force in training alone: reported ELBOs and the choice of the best checkpoint never see it. Where it is a
+    function of the optimiser steps taken so far it needs no state of its own: a resumed run goes on with the weight the
+    step asks for.
     """
 
     @abstractmethod
     def beta(self, step: int) -> float:
         """Return the weight after ``step`` optimiser steps."""
+
+    def settled(self, step: int) -> bool:
+        """Tell whether the weight stays from ``step`` on; while it moves, a small KL is no collapse yet."""
+        return True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second annealer: they would overwrite each other's weight.
@@ -53,8 +61,8 @@ class KLAnnealing(Callback, ABC):
 
 def _check(**options: float) -> None:
     for name, value in options.items():
-        if value < 0:
-            raise UserError(f"KL annealing: {name} {value} must not be negative")
+        if not 0 <= value < math.inf:
+            raise UserError(f"KL annealing: {name} {value} must be finite and not negative")
 
 
 class ConstantKLWeight(KLAnnealing):
@@ -85,6 +93,10 @@ class _Ramp(KLAnnealing):
     def __init__(self, steps: int, start: float = 0.0, end: float = 1.0) -> None:
         _check(steps=steps, start=start, end=end)
         self.steps, self.start, self.end = steps, start, end
+
+    def settled(self, step: int) -> bool:
+        """Tell whether the weight is ``end`` for good."""
+        return step >= self.steps
 
 
 class LinearKLAnnealing(_Ramp):
@@ -158,3 +170,93 @@ class CyclicalKLAnnealing(_Ramp):
     def beta(self, step: int) -> float:
         """Return the weight after ``step`` optimiser steps."""
         return schedules.cyclical(step, self.steps, self.start, self.end, self.cycles, self.ramp)
+
+
+class ControlVAE(KLAnnealing):
+    r"""Steers the weight so that the KL comes to a target (Shao et al. 2020, arXiv 2004.05988, eq. 8 and algorithm 1).
+
+    A non-linear PI controller reads the KL of each optimiser step and gives the weight of the next one,
+
+    .. math:: \beta_{t+1} = \frac{K_p}{1 + e^{e_t}} - K_i \sum_{j \le t} e_j + \beta_{\min}, \qquad
+        e_t = \mathrm{target} - \mathrm{KL}_t,
+
+    clamped to [beta_min, beta_max]: a KL below the target lowers it, one above raises it. The sum takes no error that
+    would press the weight beyond a bound (anti-windup). The first step's weight is ``beta_min``.
+
+    Args:
+        target: KL in nats per time step, as ``train/kl`` counts it.
+        kp: Proportional gain, the most that one step's error adds.
+        ki: Integral gain: how far an error of one nat moves the weight in one step. A large one swings.
+        beta_min: Least weight.
+        beta_max: Largest weight. A target below the KL that the ELBO itself comes to needs one above 1.
+
+    Raises:
+        UserError: A target or range that no controller can have, or, in a fit, a model without a latent.
+    """
+
+    def __init__(
+        self, target: float, kp: float = 0.01, ki: float = 0.001, beta_min: float = 0.0, beta_max: float = 10.0
+    ) -> None:
+        if not 0 < target < math.inf:
+            raise UserError(f"ControlVAE: target {target} must be positive, in nats per time step")
+        _check(kp=kp, ki=ki, beta_min=beta_min)
+        if not beta_min < beta_max < math.inf:
+            raise UserError(f"ControlVAE: beta_max {beta_max} must lie above beta_min {beta_min}")
+        self.target, self.kp, self.ki = target, kp, ki
+        self.beta_min, self.beta_max = beta_min, beta_max
+        self.integral = 0.0
+        self.weight = beta_min
+        self._step = 0
+        self._kls: list[Tensor] = []
+
+    def beta(self, step: int) -> float:
+        """Return the weight that the KLs seen so far ask for, whatever the step."""
+        return self.weight
+
+    def settled(self, step: int) -> bool:
+        """Tell whether there is no lower weight to go to."""
+        return self.integral <= 0
+
+    def observe(self, kl: float) -> None:
+        """Take the KL of an optimiser step, in nats per time step."""
+        error = self.target - kl
+        proportional = self.kp * (1 - math.tanh(error / 2)) / 2  # kp / (1 + exp(error)), which would overflow
+        total = self.integral - self.ki * error
+        if error > 0:
+            self.integral = min(self.integral, max(total, -proportional))
+        else:
+            self.integral = max(self.integral, min(total, self.beta_max - self.beta_min - proportional))
+        self.weight = min(max(proportional + self.integral + self.beta_min, self.beta_min), self.beta_max)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a second annealer, and a model that has no KL to steer.
+
+        Raises:
+            UserError: There is one, or it has none.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not cast(VRNNLightningModule, pl_module).vrnn.latent_size:
+            raise UserError("ControlVAE: a model of latent_size 0 has no KL to steer; leave the callback out")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from the steps that a checkpoint has behind it."""
+        self._step = trainer.global_step
+        self._kls = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: SequenceBatch, batch_idx: int
+    ) -> None:
+        """Steer once per optimiser step, by the mean over the batches it was accumulated from."""
+        self._kls.append(trainer.callback_metrics["train/kl"])
+        if trainer.global_step > self._step:
+            self._step = trainer.global_step
+            self.observe(sum(kl.item() for kl in self._kls) / len(self._kls))
+            self._kls = []
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the sum of the errors, times ki, and the weight."""
+        return {"integral": self.integral, "weight": self.weight}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on steering from a checkpoint."""
+        self.integral, self.weight = state_dict["integral"], state_dict["weight"]

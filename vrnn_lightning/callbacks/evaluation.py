@@ -211,7 +211,9 @@ class Evaluation(Callback):
         pl_module.log_dict({f"{stage}/{name}": value.float() for name, value in shown.items()}, sync_dist=True)
         steps = torch.tensor(sum(int(part["lengths"].sum()) for part in self._parts), device=pl_module.device)
         kl = torch.stack(self._kl).sum(0).to(pl_module.device)
-        self.kl_per_dim = (trainer.strategy.reduce(kl, reduce_op="sum") / trainer.strategy.reduce(steps, reduce_op="sum")).cpu()
+        self.kl_per_dim = (
+            trainer.strategy.reduce(kl, reduce_op="sum") / trainer.strategy.reduce(steps, reduce_op="sum")
+        ).cpu()
         assert self.path is not None
         write_archive(self.path, self._parts, stage, kl_per_dim=self.kl_per_dim.numpy())
 

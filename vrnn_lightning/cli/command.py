@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from vrnn_lightning import discovery
-from vrnn_lightning.callbacks import Encodings, Evaluation, Samples
+from vrnn_lightning.callbacks import Diagnostics, Encodings, Evaluation, Samples
 from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint
 from vrnn_lightning.cli.parser import Parser
 from vrnn_lightning.cli.words import mentions, with_configs
@@ -140,6 +140,7 @@ class CLI(LightningCLI):
             parser.add_lightning_class_args(RunCheckpoint, group)
             parser.set_defaults({f"{group}.{key}": value for key, value in defaults.items()})
         parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(Diagnostics, "diagnostics")
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.link_arguments("data", "model.num_features", compute_fn=self.num_features, apply_on="instantiate")
         parser.link_arguments("data", "model.num_inputs", compute_fn=_num_inputs, apply_on="instantiate")

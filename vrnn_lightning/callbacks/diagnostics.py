@@ -1,0 +1,141 @@
+"""Warnings, in plain words, of what goes wrong without an error: a latent that collapses, gradients that explode."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from statistics import median
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.callbacks.annealing import KLAnnealing
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.module import VRNNLightningModule
+
+__all__ = ["Diagnostics"]
+
+log = logging.getLogger(__name__)
+
+SPIKES = 3
+
+
+class Diagnostics(Callback):
+    """Warns, once for each, when the latent collapses and when the gradient explodes, and says what to try.
+
+    The latent has collapsed where ``val/kl`` lies below ``min_kl`` in ``patience`` validations in a row, counted from
+    where the KL's weight has come to its end: under an annealing that still moves a small KL means little. The
+    gradient explodes where ``train/grad_norm`` is more than ``max_ratio`` times the median of the steps before it, in
+    three of the last ``window`` steps; an outlier is nothing, and in the first ``window / 2`` steps, where norms
+    settle, nothing is judged.
+
+    It reads the figures that are logged anyway and changes no number of the training. Warnings go through Python's
+    ``logging``, by default to stderr, from one process.
+
+    Args:
+        min_kl: Nats per time step below which the latent counts as collapsed; 0 never warns of it.
+        patience: Validations in a row.
+        max_ratio: Gradient norm over its running median that counts as exploded; 0 never warns of it.
+        window: Optimiser steps that the median and the count look back on.
+
+    Raises:
+        UserError: An option out of range.
+    """
+
+    def __init__(self, min_kl: float = 0.01, patience: int = 5, max_ratio: float = 50.0, window: int = 200) -> None:
+        for option, value, least in (
+            ("min_kl", min_kl, 0),
+            ("patience", patience, 1),
+            ("max_ratio", max_ratio, 0),
+            ("window", window, 2 * SPIKES),
+        ):
+            if not least <= value < math.inf:
+                raise UserError(f"diagnostics.{option} {value}: must be at least {least}")
+        if 0 < max_ratio <= 1:
+            raise UserError(f"diagnostics.max_ratio {max_ratio}: must be larger than 1, or 0 to switch it off")
+        self.min_kl, self.patience, self.max_ratio, self.window = min_kl, patience, max_ratio, window
+        self.low = 0
+        self.norms: deque[float] = deque(maxlen=window)
+        self.spikes: list[int] = []
+        self.warned: set[str] = set()
+        self._step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was seen and said."""
+        return {
+            "low": self.low,
+            "norms": list(self.norms),
+            "spikes": list(self.spikes),
+            "warned": sorted(self.warned),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint; what was said is not said again."""
+        self.low, self.spikes = state_dict["low"], list(state_dict["spikes"])
+        self.norms = deque(state_dict["norms"], self.window)
+        self.warned = set(state_dict["warned"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from the steps that a checkpoint has behind it."""
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: SequenceBatch, batch_idx: int
+    ) -> None:
+        """Hold the gradient's norm against those before it."""
+        if trainer.global_step == self._step or not self.max_ratio or "gradient" in self.warned:
+            return
+        self._step = trainer.global_step
+        norm = trainer.callback_metrics["train/grad_norm"].item()  # the module has waited for it already
+        if not math.isfinite(norm):  # a loss scaler skips such a step
+            return
+        usual = median(self.norms) if 2 * len(self.norms) >= self.window else math.inf
+        self.norms.append(norm)
+        self.spikes = [step for step in self.spikes if step > self._step - self.window]
+        if norm <= self.max_ratio * usual:
+            return
+        self.spikes.append(self._step)
+        if len(self.spikes) >= SPIKES:
+            self._warn(trainer, "gradient", self._explosion(trainer, norm, usual))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hold the KL against its threshold."""
+        module = cast(VRNNLightningModule, pl_module)
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not module.vrnn.latent_size:
+            return
+        callbacks: list[Callback] = getattr(trainer, "callbacks", [])  # set by a connector, which types don't see
+        settled = all(c.settled(trainer.global_step) for c in callbacks if isinstance(c, KLAnnealing))
+        kl = trainer.callback_metrics["val/kl"].item()
+        self.low = self.low + 1 if settled and kl < self.min_kl else 0
+        if self.low >= self.patience:
+            self._warn(trainer, "latent", self._collapse(trainer, module, kl))
+
+    def _warn(self, trainer: Trainer, cause: str, line: str) -> None:
+        if cause not in self.warned and trainer.is_global_zero:
+            log.warning(line)
+        self.warned.add(cause)
+
+    def _collapse(self, trainer: Trainer, module: VRNNLightningModule, kl: float) -> str:
+        active = int(trainer.callback_metrics["val/active_units"].item())
+        smaller = "a smaller weight of the KL, " if module.beta > 1 else ""
+        return (
+            f"warning: the latent collapses: val/kl is {kl:.2g} nats per step at beta {module.beta:.3g}, below "
+            f"{self.min_kl:g} in {self.low} validations in a row, and {active} of {module.vrnn.latent_size} latent "
+            f"dimensions are active; try {smaller}an annealing that starts at 0 (LinearKLAnnealing), free bits "
+            "(--model.objective ELBO --model.objective.free_bits 0.05), the callback ControlVAE with a target, a "
+            "weaker decoder (--model.decoder.width) or the objectives IWAE and FIVO"
+        )
+
+    def _explosion(self, trainer: Trainer, norm: float, usual: float) -> str:
+        limit, now = float(f"{2 * usual:.2g}"), trainer.gradient_clip_val
+        clip = (
+            "" if now and now <= limit else f", --trainer.gradient_clip_val {limit:g}{f' (now {now:g})' if now else ''}"
+        )
+        return (
+            f"warning: the gradient explodes: train/grad_norm is {norm:.2g} at step {self._step}, and in "
+            f"{len(self.spikes)} of the last {self.window} steps it was more than {self.max_ratio:g} times its running "
+            f"median, {usual:.2g}; try a lower learning rate (--model.optimizer.lr){clip} or a larger min_std of the "
+            "emission"
+        )
