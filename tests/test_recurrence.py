@@ -22,12 +22,12 @@ SIZES = [
 ]
 
 
-def make_model(cell: str = "gru", latent: int = 4, depth: int = 2, emission=Gaussian, features: int = 3) -> VRNN:
+def make_model(
+    cell: str = "gru", latent: int = 4, depth: int = 2, emission=Gaussian, features: int = 3, **options
+) -> VRNN:
     torch.manual_seed(1)
-    layers = [Layers(width, depth) for width in (5, 6, 7, 8, 9)]
-    model = VRNN(
-        features, latent, 10, cell=cell, emission=emission, **dict(zip(NETWORKS, layers, strict=True))
-    ).double()
+    networks = {name: Layers(width, depth) for name, width in zip(NETWORKS, (5, 6, 7, 8, 9), strict=True)}
+    model = VRNN(features, latent, 10, cell=cell, emission=emission, **{**networks, **options}).double()
     model.start_from(torch.rand(features).double() * 0.5 + 0.2, torch.rand(features).double() + 0.5)
     return model
 
@@ -55,25 +55,150 @@ def gradients(model: VRNN, *outputs: torch.Tensor) -> list[torch.Tensor]:
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, model.parameters(), strict=True)]
 
 
-@pytest.mark.parametrize("lengths", [s for s, _ in SIZES], ids=[n for _, n in SIZES])
-@pytest.mark.parametrize("depth", [1, 3])
-@pytest.mark.parametrize("latent", [4, 0])
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_fast_path_equals_textbook(cell, latent, depth, lengths):
+def assert_equal_terms(model: VRNN, batch: SequenceBatch) -> None:
     """Values, final states and every parameter's gradient agree to 1e-9 in float64."""
-    model, batch = make_model(cell, latent, depth), make_batch(lengths)
     noise, state = draw_noise(model, batch), random_state(model, len(batch))
-    fast = model(batch, noise, state)
-    slow = textbook(model, batch, noise, state)
-    pairs = [(fast.log_px, slow.log_px), (fast.kl, slow.kl), (fast.state.h, slow.state.h)]
-    if cell == "lstm":
-        pairs.append((fast.state.c, slow.state.c))
+    masks = model.draw_masks(Noise(batch, [7] * len(batch)))
+    fast = model(batch, noise, state, masks)
+    slow = textbook(model, batch, noise, state, masks)
+    names = ("log_px", "kl", "log_ratio")
+    pairs = [(getattr(fast, name), getattr(slow, name)) for name in names]
+    pairs += [(a, b) for a, b in zip(fast.state, slow.state, strict=True) if a is not None]
     real = batch.mask[..., None]
     pairs.append((fast.z * real, slow.z * real))
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     for a, b in zip(gradients(model, *[p[0] for p in pairs]), gradients(model, *[p[1] for p in pairs]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("lengths", [s for s, _ in SIZES], ids=[n for _, n in SIZES])
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("latent", [4, 0])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_fast_path_equals_textbook(cell, latent, depth, lengths):
+    assert_equal_terms(make_model(cell, latent, depth), make_batch(lengths))
+
+
+OPTIONS = {
+    "standard prior": {"prior": None},
+    "two layers": {"layers": 2},
+    "residual posterior": {"residual_posterior": True},
+    "smoothing": {"smoothing": True},
+    "dropout": {"dropout": 0.4},
+    "covariates": {"num_inputs": 2},
+    "missing": {"missing": True},
+    "all": {
+        "layers": 3, "residual_posterior": True, "smoothing": True, "dropout": 0.4, "num_inputs": 2, "missing": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lengths", [[6, 4, 1], [1], [4, 0, 4]], ids=["ragged", "one step", "empty"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_every_option_equals_textbook(cell, options, lengths):
+    model, batch = make_model(cell, **options), make_batch(lengths)
+    add_extras(model, batch)
+    assert_equal_terms(model, batch)
+
+
+def add_extras(model: VRNN, batch: SequenceBatch) -> None:
+    """Give a batch the covariates and the missing values that a model was made for."""
+    torch.manual_seed(5)
+    if model.num_inputs:
+        batch.inputs = torch.randn(*batch.x.shape[:2], model.num_inputs, dtype=torch.float64)
+    if model.missing:
+        batch.observed = torch.rand_like(batch.x) > 0.3
+        batch.x = batch.x * batch.observed
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_samples_are_folded_into_the_batch(options):
+    """Row k * batch + i is trajectory k of sequence i, as if each were run alone."""
+    model, batch = make_model(**options), make_batch([5, 3])
+    add_extras(model, batch)
+    model.eval()
+    noise = draw_noise(model, batch, samples=3)
+    together = model(batch, noise, samples=3)
+    for k in range(3):
+        alone = model(batch, noise[2 * k : 2 * k + 2])
+        for name in ("log_px", "kl", "log_ratio", "z"):
+            torch.testing.assert_close(getattr(together, name)[2 * k : 2 * k + 2], getattr(alone, name))
+
+
+@pytest.mark.parametrize("options", [OPTIONS["smoothing"], OPTIONS["all"]], ids=["smoothing", "all"])
+def test_padding_changes_nothing_of_the_options(options):
+    model, batch = make_model(**options), make_batch([4, 2])
+    add_extras(model, batch)
+    longer = SequenceBatch(torch.full((2, 7, 3), float("nan"), dtype=torch.float64), batch.lengths)
+    longer.x[:, :4] = batch.x
+    if batch.inputs is not None:
+        longer.inputs = torch.full((2, 7, 2), float("nan"), dtype=torch.float64)
+        longer.inputs[:, :4] = batch.inputs
+        longer.observed = torch.ones(2, 7, 3, dtype=torch.bool)
+        longer.observed[:, :4] = batch.observed
+    masks = model.draw_masks(Noise(batch, [0, 1]))
+    a = model(batch, draw_noise(model, batch), masks=masks)
+    b = model(longer, draw_noise(model, longer), masks=masks)
+    torch.testing.assert_close(b.log_px[:, :4], a.log_px, rtol=0, atol=1e-12)
+    torch.testing.assert_close(b.log_ratio[:, :4], a.log_ratio, rtol=0, atol=1e-12)
+    torch.testing.assert_close(b.state.h, a.state.h, rtol=0, atol=1e-12)
+    found = [gradients(model, (t.log_px.sum() + t.log_ratio.sum())[None]) for t in (a, b)]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_smoothing_sees_what_is_to_come_and_only_the_posterior_does():
+    model, batch = make_model(smoothing=True), make_batch([6])
+    noise = torch.zeros(1, 6, 4, dtype=torch.float64)
+    later = batch.x.clone()
+    later[:, 5] += 1
+    a, b = model(batch, noise), model(SequenceBatch(later, batch.lengths), noise)
+    assert (a.posterior.mean[:, 0] != b.posterior.mean[:, 0]).all()
+    torch.testing.assert_close(a.prior.mean[:, 0], b.prior.mean[:, 0], rtol=0, atol=0)
+
+
+def test_every_network_reads_the_covariates():
+    model, batch = make_model(num_inputs=2), make_batch([3])
+    add_extras(model, batch)
+    noise = draw_noise(model, batch)
+    batch.inputs.requires_grad_()
+    trace = model(batch, noise)
+    for read in (trace.prior.mean, trace.posterior.mean, trace.emission.mean, trace.state.h):
+        (seen,) = torch.autograd.grad(read.sum(), batch.inputs, retain_graph=True)
+        assert (seen[:, 0] != 0).any()
+    with pytest.raises(UserError, match="0 covariates"):
+        model(make_batch([3]), noise)
+    with pytest.raises(UserError, match="covariates of shape"):
+        model.generate(3, 2)
+    assert model.generate(3, 2, inputs=torch.zeros(2, 3, 2, dtype=torch.float64)).x.shape == (2, 3, 3)
+
+
+def test_phi_x_is_told_what_is_missing():
+    """A measured value at the mean and a missing one read differently."""
+    model, batch = make_model(missing=True), make_batch([2])
+    batch.x[:] = model.input_mean
+    observed = torch.ones_like(batch.x, dtype=torch.bool)
+    observed[0, 0, 1] = False
+    noise = draw_noise(model, batch)
+    a = model(batch, noise)
+    b = model(SequenceBatch(batch.x, batch.lengths, observed), noise)
+    assert (a.posterior.mean[0, 0] != b.posterior.mean[0, 0]).all()
+
+
+def test_dropout_is_one_mask_per_sequence_in_training_alone():
+    model, batch = make_model(dropout=0.5, layers=2), make_batch([6, 6])
+    masks = model.draw_masks(Noise(batch, [0, 1]))
+    assert masks.h.shape == (2, 2, 10)
+    assert set(torch.cat([m.flatten() for m in masks]).tolist()) == {0.0, 2.0}
+    assert not torch.equal(masks.phi_x[0], masks.phi_x[1])
+    noise = draw_noise(model, batch)
+    torch.testing.assert_close(model(batch, noise, masks=masks).log_px, model(batch, noise, masks=masks).log_px)
+    assert not torch.equal(model(batch, noise).log_px, model(batch, noise).log_px)
+    model.eval()
+    assert model.draw_masks(Noise(batch)) is None
+    torch.testing.assert_close(model(batch, noise).log_px, model(batch, noise).log_px, rtol=0, atol=0)
 
 
 def test_fast_path_equals_textbook_in_float32_and_for_bernoulli():
@@ -125,10 +250,11 @@ def test_order_of_the_batch_changes_nothing():
     torch.testing.assert_close(back.state.h, there.state.h[order], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_carried_state_joins_the_halves_of_a_sequence(cell):
+def test_carried_state_joins_the_halves_of_a_sequence(cell, layers):
     """The state after the first half is the state before the second."""
-    model, batch = make_model(cell), make_batch([8, 8])
+    model, batch = make_model(cell, layers=layers), make_batch([8, 8])
     noise = draw_noise(model, batch)
     whole = model(batch, noise)
     half = torch.full((2,), 4)
@@ -216,6 +342,11 @@ def test_generation_goes_on_from_a_state():
         ({"num_features": 0}, "num_features 0"),
         ({"cell": "rnn"}, "cell 'rnn'"),
         ({"emission": partial(Gaussian, min_std=0.0)}, "min_std"),
+        ({"layers": 0}, "layers 0"),
+        ({"num_inputs": -1}, "num_inputs -1"),
+        ({"dropout": 1.0}, "dropout 1.0"),
+        ({"smoothing": True, "latent_size": 0}, "smoothing"),
+        ({"residual_posterior": True, "latent_size": 0}, "residual_posterior"),
     ],
 )
 def test_absurd_sizes_are_refused(options, word):

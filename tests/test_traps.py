@@ -40,7 +40,7 @@ def equals_textbook(cell: str = "gru") -> None:
 
 
 def carries_state() -> None:
-    test_recurrence.test_carried_state_joins_the_halves_of_a_sequence("gru")
+    test_recurrence.test_carried_state_joins_the_halves_of_a_sequence("gru", 1)
 
 
 def generates_as_trained() -> None:
