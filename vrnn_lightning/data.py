@@ -103,14 +103,17 @@ class BatchSampler(DistributedSampler[list[int]]):
 class _Scaled(Dataset[SequenceBatch]):
     """Reads, checks, scales and pads the sequences of a list of indices."""
 
-    def __init__(self, sequences: Sequences, scaler: Scaler, num_features: int) -> None:
+    def __init__(self, sequences: Sequences, scaler: Scaler, num_features: int, num_inputs: int = 0) -> None:
         self.sequences = sequences
         self.scaler = scaler
         self.num_features = num_features
+        self.num_inputs = num_inputs
 
     def __getitem__(self, indices: list[int]) -> SequenceBatch:
         batch = pad([self.read(i) for i in indices])
         batch.x = batch.x.float()
+        if batch.inputs is not None:
+            batch.inputs = batch.inputs.float()
         return batch
 
     def read(self, index: int) -> Sequence:
@@ -124,10 +127,21 @@ class _Scaled(Dataset[SequenceBatch]):
         real = s.x if s.observed is None else s.x[s.observed]
         if not torch.isfinite(real).all():
             raise UserError(f"{name}: holds NaN or infinite values; remove it or mend it")
+        if self.num_inputs:
+            self._check_inputs(s, name)
         scaled = self.scaler.scale(s.x.double())
         if s.observed is not None:
             scaled = scaled.masked_fill(~s.observed, 0.0)
         return Sequence(scaled, s.observed, s.inputs, name)
+
+    def _check_inputs(self, s: Sequence, name: str) -> None:
+        expected = (len(s.x), self.num_inputs)
+        if s.inputs is None:
+            raise UserError(f"{name}: has no inputs, expected shape {expected}")
+        if s.inputs.shape != expected:
+            raise UserError(f"{name}: inputs of shape {tuple(s.inputs.shape)}, expected {expected}")
+        if not torch.isfinite(s.inputs).all():
+            raise UserError(f"{name}: holds NaN or infinite inputs; remove it or mend it")
 
     def _nothing(self) -> Sequence:
         """Return no steps of what a sequence is made of, so that a batch of it still has its covariates."""
@@ -146,15 +160,22 @@ class SequenceLoader:
         scaler: Applied to every sequence.
         num_features: Features per time step, which every sequence must have.
         sampler: Decides the batches.
+        num_inputs: Covariates per time step, which every sequence must have; 0 checks none.
         options: Handed on to DataLoader.
     """
 
     def __init__(
-        self, sequences: Sequences, scaler: Scaler, num_features: int, sampler: BatchSampler, **options: Any
+        self,
+        sequences: Sequences,
+        scaler: Scaler,
+        num_features: int,
+        sampler: BatchSampler,
+        num_inputs: int = 0,
+        **options: Any,
     ) -> None:
         self.sampler = sampler  # where Lightning looks to announce the epoch
         self.batch_sampler = None  # where it looks next
-        self.dataset = _Scaled(sequences, scaler, num_features)
+        self.dataset = _Scaled(sequences, scaler, num_features, num_inputs)
         self._loader: DataLoader[SequenceBatch] = DataLoader(self.dataset, batch_size=None, sampler=sampler, **options)
         self.batches_read = 0
 
@@ -201,6 +222,12 @@ class SequenceDataModule(LightningDataModule):
     modality: ClassVar[Modality] = "series"
     scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "none"
     run_options: ClassVar[frozenset[str]] = frozenset({"root", "batch_size", "num_workers"})
+    num_inputs: int = 0
+    """Covariates per time step, the width of ``Sequence.inputs``; where it is not 0, every sequence must have them.
+
+    Like ``num_features`` it is known right after construction: ``__init__`` sets it."""
+    missing: bool = False
+    """True where sequences may come with ``observed``; the model's phi_x is then told which values are missing."""
 
     def __init__(self, num_features: int, batch_size: int = 32, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
@@ -314,6 +341,7 @@ class SequenceDataModule(LightningDataModule):
             self.scaler,
             self.num_features,
             sampler,
+            self.num_inputs,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
