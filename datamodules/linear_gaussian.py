@@ -208,7 +208,7 @@ def _rotations(size: int) -> Tensor:
 
 
 def _directions(channels: int, states: int) -> Tensor:
-    """Return rows of norm 1, shape (channels, states): from the first to the last the k-th pair turns k half circles."""
+    """Return rows of norm 1, shape (channels, states): over all of them the k-th pair turns k half circles."""
     turn = torch.arange(channels, dtype=torch.float64)[:, None] * (math.pi / channels)
     pair = torch.arange(1, states // 2 + 1)
     alone = torch.ones(channels, states % 2, dtype=torch.float64)
