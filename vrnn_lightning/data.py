@@ -183,13 +183,13 @@ def _arrays(path: Path, *names: str) -> list[NDArray[Any]]:
     if not path.is_file():
         raise UserError(f"--data.root {path}: is no file; give the .npz archive itself")
     try:
-        archive = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:  # numpy leaves a file open that it can't read
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise UserError(f"{path}: is a single array, no .npz archive; write it with numpy.savez")
+            return [_array(path, archive, name) for name in names]
     except (BadZipFile, EOFError, OSError, ValueError):
         raise UserError(f"{path}: can't be read as an .npz archive; write it with numpy.savez") from None
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise UserError(f"{path}: is a single array, no .npz archive; write it with numpy.savez")
-    with archive:
-        return [_array(path, archive, name) for name in names]
 
 
 def _array(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> NDArray[Any]:
@@ -199,10 +199,13 @@ def _array(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> NDArray[Any]
     try:
         array: NDArray[Any] = archive[name]
     except ValueError as error:
-        reason = "holds pickled objects, which are never loaded" if "allow_pickle" in str(error) else "is damaged"
+        pickled = "allow_pickle" in str(error)
+        reason = "holds pickled objects, which are never loaded" if pickled else "is damaged or no array"
         raise UserError(f"{path}: {name} {reason}; write it anew as a plain array") from None
     except (BadZipFile, EOFError, OSError, ZlibError):
         raise UserError(f"{path}: {name} is damaged; copy or write the file anew") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path}: {name} is damaged or no array; write it anew as a plain array")
     return array
 
 
