@@ -18,6 +18,8 @@ Needed:
       return [Sequence(torch.from_numpy(table(file)), name=file.name) for file in files]
 
   ``Sequence`` also takes ``observed`` (True where a value was measured) and ``inputs`` (covariates known beforehand).
+  Where you use them, say so in ``__init__``, for the model is built accordingly: ``self.missing = True`` and
+  ``self.num_inputs = 4`` (the number of covariates per step, which every sequence must then have).
   What a user got wrong is a ``UserError`` of one line that names the file or option and the cure.
 
 Optional:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from vrnn_lightning.batch import Sequence
-from vrnn_lightning.data import Modality, SequenceDataModule, Sequences, Split
+from vrnn_lightning.data import Modality, Scaler, SequenceDataModule, Sequences, Split
 from vrnn_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ PATTERNS = {"fsdd": r"_[0-4]\.[^.]+$"}
 """Official splits by name. ``fsdd``: the first five recordings of each digit and speaker of the spoken digits."""
 
 SUFFIXES = (".wav", ".flac", ".ogg")
+PCM16 = 32768.0  # what 16-bit files call an amplitude of 1
 UNKNOWN_LENGTH = 2**62  # what libsndfile reports for a stream whose header leaves the length open
 
 
@@ -35,7 +37,8 @@ class Speech(SequenceDataModule):
 
     Every wav, flac and ogg file below the folder is one sequence; hidden files are passed over. Samples are in
     [-1, 1] (16 bit: the integer / 32768), channels are mixed to one, and one mean and one standard deviation, taken
-    over all training samples, scale them. Only headers are read beforehand, files when their turn comes.
+    over all training samples, scale them, unless ``units`` says otherwise. Only headers are read beforehand, files
+    when their turn comes.
 
     The checkpoint keeps which file was in which split, so a file that was trained on is never tested, whatever the
     folder holds later. Files that the checkpoint does not know are left out, unless none of its test files is there:
@@ -53,6 +56,9 @@ class Speech(SequenceDataModule):
         val: Validation files, chosen likewise from the files outside the test split.
         tail: What becomes of the samples that don't fill a last frame: "drop" leaves them out, and with them files
             shorter than one frame; "pad" fills the frame with zeros that count as not observed.
+        units: What the model reads: "scaled" samples, for a density; their "amplitude" as it is, cut off at -1 and 1,
+            for levels of that range; or "pcm16", whole numbers from -32768 to 32767 (what 16-bit files hold; other
+            samples are rounded), for a discretised likelihood. The scaler of the latter two is the identity.
         batch_size: Sequences per batch and process.
         num_workers: Processes that read ahead; 0 reads in the main process.
         seed: Seed of the splits and of the order of the training batches.
@@ -80,6 +86,7 @@ class Speech(SequenceDataModule):
         test: float | str = 0.1,
         val: float | str = 0.1,
         tail: Literal["drop", "pad"] = "drop",
+        units: Literal["scaled", "amplitude", "pcm16"] = "scaled",
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
@@ -93,6 +100,12 @@ class Speech(SequenceDataModule):
         self.resample = resample
         self.stereo = stereo
         self.tail = tail
+        self.missing = tail == "pad"
+        if units not in ("scaled", "amplitude", "pcm16"):
+            raise UserError(f"--data.units {units}: must be scaled, amplitude or pcm16")
+        self.units = units
+        self.full_scale = PCM16 if units == "pcm16" else 1.0
+        """What an amplitude of 1 is in data units: players take a sample divided by it."""
         self.test = _portion("test", test)
         self.val = _portion("val", val)
         if isinstance(self.test, float) and isinstance(self.val, float) and self.test + self.val >= 1:
@@ -126,16 +139,22 @@ class Speech(SequenceDataModule):
             self._scan()  # split and rate may be a checkpoint's, which is loaded after setup
 
     def sequences(self, split: Split) -> Sequences:
-        """Return the recordings of a split, each of shape (frames, frame_size), in [-1, 1]."""
-        return _Recordings(self.root, self._names(split), self.sample_rate, self.frame_size, self.tail == "pad")
+        """Return the recordings of a split, each of shape (frames, frame_size), from -full_scale to full_scale."""
+        names, pad = self._names(split), self.tail == "pad"
+        return _Recordings(self.root, names, self.sample_rate, self.frame_size, pad, self.units)
 
     def lengths(self, split: Split) -> SequenceOf[int]:
         """Return the frames of each recording of a split, from the headers alone."""
         return [self._frames(name) for name in self._names(split)]
 
-    def input_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return zeros and ones, each of shape (frame_size,): the scaler has standardised the samples."""
-        return torch.zeros(self.frame_size), torch.ones(self.frame_size)
+    def fit_scaler(self) -> Scaler:
+        """Fit one mean and std over all training samples, unless ``units`` are to be left as they are."""
+        return super().fit_scaler() if self.units == "scaled" else Scaler()
+
+    def input_statistics(self) -> tuple[Tensor, Tensor]:
+        """Return mean and std of the training samples, the same for all of a frame, each of shape (frame_size,)."""
+        standard = Scaler() if self.units == "scaled" else super().fit_scaler()
+        return standard.mean.float().repeat(self.frame_size), standard.std.float().repeat(self.frame_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scaler, the sample rate in Hz and the files of each split, as paths below ``root``."""
@@ -275,13 +294,14 @@ class _Recordings:
     sample_rate: int
     frame_size: int
     pad: bool
+    units: str
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int, /) -> Sequence:
         name = self.names[index]
-        samples = torch.from_numpy(_read(self.root / name, self.sample_rate))
+        samples = _convert(torch.from_numpy(_read(self.root / name, self.sample_rate)), self.units)
         rest = len(samples) % self.frame_size
         if rest == 0 or not self.pad:
             return Sequence(samples[: len(samples) - rest].view(-1, self.frame_size), name=name)
@@ -290,6 +310,13 @@ class _Recordings:
         observed = torch.ones_like(frames, dtype=torch.bool)
         observed[-1, rest:] = False
         return Sequence(frames, observed, name=name)
+
+
+def _convert(samples: Tensor, units: str) -> Tensor:
+    """Return amplitudes in the units asked for."""
+    if units == "pcm16":
+        return (samples * PCM16).round().clamp(-PCM16, PCM16 - 1)
+    return samples.clamp(-1, 1) if units == "amplitude" else samples
 
 
 def _portion(option: str, value: float | str) -> float | re.Pattern[str]:

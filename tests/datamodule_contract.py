@@ -52,6 +52,8 @@ def knows_its_shape_before_setup(make: Make) -> None:
     assert isinstance(datamodule.num_features, int)
     assert datamodule.num_features >= 1
     assert datamodule.modality in get_args(Modality)
+    assert datamodule.num_inputs >= 0
+    assert isinstance(datamodule.missing, bool)
 
 
 def saves_its_options(make: Make) -> None:
@@ -90,7 +92,13 @@ def yields_padded_batches(make: Make) -> None:
             if batch.observed is not None:
                 assert batch.observed.dtype == torch.bool
                 assert batch.observed.shape == batch.x.shape
+                assert datamodule.missing or batch.observed[batch.mask].all(), "missing is False, but values are"
+            if datamodule.num_inputs:
+                assert batch.inputs is not None
+                assert batch.inputs.shape[2] == datamodule.num_inputs
+                assert torch.isfinite(batch.inputs).all()
             if batch.inputs is not None:
+                assert batch.inputs.dtype == torch.float32
                 assert batch.inputs.shape[:2] == (size, steps)
                 assert batch.inputs[~batch.mask].count_nonzero() == 0
 

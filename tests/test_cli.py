@@ -111,7 +111,9 @@ def test_datamodule_elsewhere_by_dotted_path(lightning, folder):
 
 
 def test_help(lightning, plugin):
-    assert "Pairs, Sines, Speech" in " ".join(lightning("fit", "--help").out.split())
+    assert "Handwriting, HiddenMarkov, LinearGaussian, Pairs, PianoRolls, Sines, Speech" in " ".join(
+        lightning("fit", "--help").out.split()
+    )
     assert "--data.wrong" in lightning("fit", "--data.help", "Pairs").out
     assert "--model.emission.min_std" in lightning("fit", "--model.emission.help", "Gaussian").out
 

@@ -249,6 +249,47 @@ class TestSequenceDataModule:
         torch.testing.assert_close(datamodule.scaler.unscale(batch.x), torch.stack([s.x for s in datamodule.given]))
 
 
+class WithInputs(Given):
+    """Serves sequences with four covariates."""
+
+    def __init__(self, given, **options):
+        super().__init__(given, **options)
+        self.num_inputs = 4
+
+
+class TestInputs:
+    def test_they_are_read_in_single_precision(self):
+        given = [Sequence(torch.zeros(2, 1), inputs=torch.ones(2, 4, dtype=torch.int64))]
+        inputs = next(iter(WithInputs(given).val_dataloader())).inputs
+        assert inputs.dtype == torch.float32
+        assert inputs.tolist() == [[[1.0] * 4] * 2]
+
+    @pytest.mark.parametrize(
+        ("inputs", "message"),
+        [
+            (None, r"odd: has no inputs, expected shape \(3, 4\)"),
+            (torch.ones(3, 2), r"odd: inputs of shape \(3, 2\), expected \(3, 4\)"),
+            (torch.ones(2, 4), r"odd: inputs of shape \(2, 4\), expected \(3, 4\)"),
+            (torch.ones(4), r"odd: inputs of shape \(4,\), expected \(3, 4\)"),
+            (torch.full((3, 4), math.nan), "odd: holds NaN or infinite inputs; remove it or mend it"),
+        ],
+    )
+    def test_a_sequence_without_them_is_named(self, inputs, message):
+        given = [Sequence(torch.zeros(2, 1), inputs=torch.ones(2, 4)), Sequence(torch.zeros(3, 1), None, inputs, "odd")]
+        with pytest.raises(UserError, match=message):
+            list(WithInputs(given).val_dataloader())
+
+    def test_a_process_without_data_has_their_width(self):
+        given = [Sequence(torch.zeros(2, 1), inputs=torch.ones(2, 4))]
+        assert WithInputs(given).val_dataloader().dataset[[-1]].inputs.shape == (1, 1, 4)
+
+    def test_none_are_expected_by_default(self):
+        datamodule = Given(ragged([2]))
+        assert datamodule.num_inputs == 0
+        assert datamodule.missing is False
+        assert next(iter(datamodule.val_dataloader())).inputs is None
+
+
 def test_pinning_keeps_every_field():
     batch = SequenceBatch(torch.zeros(1, 1, 1), torch.tensor([1]), names=["a"])
     if not torch.cuda.is_available():

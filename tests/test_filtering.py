@@ -45,7 +45,7 @@ def filter_linear_gaussian(
 @pytest.mark.parametrize("resampling", SCHEMES, ids=["never", "multinomial", "systematic", "always"])
 def test_the_estimate_of_a_likelihood_is_unbiased(resampling):
     """E p_hat = p: over many filters of one sequence, the mean of p_hat / p is 1 within 4 standard errors."""
-    data = LinearGaussian(channels=2, steps=5, train_size=1)
+    data = LinearGaussian(channels=2, steps=5, observation_noise=1.0, train_size=1)
     sequence = data.sequences("train")[0]
     exact = data.exact_log_likelihood(pad([sequence])).item()
     many = pad([sequence] * 20000)
@@ -57,7 +57,7 @@ def test_the_estimate_of_a_likelihood_is_unbiased(resampling):
 
 def test_many_particles_are_tight_and_fewer_lie_below():
     """Ragged lengths; the gap per step shrinks with K, and resampling beats plain importance weights."""
-    data = LinearGaussian(steps=30, min_steps=10, train_size=40)
+    data = LinearGaussian(steps=30, min_steps=10, observation_noise=1.0, train_size=40)
     batch = pad(data.sequences("train"))
     exact = data.exact_log_likelihood(batch)
     systematic = Resampling("systematic")

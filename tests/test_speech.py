@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from datamodule_contract import CHECKS
+from datamodule_contract import CHECKS, check_datamodule
+from lightning.pytorch import Trainer
 
 from datamodules.speech import PATTERNS, Speech
+from vrnn_lightning import VRNNLightningModule
+from vrnn_lightning.callbacks import Samples
 from vrnn_lightning.errors import UserError
 
 RATE = 8000
@@ -478,3 +481,85 @@ def test_training_files_seen_from_elsewhere_are_not_tested(corpus, tmp_path):
         seen.load_state_dict(state)
         with pytest.raises(UserError, match="was trained on"):
             seen.test_dataloader()
+
+
+class TestUnits:
+    @pytest.mark.parametrize("tail", ["drop", "pad"])
+    @pytest.mark.parametrize("units", ["amplitude", "pcm16"])
+    def test_contract(self, units, tail, corpus):
+        check_datamodule(lambda **options: speech(corpus, units=units, tail=tail, **options))
+
+    def test_amplitudes_are_the_model_s(self, corpus):
+        scaled, raw = speech(corpus), speech(corpus, units="amplitude")
+        batch, expected = (next(iter(d.val_dataloader())) for d in (raw, scaled))
+        torch.testing.assert_close(batch.x, scaled.scaler.unscale(expected.x) * expected.mask[..., None])
+        assert raw.scaler.mean.tolist() == 0
+        assert raw.scaler.std.tolist() == 1
+        assert raw.full_scale == scaled.full_scale == 1
+
+    def test_16_bit_numbers_are_the_file_s(self, tmp_path):
+        ramp = np.arange(-32768, 32768, 1, dtype=np.int16)
+        write(tmp_path / "ramp.wav", ramp)
+        x = only(tmp_path, units="pcm16", frame_size=256).x
+        assert x.dtype == torch.float32
+        assert np.array_equal(x.numpy().ravel(), ramp)
+        assert speech(tmp_path, units="pcm16").full_scale == 32768
+
+    @pytest.mark.parametrize("units", ["amplitude", "pcm16"])
+    def test_loud_samples_are_cut_off(self, tmp_path, units):
+        write(tmp_path / "loud.wav", 3 * tone(FRAME * 8), subtype="FLOAT")
+        x = only(tmp_path, units=units).x
+        low, high = {"amplitude": (-1, 1), "pcm16": (-32768, 32767)}[units]
+        assert (x.min(), x.max()) == (low, high)
+
+    @pytest.mark.parametrize("name", ["stereo", "fine", "resampled"])
+    def test_16_bit_numbers_are_whole_whatever_the_file_holds(self, tmp_path, name):
+        samples = {"stereo": np.stack([tone(400), tone(400, 300)], 1)}.get(name, tone(400))
+        rate = 11025 if name == "resampled" else RATE
+        write(tmp_path / "a.wav", samples, rate, "PCM_24" if name == "fine" else "PCM_16")
+        x = only(tmp_path, units="pcm16", sample_rate=RATE, resample=True).x
+        assert torch.equal(x, x.round())
+        assert x.abs().max() > 1000
+
+    @pytest.mark.parametrize("units", ["amplitude", "pcm16"])
+    def test_input_statistics_are_those_of_the_training_samples(self, corpus, units):
+        datamodule = speech(corpus, units=units)
+        train = datamodule.split("train")
+        samples = torch.cat([train[i].x.flatten() for i in range(len(train))]).double()
+        mean, std = datamodule.input_statistics()
+        assert mean.shape == std.shape == (FRAME,)
+        assert mean.unique().tolist() == pytest.approx([samples.mean().item()], rel=1e-5)
+        assert std.unique().tolist() == pytest.approx([samples.std(correction=0).item()], rel=1e-5)
+
+    def test_other_units_are_refused(self):
+        with pytest.raises(UserError, match=r"--data.units decibel: must be scaled, amplitude or pcm16"):
+            speech("nowhere", units="decibel")
+
+    @pytest.mark.parametrize("tail", ["drop", "pad"])
+    def test_a_padded_tail_may_be_missing(self, tail):
+        assert speech("nowhere", tail=tail).missing == (tail == "pad")
+
+    @pytest.mark.parametrize("units", ["scaled", "amplitude", "pcm16"])
+    def test_real_sequences_sound_alike_in_every_unit(self, corpus, tmp_path, units):
+        """The wav file that a training writes holds the recording's own samples."""
+        data = speech(corpus, units=units, batch_size=4)
+        module = VRNNLightningModule(num_features=FRAME, latent_size=2, hidden_size=4)
+        trainer = Trainer(
+            accelerator="cpu",
+            default_root_dir=tmp_path,
+            max_epochs=1,
+            limit_train_batches=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[Samples(count=1)],
+        )
+        trainer.fit(module, data)
+        first = files(data, "val")[0]
+        written, rate = soundfile.read(next((tmp_path / "samples").glob("*_real_0.wav")))
+        recorded, _ = soundfile.read(corpus / first)
+        assert rate == RATE
+        np.testing.assert_allclose(written, recorded[: len(written)], atol=1 / 32768)
+        for path in (tmp_path / "samples").glob("*.wav"):
+            assert np.abs(soundfile.read(path)[0]).max() <= 1

@@ -20,9 +20,10 @@ class Sequence:
 
     Args:
         x: Values, shape (time, features), in data units.
-        observed: True where ``x`` was measured, shape (time, features); ``None`` means everywhere.
-        inputs: Covariates known beforehand, shape (time, covariates), or ``None``; for models that read them, which
-            :class:`~vrnn_lightning.vrnn.VRNN` does not.
+        observed: True where ``x`` was measured, shape (time, features); ``None`` means everywhere. A datamodule whose
+            sequences may have it says so in ``missing``; the model then reads the mask too.
+        inputs: Covariates known beforehand, shape (time, covariates), or ``None``. A datamodule says how many in
+            ``num_inputs``, and :class:`~vrnn_lightning.vrnn.VRNN` conditions on them at each step.
         name: What to call this sequence in messages, a file name for example.
     """
 
@@ -42,8 +43,9 @@ class SequenceBatch:
         x: Values in scaled units, shape (batch, time, features), float.
         lengths: Real steps of each sequence, shape (batch,), int64.
         observed: True where ``x`` was measured, shape (batch, time, features), or ``None`` for everywhere.
-        inputs: Covariates, shape (batch, time, covariates), or ``None``; the VRNN does not read them.
-        reset: True for sequences whose carried state starts anew, shape (batch,), or ``None``; likewise.
+        inputs: Covariates, shape (batch, time, covariates), or ``None``; the VRNN conditions on them.
+        reset: True for sequences whose carried state starts anew, shape (batch,), or ``None``; the VRNN does not read
+            it.
         names: One name per sequence for messages, or ``None``.
     """
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
-from pathlib import PurePath
-from typing import Any, ClassVar, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from zipfile import BadZipFile
+from zlib import error as ZlibError
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -17,7 +20,20 @@ from torch.utils.data.distributed import DistributedSampler
 from vrnn_lightning.batch import Sequence, SequenceBatch, pad
 from vrnn_lightning.errors import UserError
 
-__all__ = ["BatchSampler", "Modality", "Scaler", "SequenceDataModule", "SequenceLoader", "Sequences", "Split"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = [
+    "ArchiveSplit",
+    "BatchSampler",
+    "Modality",
+    "Scaler",
+    "SequenceDataModule",
+    "SequenceLoader",
+    "Sequences",
+    "Split",
+    "read_archive",
+]
 
 Modality = Literal["audio", "strokes", "series", "roll", "image"]
 Split = Literal["train", "val", "test"]
@@ -52,6 +68,145 @@ class Scaler:
     def unscale(self, x: Tensor) -> Tensor:
         """Return model values of shape (..., features) in data units."""
         return x * self.std.to(x) + self.mean.to(x)
+
+
+@dataclass(frozen=True)
+class ArchiveSplit:
+    """One split of a flat archive: its rows in one array, from which a sequence is cut when it is asked for.
+
+    Args:
+        path: The archive.
+        word: What the archive calls the split: "train", "valid" or "test".
+        values: The sequences' rows one after another, shape (total steps, features), in the archive's type.
+        bounds: Where each sequence begins and ends, shape (sequences, 2).
+        numbers: Which sequence of the archive each one is, shape (sequences,).
+    """
+
+    path: Path
+    word: str
+    values: NDArray[Any]
+    bounds: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return len(self.bounds)
+
+    def __getitem__(self, index: int, /) -> Sequence:
+        """Return one sequence, named after the split and its number in the archive, in float32 where that is exact."""
+        start, end = self.bounds[index]
+        exact = np.result_type(self.values.dtype, np.float32)
+        x = torch.from_numpy(self.values[start:end].astype(exact))
+        return Sequence(x, name=f"{self.word} {self.numbers[index]}")
+
+    @property
+    def lengths(self) -> list[int]:
+        """Steps of each sequence."""
+        steps: list[int] = np.diff(self.bounds, axis=1)[:, 0].tolist()
+        return steps
+
+    def no_longer_than(self, steps: int) -> ArchiveSplit:
+        """Return the sequences of at most so many steps."""
+        kept = np.array(self.lengths, dtype=np.int64) <= steps
+        return replace(self, bounds=self.bounds[kept], numbers=self.numbers[kept])
+
+    def rows(self) -> NDArray[Any]:
+        """Return the rows of all sequences, shape (steps, features)."""
+        if len(self) == 0:
+            return self.values[:0]
+        return np.concatenate([self.values[start:end] for start, end in self.bounds])
+
+    def refuse(self, wrong: NDArray[np.bool_], cure: str) -> None:
+        """Refuse values that the data can't hold.
+
+        Args:
+            wrong: True at them, shape (total steps, features) or fewer features from the left on.
+            cure: The rest of the message, after what the first of them is and where it stands.
+
+        Raises:
+            UserError: Any is true.
+        """
+        if not wrong.any():
+            return
+        row, feature = np.unravel_index(wrong.argmax(), wrong.shape)
+        i = int(np.searchsorted(self.bounds[:, 1], row, side="right"))
+        place = f"{self.word} {self.numbers[i]}, step {row - self.bounds[i, 0]}, feature {feature}"
+        raise UserError(f"{self.path}: {self.word}_values holds {self.values[row, feature]} at {place}; {cure}")
+
+
+def read_archive(path: Path, split: Split, width: int) -> ArchiveSplit:
+    """Read one split of a flat archive, and of the file nothing else.
+
+    A flat archive is an ``.npz`` file, never pickled, with two arrays for each split, "train", "valid" and "test":
+    ``{split}_values`` of shape (total steps, features) and ``{split}_lengths`` of shape (sequences,). Sequence i is
+    ``values[sum(lengths[:i]) : sum(lengths[: i + 1])]``. Other arrays are ignored.
+
+    Args:
+        path: The file.
+        split: Which split; "val" is "valid" in the file.
+        width: Features that a row must have.
+
+    Raises:
+        UserError: There is no such file, it is no such archive, or its arrays don't fit together or hold values that
+            are no finite numbers.
+    """
+    word = "valid" if split == "val" else split
+    values, lengths = _arrays(path, f"{word}_values", f"{word}_lengths")
+    if values.dtype.kind not in "buif" or values.dtype.itemsize > 8:
+        raise UserError(f"{path}: {word}_values is of type {values.dtype}; save it as integers, float32 or float64")
+    if values.ndim != 2 or values.shape[1] != width:
+        raise UserError(f"{path}: {word}_values has shape {values.shape}, expected (total steps, {width})")
+    if lengths.dtype.kind not in "ui" or lengths.ndim != 1:
+        raise UserError(
+            f"{path}: {word}_lengths is of type {lengths.dtype} and shape {lengths.shape}, expected integers of shape "
+            "(sequences,)"
+        )
+    steps = lengths.astype(np.int64)
+    if (steps < 0).any():
+        raise UserError(f"{path}: {word}_lengths holds {steps.min()} at {steps.argmin()}; a length is at least 0")
+    if steps.sum() != len(values):
+        raise UserError(
+            f"{path}: {word}_lengths adds up to {steps.sum()}, but {word}_values has {len(values)} rows; "
+            "write both from the same sequences"
+        )
+    ends = steps.cumsum()
+    found = ArchiveSplit(path, word, values, np.stack([ends - steps, ends], axis=1), np.arange(len(steps)))
+    if values.dtype.kind == "f":
+        found.refuse(~np.isfinite(values), "remove the sequence or mend it")
+    return found
+
+
+def _arrays(path: Path, *names: str) -> list[NDArray[Any]]:
+    """Return arrays of an npz file."""
+    if not path.exists():
+        raise UserError(f"--data.root {path}: no such file")
+    if not path.is_file():
+        raise UserError(f"--data.root {path}: is no file; give the .npz archive itself")
+    try:
+        with path.open("rb") as file:  # numpy leaves a file open that it can't read
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise UserError(f"{path}: is a single array, no .npz archive; write it with numpy.savez")
+            return [_array(path, archive, name) for name in names]
+    except (BadZipFile, EOFError, OSError, ValueError):
+        raise UserError(f"{path}: can't be read as an .npz archive; write it with numpy.savez") from None
+
+
+def _array(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> NDArray[Any]:
+    if name not in archive.files:
+        holds = ", ".join(archive.files) or "nothing"
+        raise UserError(f"{path}: has no array {name}; it holds {holds}")
+    try:
+        array: NDArray[Any] = archive[name]
+    except ValueError as error:
+        pickled = "allow_pickle" in str(error)
+        reason = "holds pickled objects, which are never loaded" if pickled else "is damaged or no array"
+        raise UserError(f"{path}: {name} {reason}; write it anew as a plain array") from None
+    except (BadZipFile, EOFError, OSError, ZlibError):
+        raise UserError(f"{path}: {name} is damaged; copy or write the file anew") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path}: {name} is damaged or no array; write it anew as a plain array")
+    return array
 
 
 class BatchSampler(DistributedSampler[list[int]]):
@@ -103,14 +258,17 @@ class BatchSampler(DistributedSampler[list[int]]):
 class _Scaled(Dataset[SequenceBatch]):
     """Reads, checks, scales and pads the sequences of a list of indices."""
 
-    def __init__(self, sequences: Sequences, scaler: Scaler, num_features: int) -> None:
+    def __init__(self, sequences: Sequences, scaler: Scaler, num_features: int, num_inputs: int = 0) -> None:
         self.sequences = sequences
         self.scaler = scaler
         self.num_features = num_features
+        self.num_inputs = num_inputs
 
     def __getitem__(self, indices: list[int]) -> SequenceBatch:
         batch = pad([self.read(i) for i in indices])
         batch.x = batch.x.float()
+        if batch.inputs is not None:
+            batch.inputs = batch.inputs.float()
         return batch
 
     def read(self, index: int) -> Sequence:
@@ -124,10 +282,21 @@ class _Scaled(Dataset[SequenceBatch]):
         real = s.x if s.observed is None else s.x[s.observed]
         if not torch.isfinite(real).all():
             raise UserError(f"{name}: holds NaN or infinite values; remove it or mend it")
+        if self.num_inputs:
+            self._check_inputs(s, name)
         scaled = self.scaler.scale(s.x.double())
         if s.observed is not None:
             scaled = scaled.masked_fill(~s.observed, 0.0)
         return Sequence(scaled, s.observed, s.inputs, name)
+
+    def _check_inputs(self, s: Sequence, name: str) -> None:
+        expected = (len(s.x), self.num_inputs)
+        if s.inputs is None:
+            raise UserError(f"{name}: has no inputs, expected shape {expected}")
+        if s.inputs.shape != expected:
+            raise UserError(f"{name}: inputs of shape {tuple(s.inputs.shape)}, expected {expected}")
+        if not torch.isfinite(s.inputs).all():
+            raise UserError(f"{name}: holds NaN or infinite inputs; remove it or mend it")
 
     def _nothing(self) -> Sequence:
         """Return no steps of what a sequence is made of, so that a batch of it still has its covariates."""
@@ -146,15 +315,22 @@ class SequenceLoader:
         scaler: Applied to every sequence.
         num_features: Features per time step, which every sequence must have.
         sampler: Decides the batches.
+        num_inputs: Covariates per time step, which every sequence must have; 0 checks none.
         options: Handed on to DataLoader.
     """
 
     def __init__(
-        self, sequences: Sequences, scaler: Scaler, num_features: int, sampler: BatchSampler, **options: Any
+        self,
+        sequences: Sequences,
+        scaler: Scaler,
+        num_features: int,
+        sampler: BatchSampler,
+        num_inputs: int = 0,
+        **options: Any,
     ) -> None:
         self.sampler = sampler  # where Lightning looks to announce the epoch
         self.batch_sampler = None  # where it looks next
-        self.dataset = _Scaled(sequences, scaler, num_features)
+        self.dataset = _Scaled(sequences, scaler, num_features, num_inputs)
         self._loader: DataLoader[SequenceBatch] = DataLoader(self.dataset, batch_size=None, sampler=sampler, **options)
         self.batches_read = 0
 
@@ -201,6 +377,12 @@ class SequenceDataModule(LightningDataModule):
     modality: ClassVar[Modality] = "series"
     scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "none"
     run_options: ClassVar[frozenset[str]] = frozenset({"root", "batch_size", "num_workers"})
+    num_inputs: int = 0
+    """Covariates per time step, the width of ``Sequence.inputs``; where it is not 0, every sequence must have them.
+
+    Like ``num_features`` it is known right after construction: ``__init__`` sets it."""
+    missing: bool = False
+    """True where sequences may come with ``observed``; the model's phi_x is then told which values are missing."""
 
     def __init__(self, num_features: int, batch_size: int = 32, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
@@ -314,6 +496,7 @@ class SequenceDataModule(LightningDataModule):
             self.scaler,
             self.num_features,
             sampler,
+            self.num_inputs,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",

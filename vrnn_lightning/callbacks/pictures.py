@@ -45,7 +45,7 @@ def draw_rows(rows: dict[str, list[Tensor]], modality: str, sample_rate: int | N
 def _share_limits(grid: np.ndarray, names: list[str], panels: int) -> None:
     """Give every line plot of a column the limits of its first row, so that amplitudes compare."""
     for c in range(grid.shape[1]):
-        if not grid[0, c].lines or not grid[0, c].get_autoscaley_on():
+        if not grid[0, c].lines or grid[0, c].get_aspect() != "auto":
             continue
         for r in range(1, len(names)):
             low, high = grid[0, c].get_ylim()
@@ -94,13 +94,12 @@ def _image(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
 
 
 def _strokes(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
-    """Draw (dx, dy, lift) rows: the pen leaves the paper after a row whose lift is 1."""
+    """Draw (dx, dy, lift) rows: the pen leaves the paper after a row whose lift is 1, or more likely 1 than 0."""
     path = x[:, :2].cumsum(0)
     for stroke in np.split(path, np.flatnonzero(x[:-1, 2] > 0.5) + 1):
-        axes.plot(stroke[:, 0], stroke[:, 1], color="black", linewidth=1)
+        axes.plot(stroke[:, 0], stroke[:, 1], color="black", linewidth=1, marker="." if len(stroke) == 1 else None)
     axes.invert_yaxis()
     axes.set_aspect("equal", adjustable="datalim")
-    axes.set_autoscaley_on(False)
     axes.set_xticks([])
     axes.set_yticks([])
 

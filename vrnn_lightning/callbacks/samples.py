@@ -82,7 +82,11 @@ class Samples(Callback):
             return
         data = getattr(trainer, "datamodule", None)
         modality, rate = getattr(data, "modality", "series"), getattr(data, "sample_rate", None)
-        rows = self._rows(cast(VRNNLightningModule, pl_module), batch)
+        loudest = getattr(data, "full_scale", 1.0)
+        rows = {
+            name: [x / loudest for x in sequences]
+            for name, sequences in self._rows(cast(VRNNLightningModule, pl_module), batch).items()
+        }
         figure = draw_rows(rows, modality, rate)
         folder.mkdir(parents=True, exist_ok=True)
         name = f"step_{trainer.global_step:07d}"
@@ -112,7 +116,7 @@ class Samples(Callback):
 
 
 def _write_waves(rows: dict[str, list[Tensor]], folder: Path, name: str, rate: int) -> dict[str, list[Path]]:
-    """Write each sequence as a wav file."""
+    """Write each sequence as a wav file of its values, which are amplitudes; beyond -1 and 1 they are cut off."""
     import soundfile
 
     written: dict[str, list[Path]] = {}

@@ -1,0 +1,217 @@
+"""A linear-Gaussian state-space model, whose exact log-likelihood the Kalman filter tells."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vrnn_lightning.batch import Sequence, SequenceBatch
+from vrnn_lightning.data import Modality, SequenceDataModule, Split
+from vrnn_lightning.errors import UserError
+
+__all__ = ["LinearGaussian"]
+
+
+class LinearGaussian(SequenceDataModule):
+    r"""Noisy views of damped rotations that are driven by noise, drawn from a seed; no files.
+
+    .. math::
+        s_t = A s_{t-1} + w_t, \quad x_t = C s_t + v_t, \quad
+        w_t \sim \mathcal N(0, q^2 I), \quad v_t \sim \mathcal N(0, r^2 I), \quad
+        s_1 \sim \mathcal N\big(0, \tfrac{q^2}{1 - \rho^2} I\big)
+
+    :math:`A` is :math:`\rho` times a rotation: each pair of states turns by an angle of its own between 0 and pi / 2,
+    and an odd last state only decays. So :math:`A A^\top = \rho^2 I`, and the state's distribution is stationary from
+    the first step on. Each channel, a row of :math:`C`, sees every pair from a direction of its own. Nothing of this
+    depends on the seed.
+
+    Given the state, channels are independent; given the past, they are not, for the new :math:`w_t` moves them
+    together. So a model whose latent takes the place of the state can reach :meth:`exact_log_likelihood` with a
+    diagonal Gaussian output, and a network without a latent loses :attr:`diagonal_loss` nats a step, however well it
+    filters.
+
+    Data units are the model's units: the scaler is the identity.
+
+    Args:
+        state_size: States, S.
+        channels: Features per step, D, at least 2.
+        steps: Longest sequence, T.
+        min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
+        memory: Spectral radius of A, rho, in [0, 1).
+        state_noise: Standard deviation of the state's noise, q.
+        observation_noise: Standard deviation of the channels' noise, r.
+        loading: Norm of each row of C.
+        missing_rate: Probability of each value to be missing, independent of all else, in [0, 1).
+        train_size: Training sequences.
+        val_size: Validation sequences.
+        test_size: Test sequences.
+        batch_size: Sequences per batch and process.
+        num_workers: Processes that read ahead.
+        seed: Seed of the sequences and of their order.
+
+    Raises:
+        UserError: An option outside its range.
+    """
+
+    modality: ClassVar[Modality] = "series"
+
+    def __init__(
+        self,
+        state_size: int = 2,
+        channels: int = 4,
+        steps: int = 50,
+        min_steps: int | None = None,
+        memory: float = 0.9,
+        state_noise: float = 0.5,
+        observation_noise: float = 0.3,
+        loading: float = 1.0,
+        missing_rate: float = 0.0,
+        train_size: int = 4096,
+        val_size: int = 512,
+        test_size: int = 512,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(channels, batch_size, num_workers, seed)
+        for option, value, least in (
+            ("state_size", state_size, 1),
+            ("channels", channels, 2),
+            ("steps", steps, 1),
+            ("train_size", train_size, 1),
+            ("val_size", val_size, 1),
+            ("test_size", test_size, 1),
+        ):
+            if value < least:
+                raise UserError(f"--data.{option} {value}: must be at least {least}")
+        if min_steps is not None and not 1 <= min_steps <= steps:
+            raise UserError(f"--data.min_steps {min_steps}: must lie between 1 and --data.steps, {steps}")
+        for option, share in (("memory", memory), ("missing_rate", missing_rate)):
+            if not 0 <= share < 1:
+                raise UserError(f"--data.{option} {share}: must lie in [0, 1)")
+        for option, scale in (
+            ("state_noise", state_noise),
+            ("observation_noise", observation_noise),
+            ("loading", loading),
+        ):
+            if not 1e-3 <= scale <= 1e3:
+                raise UserError(f"--data.{option} {scale}: must lie between 1e-3 and 1e3")
+        spread = loading**2 * state_noise**2 / (1 - memory**2)
+        if channels * spread > 1e10 * observation_noise**2:
+            raise UserError(
+                f"--data.observation_noise {observation_noise}: too small to compute with; the state alone spreads a "
+                f"channel by {spread**0.5:.3g}"
+            )
+        self.steps = steps
+        self.min_steps = steps if min_steps is None else min_steps
+        self.missing_rate = missing_rate
+        self.missing = missing_rate > 0
+        self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
+        state = torch.eye(state_size, dtype=torch.float64)
+        self.transition = memory * _rotations(state_size)
+        """A, shape (states, states)."""
+        self.observation = loading * _directions(channels, state_size)
+        """C, shape (channels, states)."""
+        self.state_covariance = state_noise**2 * state
+        """Q, covariance of the state's noise, shape (states, states)."""
+        self.observation_covariance = observation_noise**2 * torch.eye(channels, dtype=torch.float64)
+        """R, covariance of the channels' noise, shape (channels, channels), diagonal."""
+        self.initial_covariance = self.state_covariance / (1 - memory**2)
+        """Covariance of the first state and of every later one, shape (states, states)."""
+
+    def sequences(self, split: Split) -> list[Sequence]:
+        """Draw a split's sequences, each split from a stream of its own."""
+        stream = {"train": 0, "val": 1, "test": 2}[split]
+        generator = torch.Generator().manual_seed(self.seed * 3 + stream)
+        size, states, channels = self.sizes[split], len(self.transition), self.num_features
+        lengths = torch.randint(self.min_steps, self.steps + 1, (size,), generator=generator).tolist()
+        noise = torch.randn(size, self.steps, states + channels, generator=generator, dtype=torch.float64)
+        driving, measuring = noise.split([states, channels], -1)
+        state = driving[:, 0] @ torch.linalg.cholesky(self.initial_covariance).mT
+        path = [state]
+        for w in (driving @ torch.linalg.cholesky(self.state_covariance).mT).unbind(1)[1:]:
+            state = state @ self.transition.mT + w
+            path.append(state)
+        x = torch.stack(path, 1) @ self.observation.mT + measuring @ self.observation_covariance.sqrt()
+        names = [f"{split} path {i}" for i in range(size)]
+        if not self.missing:
+            return [Sequence(x[i, :n].float(), name=names[i]) for i, n in enumerate(lengths)]
+        seen = torch.rand(x.shape, generator=generator) >= self.missing_rate
+        return [Sequence(x[i, :n].float(), seen[i, :n], name=names[i]) for i, n in enumerate(lengths)]
+
+    def exact_log_likelihood(self, batch: SequenceBatch) -> Tensor:
+        r"""Return log p(x) of the measured values of each sequence in nats, shape (batch,), on the CPU in float64.
+
+        The Kalman filter's: with :math:`m_t, P_t` the mean and covariance of :math:`s_t` given :math:`x_{<t}`,
+
+        .. math:: \log p(x) = \sum_t \log \mathcal N(x_t; C m_t, C P_t C^\top + R)
+
+        A row of :math:`C` whose value is missing counts as 0: the value is then noise, independent of all others.
+        """
+        counted = batch.counted.cpu()
+        x = batch.x.detach().cpu().double().where(counted, 0.0)
+        size, states = len(x), len(self.transition)
+        mean = x.new_zeros(size, states, 1)
+        covariance = self.initial_covariance.expand(size, -1, -1)
+        identity = torch.eye(states, dtype=x.dtype)
+        log_p = x.new_zeros(size)
+        for value, seen in zip(x.unbind(1), counted.unbind(1), strict=True):
+            c = self.observation * seen[..., None]
+            root = torch.linalg.cholesky(c @ covariance @ c.mT + self.observation_covariance)
+            surprise = (value[..., None] - c @ mean) * seen[..., None]
+            whitened = torch.linalg.solve_triangular(root, surprise, upper=False)[..., 0]
+            spread = root.diagonal(dim1=-2, dim2=-1).log()
+            densities = -0.5 * whitened.square() - spread - 0.5 * math.log(2 * math.pi)
+            log_p = log_p + densities.where(seen, 0.0).sum(-1)
+            gain = torch.cholesky_solve(c @ covariance, root).mT
+            kept = identity - gain @ c
+            mean = self.transition @ (mean + gain @ surprise)
+            covariance = kept @ covariance @ kept.mT + gain @ self.observation_covariance @ gain.mT
+            covariance = self.transition @ covariance @ self.transition.mT + self.state_covariance
+        return log_p
+
+    def predictive_covariances(self) -> Tensor:
+        """Return the covariance of x_t given the complete past, for each step, shape (steps, channels, channels)."""
+        c, covariance, found = self.observation, self.initial_covariance, []
+        for _ in range(self.steps):
+            found.append(c @ covariance @ c.mT + self.observation_covariance)
+            seen = covariance - covariance @ c.mT @ torch.linalg.solve(found[-1], c @ covariance)
+            covariance = self.transition @ seen @ self.transition.mT + self.state_covariance
+        return torch.stack(found)
+
+    @property
+    def diagonal_loss(self) -> float:
+        r"""What the best predictor with a diagonal Gaussian output and no latent loses, in nats per step.
+
+        With :math:`S_t` the :meth:`predictive_covariances`, it is the mean of
+        :math:`\tfrac12 \big(\sum_i \log S_{t,ii} - \log|S_t|\big)`, exact over the steps of sequences of all lengths
+        that may occur, for values none of which is missing.
+        """
+        s = self.predictive_covariances()
+        loss = 0.5 * (s.diagonal(dim1=-2, dim2=-1).log().sum(-1) - torch.logdet(s))
+        lengths = torch.arange(self.min_steps, self.steps + 1)
+        reached = (lengths[:, None] > torch.arange(self.steps)).sum(0).to(loss)
+        return float((loss * reached).sum() / reached.sum())
+
+
+def _rotations(size: int) -> Tensor:
+    """Return an orthogonal matrix of shape (size, size): rotations of pairs, and 1 for an odd last one."""
+    pairs = size // 2
+    angles = torch.arange(1, pairs + 1, dtype=torch.float64) * (math.pi / 2 / (pairs + 1))
+    cos, sin = angles.cos(), angles.sin()
+    blocks = torch.stack([cos, -sin, sin, cos], -1).view(pairs, 2, 2)
+    matrix: Tensor = torch.block_diag(*blocks, *torch.ones(size % 2, 1, 1, dtype=torch.float64))
+    return matrix
+
+
+def _directions(channels: int, states: int) -> Tensor:
+    """Return rows of norm 1, shape (channels, states): over all of them the k-th pair turns k half circles."""
+    turn = torch.arange(channels, dtype=torch.float64)[:, None] * (math.pi / channels)
+    pair = torch.arange(1, states // 2 + 1)
+    alone = torch.ones(channels, states % 2, dtype=torch.float64)
+    pairs = torch.stack([(turn * pair).cos(), (turn * pair).sin()], -1).flatten(1)
+    rows = torch.cat([pairs, alone], 1)
+    return rows / math.sqrt(len(pair) + states % 2)
