@@ -141,7 +141,7 @@ TRAPS = {
     "loss on data, network on centred data": Trap(
         FORWARD, "x = batch.x.masked_fill(~counted, 0.0)", "x = inputs", equals_textbook
     ),
-    "no floor under the std": Trap("heads:Gaussian.moments", " + self.min_std", "", std_has_a_floor),
+    "no floor under the std": Trap("heads.continuous:Gaussian.moments", " + self.min_std", "", std_has_a_floor),
     "batch of one squeezed": Trap(
         "recurrence:_infer", "return encoder.head.moments(encoder.head.linear(features))",
         "return tuple(m.squeeze() for m in encoder.head.moments(encoder.head.linear(features)))", batch_of_one_keeps_its_shape, RuntimeError,
@@ -173,14 +173,14 @@ TRAPS = {
         loader_scales_once,
     ),
     "grey values scored with a Bernoulli": Trap(
-        "heads:Bernoulli.check", "if not wrong.any():", "if True:", grey_values_are_refused, pytest.fail.Exception
+        "heads.base:Head.refuse", "if not wrong.any():", "if True:", grey_values_are_refused, pytest.fail.Exception
     ),
     "mixture of logs": Trap(
-        "heads:Mixture.marginal_log_prob", "torch.logsumexp(each + self.mixture_distribution.logits.log_softmax(-1), -1)",
+        "heads.base:Mixture.marginal_log_prob", "torch.logsumexp(each + self.mixture_distribution.logits.log_softmax(-1), -1)",
         "(each * self.mixture_distribution.probs).sum(-1)", test_heads.test_mixture_density_is_the_log_of_a_sum,
     ),
     "softmax over the wrong axis": Trap(
-        "heads:Mixture.marginal_log_prob", "log_softmax(-1)", "log_softmax(0)",
+        "heads.base:Mixture.marginal_log_prob", "log_softmax(-1)", "log_softmax(0)",
         test_heads.test_mixture_density_is_the_log_of_a_sum,
     ),
     "reference left alone": Trap("recurrence:textbook", "[phi_x, phi_z], [phi_z, h]", "[phi_x, phi_z], [phi_z, 1.1 * h]", equals_textbook),
@@ -200,7 +200,7 @@ def put_in(trap: Trap, monkeypatch: pytest.MonkeyPatch, folder) -> None:
     assert trap.right in body, "the trap needs a new place"
     module_lines = inspect.getsource(original).splitlines(keepends=True)
     module_lines[first - 1 : first - 1 + len(lines)] = [body.replace(trap.right, trap.wrong, 1)]
-    copy = folder / f"trapped_{module_name}.py"
+    copy = folder / f"trapped_{module_name.replace('.', '_')}.py"
     copy.write_text("".join(module_lines))
     spec = importlib.util.spec_from_file_location(copy.stem, copy)
     trapped = importlib.util.module_from_spec(spec)
