@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Normal
+from torch.distributions import Categorical, Distribution, Gamma, Normal
 from torch.distributions import Laplace as LaplaceDistribution
 from torch.nn import functional as F
 
@@ -209,8 +209,7 @@ class _StudentT(Elementwise):
 
     @torch.no_grad()
     def sample(self, sample_shape: SampleShape = ()) -> Tensor:
-        shape = self._extended_shape(sample_shape)
-        precision = torch._standard_gamma((self.df / 2).expand(shape)) / (self.df / 2)
+        precision = Gamma(self.df / 2, self.df / 2, validate_args=False).sample(torch.Size(sample_shape))
         return self.loc + self.scale * torch.randn_like(precision) * precision.rsqrt()
 
     def tempered(self, temperature: float) -> Distribution:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical
+from torch.distributions import Categorical, Gamma
 from torch.nn import functional as F
 
 from vrnn_lightning.heads.base import Elementwise, Factorised, Head, SampleShape, at_least_float32
@@ -146,8 +146,8 @@ class _NegativeBinomial(_Counts):
 
     @torch.no_grad()
     def sample(self, sample_shape: SampleShape = ()) -> Tensor:
-        size = self.size.expand(self._extended_shape(sample_shape))
-        return torch.poisson(torch._standard_gamma(size) * (self._mean / self.size))
+        rate = Gamma(self.size, torch.ones_like(self.size), validate_args=False).sample(torch.Size(sample_shape))
+        return torch.poisson(rate * (self._mean / self.size))
 
 
 class _Tempered(Elementwise):

@@ -178,8 +178,8 @@ class MuLaw(Head):
     Raises:
         UserError: A number of bins that nothing can be cut into.
 
-    >>> MuLaw(4, 2)(torch.zeros(3, 4)).log_prob(torch.zeros(3, 2)).exp()[0] * 256**2
-    tensor(1.0000, grad_fn=<MulBackward0>)
+    >>> MuLaw(4, 2)(torch.zeros(3, 4)).log_prob(torch.zeros(3, 2)).shape
+    torch.Size([3])
     """
 
     likelihood = "mass"

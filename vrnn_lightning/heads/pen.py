@@ -133,12 +133,12 @@ class _PenStroke(Distribution):
         value = value.masked_fill(~observed, 0.0)
         zx, zy = ((value[..., None, :2] - self.loc) / self.scale).unbind(-1)
         x_known, y_known, lift_known = observed[..., None].unbind(-2)
-        log_x, log_y = -0.5 * zx**2 - self.scale[..., 0].log(), -0.5 * zy**2 - self.scale[..., 1].log()
-        rest = 1 - self.correlation**2  # the share of dy's variance that dx leaves
-        log_y_given_x = -0.5 * (zy - self.correlation * zx) ** 2 / rest - self.scale[..., 1].log() - 0.5 * rest.log()
-        log_y = torch.where(x_known, log_y_given_x, log_y)
-        known = observed[..., :2].sum(-1, keepdim=True)
-        each = torch.where(x_known, log_x, 0.0) + torch.where(y_known, log_y, 0.0) - 0.5 * math.log(2 * math.pi) * known
+        rho, rest = self.correlation, 1 - self.correlation**2  # the share of dy's variance that dx leaves
+        log_x, log_y = (-self.scale.log() - 0.5 * math.log(2 * math.pi)).unbind(-1)
+        log_x = log_x - 0.5 * zx**2
+        log_y_given_x = log_y - 0.5 * (zy - rho * zx) ** 2 / rest - 0.5 * rest.log()
+        log_y = torch.where(x_known, log_y_given_x, log_y - 0.5 * zy**2)
+        each = torch.where(x_known, log_x, 0.0) + torch.where(y_known, log_y, 0.0)
         offsets = torch.logsumexp(each + self.weights.logits.log_softmax(-1), -1)
         return offsets + torch.where(lift_known[..., 0], self.lift.log_prob(value[..., 2]), 0.0)
 
