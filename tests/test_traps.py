@@ -7,11 +7,10 @@ the test says so: the trap then needs a new place.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import CodeType
 
 import pytest
 import test_heads
@@ -97,6 +96,14 @@ def grey_values_are_refused(folder_of: pytest.TempPathFactory) -> None:
     test_module.test_grey_values_are_no_bernoulli(folder_of.mktemp("run"))
 
 
+def survives_extremes(case: str, size: float) -> Callable[[], None]:
+    return lambda: test_heads.test_extreme_parameters_leave_values_and_gradients_finite(test_heads.CASES[case], size)
+
+
+def logistics_sum_to_one() -> None:
+    test_heads.test_discretised_logistics_sum_to_one(8, 0)
+
+
 FORWARD, CLEAN, LOOK = "vrnn:VRNN.forward", "vrnn:VRNN._clean", "vrnn:VRNN.look"
 HOISTED, STEP, FREE = "recurrence:_FastStep.__init__", "recurrence:_FastStep.__call__", "recurrence:free_run"
 KL = "kl_divergence(posterior.base_dist, prior.base_dist)"
@@ -143,7 +150,7 @@ TRAPS = {
         FORWARD, "log_prob(emission, spread(batch.x)", "log_prob(emission, spread(self.look(batch.x, batch.counted))",
         equals_textbook,
     ),
-    "no floor under the std": Trap("heads:Gaussian.moments", " + self.min_std", "", std_has_a_floor),
+    "no floor under the std": Trap("heads.continuous:Gaussian.moments", " + self.min_std", "", std_has_a_floor),
     "batch of one squeezed": Trap(
         "recurrence:_infer", "return encoder.head.moments(encoder.head.linear(features))",
         "return tuple(m.squeeze() for m in encoder.head.moments(encoder.head.linear(features)))", batch_of_one_keeps_its_shape, RuntimeError,
@@ -175,22 +182,56 @@ TRAPS = {
         loader_scales_once,
     ),
     "grey values scored with a Bernoulli": Trap(
-        "heads:Bernoulli.check", "if not wrong.any():", "if True:", grey_values_are_refused, pytest.fail.Exception
+        "heads.base:Head.refuse", "if not wrong.any():", "if True:", grey_values_are_refused, pytest.fail.Exception
     ),
     "mixture of logs": Trap(
-        "heads:Mixture.marginal_log_prob", "torch.logsumexp(each + self.mixture_distribution.logits.log_softmax(-1), -1)",
+        "heads.base:Mixture.marginal_log_prob", "torch.logsumexp(each + self.mixture_distribution.logits.log_softmax(-1), -1)",
         "(each * self.mixture_distribution.probs).sum(-1)", test_heads.test_mixture_density_is_the_log_of_a_sum,
     ),
     "softmax over the wrong axis": Trap(
-        "heads:Mixture.marginal_log_prob", "log_softmax(-1)", "log_softmax(0)",
+        "heads.base:Mixture.marginal_log_prob", "log_softmax(-1)", "log_softmax(0)",
         test_heads.test_mixture_density_is_the_log_of_a_sum,
+    ),
+    "log of a softmax": Trap(
+        "heads.discrete:_LogisticBins.log_prob", "log_softmax(-1)", "softmax(-1).log()", survives_extremes("logistics, 8 bit", 1e6)
+    ),
+    "log of a sigmoid": Trap(
+        "heads.discrete:_LogisticBins.log_prob", "below = F.logsigmoid((centred + 0.5) / self.scale)",
+        "below = ((centred + 0.5) / self.scale).sigmoid().log()", survives_extremes("logistics, 8 bit", 1e4),
+    ),
+    "range's ends without their tails": Trap(
+        "heads.discrete:_LogisticBins.log_prob", "first, last = value <= self.lowest, value >= self.highest",
+        "first = last = value < self.lowest", logistics_sum_to_one,
+    ),
+    "mixture of logs of logistics": Trap(
+        "heads.discrete:_LogisticBins.log_prob", "torch.logsumexp(each + self.weights.logits.log_softmax(-1), -1)",
+        "(each * self.weights.probs).sum(-1)", logistics_sum_to_one,
+    ),
+    "bins of companded sound shifted": Trap(
+        "heads.discrete:_Companded.encode", "+ 0.5).floor()", ").floor()", test_heads.test_mulaw_is_the_formula
+    ),
+    "mixture of logs of pen strokes": Trap(
+        "heads.pen:_PenStroke.marginal_log_prob", "torch.logsumexp(each + self.weights.logits.log_softmax(-1), -1)",
+        "(each * self.weights.probs).sum(-1)", test_heads.test_pen_density_is_the_log_of_a_sum,
+    ),
+    "unbounded correlation": Trap("heads.pen:Pen.forward", "0.999 * bend.tanh()", "bend.tanh()", survives_extremes("pen", 1e4)),
+    "lift forgotten": Trap(
+        "heads.pen:_PenStroke.marginal_log_prob", "torch.where(lift_known[..., 0]", "0 * torch.where(lift_known[..., 0]",
+        test_heads.test_pen_density_is_the_log_of_a_sum,
+    ),
+    "missing dx taken for the mean": Trap(
+        "heads.pen:_PenStroke.marginal_log_prob", "torch.where(x_known, log_y_given_x, log_y - 0.5 * zy**2)", "log_y_given_x",
+        lambda: test_heads.test_missing_pen_offset_is_integrated_out(0),
+    ),
+    "log of a rate that underflowed": Trap(
+        "heads.counts:Poisson.forward", "log_softplus(raw)", "F.softplus(raw).log()", survives_extremes("poisson", -1e4)
     ),
     "reference left alone": Trap("recurrence:textbook", "torch.cat([phi_z, h, *u], -1)", "torch.cat([phi_z, 1.1 * h, *u], -1)", equals_textbook),
 }  # fmt: skip
 
 
-def put_in(trap: Trap, monkeypatch: pytest.MonkeyPatch, folder) -> None:
-    """Load a copy of the module with the bug in it, and give the original function the copy's code."""
+def put_in(trap: Trap, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile the module with the bug in it, and give the original function that code."""
     module_name, path = trap.target.split(":")
     original = importlib.import_module(f"vrnn_lightning.{module_name}")
     right = original
@@ -202,25 +243,25 @@ def put_in(trap: Trap, monkeypatch: pytest.MonkeyPatch, folder) -> None:
     assert trap.right in body, "the trap needs a new place"
     module_lines = inspect.getsource(original).splitlines(keepends=True)
     module_lines[first - 1 : first - 1 + len(lines)] = [body.replace(trap.right, trap.wrong, 1)]
-    copy = folder / f"trapped_{module_name}.py"
-    copy.write_text("".join(module_lines))
-    spec = importlib.util.spec_from_file_location(copy.stem, copy)
-    trapped = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, copy.stem, trapped)
-    spec.loader.exec_module(trapped)
-    wrong = trapped
-    for name in path.split("."):
-        wrong = getattr(wrong, name)
-    monkeypatch.setattr(right, "__code__", inspect.unwrap(wrong).__code__)  # wherever it was imported to
+    trapped = compile("".join(module_lines), f"trapped {original.__file__}", "exec", dont_inherit=True)
+    wrong = next(code for code in codes_in(trapped) if code.co_qualname == path)
+    monkeypatch.setattr(right, "__code__", wrong)  # wherever it was imported to
+
+
+def codes_in(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from codes_in(inner)
 
 
 @pytest.mark.parametrize("name", TRAPS)
-def test_every_trap_is_noticed(name, monkeypatch, tmp_path, tmp_path_factory):
+def test_every_trap_is_noticed(name, monkeypatch, tmp_path_factory):
     trap = TRAPS[name]
     takes_folder = trap.oracle.__code__.co_argcount and "folder_of" in trap.oracle.__code__.co_varnames
     run = (lambda: trap.oracle(tmp_path_factory)) if takes_folder else trap.oracle
     run()  # the oracle is content with the code as it is
-    put_in(trap, monkeypatch, tmp_path)
+    put_in(trap, monkeypatch)
     with pytest.raises(trap.noticed_as) as noticed:
         run()
     assert "trap needs a new place" not in str(noticed.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from functools import partial
@@ -341,9 +342,16 @@ def _make_storable(hparams: Any) -> None:
             if isinstance(value, partial) and not isinstance(made, type):  # the command line's partial names it last
                 made = value.args[-1] if value.args else made
             if isinstance(made, type):
-                hparams[name] = {"class_path": f"{made.__module__}.{made.__qualname__}", "init_args": options}
+                hparams[name] = {"class_path": _path(made), "init_args": options}
             elif name in ("optimizer", "lr_scheduler"):
                 del hparams[name]
             else:
                 raise UserError(f"{name}: a checkpoint can only hold a class or functools.partial(class, option=value)")
     hparams.setdefault("_instantiator", "lightning.pytorch.cli.instantiate_module")
+
+
+def _path(cls: type) -> str:
+    """Return where a class can be imported from: the package that shows it, as the command line names it."""
+    package = cls.__module__.rpartition(".")[0]
+    public = getattr(sys.modules.get(package), cls.__name__, None) is cls
+    return f"{package if public else cls.__module__}.{cls.__qualname__}"

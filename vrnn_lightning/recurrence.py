@@ -11,12 +11,12 @@ from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Normal, kl_divergence
+from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.filtering import Step
-from vrnn_lightning.heads import Factorised, Gaussian, Head, Network, log_prob
+from vrnn_lightning.heads import Factorised, Gaussian, Head, Network, log_prob, tempered
 from vrnn_lightning.nn import MLP
 
 __all__ = [
@@ -502,7 +502,7 @@ def free_run(
         if model.prior is not None and model.phi_z is not None:
             z = model.prior(torch.cat([h, *u], -1)).sample()
             phi_z = model.phi_z(z)
-        emission: Distribution = model.decoder(torch.cat([phi_z, h, *u], -1))
+        emission = tempered(model.decoder(torch.cat([phi_z, h, *u], -1)), temperature)
         x = emission.sample()
         drawn.append((x, emission.mean, z))
         reads = torch.cat([model.phi_x(model.look(x, torch.ones_like(x, dtype=torch.bool))), *u, phi_z], -1)

@@ -1,0 +1,26 @@
+"""Heads: modules whose forward maps features to a torch Distribution over a frame."""
+
+from vrnn_lightning.heads.base import Factorised, Head, Mixture, Network, log_prob, tempered
+from vrnn_lightning.heads.continuous import Gaussian, GaussianMixture, Laplace, StudentT
+from vrnn_lightning.heads.counts import NegativeBinomial, Poisson
+from vrnn_lightning.heads.discrete import Bernoulli, DiscretisedLogisticMixture, MuLaw
+from vrnn_lightning.heads.pen import Pen
+
+__all__ = [
+    "Bernoulli",
+    "DiscretisedLogisticMixture",
+    "Factorised",
+    "Gaussian",
+    "GaussianMixture",
+    "Head",
+    "Laplace",
+    "Mixture",
+    "MuLaw",
+    "NegativeBinomial",
+    "Network",
+    "Pen",
+    "Poisson",
+    "StudentT",
+    "log_prob",
+    "tempered",
+]

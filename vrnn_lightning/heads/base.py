@@ -1,0 +1,260 @@
+"""What all heads share: the contract, distributions over frames, their marginals and their temperature."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import singledispatch
+from typing import ClassVar, Generic, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, MixtureSameFamily, Normal
+
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.nn import MLP, Layers
+
+__all__ = [
+    "Elementwise",
+    "Factorised",
+    "Head",
+    "Mixture",
+    "Network",
+    "SampleShape",
+    "at_least_float32",
+    "log_prob",
+    "require_floor",
+    "require_whole",
+    "tempered",
+]
+
+SampleShape = torch.Size | list[int] | tuple[int, ...]
+
+
+class Elementwise(Distribution):
+    """A distribution of single numbers, batch shape (..., features), for :class:`Factorised` to join to frames.
+
+    Subclasses have ``log_prob``, ``sample``, ``mean`` and ``tempered``. Their ``log_prob`` is finite wherever the head
+    looks away from, padding included, so nothing is validated.
+    """
+
+    arg_constraints: ClassVar = {}
+
+    def __init__(self, batch_shape: torch.Size) -> None:
+        super().__init__(batch_shape, validate_args=False)
+
+
+class Factorised(Independent):
+    """A distribution over a frame whose features are independent: event shape (features,)."""
+
+    def __init__(self, base: Distribution) -> None:
+        super().__init__(base, 1, validate_args=False)
+
+    def marginal_log_prob(self, value: Tensor, observed: Tensor) -> Tensor:
+        """Return the log-likelihood of the observed features alone.
+
+        Args:
+            value: Frames, shape (..., features); what stands at unobserved features does not count.
+            observed: True where a feature was measured, shape (..., features).
+
+        Returns:
+            Nats, shape (...).
+        """
+        value = value.masked_fill(~observed, 0.0)  # a NaN there would reach the gradient
+        return torch.where(observed, self.base_dist.log_prob(value), 0.0).sum(-1)
+
+    def tempered(self, temperature: float) -> Factorised:
+        """Return the distribution with each feature at a temperature, see :func:`tempered`."""
+        return Factorised(tempered(self.base_dist, temperature))
+
+
+class Mixture(MixtureSameFamily):
+    """A mixture of :class:`Factorised` components that share one weight vector per frame: event shape (features,)."""
+
+    def __init__(self, weights: Categorical, components: Factorised) -> None:
+        super().__init__(weights, components, validate_args=False)
+
+    def marginal_log_prob(self, value: Tensor, observed: Tensor) -> Tensor:
+        """Return the log-likelihood of the observed features alone.
+
+        Args:
+            value: Frames, shape (..., features); what stands at unobserved features does not count.
+            observed: True where a feature was measured, shape (..., features).
+
+        Returns:
+            Nats, shape (...).
+        """
+        components = cast(Factorised, self.component_distribution)
+        each = components.marginal_log_prob(value[..., None, :], observed[..., None, :])
+        return torch.logsumexp(each + self.mixture_distribution.logits.log_softmax(-1), -1)
+
+    def tempered(self, temperature: float) -> Mixture:
+        """Return the mixture with its weights and its components at a temperature, see :func:`tempered`."""
+        weights = cast(Categorical, tempered(self.mixture_distribution, temperature))
+        return Mixture(weights, cast(Factorised, tempered(self.component_distribution, temperature)))
+
+
+def log_prob(distribution: Distribution, value: Tensor, observed: Tensor | None = None) -> Tensor:
+    """Return log p(value), or of its observed part, in nats, shape (...).
+
+    Args:
+        distribution: What a head returned; event shape (features,).
+        value: Frames, shape (..., features).
+        observed: True where a feature was measured, shape (..., features), or ``None`` for everywhere.
+
+    Raises:
+        UserError: Values are missing, and the distribution has no ``marginal_log_prob``.
+    """
+    if observed is None:
+        return distribution.log_prob(value)
+    if not hasattr(distribution, "marginal_log_prob"):
+        raise UserError(f"{type(distribution).__name__} can't leave out missing values; choose another emission")
+    return cast(Tensor, distribution.marginal_log_prob(value, observed))
+
+
+def tempered(distribution: Distribution, temperature: float) -> Distribution:
+    r"""Return a distribution of the same kind, sharper below temperature 1 and flatter above.
+
+    Where :math:`p(x)^{1/T}` is of the same kind, normalised, that is it: logits of binary features, bins and mixture
+    weights are divided by T, a Gaussian's variance is multiplied by it, and counts are weighted by it. The other
+    densities have their variance multiplied by T, too, within each component of a mixture.
+
+    Args:
+        distribution: What a head returned, or a part of it.
+        temperature: T; 1 returns the distribution itself.
+
+    Raises:
+        UserError: The temperature is not positive, or the distribution has none.
+
+    >>> sharp = tempered(Normal(torch.zeros(2), torch.ones(2)), 0.25)
+    >>> sharp.stddev
+    tensor([0.5000, 0.5000])
+    """
+    if not 0 < temperature < math.inf:
+        raise UserError(f"temperature {temperature}: must be positive; 1 leaves the model as it is")
+    return distribution if temperature == 1 else _tempered(distribution, temperature)
+
+
+@singledispatch
+def _tempered(distribution: Distribution, temperature: float) -> Distribution:
+    if not hasattr(distribution, "tempered"):
+        raise UserError(f"{type(distribution).__name__} has no temperature; choose another emission or temperature 1")
+    return cast(Distribution, distribution.tempered(temperature))
+
+
+@_tempered.register
+def _(distribution: Normal, temperature: float) -> Normal:
+    return Normal(distribution.loc, distribution.scale * math.sqrt(temperature), validate_args=False)
+
+
+@_tempered.register
+def _(distribution: Bernoulli, temperature: float) -> Bernoulli:
+    return Bernoulli(logits=distribution.logits / temperature, validate_args=False)
+
+
+@_tempered.register
+def _(distribution: Categorical, temperature: float) -> Categorical:
+    return Categorical(logits=distribution.logits / temperature, validate_args=False)
+
+
+class Head(nn.Module, ABC):
+    """A module that maps features (..., in_features) to a Distribution over frames (..., num_features).
+
+    To add an emission, write one subclass; its keyword arguments become options of the command line. Parameters of the
+    distribution are computed in float32 or better, also under autocast.
+
+    Args:
+        in_features: Width of the features.
+        num_features: Width of the frame, D.
+    """
+
+    likelihood: ClassVar[Literal["density", "mass", "mixed"]] = "density"
+    """What ``log_prob`` is the logarithm of; a mixed one has features of either kind."""
+
+    def __init__(self, in_features: int, num_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.num_features = num_features
+
+    @abstractmethod
+    def forward(self, features: Tensor) -> Distribution:
+        """Return the distribution with batch shape (...) and event shape (num_features,)."""
+
+    def check(self, x: Tensor, counted: Tensor) -> None:  # most densities take every number
+        """Refuse data outside the distribution's support.
+
+        Args:
+            x: Frames, shape (..., num_features).
+            counted: True at real, measured values, shape (..., num_features).
+
+        Raises:
+            UserError: A value has no probability; the message names its feature and range.
+        """
+
+    def refuse(self, wrong: Tensor, x: Tensor, counted: Tensor, support: str, cure: str) -> None:
+        """Raise a UserError that names the first feature with wrong values, if there is one.
+
+        Args:
+            wrong: True at values without probability, shape (..., num_features); what is not counted does not matter.
+            x: Frames, shape (..., num_features).
+            counted: True at real, measured values, shape (..., num_features).
+            support: What the values should have been, to follow "not".
+            cure: What to do about it.
+        """
+        wrong = wrong & counted
+        if not wrong.any():
+            return
+        feature = int(wrong.flatten(0, -2).any(0).nonzero()[0])
+        values = x[..., feature][counted[..., feature]]
+        raise UserError(
+            f"emission {type(self).__name__}: feature {feature} has values from {values.min():.6g} to "
+            f"{values.max():.6g}, not {support}; {cure} or choose another emission"
+        )
+
+    @torch.no_grad()
+    def start_from(self, mean: Tensor) -> None:
+        """Let biases start from the data's mean, shape (num_features,), so that training need not find it.
+
+        Heads for scaled data have nothing to do.
+        """
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return a tensor in float32, or as it is where it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def require_floor(option: str, value: float) -> None:
+    """Refuse a floor under a scale that is none."""
+    if not 0 < value < math.inf:
+        raise UserError(f"{option} {value}: must be positive, or the likelihood can grow without bound")
+
+
+def require_whole(option: str, value: int, least: int, most: int) -> None:
+    """Refuse a number outside a range."""
+    if not least <= value <= most:
+        raise UserError(f"{option} {value}: choose a whole number from {least} to {most}")
+
+
+HeadT = TypeVar("HeadT", bound=Head)
+
+
+class Network(nn.Module, Generic[HeadT]):
+    """A multilayer perceptron and the head that reads it: features (..., in_features) to a Distribution.
+
+    Args:
+        in_features: Width of the input.
+        layers: Size of the perceptron.
+        head: Called with (in_features, num_features), returns the head.
+        num_features: Width of the frame.
+    """
+
+    def __init__(self, in_features: int, layers: Layers, head: Callable[[int, int], HeadT], num_features: int) -> None:
+        super().__init__()
+        self.body = MLP(in_features, layers)
+        self.head = head(self.body.out_features, num_features)
+
+    def forward(self, features: Tensor) -> Distribution:
+        """Return the distribution with batch shape (...) and event shape (num_features,)."""
+        return cast(Distribution, self.head(self.body(features)))

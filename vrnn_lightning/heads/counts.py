@@ -1,0 +1,187 @@
+"""Heads for counts: whole numbers from 0 on."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, Gamma
+from torch.nn import functional as F
+
+from vrnn_lightning.heads.base import Elementwise, Factorised, Head, SampleShape, at_least_float32
+from vrnn_lightning.heads.gamma import inverse_softplus, log_gamma_ratio, log_softplus
+
+__all__ = ["NegativeBinomial", "Poisson"]
+
+
+class _CountHead(Head):
+    likelihood = "mass"
+
+    def check(self, x: Tensor, counted: Tensor) -> None:
+        """Refuse values that are no counts.
+
+        Args:
+            x: Frames, shape (..., num_features).
+            counted: True at real, measured values, shape (..., num_features).
+
+        Raises:
+            UserError: The message names the feature and its range.
+        """
+        right = (x >= 0) & (x == x.floor()) & torch.isfinite(x)
+        self.refuse(~right, x, counted, "whole numbers from 0 on alone", "leave counts unscaled")
+
+
+class Poisson(_CountHead):
+    r"""Independent counts of mean rate :math:`\lambda`.
+
+    .. math:: P(x_d) = e^{-\lambda_d} \lambda_d^{x_d} / x_d!, \qquad \lambda = \log(1 + e^{W f + b})
+
+    The rate grows linearly, so no step of training overflows it; its logarithm stays exact where it underflows.
+
+    Args:
+        in_features: Width of the features.
+        num_features: Width of the frame, D.
+
+    >>> Poisson(4, 2)(torch.zeros(3, 4)).log_prob(torch.ones(3, 2)).shape
+    torch.Size([3])
+    """
+
+    def __init__(self, in_features: int, num_features: int) -> None:
+        super().__init__(in_features, num_features)
+        self.linear = nn.Linear(in_features, num_features)
+
+    def forward(self, features: Tensor) -> Factorised:
+        """Return the distribution with batch shape (...) and event shape (num_features,)."""
+        raw = at_least_float32(self.linear(features))
+        return Factorised(_Poisson(F.softplus(raw), log_softplus(raw)))
+
+    @torch.no_grad()
+    def start_from(self, mean: Tensor) -> None:
+        """Set the rate's bias from the training mean, shape (num_features,)."""
+        self.linear.bias.copy_(inverse_softplus(mean.clamp(min=1e-3)))
+
+
+class NegativeBinomial(_CountHead):
+    r"""Independent counts whose variance exceeds their mean: a Poisson whose rate is drawn from a Gamma.
+
+    .. math:: P(x_d) = \frac{\Gamma(x_d + r_d)}{\Gamma(r_d)\, x_d!}
+        \left(\frac{r_d}{r_d + m_d}\right)^{r_d} \left(\frac{m_d}{r_d + m_d}\right)^{x_d}, \qquad
+        m, r = \log(1 + e^{W f + b})
+
+    The mean is m and the variance m + m² / r; as r grows, it becomes the :class:`Poisson`.
+
+    Args:
+        in_features: Width of the features.
+        num_features: Width of the frame, D.
+
+    >>> NegativeBinomial(4, 2)(torch.zeros(3, 4)).log_prob(torch.ones(3, 2)).shape
+    torch.Size([3])
+    """
+
+    def __init__(self, in_features: int, num_features: int) -> None:
+        super().__init__(in_features, num_features)
+        self.linear = nn.Linear(in_features, 2 * num_features)
+
+    def forward(self, features: Tensor) -> Factorised:
+        """Return the distribution with batch shape (...) and event shape (num_features,)."""
+        mean, size = at_least_float32(self.linear(features)).chunk(2, -1)
+        return Factorised(_NegativeBinomial(F.softplus(mean), log_softplus(mean), F.softplus(size) + 1e-4))
+
+    @torch.no_grad()
+    def start_from(self, mean: Tensor) -> None:
+        """Set the mean's bias from the training mean, shape (num_features,)."""
+        self.linear.bias[: self.num_features].copy_(inverse_softplus(mean.clamp(min=1e-3)))
+
+
+class _Counts(Elementwise):
+    """Counts of a given mean; ``excess`` is the variance over the mean, and how slowly the tail falls."""
+
+    def __init__(self, mean: Tensor, log_mean: Tensor) -> None:
+        super().__init__(mean.shape)
+        self._mean, self.log_mean = mean, log_mean
+
+    @property
+    def mean(self) -> Tensor:
+        return self._mean
+
+    @property
+    @abstractmethod
+    def excess(self) -> Tensor: ...
+
+    @property
+    def variance(self) -> Tensor:
+        return self._mean * self.excess
+
+    def tempered(self, temperature: float) -> _Tempered:
+        return _Tempered(self, temperature)
+
+
+class _Poisson(_Counts):
+    @property
+    def excess(self) -> Tensor:
+        return torch.ones_like(self._mean)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return value * self.log_mean - self._mean - torch.lgamma(value + 1)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: SampleShape = ()) -> Tensor:
+        return torch.poisson(self._mean.expand(self._extended_shape(sample_shape)))
+
+
+class _NegativeBinomial(_Counts):
+    def __init__(self, mean: Tensor, log_mean: Tensor, size: Tensor) -> None:
+        super().__init__(mean, log_mean)
+        self.size = size
+
+    @property
+    def excess(self) -> Tensor:
+        return 1 + self._mean / self.size
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_excess = torch.log1p(self._mean / self.size)
+        placed = log_gamma_ratio(self.size, value) - torch.lgamma(value + 1)
+        return placed + value * (self.log_mean - log_excess) - self.size * log_excess
+
+    @torch.no_grad()
+    def sample(self, sample_shape: SampleShape = ()) -> Tensor:
+        rate = Gamma(self.size, torch.ones_like(self.size), validate_args=False).sample(torch.Size(sample_shape))
+        return torch.poisson(rate * (self._mean / self.size))
+
+
+class _Tempered(Elementwise):
+    r"""Counts by :math:`p(x)^{1/T} / \sum_{x'} p(x')^{1/T}`, summed over at most 65537 counts around the mean."""
+
+    def __init__(self, counts: _Counts, temperature: float) -> None:
+        super().__init__(counts.batch_shape)
+        self.counts, self.temperature = counts, temperature
+        hot = max(temperature, 1.0)
+        reach = 30 + 30 * hot * counts.excess + 12 * (hot * counts.variance).sqrt()
+        width = int(reach.max().clamp(max=2.0**15))
+        first = (counts.mean - width).floor().clamp(min=0)
+        steps = torch.arange(2 * width + 1, dtype=first.dtype, device=first.device)
+        self.grid = first + steps.reshape(-1, *[1] * first.dim())
+        logits = counts.log_prob(self.grid) / temperature
+        self.log_total = logits.logsumexp(0)
+        self.weights = (logits - self.log_total).exp()
+
+    @property
+    def mean(self) -> Tensor:
+        return (self.weights * self.grid).sum(0)
+
+    @property
+    def variance(self) -> Tensor:
+        return (self.weights * (self.grid - self.mean) ** 2).sum(0)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.counts.log_prob(value) / self.temperature - self.log_total
+
+    @torch.no_grad()
+    def sample(self, sample_shape: SampleShape = ()) -> Tensor:
+        drawn = Categorical(self.weights.movedim(0, -1), validate_args=False).sample(sample_shape)
+        counts: Tensor = self.grid[0] + drawn
+        return counts
+
+    def tempered(self, temperature: float) -> _Tempered:
+        return _Tempered(self.counts, self.temperature * temperature)
