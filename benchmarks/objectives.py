@@ -2,7 +2,7 @@
 
     python benchmarks/objectives.py
 
-The sizes are those of the JSB chorales recipe. Prints a markdown table of ratios: medians over the repeats, pair by pair.
+The sizes are those of the JSB chorales recipe. Prints a markdown table of ratios: medians of alternated repeats.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def test_padding_and_other_sequences_change_no_sequence():
 
 
 def test_the_filter_is_its_definition():
-    """Weights, evidence, resampling when the effective sample size is low, reset weights: by hand, with two particles."""
+    """Weights, evidence, resampling at a low effective sample size, reset weights: by hand, with two particles."""
     alphas = torch.tensor([[0.9, 0.1], [0.2, 0.4], [0.5, 0.3]])  # increments of the two slots at each step
     history = []
 

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from types import CodeType
 
 import pytest
+import test_filtering
 import test_heads
 import test_module
+import test_objectives
+import test_oracles
 import test_recurrence
 import test_sines
 import torch
@@ -104,7 +107,16 @@ def logistics_sum_to_one() -> None:
     test_heads.test_discretised_logistics_sum_to_one(8, 0)
 
 
-FORWARD, CLEAN, LOOK = "vrnn:VRNN.forward", "vrnn:VRNN._clean", "vrnn:VRNN.look"
+def estimates_are_unbiased() -> None:
+    test_filtering.test_the_estimate_of_a_likelihood_is_unbiased(test_filtering.SCHEMES[3])
+
+
+def likelihood_of_a_known_vrnn() -> None:
+    test_oracles.test_importance_weights_estimate_the_models_own_likelihood()
+
+
+FILTER = "filtering:particle_filter"
+FORWARD, CLEAN = "vrnn:VRNN.forward", "vrnn:VRNN._clean"
 HOISTED, STEP, FREE = "recurrence:_FastStep.__init__", "recurrence:_FastStep.__call__", "recurrence:free_run"
 KL = "kl_divergence(posterior.base_dist, prior.base_dist)"
 CLOSED = (
@@ -225,6 +237,43 @@ TRAPS = {
     ),
     "log of a rate that underflowed": Trap(
         "heads.counts:Poisson.forward", "log_softplus(raw)", "F.softplus(raw).log()", survives_extremes("poisson", -1e4)
+    ),
+    "mean over samples at every step": Trap(
+        "objectives:iwae", "(log_px + beta * log_ratio).sum(1).unflatten(0, (samples, -1))",
+        "((log_px + beta * log_ratio).unflatten(0, (samples, -1)).logsumexp(0) - math.log(samples)).sum(-1).expand(samples, -1)",
+        test_objectives.test_iwae_sums_over_time_before_the_mean_over_samples,
+    ),
+    "analytic KL in importance weights": Trap(
+        "objectives:IWAE.__call__", "trace.log_ratio", "-trace.kl.sum(-1)",
+        test_objectives.test_one_sample_of_every_objective_is_the_sampled_elbo,
+    ),
+    "sum over samples for their mean": Trap(FILTER, "even = -math.log(particles)", "even = 0.0", estimates_are_unbiased),
+    "weights kept after resampling": Trap(FILTER, "weights = torch.where(due, even, weights)", "pass", estimates_are_unbiased),
+    "ancestors of other sequences": Trap(
+        FILTER, "(ancestors * batch + rows)", "(ancestors + particles * rows)",
+        test_filtering.test_padding_and_other_sequences_change_no_sequence,
+    ),
+    "ancestors in proportion to log-weights": Trap(
+        "filtering:resample", ".softmax(0)", ".sub(log_weights.min()).softmax(0).sqrt()",
+        lambda: test_filtering.test_ancestors_are_drawn_in_proportion("multinomial"),
+    ),
+    "latent's density forgotten in the weights": Trap(
+        "recurrence:log_ratio", " - posterior.log_prob(z)", "", likelihood_of_a_known_vrnn
+    ),
+    "smoothing from the padding's end": Trap(
+        "vrnn:VRNN._future", "torch.where(time < lengths, lengths - 1 - time, time)", "(len(reads) - 1 - time).expand(-1, len(lengths))",
+        lambda: test_recurrence.test_every_option_equals_textbook("gru", {"smoothing": True}, [6, 4, 1]),
+    ),
+    "prior's mean added after the draw": Trap(
+        STEP, "mean = mean + prior.mean\n            z = torch.addcmul(mean, std, noise)", "z = torch.addcmul(mean, std, noise)\n            mean = mean + prior.mean",
+        lambda: test_recurrence.test_every_option_equals_textbook("gru", {"residual_posterior": True}, [6, 4, 1]),
+    ),
+    "dropout without its scale": Trap(
+        "vrnn:VRNN.draw_masks", " / (1 - self.dropout)", "", test_recurrence.test_dropout_is_one_mask_per_sequence_in_training_alone
+    ),
+    "prior does not read the covariates": Trap(
+        "recurrence:_FastStep.reads_h", "self.spread(self.inputs[t])", "0 * self.spread(self.inputs[t])",
+        test_objectives.test_a_filter_reads_the_covariates,
     ),
     "reference left alone": Trap("recurrence:textbook", "torch.cat([phi_z, h, *u], -1)", "torch.cat([phi_z, 1.1 * h, *u], -1)", equals_textbook),
 }  # fmt: skip

@@ -71,15 +71,16 @@ class SequenceBatch:
         mask = self.mask[..., None].expand_as(self.x)
         return mask if self.observed is None else mask & self.observed
 
-    def rows(self, index: slice) -> SequenceBatch:
+    def rows(self, index: SequenceOf[int]) -> SequenceBatch:
         """Return some of the sequences, cut to the longest of them."""
-        steps = max(1, int(self.lengths[index].max()))
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        cut: dict[str, Any] = {}
-        for key, value in values.items():
-            chosen = None if value is None else value[index]
-            cut[key] = chosen[:, :steps] if isinstance(chosen, Tensor) and chosen.ndim > 1 else chosen
-        return SequenceBatch(**cut)
+        chosen = list(index)
+        steps = max(1, int(self.lengths[chosen].max()))
+        cut = [None if v is None else v[chosen, :steps] for v in (self.x, self.observed, self.inputs)]
+        x, observed, inputs = cut
+        assert x is not None
+        reset = None if self.reset is None else self.reset[chosen]
+        names = None if self.names is None else [self.names[i] for i in chosen]
+        return SequenceBatch(x, self.lengths[chosen], observed, inputs, reset, names)
 
     def pin_memory(self) -> SequenceBatch:
         """Return the same batch in page-locked memory."""

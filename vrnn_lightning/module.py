@@ -294,6 +294,8 @@ class VRNNLightningModule(LightningModule):
 
     def _report(self, stage: str) -> None:
         figures = {f"{stage}/{name}": value.float() for name, value in self.bound.compute().items()}
+        if self.vrnn.decoder.head.likelihood == "mixed":
+            del figures[f"{stage}/bits_per_dim"]  # a density and a mass have no common bit
         if self.vrnn.latent_size:
             figures[f"{stage}/active_units"] = self.active.compute().float()
         self.bound.reset()

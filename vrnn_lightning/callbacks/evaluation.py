@@ -170,7 +170,7 @@ class Evaluation(Callback):
         size = max(1, self.rows // samples)
         found = []
         for start in range(0, len(batch), size):
-            part = batch.rows(slice(start, start + size))
+            part = batch.rows(range(start, min(start + size, len(batch))))
             noise = Noise.named(part, module.noise_seed, "evaluation", unnamed=(batch_idx, start, module.global_rank))
             iwae, of_trajectories = importance_weighted(model, part, samples, noise, self.rows)
             fivo, of_steps = particle_filtered(model, part, samples, noise, self.resampling)

@@ -97,16 +97,14 @@ class Samples(Callback):
 
     def _rows(self, pl_module: VRNNLightningModule, batch: SequenceBatch) -> dict[str, list[Tensor]]:
         """Return the rows of the picture, in data units."""
-        shown = (batch.lengths > 0).nonzero().flatten()[: self.count]
-        lengths = batch.lengths[shown].clamp(max=self.max_steps).tolist()
+        head = batch.rows((batch.lengths > 0).nonzero().flatten()[: self.count].tolist())
+        lengths = head.lengths.clamp(max=self.max_steps).tolist()
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():
             torch.manual_seed(0)
-            head = SequenceBatch(
-                batch.x[shown], batch.lengths[shown], None if batch.observed is None else batch.observed[shown]
-            )
             mean = pl_module.vrnn(head).emission.mean
-            drawn = pl_module.vrnn.generate(max(lengths), len(shown)).x
+            inputs = None if head.inputs is None else head.inputs[:, : max(lengths)]
+            drawn = pl_module.vrnn.generate(max(lengths), len(head), inputs=inputs).x
         unscale = pl_module.scaler.unscale
         seen = "reconstructed" if pl_module.vrnn.latent_size else "predicted"
         return {
