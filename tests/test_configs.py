@@ -14,7 +14,11 @@ from vrnn_lightning.cli import main
 CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAYS = ("wandb",)
 BASES = sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem not in OVERLAYS)
+PAPER = sorted(p.stem for p in (CONFIGS / "paper").glob("*.yaml"))
 TINY = {
+    "exact": ["--data.train_size", "8", "--data.val_size", "4", "--data.steps", "5"],
+    "handwriting": ["--data.root", "strokes.npz"],
+    "music": ["--data.root", "rolls.npz"],
     "synthetic": ["--data.train_size", "8", "--data.val_size", "4", "--data.steps", "5"],
     "speech": ["--data.root", "recordings", "--data.frame_size", "20"],
 }
@@ -29,6 +33,14 @@ def folder(tmp_path, monkeypatch):
     generator = np.random.default_rng(0)
     for i in range(12):
         soundfile.write(f"recordings/{i}.wav", 0.1 * generator.standard_normal(300 + 10 * i), 8000)
+    splits = ("train", "valid", "test")
+    lengths = {f"{split}_lengths": np.array([7, 4, 5]) for split in splits}
+    rolls = {f"{split}_values": (generator.random((16, 88)) < 0.1).astype(np.uint8) for split in splits}
+    np.savez("rolls.npz", **rolls, **lengths)
+    strokes = {f"{split}_values": generator.integers(-9, 9, (16, 3)).astype(np.int16) for split in splits}
+    for values in strokes.values():
+        values[:, 2] = values[:, 2] > 5
+    np.savez("strokes.npz", **strokes, **lengths)
     return tmp_path
 
 
@@ -75,14 +87,28 @@ def test_an_overlay_appends(base, overlay, folder):
     config = run(base, "-c", f"configs/{overlay}.yaml")
     plain = yaml.safe_load((CONFIGS / f"{base}.yaml").read_text())
     assert classes(config["trainer"]["logger"]) == ["RunLogger", "WandbLogger"]
-    before = classes(plain["trainer"]["callbacks"])
+    before = classes(plain["trainer"].get("callbacks", []))
     assert classes(config["trainer"]["callbacks"])[: len(before)] == before
     (media,) = (folder / "runs").glob("*/version_0/wandb/offline-run-*/files/media")
     assert list(media.rglob("*.png"))
     assert bool(list(media.rglob("*.wav"))) == (base == "speech")
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("model", PAPER)
+def test_the_models_of_the_paper_train(model, folder):
+    """On data whose config says another model; the overlay replaces all of that."""
+    config = run("exact", "-c", f"configs/paper/{model}.yaml")["model"]
+    assert (config["latent_size"] == 0) == model.startswith("rnn")
+    assert (config["prior"] is None) == (model == "vrnn-i-gauss")
+    kind = "GaussianMixture" if model.endswith("gmm") else "Gaussian"
+    assert config["emission"]["class_path"] == f"vrnn_lightning.heads.{kind}"
+
+
+def test_the_papers_models_are_all_there():
+    assert PAPER == ["rnn-gauss", "rnn-gmm", "vrnn-gauss", "vrnn-gmm", "vrnn-i-gauss"]
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
 def test_a_header_tells_command_and_number(config):
     header = [line for line in config.read_text().splitlines() if line.startswith("#")]
     assert any("lightning fit" in line and config.name in line for line in header)

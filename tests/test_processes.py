@@ -54,3 +54,24 @@ def test_two_processes_steer_the_kl_alike(tmp_path):
     assert len(set(column(one, "train/beta"))) > 5
     for name in ("train/beta", "train/loss", "val/elbo"):
         assert column(two, name) == pytest.approx(column(one, name), rel=1e-5), name
+
+
+def test_two_processes_report_what_one_reports(tmp_path):
+    """Bounds, errors and effective samples of a test; the last batch leaves one process without a sequence."""
+    run = fit(tmp_path / "trained", **{"trainer.max_epochs": 1, "data.batch_size": 4})
+    found = []
+    for devices, size in ((1, 4), (2, 2)):
+        words = [
+            "test", f"--ckpt_path={run}/checkpoints/last.ckpt", "--data=Sines", f"--data.batch_size={size}",
+            "--evaluation.samples=3", "--trainer.precision=64-true", "--trainer.accelerator=cpu",
+            f"--trainer.devices={devices}", f"--trainer.strategy={'ddp' if devices > 1 else 'auto'}",
+            f"--trainer.default_root_dir={tmp_path}",
+        ]  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "vrnn_lightning", *words], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        rows = [line.split("│")[1:3] for line in done.stdout.splitlines() if line.count("│") == 3]
+        found.append({name.strip(): float(value) for name, value in rows})
+    assert {"test/iwae", "test/fivo_stderr", "test/fivo_effective_samples"} <= set(found[0])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)

@@ -345,8 +345,6 @@ def test_generation_goes_on_from_a_state():
         ({"layers": 0}, "layers 0"),
         ({"num_inputs": -1}, "num_inputs -1"),
         ({"dropout": 1.0}, "dropout 1.0"),
-        ({"smoothing": True, "latent_size": 0}, "smoothing"),
-        ({"residual_posterior": True, "latent_size": 0}, "residual_posterior"),
     ],
 )
 def test_absurd_sizes_are_refused(options, word):

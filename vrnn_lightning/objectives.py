@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +102,9 @@ class Found(NamedTuple):
 class Objective(ABC):
     """A bound to train on."""
 
+    absent: ClassVar[dict[str, str]] = {}
+    """Options that it can't have, and why, for whoever asks."""
+
     @abstractmethod
     def __call__(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total) -> Found:
         """Evaluate it.
@@ -168,14 +171,9 @@ def _constant(normal: Normal) -> Normal:
     return Normal(normal.loc.detach(), normal.scale.detach(), validate_args=False)
 
 
-def _refuse(samples: str, count: int, kl: str) -> None:
-    if count < 1:
-        raise UserError(f"objective.{samples} {count}: must be at least 1")
-    if kl != "sampled":
-        raise UserError(
-            f"objective.kl {kl!r}: importance weights are made of the latents drawn, so kl must be 'sampled'; "
-            "for an analytic KL train on the ELBO"
-        )
+ALWAYS_SAMPLED = {
+    "kl": "importance weights are made of the latents drawn, so the KL is always sampled; for an analytic one use ELBO"
+}
 
 
 class IWAE(Objective):
@@ -183,14 +181,16 @@ class IWAE(Objective):
 
     Args:
         samples: Trajectories per sequence, K.
-        kl: Only "sampled": the weights hold log q of the latents drawn.
 
     Raises:
-        UserError: Fewer than one sample, or an analytic KL.
+        UserError: Fewer than one sample.
     """
 
-    def __init__(self, samples: int = 16, kl: str = "sampled") -> None:
-        _refuse("samples", samples, kl)
+    absent = ALWAYS_SAMPLED
+
+    def __init__(self, samples: int = 16) -> None:
+        if samples < 1:
+            raise UserError(f"objective.samples {samples}: must be at least 1")
         self.samples = samples
 
     def __call__(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total) -> Found:
@@ -209,11 +209,12 @@ class FIVO(Objective):
         resampling: "multinomial" or "systematic".
         threshold: Resample where the effective sample size is below this share of the particles.
         resampling_gradient: Let the gradient account for the choice of ancestors; the paper found it harmful.
-        kl: Only "sampled": the weights hold log q of the latents drawn.
 
     Raises:
-        UserError: Fewer than one particle, an option outside its range, or an analytic KL.
+        UserError: Fewer than one particle, or an option outside its range.
     """
+
+    absent = ALWAYS_SAMPLED
 
     def __init__(
         self,
@@ -221,9 +222,9 @@ class FIVO(Objective):
         resampling: Literal["multinomial", "systematic"] = "systematic",
         threshold: float = 0.5,
         resampling_gradient: bool = False,
-        kl: str = "sampled",
     ) -> None:
-        _refuse("particles", particles, kl)
+        if particles < 1:
+            raise UserError(f"objective.particles {particles}: must be at least 1")
         self.particles = particles
         self.resampling = Resampling(resampling, threshold, resampling_gradient)
 

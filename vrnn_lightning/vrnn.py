@@ -96,7 +96,7 @@ class VRNN(nn.Module):
 
     Args:
         num_features: Width of a frame, D.
-        latent_size: Dimensions of z_t; 0 for a plain recurrent network.
+        latent_size: Dimensions of z_t; 0 for a plain recurrent network, to which what is said of latents does not apply.
         hidden_size: Units of the recurrence.
         layers: Layers of the recurrence; the networks read the top one.
         cell: "gru" or "lstm"; in an LSTM the networks read the output h, not the cell.
@@ -159,9 +159,6 @@ class VRNN(nn.Module):
             raise UserError(f"cell {cell!r}: choose 'gru' or 'lstm'")
         if not 0 <= dropout < 1:
             raise UserError(f"dropout {dropout}: must lie in [0, 1)")
-        for name, chosen in (("smoothing", smoothing), ("residual_posterior", residual_posterior)):
-            if chosen and not latent_size:
-                raise UserError(f"{name}: says how latents are inferred, but latent_size is 0")
         self.num_features = num_features
         self.latent_size = latent_size
         self.hidden_size = hidden_size
@@ -177,7 +174,7 @@ class VRNN(nn.Module):
         if latent_size:
             self.prior = StandardNormal(latent_size) if prior is None else Network(read, prior, Gaussian, latent_size)
         rnn, kind = (nn.GRU, nn.GRUCell) if cell == "gru" else (nn.LSTM, nn.LSTMCell)
-        self.backward_rnn = rnn(seen, hidden_size) if smoothing else None
+        self.backward_rnn = rnn(seen, hidden_size) if smoothing and latent_size else None
         known = seen + (hidden_size if smoothing else 0) + hidden_size
         self.encoder = Network(known, encoder, Gaussian, latent_size) if latent_size else None
         width_z = self.phi_z.out_features if self.phi_z is not None else 0
@@ -190,7 +187,7 @@ class VRNN(nn.Module):
     def start_from(self, mean: Tensor, std: Tensor) -> None:
         """Centre what phi_x reads, and start the emission's bias, from the data's moments, each (features,)."""
         self.input_mean.copy_(mean)
-        self.input_std.copy_(torch.where(std > 0, std, 1.0))
+        self.input_std.copy_(torch.where((std > 0) & self.decoder.head.scales_inputs, std, 1.0))
         self.decoder.head.start_from(mean)
 
     def look(self, x: Tensor, counted: Tensor) -> Tensor:

@@ -171,9 +171,10 @@ class Evaluation(Callback):
         found = []
         for start in range(0, len(batch), size):
             part = batch.rows(range(start, min(start + size, len(batch))))
-            noise = Noise.named(part, module.noise_seed, "evaluation", unnamed=(batch_idx, start, module.global_rank))
-            iwae, of_trajectories = importance_weighted(model, part, samples, noise, self.rows)
-            fivo, of_steps = particle_filtered(model, part, samples, noise, self.resampling)
+            place = (batch_idx, start, module.global_rank)
+            draws = [Noise.named(part, module.noise_seed, bound, unnamed=place) for bound in ("iwae", "fivo")]
+            iwae, of_trajectories = importance_weighted(model, part, samples, draws[0], self.rows)
+            fivo, of_steps = particle_filtered(model, part, samples, draws[1], self.resampling)
             found.append(torch.stack([iwae, fivo, of_trajectories, of_steps]))
         iwae, fivo, of_trajectories, of_steps = torch.cat(found, 1)
         if not model.latent_size:

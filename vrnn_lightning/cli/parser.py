@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from vrnn_lightning import discovery
 from vrnn_lightning.heads import Head
+from vrnn_lightning.objectives import Objective
 
 __all__ = ["Parser"]
 
@@ -40,6 +41,10 @@ class Parser(LightningArgumentParser):
             (
                 r"given class_path '([\w.]+)':\s+Option '(\w+)' is not accepted",
                 lambda path, name: self._unknown_init_arg(option, path, name),
+            ),
+            (
+                r"Option '(\w+)' is not accepted\. Got value: Namespace\(class_path='([\w.]+)'",
+                lambda name, path: self._unknown_init_arg(option, path, name),
             ),
             (r"Expected a dot import path string: (\S+)", lambda name: self._unknown_class(option, name)),
             (r"Expected an? ([^\n]*?)\. Got value: ([^\n]*?)(?:\. Got value|\n|$)", partial(self._wrong_type, option)),
@@ -70,7 +75,11 @@ class Parser(LightningArgumentParser):
     @staticmethod
     def _unknown_init_arg(key: str, class_path: str, option: str) -> str:
         module, _, cls = class_path.rpartition(".")
-        bases = [vars(base) for base in inspect.getmro(getattr(sys.modules[module], cls)) if "__init__" in vars(base)]
+        meant = getattr(sys.modules[module], cls)
+        why = getattr(meant, "absent", {}).get(option)
+        if why:
+            return f"{key}.{option}: {cls} has no such option; {why}"
+        bases = [vars(base) for base in inspect.getmro(meant) if "__init__" in vars(base)]
         accepted = {name for base in bases for name in inspect.signature(base["__init__"]).parameters}
         return f"{key}.{option}: {cls} has no such option.{discovery.suggestion(option, accepted)}"
 
@@ -78,6 +87,7 @@ class Parser(LightningArgumentParser):
     def _unknown_class(key: str, name: str) -> str:
         bases = {
             "emission": Head,
+            "objective": Objective,
             "callbacks": Callback,
             "logger": Logger,
             "optimizer": Optimizer,

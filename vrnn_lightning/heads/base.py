@@ -171,6 +171,8 @@ class Head(nn.Module, ABC):
 
     likelihood: ClassVar[Literal["density", "mass", "mixed"]] = "density"
     """What ``log_prob`` is the logarithm of; a mixed one has features of either kind."""
+    scales_inputs: ClassVar[bool] = True
+    """Whether what phi_x reads is divided by the data's standard deviation, and not only centred."""
 
     def __init__(self, in_features: int, num_features: int) -> None:
         super().__init__()

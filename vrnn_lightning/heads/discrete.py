@@ -24,6 +24,7 @@ class Bernoulli(Head):
     """
 
     likelihood = "mass"
+    scales_inputs = False  # divided by its deviation, a feature that is seldom 1 would drown all others
 
     def __init__(self, in_features: int, num_features: int) -> None:
         super().__init__(in_features, num_features)
