@@ -61,8 +61,8 @@ def run(base: str, *more: str) -> dict:
     return yaml.safe_load(config.read_text())
 
 
-def classes(entries: list[dict]) -> list[str]:
-    return [entry["class_path"].rpartition(".")[2] for entry in entries]
+def classes(entries: list[dict] | None) -> list[str]:
+    return [entry["class_path"].rpartition(".")[2] for entry in entries or []]
 
 
 def test_every_config_is_covered():
@@ -87,7 +87,7 @@ def test_an_overlay_appends(base, overlay, folder):
     config = run(base, "-c", f"configs/{overlay}.yaml")
     plain = yaml.safe_load((CONFIGS / f"{base}.yaml").read_text())
     assert classes(config["trainer"]["logger"]) == ["RunLogger", "WandbLogger"]
-    before = classes(plain["trainer"].get("callbacks", []))
+    before = classes(plain["trainer"].get("callbacks"))
     assert classes(config["trainer"]["callbacks"])[: len(before)] == before
     (media,) = (folder / "runs").glob("*/version_0/wandb/offline-run-*/files/media")
     assert list(media.rglob("*.png"))

@@ -96,7 +96,7 @@ class VRNN(nn.Module):
 
     Args:
         num_features: Width of a frame, D.
-        latent_size: Dimensions of z_t; 0 for a plain recurrent network, to which what is said of latents does not apply.
+        latent_size: Dimensions of z_t; 0 for a plain recurrent network, to which options of the latent do not apply.
         hidden_size: Units of the recurrence.
         layers: Layers of the recurrence; the networks read the top one.
         cell: "gru" or "lstm"; in an LSTM the networks read the output h, not the cell.
