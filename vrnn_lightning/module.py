@@ -21,10 +21,10 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads import Gaussian, Head
-from vrnn_lightning.metrics import ActiveUnits, Bound
+from vrnn_lightning.metrics import ActiveUnits, Bound, Estimate
 from vrnn_lightning.nn import Layers
 from vrnn_lightning.noise import Noise
-from vrnn_lightning.objectives import ELBO, Objective
+from vrnn_lightning.objectives import ELBO, ImportanceBound, Objective
 from vrnn_lightning.vrnn import VRNN, Trace
 
 __all__ = ["VRNNLightningModule"]
@@ -125,6 +125,7 @@ class VRNNLightningModule(LightningModule):
         self.register_buffer("scale_std", torch.ones(num_features))
         self.register_buffer("prepared", torch.tensor(False))
         self.bound = Bound()
+        self.held_out = Estimate()
         self.active = ActiveUnits(latent_size)
 
     @property
@@ -260,6 +261,10 @@ class VRNNLightningModule(LightningModule):
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> Any:
         """Add a batch to the validation totals, and return its trace."""
+        if isinstance(self.objective, ImportanceBound):
+            noise = self._noise(batch, batch_idx)
+            values = self.objective.of_sequences(self.vrnn, batch, noise, 1.0).values
+            self.held_out.update(values, batch.lengths)
         return self._evaluate(batch, batch_idx)
 
     def test_step(self, batch: SequenceBatch, batch_idx: int) -> Any:
@@ -285,8 +290,11 @@ class VRNNLightningModule(LightningModule):
         return trace
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation figures."""
+        """Log the validation figures, and the bound that is trained on where it is another."""
         self._report("val")
+        if isinstance(self.objective, ImportanceBound):
+            self.log("val/objective", self.held_out.compute()[""].float(), sync_dist=True)
+            self.held_out.reset()
 
     def on_test_epoch_end(self) -> None:
         """Log the test figures."""

@@ -20,7 +20,7 @@ from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.vrnn import VRNN, Trace
 
-__all__ = ["ELBO", "FIVO", "IWAE", "Found", "Objective", "elbo", "iwae"]
+__all__ = ["ELBO", "FIVO", "IWAE", "Found", "ImportanceBound", "Objective", "OfSequences", "elbo", "iwae"]
 
 Total = Callable[[Tensor], Tensor]
 
@@ -171,12 +171,38 @@ def _constant(normal: Normal) -> Normal:
     return Normal(normal.loc.detach(), normal.scale.detach(), validate_args=False)
 
 
-ALWAYS_SAMPLED = {
-    "kl": "importance weights are made of the latents drawn, so the KL is always sampled; for an analytic one use ELBO"
-}
+class OfSequences(NamedTuple):
+    """A bound of each sequence in nats, shape (batch,), and trajectories that were not resampled."""
+
+    values: Tensor
+    trace: Trace
 
 
-class IWAE(Objective):
+class ImportanceBound(Objective):
+    """A bound that is a sum of bounds of sequences, made of importance weights."""
+
+    absent = {
+        "kl": "its weights are made of the latents drawn, so the KL is always sampled; for an analytic one use ELBO"
+    }
+
+    @abstractmethod
+    def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float) -> OfSequences:
+        """Bound each sequence.
+
+        Args:
+            model: The model.
+            batch: Padded sequences.
+            noise: What to draw from.
+            beta: Weight of the latent's part; 1 for the bound.
+        """
+
+    def __call__(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total) -> Found:
+        """Evaluate it."""
+        values, trace = self.of_sequences(model, batch, noise, beta)
+        return Found(values.sum(), trace)
+
+
+class IWAE(ImportanceBound):
     """The importance-weighted bound (Burda et al. 2016, arXiv 1509.00519), tighter than the ELBO.
 
     Args:
@@ -186,22 +212,20 @@ class IWAE(Objective):
         UserError: Fewer than one sample.
     """
 
-    absent = ALWAYS_SAMPLED
-
     def __init__(self, samples: int = 16) -> None:
         if samples < 1:
             raise UserError(f"objective.samples {samples}: must be at least 1")
         self.samples = samples
 
-    def __call__(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total) -> Found:
-        """Evaluate it."""
+    def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float) -> OfSequences:
+        """Bound each sequence."""
         samples = self.samples if model.latent_size else 1
         masks = model.draw_masks(noise)
         trace = model(batch, noise.over_time(model.latent_size, samples), masks=masks, samples=samples)
-        return Found(iwae(trace.log_px, trace.log_ratio, samples, beta).sum(), trace)
+        return OfSequences(iwae(trace.log_px, trace.log_ratio, samples, beta), trace)
 
 
-class FIVO(Objective):
+class FIVO(ImportanceBound):
     """The bound of a particle filter (Maddison et al. 2017, arXiv 1705.09279), tight for long sequences.
 
     Args:
@@ -213,8 +237,6 @@ class FIVO(Objective):
     Raises:
         UserError: Fewer than one particle, or an option outside its range.
     """
-
-    absent = ALWAYS_SAMPLED
 
     def __init__(
         self,
@@ -228,11 +250,11 @@ class FIVO(Objective):
         self.particles = particles
         self.resampling = Resampling(resampling, threshold, resampling_gradient)
 
-    def __call__(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total) -> Found:
-        """Evaluate it; the reported bound comes from a pass of its own, without gradient or resampling."""
+    def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float) -> OfSequences:
+        """Bound each sequence; the reported bound comes from a pass of its own, without gradient or resampling."""
         particles = self.particles if model.latent_size else 1
         masks = model.draw_masks(noise)
         with torch.no_grad():
             trace = model(batch, noise.over_time(model.latent_size), masks=masks)
         filtered = model.filter(batch, particles, self.resampling, noise, masks, beta)
-        return Found(filtered.log_likelihood.sum(), trace)
+        return OfSequences(filtered.log_likelihood, trace)

@@ -24,7 +24,7 @@ __all__ = ["Evaluation", "importance_weighted", "particle_filtered"]
 
 
 def importance_weighted(
-    model: VRNN, batch: SequenceBatch, samples: int, noise: Noise, rows: int = 4096
+    model: VRNN, batch: SequenceBatch, samples: int, noise: Noise, rows: int = 1024
 ) -> tuple[Tensor, Tensor]:
     """Return the importance-weighted bound of each sequence and the effective samples of its weights, each (batch,).
 
@@ -92,7 +92,7 @@ class Evaluation(Callback):
     def __init__(
         self,
         samples: int = 40,
-        rows: int = 4096,
+        rows: int = 1024,
         resampling: Literal["multinomial", "systematic"] = "systematic",
         threshold: float = 0.5,
     ) -> None:
@@ -168,15 +168,16 @@ class Evaluation(Callback):
         model = module.vrnn
         samples = self.samples if model.latent_size else 1
         size = max(1, self.rows // samples)
+        order = batch.lengths.argsort(stable=True).tolist()  # sequences of like length waste no steps
         found = []
         for start in range(0, len(batch), size):
-            part = batch.rows(range(start, min(start + size, len(batch))))
+            part = batch.rows(order[start : start + size])
             place = (batch_idx, start, module.global_rank)
             draws = [Noise.named(part, module.noise_seed, bound, unnamed=place) for bound in ("iwae", "fivo")]
             iwae, of_trajectories = importance_weighted(model, part, samples, draws[0], self.rows)
             fivo, of_steps = particle_filtered(model, part, samples, draws[1], self.resampling)
             found.append(torch.stack([iwae, fivo, of_trajectories, of_steps]))
-        iwae, fivo, of_trajectories, of_steps = torch.cat(found, 1)
+        iwae, fivo, of_trajectories, of_steps = torch.cat(found, 1)[:, torch.tensor(order).argsort()]
         if not model.latent_size:
             return {"iwae": iwae, "fivo": fivo}
         named = {"iwae_effective_samples": of_trajectories, "fivo_effective_samples": of_steps * batch.lengths}

@@ -276,9 +276,10 @@ class CLI(LightningCLI):
         checkpoint, metrics = self.trainer.checkpoint_callback, self.trainer.callback_metrics
         best = getattr(checkpoint, "best_model_score", None)
         if best is not None:
-            yield f"best val/elbo: {best:.4f} nats per step"
+            monitor = getattr(checkpoint, "monitor", None)
+            yield f"best {monitor}: {best:.4f} nats per step"
             exact = metrics.get("val/exact_log_likelihood")
-            if exact is not None:
+            if exact is not None and monitor in ("val/elbo", "val/objective"):
                 yield f"exact log-likelihood: {exact:.4f} nats per step, gap {exact - best:.4f}"
             loss = getattr(self.datamodule, "diagonal_loss", None)
             if loss is not None:
