@@ -15,7 +15,7 @@ Needed:
 
       files = sorted(Path(self.root, split).glob("*.csv"))
       table = functools.partial(np.loadtxt, delimiter=",", dtype="float32", ndmin=2)
-      return [Sequence(torch.from_numpy(table(file)), name=file.name) for file in files]
+      return [Sequence(torch.from_numpy(table(file)), name=f"{split}/{file.name}") for file in files]
 
   ``Sequence`` also takes ``observed`` (True where a value was measured) and ``inputs`` (covariates known beforehand).
   Where you use them, say so in ``__init__``, for the model is built accordingly: ``self.missing = True`` and

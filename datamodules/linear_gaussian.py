@@ -183,13 +183,15 @@ class LinearGaussian(SequenceDataModule):
         return torch.stack(found)
 
     @property
-    def diagonal_loss(self) -> float:
+    def diagonal_loss(self) -> float | None:
         r"""What the best predictor with a diagonal Gaussian output and no latent loses, in nats per step.
 
         With :math:`S_t` the :meth:`predictive_covariances`, it is the mean of
         :math:`\tfrac12 \big(\sum_i \log S_{t,ii} - \log|S_t|\big)`, exact over the steps of sequences of all lengths
-        that may occur, for values none of which is missing.
+        that may occur. ``None`` where values are missing, for which there is no closed form.
         """
+        if self.missing:
+            return None
         s = self.predictive_covariances()
         loss = 0.5 * (s.diagonal(dim1=-2, dim2=-1).log().sum(-1) - torch.logdet(s))
         lengths = torch.arange(self.min_steps, self.steps + 1)

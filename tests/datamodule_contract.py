@@ -119,6 +119,7 @@ def reads_every_sequence_once(make: Make) -> None:
         read = [name for batch in loader_of(datamodule, split) for name in batch.names or []]
         names = [name or f"sequence {i}" for i, name in enumerate(names_of(datamodule, split))]
         assert sorted(read) == sorted(names)
+        assert len(set(names)) == len(names), "noise is drawn by name"
 
 
 def shards_over_processes(make: Make) -> None:

@@ -458,3 +458,24 @@ def test_a_config_without_options_is_named(lightning, folder, text):
     said = lightning("fit", "-c", "odd.yaml")
     assert said.code == 1
     assert "odd.yaml" in said.err
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "line"),
+    [
+        ([], ["--model.prior", "null"], "--model.prior null (checkpoint: {"),
+        (["--model.prior", "null"], ["--model.prior.width", "8"], "(checkpoint: null)"),
+    ],
+)
+def test_a_prior_that_the_checkpoint_has_not_is_named(lightning, tiny, trained, asked, line):
+    assert lightning("fit", "-c", tiny, *trained).code == 0
+    said = lightning("test", "--ckpt_path", "best", "--data", "Sines", *asked)
+    assert said.code == 1
+    assert line in said.err
+    assert "Traceback" not in said.err
+
+
+def test_too_much_memory_is_one_line(lightning, tiny):
+    said = lightning("fit", "-c", tiny, "--model.objective", "IWAE", "--model.objective.samples", 10**13)
+    assert said.code == 1
+    assert "not enough memory" in said.err

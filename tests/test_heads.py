@@ -632,3 +632,26 @@ def test_pen_draws_are_as_correlated_as_said():
     assert torch.corrcoef(x[:, :2].T)[0, 1].item() == pytest.approx(d.correlation.item(), abs=0.025)
     torch.testing.assert_close(x.var(0), d.variance, rtol=0.05, atol=0.01)
     assert (head(1e9 * features(4)).correlation.abs() < 1).all()
+
+
+@pytest.mark.parametrize("count", [1e5, 1e6, 1e7])
+def test_large_counts_keep_their_digits(count):
+    """In float32, at the mode; the parameters are those that float32 holds."""
+    value = torch.tensor([[count]])
+    poisson = Poisson(2, 1)
+    negative = NegativeBinomial(2, 1)
+    with torch.no_grad():
+        for head in (poisson, negative):
+            head.linear.weight.zero_()
+            head.linear.bias.fill_(count)
+        negative.linear.bias[1] = 10.0
+        found = [log_prob(head(torch.zeros(1, 2)), value).item() for head in (poisson, negative)]
+        size = negative(torch.zeros(1, 2)).base_dist.size.item()
+    expected = [stats.poisson.logpmf(count, count), stats.nbinom.logpmf(count, size, size / (size + count))]
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_loudest_bin_is_in_its_own_support():
+    head = MuLaw(2, 1, bins=65536)
+    amplitudes = head(torch.zeros(1, 2)).base_dist.decode(torch.tensor([0, 65535]))
+    assert amplitudes.tolist() == [-1.0, 1.0]

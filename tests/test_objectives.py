@@ -204,6 +204,18 @@ def test_balance_shares_the_gradient_of_the_kl_and_keeps_its_value():
     assert (kl_gradient(whole, own) != 0).any()
 
 
+def test_balance_heeds_a_residual_posterior():
+    """The posterior's share moves the encoder alone, though its mean holds the prior's."""
+    model, batch = make(residual_posterior=True)
+    trace = model(batch, Noise(batch, [0, 1, 2]).over_time(4))
+    means = next(iter(model.prior.head.parameters()))
+    for balance, expected in ((0.0, False), (1.0, True)):
+        kl = ELBO(balance=balance)._kl(trace, True).sum()
+        torch.testing.assert_close(kl, trace.kl.sum())
+        found = torch.autograd.grad(kl, means, retain_graph=True, allow_unused=True)[0]
+        assert (found is not None and bool((found[:4].abs() > 1e-12).any())) == expected
+
+
 def test_without_a_latent_every_objective_is_the_likelihood():
     model, batch = make(latent=0)
     values = [evaluate(objective, model, batch).value for objective in (ELBO(), IWAE(4), FIVO(4))]

@@ -24,7 +24,8 @@ class Sequence:
             sequences may have it says so in ``missing``; the model then reads the mask too.
         inputs: Covariates known beforehand, shape (time, covariates), or ``None``. A datamodule says how many in
             ``num_inputs``, and :class:`~vrnn_lightning.vrnn.VRNN` conditions on them at each step.
-        name: What to call this sequence in messages, a file name for example.
+        name: What to call this sequence in messages, a file name for example. Sequences of one name get the same noise,
+            so give each its own; one without a name is known by its place.
     """
 
     x: Tensor

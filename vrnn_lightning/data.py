@@ -156,7 +156,7 @@ def read_archive(path: Path, split: Split, width: int) -> ArchiveSplit:
         raise UserError(f"{path}: {word}_values is of type {values.dtype}; save it as integers, float32 or float64")
     if values.ndim != 2 or values.shape[1] != width:
         raise UserError(f"{path}: {word}_values has shape {values.shape}, expected (total steps, {width})")
-    if lengths.dtype.kind not in "ui" or lengths.ndim != 1:
+    if (lengths.size and lengths.dtype.kind not in "ui") or lengths.ndim != 1:
         raise UserError(
             f"{path}: {word}_lengths is of type {lengths.dtype} and shape {lengths.shape}, expected integers of shape "
             "(sequences,)"
@@ -279,6 +279,9 @@ class _Scaled(Dataset[SequenceBatch]):
         name = s.name or f"sequence {index}"
         if s.x.ndim != 2 or s.x.shape[1] != self.num_features:
             raise UserError(f"{name}: shape {tuple(s.x.shape)}, expected (time, {self.num_features})")
+        if s.observed is not None and (s.observed.dtype != torch.bool or s.observed.shape != s.x.shape):
+            found = f"{s.observed.dtype} of shape {tuple(s.observed.shape)}".removeprefix("torch.")
+            raise UserError(f"{name}: observed is {found}, expected bool of shape {tuple(s.x.shape)}")
         real = s.x if s.observed is None else s.x[s.observed]
         if not torch.isfinite(real).all():
             raise UserError(f"{name}: holds NaN or infinite values; remove it or mend it")

@@ -25,8 +25,9 @@ class Resampling:
         scheme: "multinomial", independent draws; "systematic", one draw for all, of less variance
             (Douc & Cappé 2005, sec. 2.4).
         threshold: Resample where the effective sample size is below this share of the particles; 1 always, 0 never.
-        gradient: Let the gradient account for the choice of ancestors (Maddison et al. 2017, eq. 8): unbiased, and of a
-            variance that usually spoils training. Only for "multinomial", whose draws have a density.
+        gradient: Let the gradient account for the choice of ancestors (Maddison et al. 2017, sec. 4): that of the
+            expected bound, unbiased at threshold 1, and of a variance that usually spoils training. Only for
+            "multinomial", whose draws have a density.
     """
 
     scheme: Literal["multinomial", "systematic"] = "systematic"

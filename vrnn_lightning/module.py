@@ -200,12 +200,14 @@ class VRNNLightningModule(LightningModule):
         total, reconstruction, kl, all_steps, all_sequences = self._total(
             torch.stack([p.detach().to(self.bound.kl.dtype) for p in parts])
         )
-        loss: Tensor = -value * self.trainer.world_size / all_sequences.to(value)
+        loss: Tensor = -value * self.trainer.world_size / all_sequences.clamp(min=1).to(value)
         if batch.x.shape[1] == 1:  # leaves the recurrence unused, which DDP would wait for
             loss = loss + 0.0 * torch.stack([p.sum() for p in self.vrnn.parameters()]).sum()
         self._stop_unless_finite(total, "the loss", batch)
-        self.log("train/loss", -total / all_sequences)
         self.log("train/beta", self.beta, prog_bar=True)
+        if not all_steps:  # sequences of no steps have no figures
+            return loss
+        self.log("train/loss", -total / all_sequences)
         for name, part in (("elbo", reconstruction - kl), ("reconstruction", reconstruction), ("kl", kl)):
             self.log(f"train/{name}", part / all_steps, prog_bar=True)
             self.log(f"train/{name}_per_sequence", part / all_sequences)

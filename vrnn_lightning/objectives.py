@@ -153,17 +153,18 @@ class ELBO(Objective):
     def __call__(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total) -> Found:
         """Evaluate it."""
         trace = model(batch, noise.over_time(model.latent_size), masks=model.draw_masks(noise))
-        kl = self._kl(trace)
+        kl = self._kl(trace, model.residual_posterior)
         return Found(elbo(trace.log_px, kl, batch.lengths.sum(), beta, self.free_bits, total), trace)
 
-    def _kl(self, trace: Trace) -> Tensor:
+    def _kl(self, trace: Trace, residual: bool) -> Tensor:
         if trace.posterior is None or trace.prior is None or (self.kl == "analytic" and self.balance is None):
             return trace.kl
         q, p = trace.posterior.base_dist, trace.prior.base_dist
         if self.balance is None:
             kl = q.log_prob(trace.z) - p.log_prob(trace.z)
         else:
-            kl = self.balance * kl_divergence(_constant(q), p) + (1 - self.balance) * kl_divergence(q, _constant(p))
+            own = Normal(q.loc - p.loc + p.loc.detach(), q.scale, validate_args=False) if residual else q
+            kl = self.balance * kl_divergence(_constant(q), p) + (1 - self.balance) * kl_divergence(own, _constant(p))
         return torch.where(trace.mask[..., None], kl, 0.0)
 
 

@@ -247,10 +247,12 @@ class ControlVAE(KLAnnealing):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: SequenceBatch, batch_idx: int
     ) -> None:
         """Steer once per optimiser step, by the mean over the batches it was accumulated from."""
-        self._kls.append(trainer.callback_metrics["train/kl"])
+        if "train/kl" in trainer.callback_metrics:  # not before the first batch that has steps
+            self._kls.append(trainer.callback_metrics["train/kl"])
         if trainer.global_step > self._step:
             self._step = trainer.global_step
-            self.observe(sum(kl.item() for kl in self._kls) / len(self._kls))
+            if self._kls:
+                self.observe(sum(kl.item() for kl in self._kls) / len(self._kls))
             self._kls = []
 
     def state_dict(self) -> dict[str, float]:

@@ -72,13 +72,13 @@ class Samples(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, write and log, on one process."""
         batch, self._batch = self._batch, None
-        if trainer.sanity_checking or trainer.state.fn != "fit" or not self.every_n_validations or batch is None:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not self.every_n_validations:
             return
         self.validations += 1
         if self.validations % self.every_n_validations:
             return
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"  # a collective: every process asks
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or batch is None:
             return
         data = getattr(trainer, "datamodule", None)
         modality, rate = getattr(data, "modality", "series"), getattr(data, "sample_rate", None)

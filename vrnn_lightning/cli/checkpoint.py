@@ -100,12 +100,24 @@ def _options(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
 
 def _differences(group: str, old: dict[str, Any], new: dict[str, Any], skipped: Iterable[str]) -> list[str]:
     both = [key for key in old if key in new and key not in skipped]
+    absent = [key for key in both if (old[key] is None) != (new[key] is None) and _is_size(old[key] or new[key])]
+    both = [key for key in both if key not in absent]
+    kept, given = old, new
     old = {key: old[key] for key in both}
     new = {key: {"class_path": None} if new[key] is None and isinstance(old[key], dict) else new[key] for key in both}
     old = {key: {"class_path": None} if old[key] is None and isinstance(new[key], dict) else old[key] for key in both}
     old, new = _flat(old), _flat(new)
     keys = [key for key in old if key in new and old[key] != new[key]]
-    return [f"--{group}.{key.removesuffix('.class_path')} {new[key]} (checkpoint: {old[key]})" for key in keys]
+    found = [f"--{group}.{key.removesuffix('.class_path')} {new[key]} (checkpoint: {old[key]})" for key in keys]
+    return found + [f"--{group}.{key} {_word(given[key])} (checkpoint: {_word(kept[key])})" for key in absent]
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, dict) and "class_path" not in value
+
+
+def _word(value: Any) -> Any:
+    return "null" if value is None else value
 
 
 def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
@@ -62,7 +63,17 @@ def main(args: list[str] | None = None) -> int:
             raise
         print(f"error: {_own_line(error)}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if debug or not _is_out_of_memory(error):
+            raise
+        cure = "give a smaller --data.batch_size, fewer samples or particles, or a smaller --evaluation.rows"
+        print(f"error: not enough memory; {cure}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _silence() -> None:
@@ -244,8 +255,13 @@ class CLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # a connector sets it
             if isinstance(callback, Evaluation) and self.trainer.is_global_zero and callback.kl_per_dim is not None:
                 kl = " ".join(f"{value:.3g}" for value in callback.kl_per_dim.sort(descending=True).values.tolist())
-                print(f"IWAE and FIVO with {callback.samples} samples; errors are standard errors over sequences")
-                print(f"KL per latent dimension, nats per step: {kl or 'no latent'}")
+                if kl:
+                    print(f"IWAE and FIVO with {callback.samples} samples; errors are standard errors over sequences")
+                    print(f"KL per latent dimension, nats per step: {kl}")
+                else:
+                    print(
+                        "no latent: all three are the exact log-likelihood; errors are standard errors over sequences"
+                    )
                 print(f"figures of each sequence: {_short(str(callback.path))}")
 
     after_validate = after_test

@@ -54,7 +54,7 @@ class Poisson(_CountHead):
     def forward(self, features: Tensor) -> Factorised:
         """Return the distribution with batch shape (...) and event shape (num_features,)."""
         raw = at_least_float32(self.linear(features))
-        return Factorised(_Poisson(F.softplus(raw), log_softplus(raw)))
+        return Factorised(_Poisson(raw))
 
     @torch.no_grad()
     def start_from(self, mean: Tensor) -> None:
@@ -86,7 +86,7 @@ class NegativeBinomial(_CountHead):
     def forward(self, features: Tensor) -> Factorised:
         """Return the distribution with batch shape (...) and event shape (num_features,)."""
         mean, size = at_least_float32(self.linear(features)).chunk(2, -1)
-        return Factorised(_NegativeBinomial(F.softplus(mean), log_softplus(mean), F.softplus(size) + 1e-4))
+        return Factorised(_NegativeBinomial(mean, F.softplus(size) + 1e-4))
 
     @torch.no_grad()
     def start_from(self, mean: Tensor) -> None:
@@ -94,16 +94,21 @@ class NegativeBinomial(_CountHead):
         self.linear.bias[: self.num_features].copy_(inverse_softplus(mean.clamp(min=1e-3)))
 
 
-class _Counts(Elementwise):
-    """Counts of a given mean; ``excess`` is the variance over the mean, and how slowly the tail falls."""
+def _wide(x: Tensor) -> Tensor:
+    """Return float64 where the machine has it: large counts cancel all digits of float32."""
+    return x if x.device.type == "mps" else x.double()
 
-    def __init__(self, mean: Tensor, log_mean: Tensor) -> None:
-        super().__init__(mean.shape)
-        self._mean, self.log_mean = mean, log_mean
+
+class _Counts(Elementwise):
+    """Counts whose mean is softplus(raw); ``excess`` is the variance over the mean, and how slowly the tail falls."""
+
+    def __init__(self, raw: Tensor) -> None:
+        super().__init__(raw.shape)
+        self.raw = raw
 
     @property
     def mean(self) -> Tensor:
-        return self._mean
+        return F.softplus(self.raw)
 
     @property
     @abstractmethod
@@ -111,7 +116,7 @@ class _Counts(Elementwise):
 
     @property
     def variance(self) -> Tensor:
-        return self._mean * self.excess
+        return self.mean * self.excess
 
     def tempered(self, temperature: float) -> _Tempered:
         return _Tempered(self, temperature)
@@ -120,34 +125,37 @@ class _Counts(Elementwise):
 class _Poisson(_Counts):
     @property
     def excess(self) -> Tensor:
-        return torch.ones_like(self._mean)
+        return torch.ones_like(self.raw)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return value * self.log_mean - self._mean - torch.lgamma(value + 1)
+        raw, count = _wide(self.raw), _wide(value)
+        log_mass: Tensor = count * log_softplus(raw) - F.softplus(raw) - torch.lgamma(count + 1)
+        return log_mass.to(self.raw.dtype)
 
     @torch.no_grad()
     def sample(self, sample_shape: SampleShape = ()) -> Tensor:
-        return torch.poisson(self._mean.expand(self._extended_shape(sample_shape)))
+        return torch.poisson(self.mean.expand(self._extended_shape(sample_shape)))
 
 
 class _NegativeBinomial(_Counts):
-    def __init__(self, mean: Tensor, log_mean: Tensor, size: Tensor) -> None:
-        super().__init__(mean, log_mean)
+    def __init__(self, raw: Tensor, size: Tensor) -> None:
+        super().__init__(raw)
         self.size = size
 
     @property
     def excess(self) -> Tensor:
-        return 1 + self._mean / self.size
+        return 1 + self.mean / self.size
 
     def log_prob(self, value: Tensor) -> Tensor:
-        log_excess = torch.log1p(self._mean / self.size)
-        placed = log_gamma_ratio(self.size, value) - torch.lgamma(value + 1)
-        return placed + value * (self.log_mean - log_excess) - self.size * log_excess
+        raw, size, count = _wide(self.raw), _wide(self.size), _wide(value)
+        log_excess = torch.log1p(F.softplus(raw) / size)
+        placed = log_gamma_ratio(size, count) - torch.lgamma(count + 1)
+        return (placed + count * (log_softplus(raw) - log_excess) - size * log_excess).to(self.raw.dtype)
 
     @torch.no_grad()
     def sample(self, sample_shape: SampleShape = ()) -> Tensor:
         rate = Gamma(self.size, torch.ones_like(self.size), validate_args=False).sample(torch.Size(sample_shape))
-        return torch.poisson(rate * (self._mean / self.size))
+        return torch.poisson(rate * (self.mean / self.size))
 
 
 class _Tempered(Elementwise):

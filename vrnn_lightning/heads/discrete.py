@@ -225,7 +225,8 @@ class _Companded(Elementwise):
     def decode(self, index: Tensor) -> Tensor:
         """Return the amplitude of each bin."""
         companded = 2 * index.to(self.bins.logits.dtype) / self.mu - 1
-        return companded.sign() * torch.expm1(companded.abs() * math.log1p(self.mu)) / self.mu
+        amplitude = torch.expm1(companded.abs() * math.log1p(self.mu)) / self.mu
+        return companded.sign() * amplitude.clamp(max=1)  # rounding may carry the last one beyond
 
     @property
     def mean(self) -> Tensor:
