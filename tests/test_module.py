@@ -18,6 +18,7 @@ from vrnn_lightning import Layers, UserError, VRNNLightningModule
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks import (
     ConstantKLWeight,
+    ControlVAE,
     CosineKLAnnealing,
     CyclicalKLAnnealing,
     Encodings,
@@ -468,3 +469,71 @@ def test_prediction_writes_scores_and_posterior_means(tmp_path, latent):
     runner.test(model, source, verbose=False)
     elbo = runner.callback_metrics["test/elbo"].item()
     assert written["test_elbo"].sum() / sum(lengths) == pytest.approx(elbo, rel=1e-5)
+
+
+def test_updates_are_clipped_before_they_are_made(tmp_path):
+    """With plain gradient descent at rate 1, a step is as long as the clipped gradient."""
+    model = module(optimizer=partial(torch.optim.SGD, lr=1.0))
+    before = torch.nn.utils.parameters_to_vector(model.vrnn.parameters()).detach().clone()
+    trainer(tmp_path, max_steps=1, gradient_clip_val=0.01).fit(model, data())
+    step = torch.nn.utils.parameters_to_vector(model.vrnn.parameters()).detach() - before
+    assert column(tmp_path, "train/grad_norm")[0] > 0.01
+    assert step.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+class Spoil(Callback):
+    """Ruins the weights after two epochs, and keeps what they were at the best validation."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            for p in pl_module.vrnn.parameters():
+                p.data += 1.0
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            self.best = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+
+def test_the_best_checkpoint_is_the_best(tmp_path):
+    """Its weights are those of the best validation, not those that training went on to."""
+    spoil, best = Spoil(), ModelCheckpoint(tmp_path, "best", monitor="val/elbo", mode="max")
+    trainer(tmp_path, spoil, best, max_epochs=4).fit(module(), data())
+    saved = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    assert all(torch.equal(saved[name], value) for name, value in spoil.best.items())
+
+
+def test_validation_drops_nothing(tmp_path):
+    """Figures of a model with dropout are those of the model in evaluation mode."""
+    model, source = module(dropout=0.5), data()
+    runner = trainer(tmp_path, max_epochs=1)
+    runner.fit(model, source)
+    reported = runner.callback_metrics["val/elbo"].item()
+    model.eval()
+    with torch.no_grad():
+        traces = [model.trace(batch, i) for i, batch in enumerate(source.val_dataloader())]
+    total = sum((t.log_px.sum() - t.kl.sum()).item() for t in traces)
+    assert reported == pytest.approx(total / sum(t.mask.sum().item() for t in traces), rel=1e-5)
+
+
+class Partly(Sines):
+    """Sines, some of which have no steps."""
+
+    def sequences(self, split):
+        found = super().sequences(split)
+        for sequence in found[1:3]:
+            sequence.x = sequence.x[:0]
+        return found
+
+
+def test_sequences_of_no_steps_do_not_count(tmp_path):
+    """Neither in a mean over sequences nor, alone in a batch, as a figure that is no number."""
+    sizes = {"train_size": 7, "val_size": 4, "steps": 6, "min_steps": 6}
+    model = module()
+    trainer(tmp_path / "together", max_epochs=1).fit(model, Partly(batch_size=7, **sizes))
+    (per_step,), (per_sequence,) = (column(tmp_path / "together", f"train/elbo{end}") for end in ("", "_per_sequence"))
+    assert per_sequence / per_step == pytest.approx(6)
+    annealer = ControlVAE(target=0.5)
+    trainer(tmp_path / "alone", annealer, max_epochs=2).fit(module(), Partly(batch_size=1, **sizes))
+    for name in ("train/loss", "train/kl", "val/elbo"):
+        assert all(math.isfinite(value) for value in column(tmp_path / "alone", name))
+    assert math.isfinite(annealer.weight)

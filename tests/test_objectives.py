@@ -206,7 +206,8 @@ def test_balance_shares_the_gradient_of_the_kl_and_keeps_its_value():
 
 def test_balance_heeds_a_residual_posterior():
     """The posterior's share moves the encoder alone, though its mean holds the prior's."""
-    model, batch = make(residual_posterior=True)
+    model, _ = make(residual_posterior=True)
+    batch = test_recurrence.make_batch([1, 1, 1])  # in one step, no latent feeds a next
     trace = model(batch, Noise(batch, [0, 1, 2]).over_time(4))
     means = next(iter(model.prior.head.parameters()))
     for balance, expected in ((0.0, False), (1.0, True)):

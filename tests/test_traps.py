@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import CodeType
 
 import pytest
+import test_archives
 import test_filtering
 import test_heads
 import test_module
@@ -21,6 +22,8 @@ import test_oracles
 import test_recurrence
 import test_sines
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.recurrence import textbook
@@ -180,7 +183,8 @@ TRAPS = {
         beta_stays_out,
     ),
     "divided by the batch twice": Trap(
-        "module:VRNNLightningModule.training_step", "return loss", "return loss / len(batch)", loss_is_per_sequence
+        "module:VRNNLightningModule.training_step", "part / all_sequences)\n        return loss",
+        "part / all_sequences)\n        return loss / len(batch)", loss_is_per_sequence,
     ),
     "bits forget the scaler": Trap(
         "metrics:Bound.compute", "(self.log_scale - elbo)", "(-elbo)", bits_count_the_scaler
@@ -236,7 +240,7 @@ TRAPS = {
         lambda: test_heads.test_missing_pen_offset_is_integrated_out(0),
     ),
     "log of a rate that underflowed": Trap(
-        "heads.counts:Poisson.forward", "log_softplus(raw)", "F.softplus(raw).log()", survives_extremes("poisson", -1e4)
+        "heads.counts:_Poisson.log_prob", "log_softplus(raw)", "F.softplus(raw).log()", survives_extremes("poisson", -1e4)
     ),
     "mean over samples at every step": Trap(
         "objectives:iwae", "(log_px + beta * log_ratio).sum(1).unflatten(0, (samples, -1))",
@@ -275,8 +279,52 @@ TRAPS = {
         "recurrence:_FastStep.reads_h", "self.spread(self.inputs[t])", "0 * self.spread(self.inputs[t])",
         test_objectives.test_a_filter_reads_the_covariates,
     ),
+    "windows across the borders of sequences": Trap(
+        "data:read_archive", "ends = steps.cumsum()", "ends = steps.cumsum() + 1",
+        lambda folder_of: test_archives.test_sequences_are_cut_at_the_lengths_and_named(folder_of.mktemp("run")),
+    ),
+    "empty rows averaged in": Trap(
+        "module:VRNNLightningModule.training_step", "(batch.lengths > 0).sum()", "torch.tensor(len(batch))",
+        lambda folder_of: test_module.test_sequences_of_no_steps_do_not_count(folder_of.mktemp("run")),
+    ),
+    "a fixed batch size in the state": Trap(
+        FORWARD, "self.initial_state(samples * len(batch))", "self.initial_state(2)",
+        test_recurrence.test_order_of_the_batch_changes_nothing, RuntimeError,
+    ),
+    "log(1 - theta - eps)": Trap(
+        "heads.discrete:Bernoulli.forward", "logits = at_least_float32(self.linear(features))",
+        "logits = at_least_float32(self.linear(features)).sigmoid(); logits = logits.log() - (1 - logits - 1e-12).log()",
+        survives_extremes("bernoulli", 1e4),
+    ),
+    "dropout in evaluation": Trap(
+        "vrnn:VRNN.draw_masks", "not self.training or ", "", test_recurrence.test_dropout_is_one_mask_per_sequence_in_training_alone
+    ),
     "reference left alone": Trap("recurrence:textbook", "torch.cat([phi_z, h, *u], -1)", "torch.cat([phi_z, 1.1 * h, *u], -1)", equals_textbook),
 }  # fmt: skip
+
+
+def never(*_: object, **__: object) -> None:
+    """Do nothing."""
+
+
+OMISSIONS = {
+    "no clipping before the step": (LightningModule, "configure_gradient_clipping", never,
+                                    test_module.test_updates_are_clipped_before_they_are_made),
+    "validation in training mode": (LightningModule, "on_validation_model_eval", never,
+                                    test_module.test_validation_drops_nothing),
+    "best is last": (ModelCheckpoint, "check_monitor_top_k", lambda *_: True,
+                     test_module.test_the_best_checkpoint_is_the_best),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OMISSIONS)
+def test_what_the_framework_must_not_leave_out(name, monkeypatch, tmp_path):
+    """Bugs of training loops: ours is Lightning's, so they are put in there."""
+    owner, method, wrong, oracle = OMISSIONS[name]
+    oracle(tmp_path / "right")
+    monkeypatch.setattr(owner, method, wrong)
+    with pytest.raises(AssertionError):
+        oracle(tmp_path / "wrong")
 
 
 def put_in(trap: Trap, monkeypatch: pytest.MonkeyPatch) -> None:
