@@ -23,9 +23,9 @@ class Resampling:
 
     Args:
         scheme: "multinomial", independent draws; "systematic", one draw for all, of less variance
-            (Douc & Cappé 2005, sec. 2.4).
+            (Douc & Cappé 2005).
         threshold: Resample where the effective sample size is below this share of the particles; 1 always, 0 never.
-        gradient: Let the gradient account for the choice of ancestors (Maddison et al. 2017, sec. 4): that of the
+        gradient: Let the gradient account for the choice of ancestors (Maddison et al. 2017): that of the
             expected bound, unbiased at threshold 1, and of a variance that usually spoils training. Only for
             "multinomial", whose draws have a density.
     """
@@ -93,7 +93,7 @@ def particle_filter(
     resampling: Resampling | None,
     uniform: Callable[[int], Tensor],
 ) -> Filtered:
-    r"""Estimate a likelihood with weighted particles (Maddison et al. 2017, arXiv 1705.09279, algorithm 1).
+    r"""Estimate a likelihood with weighted particles (Maddison et al. 2017, arXiv 1705.09279).
 
     .. math::
         \hat p(x_{1:T}) = \prod_t \sum_k \bar w_{t-1}^k \alpha_t^k, \qquad
