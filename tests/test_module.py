@@ -12,15 +12,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 from datamodules.sines import Sines
 from vrnn_lightning import Layers, UserError, VRNNLightningModule
-from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.batch import Sequence, SequenceBatch, pad
 from vrnn_lightning.callbacks import (
     ConstantKLWeight,
     ControlVAE,
     CosineKLAnnealing,
     CyclicalKLAnnealing,
+    Diagnostics,
     Encodings,
     LinearKLAnnealing,
     Samples,
@@ -95,6 +97,7 @@ def test_reported_figures_are_totals_over_totals(tmp_path, latent):
     }
     for name, value in expected.items():
         assert reported.pop(name) == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    assert reported.pop("val/objective") == pytest.approx(expected["val/elbo"], rel=1e-5)
     assert set(reported) == ({"val/active_units"} if latent else set())
 
 
@@ -515,25 +518,43 @@ def test_validation_drops_nothing(tmp_path):
     assert reported == pytest.approx(total / sum(t.mask.sum().item() for t in traces), rel=1e-5)
 
 
-class Partly(Sines):
-    """Sines, some of which have no steps."""
-
-    def sequences(self, split):
-        found = super().sequences(split)
-        for sequence in found[1:3]:
-            sequence.x = sequence.x[:0]
-        return found
-
-
 def test_sequences_of_no_steps_do_not_count(tmp_path):
     """Neither in a mean over sequences nor, alone in a batch, as a figure that is no number."""
-    sizes = {"train_size": 7, "val_size": 4, "steps": 6, "min_steps": 6}
-    model = module()
-    trainer(tmp_path / "together", max_epochs=1).fit(model, Partly(batch_size=7, **sizes))
+    full = data(train_size=5, steps=6, min_steps=6).sequences("train")
+    nothing = Sequence(full[0].x[:0])
+    together, alone = pad([full[0], nothing, full[1], nothing]), pad([nothing, nothing])
+
+    def loader(*batches):
+        return DataLoader(batches, batch_size=None)
+
+    trainer(tmp_path / "together", max_epochs=1).fit(module(), loader(together), loader(together))
     (per_step,), (per_sequence,) = (column(tmp_path / "together", f"train/elbo{end}") for end in ("", "_per_sequence"))
     assert per_sequence / per_step == pytest.approx(6)
-    annealer = ControlVAE(target=0.5)
-    trainer(tmp_path / "alone", annealer, max_epochs=2).fit(module(), Partly(batch_size=1, **sizes))
+    annealer, diagnostics = ControlVAE(target=0.5), Diagnostics(window=4)
+    batches = [alone, together, alone, alone] * 4
+    trainer(tmp_path / "alone", annealer, diagnostics, max_epochs=1).fit(
+        module(), loader(*batches), loader(alone, together)
+    )
     for name in ("train/loss", "train/kl", "val/elbo"):
         assert all(math.isfinite(value) for value in column(tmp_path / "alone", name))
     assert math.isfinite(annealer.weight)
+    assert len(diagnostics.norms) == 4
+
+
+def test_a_loader_leaves_out_what_has_no_steps():
+    class Partly(Sines):
+        def sequences(self, split):
+            found = super().sequences(split)
+            for sequence in found[1:3]:
+                sequence.x = sequence.x[:0]
+            return found
+
+    source = Partly(train_size=7, val_size=4, steps=6, batch_size=2)
+    for loader, count in ((source.train_dataloader(), 5), (source.val_dataloader(), 2)):
+        lengths = [length for batch in loader for length in batch.lengths.tolist()]
+        assert len(lengths) == count
+        assert all(lengths)
+        assert len(loader) == -(-count // 2)
+    source._splits["val"] = source.split("val")[1:3]
+    with pytest.raises(UserError, match="no sequence of the val split has a step"):
+        source.val_dataloader()

@@ -204,17 +204,20 @@ def test_balance_shares_the_gradient_of_the_kl_and_keeps_its_value():
     assert (kl_gradient(whole, own) != 0).any()
 
 
-def test_balance_heeds_a_residual_posterior():
-    """The posterior's share moves the encoder alone, though its mean holds the prior's."""
+def test_balance_of_a_residual_posterior_is_a_share_of_the_gradient():
+    """The KL does not depend on the prior's mean, which the posterior's holds; in one step, no latent feeds a next."""
     model, _ = make(residual_posterior=True)
-    batch = test_recurrence.make_batch([1, 1, 1])  # in one step, no latent feeds a next
+    batch = test_recurrence.make_batch([1, 1, 1])
     trace = model(batch, Noise(batch, [0, 1, 2]).over_time(4))
-    means = next(iter(model.prior.head.parameters()))
-    for balance, expected in ((0.0, False), (1.0, True)):
-        kl = ELBO(balance=balance)._kl(trace, True).sum()
-        torch.testing.assert_close(kl, trace.kl.sum())
-        found = torch.autograd.grad(kl, means, retain_graph=True, allow_unused=True)[0]
-        assert (found is not None and bool((found[:4].abs() > 1e-12).any())) == expected
+    whole, half, posterior_only = (ELBO(balance=b)._kl(trace, True).sum() for b in (None, 0.5, 0.0))
+    torch.testing.assert_close(half, whole)
+    head = next(iter(model.prior.head.parameters()))
+    torch.testing.assert_close(gradient(half, model), 0.5 * gradient(whole, model))
+    (found,) = torch.autograd.grad(whole, head, retain_graph=True)
+    assert (found[:4].abs() < 1e-12).all()
+    assert (found[4:].abs() > 1e-12).any()
+    unmoved = torch.autograd.grad(posterior_only, head, allow_unused=True, retain_graph=True)[0]
+    assert unmoved is None or (unmoved == 0).all()
 
 
 def test_without_a_latent_every_objective_is_the_likelihood():

@@ -190,8 +190,8 @@ TRAPS = {
         "metrics:Bound.compute", "(self.log_scale - elbo)", "(-elbo)", bits_count_the_scaler
     ),
     "last batch dropped": Trap(
-        "data:BatchSampler._global_batches", "return [chunk.tolist() for chunk in torch.arange(len(self.lengths)).split(size)]",
-        "return [chunk.tolist() for chunk in torch.arange(len(self.lengths)).split(size)][:-1]", test_sines.test_contract,
+        "data:BatchSampler._global_batches", "return [chunk.tolist() for chunk in self.kept.split(size)]",
+        "return [chunk.tolist() for chunk in self.kept.split(size)][:-1]", test_sines.test_contract,
     ),
     "data scaled twice": Trap(
         "data:_Scaled.read", "self.scaler.scale(s.x.double())", "self.scaler.scale(self.scaler.scale(s.x.double()))",

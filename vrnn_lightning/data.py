@@ -231,12 +231,13 @@ class BatchSampler(DistributedSampler[list[int]]):
     ) -> None:
         super().__init__(range(len(lengths)), num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]  # a range is sized
         self.lengths = torch.as_tensor(lengths)
+        self.kept = self.lengths.nonzero().flatten()  # a sequence of no steps counts nowhere
         self.global_batch = batch_size * num_replicas
         self.start = 0
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
-        return -(-len(self.lengths) // self.global_batch)
+        return -(-len(self.kept) // self.global_batch)
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this process's batches, from ``start`` (which only the first pass heeds)."""
@@ -247,9 +248,9 @@ class BatchSampler(DistributedSampler[list[int]]):
     def _global_batches(self) -> list[list[int]]:
         size = self.global_batch
         if not self.shuffle:
-            return [chunk.tolist() for chunk in torch.arange(len(self.lengths)).split(size)]
+            return [chunk.tolist() for chunk in self.kept.split(size)]
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator)
+        order = self.kept[torch.randperm(len(self.kept), generator=generator)]
         pools = [pool[self.lengths[pool].argsort(stable=True)] for pool in order.split(size * 20)]
         batches = [chunk.tolist() for pool in pools for chunk in pool.split(size)]
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
@@ -279,9 +280,8 @@ class _Scaled(Dataset[SequenceBatch]):
         name = s.name or f"sequence {index}"
         if s.x.ndim != 2 or s.x.shape[1] != self.num_features:
             raise UserError(f"{name}: shape {tuple(s.x.shape)}, expected (time, {self.num_features})")
-        if s.observed is not None and (s.observed.dtype != torch.bool or s.observed.shape != s.x.shape):
-            found = f"{s.observed.dtype} of shape {tuple(s.observed.shape)}".removeprefix("torch.")
-            raise UserError(f"{name}: observed is {found}, expected bool of shape {tuple(s.x.shape)}")
+        if s.observed is not None:
+            self._check_observed(s, name)
         real = s.x if s.observed is None else s.x[s.observed]
         if not torch.isfinite(real).all():
             raise UserError(f"{name}: holds NaN or infinite values; remove it or mend it")
@@ -291,6 +291,14 @@ class _Scaled(Dataset[SequenceBatch]):
         if s.observed is not None:
             scaled = scaled.masked_fill(~s.observed, 0.0)
         return Sequence(scaled, s.observed, s.inputs, name)
+
+    @staticmethod
+    def _check_observed(s: Sequence, name: str) -> None:
+        given: Any = s.observed
+        tensor = isinstance(given, Tensor)
+        if not tensor or given.dtype != torch.bool or given.shape != s.x.shape:
+            shown = f"{given.dtype} of shape {tuple(given.shape)}" if tensor else type(given).__name__
+            raise UserError(f"{name}: observed is {shown}, expected a torch.bool tensor of shape {tuple(s.x.shape)}")
 
     def _check_inputs(self, s: Sequence, name: str) -> None:
         expected = (len(s.x), self.num_inputs)
@@ -486,8 +494,11 @@ class SequenceDataModule(LightningDataModule):
 
     def _loader(self, split: Split) -> SequenceLoader:
         trainer = self.trainer
+        lengths = self.lengths(split)
+        if not any(lengths):
+            raise UserError(f"{type(self).__name__}: no sequence of the {split} split has a step")
         sampler = BatchSampler(
-            self.lengths(split),
+            lengths,
             self.batch_size,
             shuffle=split == "train",
             seed=self.seed,

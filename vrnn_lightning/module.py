@@ -120,6 +120,8 @@ class VRNNLightningModule(LightningModule):
         self.lr_interval = lr_interval
         self.beta = 1.0
         """Weight of the KL in training; a callback may set it."""
+        self.batch_kl: Tensor | None = None
+        """KL per step of the last training batch in nats, over all processes; ``None`` if it had no steps."""
         self.noise_seed = torch.initial_seed()
         self.register_buffer("scale_mean", torch.zeros(num_features))
         self.register_buffer("scale_std", torch.ones(num_features))
@@ -205,7 +207,8 @@ class VRNNLightningModule(LightningModule):
             loss = loss + 0.0 * torch.stack([p.sum() for p in self.vrnn.parameters()]).sum()
         self._stop_unless_finite(total, "the loss", batch)
         self.log("train/beta", self.beta, prog_bar=True)
-        if not all_steps:  # sequences of no steps have no figures
+        self.batch_kl = kl / all_steps if all_steps else None
+        if not all_steps:
             return loss
         self.log("train/loss", -total / all_sequences)
         for name, part in (("elbo", reconstruction - kl), ("reconstruction", reconstruction), ("kl", kl)):
@@ -292,17 +295,19 @@ class VRNNLightningModule(LightningModule):
         return trace
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation figures, and the bound that is trained on where it is another."""
-        self._report("val")
+        """Log the validation figures, and the bound that is trained on."""
+        elbo = self._report("val")
         if isinstance(self.objective, ImportanceBound):
             self.log("val/objective", self.held_out.compute()[""].float(), sync_dist=True)
             self.held_out.reset()
+        else:
+            self.log("val/objective", elbo, sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
         """Log the test figures."""
         self._report("test")
 
-    def _report(self, stage: str) -> None:
+    def _report(self, stage: str) -> Tensor:
         figures = {f"{stage}/{name}": value.float() for name, value in self.bound.compute().items()}
         if self.vrnn.decoder.head.likelihood == "mixed":
             del figures[f"{stage}/bits_per_dim"]  # a density and a mass have no common bit
@@ -315,6 +320,7 @@ class VRNNLightningModule(LightningModule):
             raise UserError(
                 f"{stage}/elbo is {figures[f'{stage}/elbo'].item()}: the data or the model holds such values"
             )
+        return figures[f"{stage}/elbo"]
 
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> Trace:
         """Return the trace of a batch."""

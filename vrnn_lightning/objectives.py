@@ -163,8 +163,10 @@ class ELBO(Objective):
         if self.balance is None:
             kl = q.log_prob(trace.z) - p.log_prob(trace.z)
         else:
-            own = Normal(q.loc - p.loc + p.loc.detach(), q.scale, validate_args=False) if residual else q
-            kl = self.balance * kl_divergence(_constant(q), p) + (1 - self.balance) * kl_divergence(own, _constant(p))
+            if residual:  # the posterior's mean holds the prior's, on which the KL then does not depend
+                q = Normal(q.loc - p.loc, q.scale, validate_args=False)
+                p = Normal(torch.zeros_like(p.loc), p.scale, validate_args=False)
+            kl = self.balance * kl_divergence(_constant(q), p) + (1 - self.balance) * kl_divergence(q, _constant(p))
         return torch.where(trace.mask[..., None], kl, 0.0)
 
 

@@ -403,14 +403,14 @@ def textbook(
     steps = x.shape[1]
     hs = list(state.h.unbind(1))
     cs = [] if state.c is None else list(state.c.unbind(1))
-    drop = Masks(x.new_ones(()), x.new_ones(()), torch.ones_like(state.h)) if masks is None else masks
-    future = _textbook_future(model, batch, drop)
+    future = _textbook_future(model, batch, masks)
     log_px, kl, ratio, zs = [], [], [], []
     for t in range(steps):
         real = (t < batch.lengths)[:, None]
         u = [] if batch.inputs is None else [batch.inputs[:, t]]
-        h = hs[-1] * drop.h[:, -1]
-        phi_x = model.phi_x(model.look(x[:, t], counted[:, t])) * drop.phi_x
+        h = hs[-1] if masks is None else hs[-1] * masks.h[:, -1]
+        phi_x = model.phi_x(model.look(x[:, t], counted[:, t]))
+        phi_x = phi_x if masks is None else phi_x * masks.phi_x
         phi_z = kl_t = z_t = x.new_zeros(len(x), 0)
         ratio_t = x.new_zeros(len(x))
         if model.prior is not None and model.encoder is not None and model.phi_z is not None:
@@ -421,7 +421,7 @@ def textbook(
             posterior = Normal(mean, posterior.stddev)
             kl_t = kl_divergence(posterior, prior.base_dist)
             ratio_t = (prior.base_dist.log_prob(z_t) - posterior.log_prob(z_t)).sum(-1)
-            phi_z = model.phi_z(z_t) * drop.phi_z
+            phi_z = model.phi_z(z_t) if masks is None else model.phi_z(z_t) * masks.phi_z
         emission = model.decoder(torch.cat([phi_z, h, *u], -1))
         scored = log_prob(emission, x[:, t], None if batch.observed is None else counted[:, t])
         log_px.append(torch.where(real[:, 0], scored, 0.0))
@@ -436,12 +436,12 @@ def textbook(
             else:
                 new = cell(reads, hs[layer])
             hs[layer] = torch.where(real, new, hs[layer])
-            reads = new * drop.h[:, layer]
+            reads = new if masks is None else new * masks.h[:, layer]
     last = State(torch.stack(hs, 1), torch.stack(cs, 1) if cs else None)
     return Reference(torch.stack(log_px, 1), torch.stack(kl, 1), torch.stack(ratio, 1), torch.stack(zs, 1), last)
 
 
-def _textbook_future(model: Networks, batch: SequenceBatch, drop: Masks) -> list[Tensor]:
+def _textbook_future(model: Networks, batch: SequenceBatch, masks: Masks | None) -> list[Tensor]:
     """Return the states of the recurrence that reads backwards, shape (batch, time, hidden), if there is one."""
     rnn = model.backward_rnn
     if rnn is None:
@@ -454,7 +454,8 @@ def _textbook_future(model: Networks, batch: SequenceBatch, drop: Masks) -> list
     cell = kind(rnn.input_size, rnn.hidden_size).to(x)
     for t in reversed(range(x.shape[1])):
         u = [] if batch.inputs is None else [batch.inputs[:, t]]
-        phi_x = model.phi_x(model.look(x[:, t], counted[:, t])) * drop.phi_x
+        phi_x = model.phi_x(model.look(x[:, t], counted[:, t]))
+        phi_x = phi_x if masks is None else phi_x * masks.phi_x
         reads, real = torch.cat([phi_x, *u], -1), (t < batch.lengths)[:, None]
         before = a if isinstance(cell, nn.GRUCell) else (a, c)
         found = torch.func.functional_call(cell, weights, (reads, before))

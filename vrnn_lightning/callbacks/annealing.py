@@ -247,8 +247,9 @@ class ControlVAE(KLAnnealing):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: SequenceBatch, batch_idx: int
     ) -> None:
         """Steer once per optimiser step, by the mean over the batches it was accumulated from."""
-        if "train/kl" in trainer.callback_metrics:  # not before the first batch that has steps
-            self._kls.append(trainer.callback_metrics["train/kl"])
+        kl = cast(VRNNLightningModule, pl_module).batch_kl
+        if kl is not None:
+            self._kls.append(kl)
         if trainer.global_step > self._step:
             self._step = trainer.global_step
             if self._kls:

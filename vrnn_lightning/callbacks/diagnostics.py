@@ -89,7 +89,7 @@ class Diagnostics(Callback):
             return
         self._step = trainer.global_step
         norm = trainer.callback_metrics["train/grad_norm"].item()  # the module has waited for it already
-        if not math.isfinite(norm):  # a loss scaler skips such a step
+        if not math.isfinite(norm) or norm == 0:  # a loss scaler skips the one; the other is a batch of no steps
             return
         usual = median(self.norms) if 2 * len(self.norms) >= self.window else math.inf
         self.norms.append(norm)

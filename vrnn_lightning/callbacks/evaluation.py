@@ -81,7 +81,8 @@ class Evaluation(Callback):
 
     Args:
         samples: Trajectories per sequence, K.
-        rows: Trajectories at a time; bounds memory, and changes no figure but by its draws.
+        rows: Trajectories at a time, of which only the current step is held. The particle filter holds at least all
+            of one sequence; otherwise memory does not grow with K. It changes no figure but by its draws.
         resampling: Of the particle filter: "multinomial" or "systematic".
         threshold: Resample where the effective sample size is below this share of the particles.
 
@@ -219,6 +220,7 @@ class Evaluation(Callback):
         ).cpu()
         assert self.path is not None
         if getattr(trainer, "fast_dev_run", False):  # leaves nothing behind
+            self.path = None
             return
         write_archive(self.path, self._parts, stage, kl_per_dim=self.kl_per_dim.numpy())
 

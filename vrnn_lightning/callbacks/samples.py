@@ -65,8 +65,8 @@ class Samples(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the head of the first batch."""
-        if batch_idx == 0 and (batch.lengths > 0).any():
+        """Keep the first batch that has steps."""
+        if self._batch is None and (batch.lengths > 0).any():
             self._batch = batch
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

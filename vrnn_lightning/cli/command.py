@@ -63,7 +63,7 @@ def main(args: list[str] | None = None) -> int:
             raise
         print(f"error: {_own_line(error)}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if debug or not _is_out_of_memory(error):
             raise
         cure = "give a smaller --data.batch_size, fewer samples or particles, or a smaller --evaluation.rows"
@@ -72,8 +72,10 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "Storage size calculation overflowed"))
 
 
 def _silence() -> None:
@@ -263,7 +265,10 @@ class CLI(LightningCLI):
                     print(
                         "no latent: all three are the exact log-likelihood; errors are standard errors over sequences"
                     )
-                print(f"figures of each sequence: {_short(str(callback.path))}")
+                if callback.path is not None:
+                    name = _short(str(callback.path))
+                    every = name.replace("_0.npz", "_*.npz") if self.trainer.world_size > 1 else name
+                    print(f"figures of each sequence: {every}")
 
     after_validate = after_test
 
@@ -294,9 +299,10 @@ class CLI(LightningCLI):
         best = getattr(checkpoint, "best_model_score", None)
         if best is not None:
             monitor = getattr(checkpoint, "monitor", None)
-            yield f"best {monitor}: {best:.4f} nats per step"
+            per_step = monitor in ("val/elbo", "val/objective")
+            yield f"best {monitor}: {best:.4f}{' nats per step' if per_step else ''}"
             exact = metrics.get("val/exact_log_likelihood")
-            if exact is not None and monitor in ("val/elbo", "val/objective"):
+            if exact is not None and per_step:
                 yield f"exact log-likelihood: {exact:.4f} nats per step, gap {exact - best:.4f}"
             loss = getattr(self.datamodule, "diagonal_loss", None)
             if loss is not None:
