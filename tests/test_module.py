@@ -530,7 +530,7 @@ def test_sequences_of_no_steps_do_not_count(tmp_path):
     trainer(tmp_path / "together", max_epochs=1).fit(module(), loader(together), loader(together))
     (per_step,), (per_sequence,) = (column(tmp_path / "together", f"train/elbo{end}") for end in ("", "_per_sequence"))
     assert per_sequence / per_step == pytest.approx(6)
-    annealer, diagnostics = ControlVAE(target=0.5), Diagnostics(window=4)
+    annealer, diagnostics = ControlVAE(target=0.5), Diagnostics(window=6)
     batches = [alone, together, alone, alone] * 4
     trainer(tmp_path / "alone", annealer, diagnostics, max_epochs=1).fit(
         module(), loader(*batches), loader(alone, together)
