@@ -76,7 +76,7 @@ def test_a_compressed_archive(tmp_path):
 
 
 def test_sequences_travel_to_other_processes(tmp_path):
-    found = pickle.loads(pickle.dumps(read_archive(write(tmp_path), "train", 2)))
+    found = pickle.loads(pickle.dumps(read_archive(write(tmp_path), "train", 2)))  # as a reading process gets it
     assert found[2].x.shape == (4, 2)
 
 

@@ -87,7 +87,9 @@ def test_padding_and_other_sequences_change_no_sequence():
             new = states[0].view(particles, -1) * 0.5 + increments[t][:, columns]
             return new, (new.flatten(),)
 
-        draw = lambda count: uniforms[next(counter)][columns]  # noqa: E731
+        def draw(count):
+            return uniforms[next(counter)][columns]
+
         zero = torch.zeros(particles * len(columns))
         return particle_filter(step, (zero,), torch.tensor(lengths), particles, steps, Resampling(), draw)
 
@@ -155,7 +157,9 @@ def test_the_resampling_gradient_is_that_of_the_expectation():
             z = states[0] * 0.7 + theta * torch.randn(particles * copies, generator=generator, dtype=theta.dtype)
             return Normal(z, 0.5).log_prob(torch.tensor([1.0, -1.0, 1.0])[t]).view(particles, -1), (z,)
 
-        uniform = lambda count: torch.rand(copies, count, generator=generator, dtype=theta.dtype)  # noqa: E731
+        def uniform(count):
+            return torch.rand(copies, count, generator=generator, dtype=theta.dtype)
+
         rule = Resampling("multinomial", 1.0, gradient)
         zero = torch.zeros(particles * copies, dtype=theta.dtype)
         return particle_filter(step, (zero,), lengths.expand(copies), particles, 3, rule, uniform).log_likelihood
@@ -178,8 +182,13 @@ def test_a_resampling_gradient_adds_no_value():
 
     def run(rule):
         generator = torch.Generator().manual_seed(1)
-        uniform = lambda count: torch.rand(1, count, generator=generator)  # noqa: E731
-        step = lambda t, states: (weights[t], states)  # noqa: E731
+
+        def uniform(count):
+            return torch.rand(1, count, generator=generator)
+
+        def step(t, states):
+            return weights[t], states
+
         return particle_filter(step, (torch.zeros(4),), torch.tensor([3]), 4, 3, rule, uniform).log_likelihood
 
     torch.testing.assert_close(run(Resampling("multinomial", 1.0, True)), run(Resampling("multinomial", 1.0)))

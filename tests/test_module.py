@@ -30,7 +30,7 @@ from vrnn_lightning.callbacks import (
 )
 from vrnn_lightning.heads import Bernoulli, Gaussian, Poisson
 from vrnn_lightning.metrics import ActiveUnits, Bound
-from vrnn_lightning.objectives import ELBO
+from vrnn_lightning.objectives import ELBO, FIVO, IWAE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # a resume into another folder, to compare the two
@@ -558,3 +558,27 @@ def test_a_loader_leaves_out_what_has_no_steps():
     source._splits["val"] = source.split("val")[1:3]
     with pytest.raises(UserError, match="no sequence of the val split has a step"):
         source.val_dataloader()
+
+
+@pytest.mark.parametrize("objective", [partial(IWAE, samples=3), partial(FIVO, particles=3)])
+def test_validation_reports_the_bound_that_is_trained_on(tmp_path, objective):
+    """A total over a total of each sequence's bound, without dropout or annealing, whatever was before it."""
+    model, source = module(objective=objective, dropout=0.4), data()
+    runner = trainer(tmp_path, ConstantKLWeight(0.1), max_epochs=2, num_sanity_val_steps=1)
+    runner.fit(model, source)
+    model.eval()
+    rule = model.objective.resampling if isinstance(model.objective, FIVO) else None
+    total = steps = 0
+    with torch.no_grad():
+        for i, batch in enumerate(source.val_dataloader()):
+            total += model.vrnn.filter(batch, 3, rule, model._noise(batch, i)).log_likelihood.sum().item()
+            steps += batch.lengths.sum().item()
+    assert runner.callback_metrics["val/objective"].item() == pytest.approx(total / steps, rel=1e-5)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_wrong_value_is_refused_in_whatever_batch_it_is(tmp_path, split):
+    source = Binary(train_size=8, val_size=8, steps=5, batch_size=2)
+    source.split(split)[-1].x[0, 1] = 0.25
+    with pytest.raises(UserError, match="feature 1 has values from 0 to 1"):
+        trainer(tmp_path, max_epochs=1).fit(module(emission=Bernoulli), source)

@@ -248,7 +248,7 @@ TRAPS = {
         test_objectives.test_iwae_sums_over_time_before_the_mean_over_samples,
     ),
     "analytic KL in importance weights": Trap(
-        "objectives:IWAE.of_sequences", "trace.log_ratio", "-trace.kl.sum(-1)",
+        "objectives:IWAE.__call__", "trace.log_ratio", "-trace.kl.sum(-1)",
         test_objectives.test_one_sample_of_every_objective_is_the_sampled_elbo,
     ),
     "sum over samples for their mean": Trap(FILTER, "even = -math.log(particles)", "even = 0.0", estimates_are_unbiased),

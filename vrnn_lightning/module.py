@@ -120,6 +120,7 @@ class VRNNLightningModule(LightningModule):
         self.lr_interval = lr_interval
         self.beta = 1.0
         """Weight of the KL in training; a callback may set it."""
+        self._first_epoch = 0
         self.batch_kl: Tensor | None = None
         """KL per step of the last training batch in nats, over all processes; ``None`` if it had no steps."""
         self.noise_seed = torch.initial_seed()
@@ -186,13 +187,17 @@ class VRNNLightningModule(LightningModule):
         self.scale_mean.copy_(scaler.mean)
         self.scale_std.copy_(scaler.std)
 
+    def on_train_start(self) -> None:
+        """Remember the epoch in which every batch is checked."""
+        self._first_epoch = self.current_epoch
+
     def forward(self, batch: SequenceBatch) -> Trace:
         """Infer the latents of a batch and score it, with fresh noise."""
         return cast(Trace, self.vrnn(batch))
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """Return minus the objective summed over the global batch, divided by its number of sequences."""
-        if batch_idx == 0:
+        if self.current_epoch == self._first_epoch:
             self._check(batch)
         noise = self._noise(batch, batch_idx, self.current_epoch)
         value, trace = self.objective(self.vrnn, batch, noise, self.beta, self._total)
@@ -219,8 +224,6 @@ class VRNNLightningModule(LightningModule):
     def _check(self, batch: SequenceBatch) -> None:
         """Refuse values that the emission can't score, and say what the model does not read."""
         self.vrnn.decoder.head.check(batch.x, batch.counted)
-        if not self.training:
-            return
         data = type(self._data).__name__
         if not self.vrnn.missing and batch.observed is not None and not batch.observed[batch.mask].all():
             rank_zero_warn(
@@ -267,8 +270,7 @@ class VRNNLightningModule(LightningModule):
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> Any:
         """Add a batch to the validation totals, and return its trace."""
         if isinstance(self.objective, ImportanceBound):
-            noise = self._noise(batch, batch_idx)
-            values = self.objective.of_sequences(self.vrnn, batch, noise, 1.0).values
+            values = self.objective.of_sequences(self.vrnn, batch, self._noise(batch, batch_idx))
             self.held_out.update(values, batch.lengths)
         return self._evaluate(batch, batch_idx)
 
@@ -282,8 +284,7 @@ class VRNNLightningModule(LightningModule):
         return cast(Trace, self.vrnn(batch, noise))
 
     def _evaluate(self, batch: SequenceBatch, batch_idx: int) -> Trace:
-        if batch_idx == 0:
-            self._check(batch)
+        self.vrnn.decoder.head.check(batch.x, batch.counted)
         trace = self.trace(batch, batch_idx)
         counted = batch.counted
         log_scale = (counted * self.scale_std.log()).sum()

@@ -18,9 +18,10 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.noise import Noise
+from vrnn_lightning.recurrence import Masks
 from vrnn_lightning.vrnn import VRNN, Trace
 
-__all__ = ["ELBO", "FIVO", "IWAE", "Found", "ImportanceBound", "Objective", "OfSequences", "elbo", "iwae"]
+__all__ = ["ELBO", "FIVO", "IWAE", "Found", "ImportanceBound", "Objective", "elbo", "iwae"]
 
 Total = Callable[[Tensor], Tensor]
 
@@ -174,35 +175,22 @@ def _constant(normal: Normal) -> Normal:
     return Normal(normal.loc.detach(), normal.scale.detach(), validate_args=False)
 
 
-class OfSequences(NamedTuple):
-    """A bound of each sequence in nats, shape (batch,), and trajectories that were not resampled."""
-
-    values: Tensor
-    trace: Trace
-
-
 class ImportanceBound(Objective):
-    """A bound that is a sum of bounds of sequences, made of importance weights."""
+    """A bound made of importance weights: a sum of bounds of sequences."""
 
     absent = {
         "kl": "its weights are made of the latents drawn, so the KL is always sampled; for an analytic one use ELBO"
     }
 
     @abstractmethod
-    def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float) -> OfSequences:
-        """Bound each sequence.
+    def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise) -> Tensor:
+        """Return the bound of each sequence in nats, shape (batch,), with the latent's part at its full weight.
 
         Args:
             model: The model.
             batch: Padded sequences.
             noise: What to draw from.
-            beta: Weight of the latent's part; 1 for the bound.
         """
-
-    def __call__(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total) -> Found:
-        """Evaluate it."""
-        values, trace = self.of_sequences(model, batch, noise, beta)
-        return Found(values.sum(), trace)
 
 
 class IWAE(ImportanceBound):
@@ -220,12 +208,16 @@ class IWAE(ImportanceBound):
             raise UserError(f"objective.samples {samples}: must be at least 1")
         self.samples = samples
 
-    def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float) -> OfSequences:
-        """Bound each sequence."""
+    def __call__(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total) -> Found:
+        """Evaluate it."""
         samples = self.samples if model.latent_size else 1
         masks = model.draw_masks(noise)
         trace = model(batch, noise.over_time(model.latent_size, samples), masks=masks, samples=samples)
-        return OfSequences(iwae(trace.log_px, trace.log_ratio, samples, beta), trace)
+        return Found(iwae(trace.log_px, trace.log_ratio, samples, beta).sum(), trace)
+
+    def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise) -> Tensor:
+        """Return the bound of each sequence in nats, shape (batch,)."""
+        return model.filter(batch, self.samples if model.latent_size else 1, None, noise).log_likelihood
 
 
 class FIVO(ImportanceBound):
@@ -253,11 +245,19 @@ class FIVO(ImportanceBound):
         self.particles = particles
         self.resampling = Resampling(resampling, threshold, resampling_gradient)
 
-    def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float) -> OfSequences:
-        """Bound each sequence; the reported bound comes from a pass of its own, without gradient or resampling."""
-        particles = self.particles if model.latent_size else 1
+    def __call__(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total) -> Found:
+        """Evaluate it; the reported bound comes from a pass of its own, without gradient or resampling."""
         masks = model.draw_masks(noise)
         with torch.no_grad():
             trace = model(batch, noise.over_time(model.latent_size), masks=masks)
-        filtered = model.filter(batch, particles, self.resampling, noise, masks, beta)
-        return OfSequences(filtered.log_likelihood, trace)
+        return Found(self._filter(model, batch, noise, masks, beta).sum(), trace)
+
+    def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise) -> Tensor:
+        """Return the bound of each sequence in nats, shape (batch,)."""
+        return self._filter(model, batch, noise)
+
+    def _filter(
+        self, model: VRNN, batch: SequenceBatch, noise: Noise, masks: Masks | None = None, beta: float = 1.0
+    ) -> Tensor:
+        particles = self.particles if model.latent_size else 1
+        return model.filter(batch, particles, self.resampling, noise, masks, beta).log_likelihood

@@ -18,6 +18,7 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.filtering import Step
 from vrnn_lightning.heads import Factorised, Gaussian, Head, Network, log_prob, tempered
 from vrnn_lightning.nn import MLP
+from vrnn_lightning.noise import Noise
 
 __all__ = [
     "Generated",
@@ -31,6 +32,7 @@ __all__ = [
     "filter_step",
     "free_run",
     "log_ratio",
+    "repeat_rows",
     "textbook",
     "unroll",
 ]
@@ -46,6 +48,10 @@ class State(NamedTuple):
 
     h: Tensor
     c: Tensor | None = None
+
+    def layers(self) -> tuple[Tensor, ...]:
+        """Return h of each layer, then c of each layer, each (batch, hidden)."""
+        return (*self.h.unbind(1), *(() if self.c is None else self.c.unbind(1)))
 
 
 class Masks(NamedTuple):
@@ -171,7 +177,7 @@ class _FastStep:
 
     def spread(self, x: Tensor) -> Tensor:
         """Repeat the rows of a batch for its samples."""
-        return x if self.samples == 1 else x.repeat(self.samples, 1)
+        return repeat_rows(x, self.samples)
 
     def reads_h(self, t: int, hidden: Tensor) -> Tensor:
         """Return what prior and decoder read beside z_t: h_{t-1} and the covariates."""
@@ -247,7 +253,7 @@ def unroll(
     """
     step = _FastStep(model, reads, masks, samples)
     noises = noise.transpose(0, 1).contiguous().unbind(0)
-    states = _as_tuple(state)
+    states = state.layers()
     before, inferred = [], []
     for t, drawn in enumerate(noises):
         before.append(states)
@@ -268,7 +274,7 @@ def filter_step(
     model: Networks,
     reads: Reads,
     batch: SequenceBatch,
-    noise: NoiseSource,
+    noise: Noise,
     samples: int,
     masks: Masks | None = None,
     beta: float = 1.0,
@@ -306,21 +312,15 @@ def filter_step(
     return advance
 
 
-class NoiseSource(Protocol):
-    """Draws a step's noise when asked."""
-
-    def normal(self, *shape: int) -> Tensor:
-        """Return standard normal numbers, shape (batch, *shape)."""
+def repeat_rows(x: Tensor, samples: int) -> Tensor:
+    """Return a batch's rows, shape (batch, ...), for each of its samples: row ``k * batch + i`` is row i."""
+    return x if samples == 1 else x.repeat(samples, *[1] * (x.ndim - 1))
 
 
 def log_ratio(prior: Factorised, posterior: Factorised, z: Tensor) -> Tensor:
     """Return log p(z) - log q(z) in nats, shape (...), of latents of shape (..., latent)."""
     ratio: Tensor = prior.log_prob(z) - posterior.log_prob(z)
     return ratio
-
-
-def _as_tuple(state: State) -> tuple[Tensor, ...]:
-    return (*state.h.unbind(1), *(() if state.c is None else state.c.unbind(1)))
 
 
 def _as_state(states: tuple[Tensor, ...], layers: int) -> State:
@@ -494,7 +494,7 @@ def free_run(
         inputs: Covariates, shape (batch, time, covariates), if the model reads any.
         temperature: Of the emission; below 1 for the more likely frames.
     """
-    states, layers = list(_as_tuple(state)), len(model.cells)
+    states, layers = list(state.layers()), len(model.cells)
     drawn = []
     for t in range(steps):
         h = states[layers - 1]

@@ -25,6 +25,7 @@ from vrnn_lightning.recurrence import (
     filter_step,
     free_run,
     log_ratio,
+    repeat_rows,
     unroll,
 )
 
@@ -281,7 +282,7 @@ class VRNN(nn.Module):
         assert noise is not None
 
         def spread(x: Tensor) -> Tensor:
-            return x if samples == 1 else x.repeat(samples, *[1] * (x.ndim - 1))
+            return repeat_rows(x, samples)
 
         reads = self._reads(batch, masks)
         steps = unroll(self, reads, noise, state, spread(batch.lengths), masks, samples)
@@ -324,8 +325,7 @@ class VRNN(nn.Module):
         """
         batch = self._clean(batch)
         noise = Noise(batch) if noise is None else noise
-        state = self.initial_state(samples * len(batch))
-        states = (*state.h.unbind(1), *(() if state.c is None else state.c.unbind(1)))
+        states = self.initial_state(samples * len(batch)).layers()
         step = filter_step(self, self._reads(batch, masks), batch, noise, samples, masks, beta)
         return particle_filter(step, states, batch.lengths, samples, batch.x.shape[1], resampling, noise.uniform)
 

@@ -20,7 +20,7 @@ from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.vrnn import VRNN, Trace
 
-__all__ = ["Evaluation", "importance_weighted", "particle_filtered"]
+__all__ = ["Evaluation", "importance_weighted"]
 
 
 def importance_weighted(
@@ -46,20 +46,17 @@ def importance_weighted(
     return total - math.log(samples), (2 * total - squares.logsumexp(0)).exp()
 
 
-def particle_filtered(
-    model: VRNN, batch: SequenceBatch, samples: int, noise: Noise, resampling: Resampling
-) -> tuple[Tensor, Tensor]:
-    """Return the particle filter's bound of each sequence and its mean effective sample size, each (batch,).
-
-    Args:
-        model: The model.
-        batch: Padded sequences.
-        samples: Particles, K; all of them are held at once, of one time step.
-        noise: What to draw from.
-        resampling: When particles are drawn anew.
-    """
-    found = model.filter(batch, samples, resampling, noise)
-    return found.log_likelihood, found.effective_samples
+ENDINGS = ("", "_stderr", "_per_sequence", "_per_sequence_stderr")
+SHOWN = {  # what the module reports of the ELBO is not said twice
+    "elbo": ("_stderr", "_per_sequence_stderr"),
+    "iwae": ENDINGS,
+    "fivo": ENDINGS,
+    "gap": ("_stderr",),
+    "iwae_gap": ("", "_stderr"),
+    "fivo_gap": ("", "_stderr"),
+    "iwae_effective_samples": ("",),
+    "fivo_effective_samples": ("",),
+}
 
 
 class Evaluation(Callback):
@@ -133,7 +130,7 @@ class Evaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Bound the sequences of a batch."""
-        self._add(cast(VRNNLightningModule, pl_module), outputs, batch, batch_idx)
+        self._add(trainer, cast(VRNNLightningModule, pl_module), outputs, batch, batch_idx)
 
     def on_validation_batch_end(
         self,
@@ -146,18 +143,19 @@ class Evaluation(Callback):
     ) -> None:
         """Bound the sequences of a batch, if this is no validation within training."""
         if trainer.state.fn == "validate":
-            self._add(cast(VRNNLightningModule, pl_module), outputs, batch, batch_idx)
+            self._add(trainer, cast(VRNNLightningModule, pl_module), outputs, batch, batch_idx)
 
-    def _add(self, module: VRNNLightningModule, trace: Trace, batch: SequenceBatch, batch_idx: int) -> None:
-        figures = {"elbo": trace.log_px.sum(1) - trace.kl.sum((1, 2)), **self._bounds(module, batch, batch_idx)}
-        known = getattr(module._data, "exact_log_likelihood", None)
+    def _add(self, trainer: Trainer, module: VRNNLightningModule, trace: Trace, batch: SequenceBatch, i: int) -> None:
+        figures = {"elbo": trace.log_px.sum(1) - trace.kl.sum((1, 2)), **self._bounds(module, batch, i)}
+        known = getattr(getattr(trainer, "datamodule", None), "exact_log_likelihood", None)
         exact = known(batch) if known is not None else None
         if exact is not None:
             exact = exact.to(figures["elbo"])
             gaps = {"gap": "elbo", "iwae_gap": "iwae", "fivo_gap": "fivo"}
             figures |= {"exact_log_likelihood": exact} | {gap: exact - figures[own] for gap, own in gaps.items()}
-        for name, values in figures.items():
-            self._estimates.setdefault(name, Estimate().to(module.device)).update(values, batch.lengths)
+        for name in SHOWN.keys() & figures.keys():
+            weights = batch.lengths.clamp(max=1) if name == "iwae_effective_samples" else batch.lengths
+            self._estimates.setdefault(name, Estimate().to(module.device)).update(figures[name], weights)
         real = (batch.lengths > 0).cpu()
         self._kl.append(trace.kl.double().sum((0, 1)).cpu())
         columns = {name: values.double().cpu()[real].numpy() for name, values in figures.items()}
@@ -165,7 +163,7 @@ class Evaluation(Callback):
         self._parts.append(columns | {"lengths": batch.lengths.cpu()[real].numpy(), "names": np.array(names, str)})
 
     def _bounds(self, module: VRNNLightningModule, batch: SequenceBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Return the bounds of each sequence in nats, and effective samples times steps where a step has them."""
+        """Return the bounds of each sequence in nats, and effective samples: of a trajectory, and summed over steps."""
         model = module.vrnn
         samples = self.samples if model.latent_size else 1
         size = max(1, self.rows // samples)
@@ -176,13 +174,11 @@ class Evaluation(Callback):
             place = (batch_idx, start, module.global_rank)
             draws = [Noise.named(part, module.noise_seed, bound, unnamed=place) for bound in ("iwae", "fivo")]
             iwae, of_trajectories = importance_weighted(model, part, samples, draws[0], self.rows)
-            fivo, of_steps = particle_filtered(model, part, samples, draws[1], self.resampling)
-            found.append(torch.stack([iwae, fivo, of_trajectories, of_steps]))
-        iwae, fivo, of_trajectories, of_steps = torch.cat(found, 1)[:, torch.tensor(order).argsort()]
-        if not model.latent_size:
-            return {"iwae": iwae, "fivo": fivo}
-        named = {"iwae_effective_samples": of_trajectories, "fivo_effective_samples": of_steps * batch.lengths}
-        return {"iwae": iwae, "fivo": fivo, **named}
+            fivo = model.filter(part, samples, self.resampling, draws[1])
+            of_steps = fivo.effective_samples * part.lengths
+            found.append(torch.stack([iwae, fivo.log_likelihood, of_trajectories, of_steps]))
+        names = ("iwae", "fivo", "iwae_effective_samples", "fivo_effective_samples")[: 4 if model.latent_size else 2]
+        return dict(zip(names, torch.cat(found, 1)[:, torch.tensor(order).argsort()], strict=False))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report."""
@@ -194,22 +190,10 @@ class Evaluation(Callback):
             self._report(trainer, pl_module, "val")
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        found = {
-            f"{name}{ending}": value
-            for name, estimate in self._estimates.items()
-            for ending, value in estimate.compute().items()
-        }
-        shown = {
-            name: value
-            for name, value in found.items()
-            if name not in _REPORTED_BY_THE_MODULE and "gap_per_sequence" not in name
-        }
-        for name in ("iwae", "fivo"):
-            whole = {key: found[key] for key in found if key.startswith(f"{name}_effective_samples")}
-            shown = {key: value for key, value in shown.items() if key not in whole}
-            if whole:
-                ending = "_per_sequence" if name == "iwae" else ""  # a weight per trajectory, or one per step
-                shown[f"{name}_effective_samples"] = whole[f"{name}_effective_samples{ending}"]
+        shown: dict[str, Tensor] = {}
+        for name, estimate in sorted(self._estimates.items()):  # every process in the same order
+            figures = estimate.compute()
+            shown |= {f"{name}{ending}": figures[ending] for ending in SHOWN[name] if ending in figures}
         latent = cast(VRNNLightningModule, pl_module).vrnn.latent_size
         shown["samples"] = torch.tensor(float(self.samples if latent else 1))
         pl_module.log_dict({f"{stage}/{name}": value.float() for name, value in shown.items()}, sync_dist=True)
@@ -223,11 +207,3 @@ class Evaluation(Callback):
             self.path = None
             return
         write_archive(self.path, self._parts, stage, kl_per_dim=self.kl_per_dim.numpy())
-
-
-_REPORTED_BY_THE_MODULE = {
-    "elbo",
-    "elbo_per_sequence",
-    "gap",
-    *(f"exact_log_likelihood{ending}" for ending in ("", "_stderr", "_per_sequence_stderr")),
-}

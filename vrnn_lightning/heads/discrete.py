@@ -94,10 +94,8 @@ class DiscretisedLogisticMixture(Head):
         raw = at_least_float32(self.linear(features)).unflatten(-1, (3, self.num_features, self.components))
         logits, place, spread = raw.unbind(-3)
         half, centre = (self.highest - self.lowest) / 2, (self.highest + self.lowest) / 2
-        loc, scale = (
-            centre + half * place,
-            half * F.softplus(spread) + 1 / 32,
-        )  # narrower ones fill one bin all the same
+        loc = centre + half * place
+        scale = half * F.softplus(spread) + 1 / 32  # narrower ones fill one bin all the same
         weights = Categorical(logits=logits, validate_args=False)
         return Factorised(_LogisticBins(weights, loc, scale, self.lowest, self.highest))
 
