@@ -479,3 +479,42 @@ def test_too_much_memory_is_one_line(lightning, tiny):
     said = lightning("fit", "-c", tiny, "--model.objective", "IWAE", "--model.objective.samples", 10**13)
     assert said.code == 1
     assert "not enough memory" in said.err
+
+
+COVARIATES = """
+import torch
+
+from vrnn_lightning import Sequence, SequenceDataModule
+
+
+class Driven(SequenceDataModule):
+    '''Responses to a known input, some of them not measured.'''
+
+    num_inputs = 2
+    missing = True
+
+    def __init__(self, batch_size: int = 4, num_workers: int = 0, seed: int = 0):
+        super().__init__(1, batch_size, num_workers, seed)
+
+    def sequences(self, split):
+        generator = torch.Generator().manual_seed(len(split))
+        drive = torch.randn(6, 5, 2, generator=generator)
+        seen = torch.rand(6, 5, 1, generator=generator) > 0.2
+        return [Sequence(u.sum(1, keepdim=True), s, u, f"{split} {i}") for i, (u, s) in enumerate(zip(drive, seen))]
+"""
+
+
+def test_covariates_and_missing_values_need_no_option(lightning, tiny, folder):
+    """The data say them: the model reads them in training, for its pictures, and from a checkpoint."""
+    (folder / "datamodules").mkdir()
+    (folder / "datamodules" / "driven.py").write_text(COVARIATES)
+    words = ["--data", "Driven", "--trainer.max_epochs", 1, "--trainer.accelerator", "cpu"]
+    said = lightning("fit", *words, "--model.hidden_size", 8)
+    assert said.code == 0, said.err
+    assert "not read" not in said.err
+    (run,) = (folder / "runs" / "driven").iterdir()
+    assert list((run / "samples").glob("*.png"))
+    options = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["hyper_parameters"]
+    assert (options["num_inputs"], options["missing"]) == (2, True)
+    said = lightning("test", "--ckpt_path", "best", "--data", "Driven", "--evaluation.samples", 2)
+    assert said.code == 0, said.err
