@@ -190,11 +190,11 @@ TRAPS = {
         "metrics:Bound.compute", "(self.log_scale - elbo)", "(-elbo)", bits_count_the_scaler
     ),
     "last batch dropped": Trap(
-        "data:BatchSampler._global_batches", "return [chunk.tolist() for chunk in self.kept.split(size)]",
+        "data.loading:BatchSampler._global_batches", "return [chunk.tolist() for chunk in self.kept.split(size)]",
         "return [chunk.tolist() for chunk in self.kept.split(size)][:-1]", test_sines.test_contract,
     ),
     "data scaled twice": Trap(
-        "data:_Scaled.read", "self.scaler.scale(s.x.double())", "self.scaler.scale(self.scaler.scale(s.x.double()))",
+        "data.loading:ScaledSequences.read", "self.scaler.scale(s.x.double())", "self.scaler.scale(self.scaler.scale(s.x.double()))",
         loader_scales_once,
     ),
     "grey values scored with a Bernoulli": Trap(
@@ -280,7 +280,7 @@ TRAPS = {
         test_objectives.test_a_filter_reads_the_covariates,
     ),
     "windows across the borders of sequences": Trap(
-        "data:read_archive", "ends = steps.cumsum()", "ends = steps.cumsum() + 1",
+        "data.archives:read_archive", "ends = steps.cumsum()", "ends = steps.cumsum() + 1",
         lambda folder_of: test_archives.test_sequences_are_cut_at_the_lengths_and_named(folder_of.mktemp("run")),
     ),
     "empty rows averaged in": Trap(

@@ -1,0 +1,18 @@
+"""Data for the model: sequences, flat archives, batches, and the base class of datamodules."""
+
+from vrnn_lightning.data.archives import ArchiveSplit, read_archive
+from vrnn_lightning.data.datamodule import SequenceDataModule
+from vrnn_lightning.data.loading import BatchSampler, SequenceLoader
+from vrnn_lightning.data.sequences import Modality, Scaler, Sequences, Split
+
+__all__ = [
+    "ArchiveSplit",
+    "BatchSampler",
+    "Modality",
+    "Scaler",
+    "SequenceDataModule",
+    "SequenceLoader",
+    "Sequences",
+    "Split",
+    "read_archive",
+]

@@ -1,0 +1,160 @@
+"""Flat archives: sequences end to end in one .npz file, never pickled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
+from zlib import error as ZlibError
+
+import numpy as np
+import torch
+
+from vrnn_lightning.batch import Sequence
+from vrnn_lightning.data.sequences import Split
+from vrnn_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["ArchiveSplit", "read_archive"]
+
+
+@dataclass(frozen=True)
+class ArchiveSplit:
+    """One split of a flat archive: its rows in one array, from which a sequence is cut when it is asked for.
+
+    Args:
+        path: The archive.
+        word: What the archive calls the split: "train", "valid" or "test".
+        values: The sequences' rows one after another, shape (total steps, features), in the archive's type.
+        bounds: Where each sequence begins and ends, shape (sequences, 2).
+        numbers: Which sequence of the archive each one is, shape (sequences,).
+    """
+
+    path: Path
+    word: str
+    values: NDArray[Any]
+    bounds: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return len(self.bounds)
+
+    def __getitem__(self, index: int, /) -> Sequence:
+        """Return one sequence, named after the split and its number in the archive, in float32 where that is exact."""
+        start, end = self.bounds[index]
+        exact = np.result_type(self.values.dtype, np.float32)
+        x = torch.from_numpy(self.values[start:end].astype(exact))
+        return Sequence(x, name=f"{self.word} {self.numbers[index]}")
+
+    @property
+    def lengths(self) -> list[int]:
+        """Steps of each sequence."""
+        steps: list[int] = np.diff(self.bounds, axis=1)[:, 0].tolist()
+        return steps
+
+    def no_longer_than(self, steps: int) -> ArchiveSplit:
+        """Return the sequences of at most so many steps."""
+        kept = np.array(self.lengths, dtype=np.int64) <= steps
+        return replace(self, bounds=self.bounds[kept], numbers=self.numbers[kept])
+
+    def rows(self) -> NDArray[Any]:
+        """Return the rows of all sequences, shape (steps, features)."""
+        if len(self) == 0:
+            return self.values[:0]
+        return np.concatenate([self.values[start:end] for start, end in self.bounds])
+
+    def refuse(self, wrong: NDArray[np.bool_], cure: str) -> None:
+        """Refuse values that the data can't hold.
+
+        Args:
+            wrong: True at them, shape (total steps, features) or fewer features from the left on.
+            cure: The rest of the message, after what the first of them is and where it stands.
+
+        Raises:
+            UserError: Any is true.
+        """
+        if not wrong.any():
+            return
+        row, feature = np.unravel_index(wrong.argmax(), wrong.shape)
+        i = int(np.searchsorted(self.bounds[:, 1], row, side="right"))
+        place = f"{self.word} {self.numbers[i]}, step {row - self.bounds[i, 0]}, feature {feature}"
+        raise UserError(f"{self.path}: {self.word}_values holds {self.values[row, feature]} at {place}; {cure}")
+
+
+def read_archive(path: Path, split: Split, width: int) -> ArchiveSplit:
+    """Read one split of a flat archive, and of the file nothing else.
+
+    A flat archive is an ``.npz`` file, never pickled, with two arrays for each split, "train", "valid" and "test":
+    ``{split}_values`` of shape (total steps, features) and ``{split}_lengths`` of shape (sequences,). Sequence i is
+    ``values[sum(lengths[:i]) : sum(lengths[: i + 1])]``. Other arrays are ignored.
+
+    Args:
+        path: The file.
+        split: Which split; "val" is "valid" in the file.
+        width: Features that a row must have.
+
+    Raises:
+        UserError: There is no such file, it is no such archive, or its arrays don't fit together or hold values that
+            are no finite numbers.
+    """
+    word = "valid" if split == "val" else split
+    values, lengths = _arrays(path, f"{word}_values", f"{word}_lengths")
+    if values.dtype.kind not in "buif" or values.dtype.itemsize > 8:
+        raise UserError(f"{path}: {word}_values is of type {values.dtype}; save it as integers, float32 or float64")
+    if values.ndim != 2 or values.shape[1] != width:
+        raise UserError(f"{path}: {word}_values has shape {values.shape}, expected (total steps, {width})")
+    if (lengths.size and lengths.dtype.kind not in "ui") or lengths.ndim != 1:
+        raise UserError(
+            f"{path}: {word}_lengths is of type {lengths.dtype} and shape {lengths.shape}, expected integers of shape "
+            "(sequences,)"
+        )
+    steps = lengths.astype(np.int64)
+    if (steps < 0).any():
+        raise UserError(f"{path}: {word}_lengths holds {steps.min()} at {steps.argmin()}; a length is at least 0")
+    if steps.sum() != len(values):
+        raise UserError(
+            f"{path}: {word}_lengths adds up to {steps.sum()}, but {word}_values has {len(values)} rows; "
+            "write both from the same sequences"
+        )
+    ends = steps.cumsum()
+    found = ArchiveSplit(path, word, values, np.stack([ends - steps, ends], axis=1), np.arange(len(steps)))
+    if values.dtype.kind == "f":
+        found.refuse(~np.isfinite(values), "remove the sequence or mend it")
+    return found
+
+
+def _arrays(path: Path, *names: str) -> list[NDArray[Any]]:
+    """Return arrays of an npz file."""
+    if not path.exists():
+        raise UserError(f"--data.root {path}: no such file")
+    if not path.is_file():
+        raise UserError(f"--data.root {path}: is no file; give the .npz archive itself")
+    try:
+        with path.open("rb") as file:  # numpy leaves a file open that it can't read
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise UserError(f"{path}: is a single array, no .npz archive; write it with numpy.savez")
+            return [_array(path, archive, name) for name in names]
+    except (BadZipFile, EOFError, OSError, ValueError):
+        raise UserError(f"{path}: can't be read as an .npz archive; write it with numpy.savez") from None
+
+
+def _array(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> NDArray[Any]:
+    if name not in archive.files:
+        holds = ", ".join(archive.files) or "nothing"
+        raise UserError(f"{path}: has no array {name}; it holds {holds}")
+    try:
+        array: NDArray[Any] = archive[name]
+    except ValueError as error:
+        pickled = "allow_pickle" in str(error)
+        reason = "holds pickled objects, which are never loaded" if pickled else "is damaged or no array"
+        raise UserError(f"{path}: {name} {reason}; write it anew as a plain array") from None
+    except (BadZipFile, EOFError, OSError, ZlibError):
+        raise UserError(f"{path}: {name} is damaged; copy or write the file anew") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path}: {name} is damaged or no array; write it anew as a plain array")
+    return array

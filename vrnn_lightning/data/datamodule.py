@@ -1,0 +1,190 @@
+"""The datamodule contract, and the base class that does all of it but reading."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from pathlib import PurePath
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.data.loading import BatchSampler, ScaledSequences, SequenceLoader
+from vrnn_lightning.data.sequences import Modality, Scaler, Sequences, Split
+from vrnn_lightning.errors import UserError
+
+__all__ = ["SequenceDataModule"]
+
+
+class SequenceDataModule(LightningDataModule):
+    """Base class of datamodules: give it :meth:`sequences`, it does scaling, batching, padding, seeds and shards.
+
+    A subclass calls ``super().__init__`` with its number of features and defines :meth:`sequences`. Any other
+    LightningDataModule whose loaders yield :class:`~vrnn_lightning.batch.SequenceBatch` and that has ``num_features``
+    (right after construction), ``modality`` and ``scaler`` serves as well.
+
+    Options travel in the checkpoint. Of these, only :attr:`run_options` may differ when a checkpoint is used again.
+
+    Args:
+        num_features: Features per time step.
+        batch_size: Sequences per batch and process.
+        num_workers: Processes that read ahead; 0 reads in the main process.
+        seed: Seed of the order of the training batches, and of whatever the subclass draws.
+    """
+
+    modality: ClassVar[Modality] = "series"
+    scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "none"
+    run_options: ClassVar[frozenset[str]] = frozenset({"root", "batch_size", "num_workers"})
+    num_inputs: int = 0
+    """Covariates per time step, the width of ``Sequence.inputs``; where it is not 0, every sequence must have them.
+
+    Like ``num_features`` it is known right after construction: ``__init__`` sets it."""
+    missing: bool = False
+    """True where sequences may come with ``observed``; the model's phi_x is then told which values are missing."""
+
+    def __init__(self, num_features: int, batch_size: int = 32, num_workers: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        for option, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if value < least:
+                raise UserError(f"--data.{option} {value}: must be at least {least}")
+        if not 0 <= seed < 2**60:
+            raise UserError(f"--data.seed {seed}: must lie between 0 and 2^60")
+        self.save_hyperparameters(logger=False)
+        paths = {key: str(value) for key, value in self.hparams.items() if isinstance(value, PurePath)}
+        self.hparams.update(paths)  # a checkpoint holds words, not objects
+        self.num_features = num_features
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self._scaler: Scaler | None = None
+        self._splits: dict[str, Sequences] = {}
+
+    def __str__(self) -> str:
+        """Return the class and its options; Lightning's would open every loader."""
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.hparams.items())})"
+
+    def sequences(self, split: Split) -> Sequences:
+        """Return the sequences of a split in data units.
+
+        Args:
+            split: "train", "val" or "test".
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define sequences(split)")
+
+    def lengths(self, split: Split) -> SequenceOf[int]:
+        """Return the steps of each sequence of a split; override it where reading them all would be slow."""
+        sequences = self.split(split)
+        return [len(sequences[i].x) for i in range(len(sequences))]
+
+    def exact_log_likelihood(self, batch: SequenceBatch) -> Tensor | None:
+        """Return the true log p(x) of each sequence in nats, in scaled units, shape (batch,), where it is known."""
+        return None
+
+    def input_statistics(self) -> tuple[Tensor, Tensor]:
+        """Return mean and std of each scaled feature over the training split, each of shape (features,)."""
+        mean, std = self._moments(self.scaler)
+        return mean.float(), std.float()
+
+    def split(self, split: Split) -> Sequences:
+        """Return the sequences of a split, found once.
+
+        Raises:
+            UserError: The split is empty.
+        """
+        if split not in self._splits:
+            found = self.sequences(split)
+            if len(found) == 0:
+                raise UserError(f"{type(self).__name__}: the {split} split is empty; check the options that split data")
+            self._splits[split] = found
+        return self._splits[split]
+
+    @property
+    def scaler(self) -> Scaler:
+        """The affine scaler, fitted on the training split when first asked for, or the checkpoint's."""
+        if self._scaler is None:
+            self._scaler = self.fit_scaler()
+        return self._scaler
+
+    def fit_scaler(self) -> Scaler:
+        """Fit the scaler on the training split: none, one scalar mean and std, or one per feature (``scaling``)."""
+        if self.scaling == "none":
+            return Scaler()
+        mean, std = self._moments(None)
+        varies = std > 1e-12 * mean.abs()  # what is below is rounding: a constant feature is only centred
+        return Scaler(mean, torch.where(varies, std, 1.0))
+
+    def _moments(self, scaler: Scaler | None) -> tuple[Tensor, Tensor]:
+        """Return mean and std of the training split, in one pass that large means do not harm (Chan et al. 1983)."""
+        shared = scaler is None and self.scaling == "scalar"
+        count = torch.zeros(1 if shared else self.num_features, dtype=torch.float64)
+        mean, deviation = torch.zeros_like(count), torch.zeros_like(count)
+        reader = ScaledSequences(self.split("train"), scaler or Scaler(), self.num_features)
+        for i in range(len(reader.sequences)):
+            s = reader.read(i)
+            real = torch.ones_like(s.x) if s.observed is None else s.observed.to(s.x)
+            x, real = (s.x.reshape(-1, 1), real.reshape(-1, 1)) if shared else (s.x, real)
+            here = real.sum(0)
+            center = (x * real).sum(0) / here.clamp(min=1)
+            total = (count + here).clamp(min=1)
+            shift = center - mean
+            deviation += ((x - center).square() * real).sum(0) + shift.square() * count * here / total
+            mean += shift * here / total
+            count += here
+        std = (deviation / count.clamp(min=1)).sqrt()
+        return (mean[0], std[0]) if shared else (mean, std)
+
+    def setup(self, stage: str) -> None:
+        """Find the sequences of a stage early, so that what is wrong with them is said before training starts."""
+        needed: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
+        for split in needed.get(stage, ("test",)):
+            self.split(split)
+
+    def _loader(self, split: Split) -> SequenceLoader:
+        trainer = self.trainer
+        lengths = self.lengths(split)
+        if not any(lengths):
+            raise UserError(f"{type(self).__name__}: no sequence of the {split} split has a step")
+        sampler = BatchSampler(
+            lengths,
+            self.batch_size,
+            shuffle=split == "train",
+            seed=self.seed,
+            num_replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+        )
+        return SequenceLoader(
+            self.split(split),
+            self.scaler,
+            self.num_features,
+            sampler,
+            self.num_inputs,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
+        )
+
+    def train_dataloader(self) -> SequenceLoader:
+        """Return the shuffled training batches."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> SequenceLoader:
+        """Return the validation batches."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> SequenceLoader:
+        """Return the test batches."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> SequenceLoader:
+        """Return the test batches."""
+        return self._loader("test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scaler, so that it is never fitted again on other data."""
+        return {"mean": self.scaler.mean, "std": self.scaler.std}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the checkpoint's scaler."""
+        self._scaler = Scaler(state_dict["mean"], state_dict["std"])

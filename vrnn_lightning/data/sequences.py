@@ -1,0 +1,47 @@
+"""What a split is made of: its sequences, and the affine map between data units and the model's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from vrnn_lightning.batch import Sequence
+
+__all__ = ["Modality", "Scaler", "Sequences", "Split"]
+
+Modality = Literal["audio", "strokes", "series", "roll", "image"]
+Split = Literal["train", "val", "test"]
+
+
+class Sequences(Protocol):
+    """A map-style collection of sequences: a list of them, or anything that reads one when indexed."""
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+
+    def __getitem__(self, index: int, /) -> Sequence:
+        """Return one sequence in data units."""
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """The affine map between data units and the model's: ``scaled = (data - mean) / std``.
+
+    Args:
+        mean: Shape () for one value shared by all features, or (features,).
+        std: Like ``mean``, positive.
+    """
+
+    mean: Tensor = field(default_factory=lambda: torch.zeros(()))
+    std: Tensor = field(default_factory=lambda: torch.ones(()))
+
+    def scale(self, x: Tensor) -> Tensor:
+        """Return data of shape (..., features) in the model's units."""
+        return (x - self.mean.to(x)) / self.std.to(x)
+
+    def unscale(self, x: Tensor) -> Tensor:
+        """Return model values of shape (..., features) in data units."""
+        return x * self.std.to(x) + self.mean.to(x)
