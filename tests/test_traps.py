@@ -198,7 +198,7 @@ TRAPS = {
         loader_scales_once,
     ),
     "grey values scored with a Bernoulli": Trap(
-        "heads.base:Head.refuse", "if not wrong.any():", "if True:", grey_values_are_refused, pytest.fail.Exception
+        "heads.base:Head.check", "if not wrong.any():", "if True:", grey_values_are_refused, pytest.fail.Exception
     ),
     "mixture of logs": Trap(
         "heads.base:Mixture.marginal_log_prob", "torch.logsumexp(each + self.mixture_distribution.logits.log_softmax(-1), -1)",

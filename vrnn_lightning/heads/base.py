@@ -76,15 +76,7 @@ class Mixture(MixtureSameFamily):
         super().__init__(weights, components, validate_args=False)
 
     def marginal_log_prob(self, value: Tensor, observed: Tensor) -> Tensor:
-        """Return the log-likelihood of the observed features alone.
-
-        Args:
-            value: Frames, shape (..., features); what stands at unobserved features does not count.
-            observed: True where a feature was measured, shape (..., features).
-
-        Returns:
-            Nats, shape (...).
-        """
+        """Return the log-likelihood of the observed features alone, as :meth:`Factorised.marginal_log_prob` does."""
         components = cast(Factorised, self.component_distribution)
         each = components.marginal_log_prob(value[..., None, :], observed[..., None, :])
         return torch.logsumexp(each + self.mixture_distribution.logits.log_softmax(-1), -1)
@@ -174,6 +166,11 @@ class Head(nn.Module, ABC):
     scales_inputs: ClassVar[bool] = True
     """Whether what phi_x reads is divided by the data's standard deviation, and not only centred."""
 
+    support: str = "numbers"
+    """What values have a probability, in words for whoever brings others."""
+    cure: str = "mend the data"
+    """What to do about others, in words."""
+
     def __init__(self, in_features: int, num_features: int) -> None:
         super().__init__()
         self.in_features = in_features
@@ -183,7 +180,15 @@ class Head(nn.Module, ABC):
     def forward(self, features: Tensor) -> Distribution:
         """Return the distribution with batch shape (...) and event shape (num_features,)."""
 
-    def check(self, x: Tensor, counted: Tensor) -> None:  # most densities take every number
+    def supports(self, x: Tensor) -> Tensor:
+        """Return True at values that have a probability; most densities take every number.
+
+        Args:
+            x: Frames, shape (..., num_features).
+        """
+        return torch.ones_like(x, dtype=torch.bool)
+
+    def check(self, x: Tensor, counted: Tensor) -> None:
         """Refuse data outside the distribution's support.
 
         Args:
@@ -191,27 +196,16 @@ class Head(nn.Module, ABC):
             counted: True at real, measured values, shape (..., num_features).
 
         Raises:
-            UserError: A value has no probability; the message names its feature and range.
+            UserError: A value has no probability; the message names the first feature with one, its range and the cure.
         """
-
-    def refuse(self, wrong: Tensor, x: Tensor, counted: Tensor, support: str, cure: str) -> None:
-        """Raise a UserError that names the first feature with wrong values, if there is one.
-
-        Args:
-            wrong: True at values without probability, shape (..., num_features); what is not counted does not matter.
-            x: Frames, shape (..., num_features).
-            counted: True at real, measured values, shape (..., num_features).
-            support: What the values should have been, to follow "not".
-            cure: What to do about it.
-        """
-        wrong = wrong & counted
+        wrong = counted & ~self.supports(x)
         if not wrong.any():
             return
         feature = int(wrong.flatten(0, -2).any(0).nonzero()[0])
         values = x[..., feature][counted[..., feature]]
         raise UserError(
             f"emission {type(self).__name__}: feature {feature} has values from {values.min():.6g} to "
-            f"{values.max():.6g}, not {support}; {cure} or choose another emission"
+            f"{values.max():.6g}, not {self.support}; {self.cure} or choose another emission"
         )
 
     @torch.no_grad()

@@ -17,19 +17,12 @@ __all__ = ["NegativeBinomial", "Poisson"]
 
 class _CountHead(Head):
     likelihood = "mass"
+    support = "whole numbers from 0 on alone"
+    cure = "leave counts unscaled"
 
-    def check(self, x: Tensor, counted: Tensor) -> None:
-        """Refuse values that are no counts.
-
-        Args:
-            x: Frames, shape (..., num_features).
-            counted: True at real, measured values, shape (..., num_features).
-
-        Raises:
-            UserError: The message names the feature and its range.
-        """
-        right = (x >= 0) & (x == x.floor()) & torch.isfinite(x)
-        self.refuse(~right, x, counted, "whole numbers from 0 on alone", "leave counts unscaled")
+    def supports(self, x: Tensor) -> Tensor:
+        """Return True at values that have a probability, shape (..., num_features)."""
+        return (x >= 0) & (x == x.floor()) & torch.isfinite(x)
 
 
 class Poisson(_CountHead):

@@ -24,6 +24,8 @@ class Bernoulli(Head):
     """
 
     likelihood = "mass"
+    support = "0 and 1 alone"  # what a Bernoulli says of grey values is no likelihood
+    cure = "binarise the data"
     scales_inputs = False  # divided by its deviation, a feature that is seldom 1 would drown all others
 
     def __init__(self, in_features: int, num_features: int) -> None:
@@ -35,17 +37,9 @@ class Bernoulli(Head):
         logits = at_least_float32(self.linear(features))
         return Factorised(BernoulliDistribution(logits=logits, validate_args=False))
 
-    def check(self, x: Tensor, counted: Tensor) -> None:
-        """Refuse values that are neither 0 nor 1: what a Bernoulli says of others is no likelihood.
-
-        Args:
-            x: Frames, shape (..., num_features).
-            counted: True at real, measured values, shape (..., num_features).
-
-        Raises:
-            UserError: The message names the feature and its range.
-        """
-        self.refuse((x != 0) & (x != 1), x, counted, "0 and 1 alone", "binarise the data")
+    def supports(self, x: Tensor) -> Tensor:
+        """Return True at values that have a probability, shape (..., num_features)."""
+        return (x == 0) | (x == 1)
 
     @torch.no_grad()
     def start_from(self, mean: Tensor) -> None:
@@ -77,6 +71,7 @@ class DiscretisedLogisticMixture(Head):
     """
 
     likelihood = "mass"
+    cure = "leave them unscaled, mend bits or lowest,"
 
     def __init__(
         self, in_features: int, num_features: int, components: int = 10, bits: int = 8, lowest: int = 0
@@ -87,6 +82,7 @@ class DiscretisedLogisticMixture(Head):
         require_whole("lowest", lowest, -(2**20), 2**20)
         self.components = components
         self.lowest, self.highest = lowest, lowest + 2**bits - 1
+        self.support = f"whole numbers from {self.lowest} to {self.highest} alone"
         self.linear = nn.Linear(in_features, 3 * num_features * components)
 
     def forward(self, features: Tensor) -> Factorised:
@@ -99,19 +95,10 @@ class DiscretisedLogisticMixture(Head):
         weights = Categorical(logits=logits, validate_args=False)
         return Factorised(_LogisticBins(weights, loc, scale, self.lowest, self.highest))
 
-    def check(self, x: Tensor, counted: Tensor) -> None:
-        """Refuse values that are not among the whole numbers of the range.
-
-        Args:
-            x: Frames, shape (..., num_features).
-            counted: True at real, measured values, shape (..., num_features).
-
-        Raises:
-            UserError: The message names the feature and its range.
-        """
-        right = (x >= self.lowest) & (x <= self.highest) & (x == x.floor())
-        support = f"whole numbers from {self.lowest} to {self.highest} alone"
-        self.refuse(~right, x, counted, support, "leave them unscaled, mend bits or lowest,")
+    def supports(self, x: Tensor) -> Tensor:
+        """Return True at values that have a probability, shape (..., num_features)."""
+        inside: Tensor = (x >= self.lowest) & (x <= self.highest) & (x == x.floor())
+        return inside
 
     @torch.no_grad()
     def start_from(self, mean: Tensor) -> None:
@@ -182,6 +169,8 @@ class MuLaw(Head):
     """
 
     likelihood = "mass"
+    support = "from -1 to 1"
+    cure = "scale the amplitudes"
 
     def __init__(self, in_features: int, num_features: int, bins: int = 256) -> None:
         super().__init__(in_features, num_features)
@@ -194,17 +183,9 @@ class MuLaw(Head):
         logits = at_least_float32(self.linear(features)).unflatten(-1, (self.num_features, self.bins))
         return Factorised(_Companded(Categorical(logits=logits, validate_args=False)))
 
-    def check(self, x: Tensor, counted: Tensor) -> None:
-        """Refuse amplitudes beyond 1.
-
-        Args:
-            x: Frames, shape (..., num_features).
-            counted: True at real, measured values, shape (..., num_features).
-
-        Raises:
-            UserError: The message names the feature and its range.
-        """
-        self.refuse(~(x.abs() <= 1), x, counted, "from -1 to 1", "scale the amplitudes")
+    def supports(self, x: Tensor) -> Tensor:
+        """Return True at values that have a probability, shape (..., num_features)."""
+        return x.abs() <= 1
 
 
 class _Companded(Elementwise):

@@ -39,6 +39,8 @@ class Pen(Head):
     """
 
     likelihood = "mixed"
+    support = "0 and 1 alone"
+    cure = "order the features dx, dy, lift"
 
     def __init__(self, in_features: int, num_features: int, components: int = 20, min_std: float = 1e-4) -> None:
         super().__init__(in_features, num_features)
@@ -65,19 +67,10 @@ class Pen(Head):
             Bernoulli(logits=lift[..., 0], validate_args=False),
         )
 
-    def check(self, x: Tensor, counted: Tensor) -> None:
-        """Refuse lifts that are neither 0 nor 1.
-
-        Args:
-            x: Frames, shape (..., 3).
-            counted: True at real, measured values, shape (..., 3).
-
-        Raises:
-            UserError: The message names the feature and its range.
-        """
+    def supports(self, x: Tensor) -> Tensor:
+        """Return True at values that have a probability, shape (..., num_features)."""
         is_lift = torch.tensor([False, False, True], device=x.device)
-        wrong = is_lift & (x != 0) & (x != 1)
-        self.refuse(wrong, x, counted, "0 and 1 alone", "order the features dx, dy, lift")
+        return ~is_lift | (x == 0) | (x == 1)
 
     @torch.no_grad()
     def start_from(self, mean: Tensor) -> None:
