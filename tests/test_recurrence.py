@@ -50,7 +50,7 @@ def random_state(model: VRNN, size: int) -> State:
 
 def gradients(model: VRNN, *outputs: torch.Tensor) -> list[torch.Tensor]:
     torch.manual_seed(4)
-    loss = sum((out * torch.randn_like(out)).sum() for out in outputs)
+    loss = sum((out * torch.randn(out.shape, dtype=out.dtype)).sum() for out in outputs)
     found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, model.parameters(), strict=True)]
 

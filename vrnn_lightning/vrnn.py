@@ -22,7 +22,6 @@ from vrnn_lightning.recurrence import (
     Prior,
     Reads,
     State,
-    filter_step,
     free_run,
     log_ratio,
     repeat_rows,
@@ -285,21 +284,25 @@ class VRNN(nn.Module):
             return repeat_rows(x, samples)
 
         reads = self._reads(batch, masks)
-        steps = unroll(self, reads, noise, state, spread(batch.lengths), masks, samples)
-        known = [steps.hidden] if batch.inputs is None else [steps.hidden, spread(batch.inputs)]
-        emission = self.decoder(torch.cat([steps.phi_z, *known], -1))
+        steps = unroll(
+            self, reads, noise.transpose(0, 1).contiguous(), state, spread(batch.lengths), masks, samples
+        )
+        known = [steps.hidden] if batch.inputs is None else [steps.hidden, spread(batch.inputs).transpose(0, 1)]
+        emission = self.decoder(torch.cat([steps.phi_z, *known], -1).transpose(0, 1))
         mask = spread(batch.mask)
         log_px = log_prob(emission, spread(batch.x), None if batch.observed is None else spread(batch.counted))
         log_px = torch.where(mask, log_px, 0.0)
+        z = steps.z.transpose(0, 1)
         if self.prior is None:
-            return Trace(log_px, steps.z, mask, emission, None, None, steps.z, steps.state)
-        posterior = Factorised(Normal(steps.mean, steps.std, validate_args=False))
+            return Trace(log_px, z, mask, emission, None, None, z, steps.state)
+        mean, std = (part.transpose(0, 1) for part in (steps.mean, steps.std))
+        posterior = Factorised(Normal(mean, std, validate_args=False))
         if steps.prior is None:
-            prior = self.prior(torch.cat(known, -1))
+            prior = self.prior(torch.cat(known, -1).transpose(0, 1))
         else:
-            prior = Factorised(Normal(*steps.prior, validate_args=False))
+            prior = Factorised(Normal(*(part.transpose(0, 1) for part in steps.prior), validate_args=False))
         kl = torch.where(mask[..., None], kl_divergence(posterior.base_dist, prior.base_dist), 0.0)
-        return Trace(log_px, kl, mask, emission, posterior, prior, steps.z, steps.state)
+        return Trace(log_px, kl, mask, emission, posterior, prior, z, steps.state)
 
     def filter(
         self,

@@ -1,0 +1,28 @@
+"""The time loops, the only rooms that step a VRNN.
+
+:func:`unroll` is what training runs: it holds only what depends on z_t, and no autograd graph. :func:`textbook` is the
+readable reference with everything inside the loop. They share no step code, take the same noise and are tested equal.
+:func:`free_run` generates.
+"""
+
+from vrnn_lightning.recurrence.generation import Generated, free_run
+from vrnn_lightning.recurrence.loop import Now, unroll
+from vrnn_lightning.recurrence.parts import Masks, Networks, Prior, Reads, State, Steps, log_ratio, repeat_rows
+from vrnn_lightning.recurrence.textbook import Reference, textbook
+
+__all__ = [
+    "Generated",
+    "Masks",
+    "Networks",
+    "Now",
+    "Prior",
+    "Reads",
+    "Reference",
+    "State",
+    "Steps",
+    "free_run",
+    "log_ratio",
+    "repeat_rows",
+    "textbook",
+    "unroll",
+]

@@ -1,0 +1,237 @@
+"""The fast loop of inference: only what depends on z_t is in it, and no autograd graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from vrnn_lightning.heads import Gaussian, Network
+from vrnn_lightning.recurrence.parts import Masks, Networks, Reads, State, Steps, as_state, repeat_rows
+from vrnn_lightning.recurrence.tape import GRU, LSTM, Known, Product, Relu, Sample, Scale, Tape, Track, Weight
+
+__all__ = ["Cell", "Choose", "Now", "perceptron", "unroll"]
+
+
+class Now(NamedTuple):
+    """One step of all rows, without graph.
+
+    Args:
+        hidden: h_{t-1} as the networks read it, shape (rows, hidden).
+        phi_z: Features of z_t, shape (rows, width).
+        raw: Mean and spread of the posterior, as its head reads them, shape (rows, 2 * latent).
+        z: The latent drawn, shape (rows, latent).
+        raw_prior: The same of the prior, where the loop needed it.
+    """
+
+    hidden: Tensor
+    phi_z: Tensor
+    raw: Tensor
+    z: Tensor
+    raw_prior: Tensor | None
+
+
+Choose = Callable[[int, Now], Tensor | None]
+
+
+class Cell:
+    """A layer of the recurrence on a tape.
+
+    Its sums stand side by side, with room in front for whatever else reads the same h_{t-1}: a GRU's are n_h, r, u, n_x,
+    so that h_{t-1} adds to all but the last columns and the layer's input to all but the first; an LSTM's are i, f, g, o,
+    and both add to all.
+
+    Args:
+        tape: Where to lay it.
+        cell: Its weights.
+        h: Its output.
+        c: Its cell, of an LSTM.
+        front: Columns in front.
+    """
+
+    def __init__(self, tape: Tape, cell: nn.GRUCell | nn.LSTMCell, h: Track, c: Track | None, front: int = 0) -> None:
+        size = h.width
+        self.tape, self.cell, self.h, self.c = tape, cell, h, c
+        self.sums = tape.track(front + 4 * size)
+        self.gates = self.sums.columns(front, front + 4 * size)
+        gru = isinstance(cell, nn.GRUCell)
+        self.from_h = self.gates.columns(0, 3 * size if gru else 4 * size)
+        self.with_front = self.sums.columns(0, front + self.from_h.width)
+        self.from_below = self.gates.columns(size if gru else 0, 4 * size)
+        self.weight_h: Tensor = cell.weight_hh.roll(size, 0) if gru else cell.weight_hh
+        if gru:
+            self.bias: Tensor = torch.cat([cell.bias_ih[: 2 * size] + cell.bias_hh[: 2 * size], cell.bias_ih[2 * size :]])
+            tape.add(Known(self.gates.columns(0, size), tape.weight(cell.bias_hh[2 * size :])))
+        else:
+            self.bias = cell.bias_ih + cell.bias_hh
+
+    def advance(self) -> None:
+        """Let the state follow, once everything was added to the sums."""
+        gates = self.tape.cast(self.gates, self.tape.wide)
+        if self.c is None:
+            self.tape.add(GRU(gates, self.h))
+        else:
+            self.tape.add(LSTM(gates, self.h, self.c, self.tape.track(self.h.width, self.tape.wide)))
+
+
+def perceptron(tape: Tape, first: Track, linears: Iterable[nn.Linear], mask: Weight | None = None) -> Track:
+    """Lay a perceptron on a tape, from the sums of its first layer on; return its features."""
+    rest = list(linears)[1:]
+    tape.add(Relu(first, None if rest else mask))
+    for i, linear in enumerate(rest, start=1):
+        first = _linear(tape, first, linear)
+        tape.add(Relu(first, mask if i == len(rest) else None))
+    return first
+
+
+def _linear(tape: Tape, source: Track, linear: nn.Linear) -> Track:
+    target = tape.track(linear.out_features)
+    tape.add(Product(source, tape.weight(linear.weight.t()), target, tape.weight(linear.bias)))
+    return target
+
+
+def gaussian(tape: Tape, first: Track, network: Network[Gaussian]) -> Track:
+    """Lay a network with a Gaussian head on a tape, from its first layer's sums on; return mean and spread."""
+    features = perceptron(tape, first, network.body.linears())
+    return tape.cast(_linear(tape, features, network.head.linear), tape.wide)
+
+
+def latent_features(
+    tape: Tape, model: Networks, raw: Track, noise: Tensor, raw_prior: Track | None, mask: Weight | None
+) -> tuple[Track, Track]:
+    """Lay the draw of z_t and phi_z on a tape; return both.
+
+    Args:
+        tape: Where to lay it.
+        model: The networks.
+        raw: Mean and spread of what z_t is drawn from.
+        noise: Standard normal, time first.
+        raw_prior: Mean and spread of the prior whose mean is added.
+        mask: Dropout of phi_z.
+    """
+    assert model.phi_z is not None
+    assert model.encoder is not None
+    z = tape.track(noise.shape[-1], tape.wide)
+    tape.add(Sample(raw, noise.unbind(0), z, model.encoder.head.min_std, raw_prior))
+    linears = list(model.phi_z.linears())
+    first = _linear(tape, tape.cast(z, tape.narrow), linears[0])
+    return z, perceptron(tape, first, linears, mask)
+
+
+def unroll(
+    model: Networks,
+    reads: Reads,
+    noise: Tensor,
+    state: State,
+    lengths: Tensor,
+    masks: Masks | None = None,
+    samples: int = 1,
+    choose: Choose | None = None,
+) -> Steps:
+    """Infer z_t and h_t step by step: encoder, latent sample, phi_z and cells, and nothing else.
+
+    To autograd it is one function, without a second derivative.
+
+    Args:
+        model: The networks.
+        reads: What they read of the data.
+        noise: Standard normal noise, time first, shape (time, samples * batch, latent).
+        state: State before the first step, of samples * batch rows.
+        lengths: Real steps of each row, shape (samples * batch,).
+        masks: Dropout, of batch rows.
+        samples: Rows per sequence, K: row ``k * batch + i`` is sample k of sequence i.
+        choose: Called after each step; returns the rows that go on, shape (samples * batch,), or ``None`` for all as they
+            are. It is how a particle filter resamples.
+
+    Returns:
+        The steps, time first, samples * batch rows.
+    """
+    tape = Tape(noise.shape[0], noise.shape[1], state.h)
+    cells = [cast("nn.GRUCell | nn.LSTMCell", cell) for cell in model.cells]
+    states = [tape.state(part) for part in state.layers()]
+    hs, cs = states[: len(cells)], states[len(cells) :]
+    own = [tape.cast(h, tape.narrow) for h in hs]
+
+    def dropped(mask: Tensor) -> Weight:
+        return Weight(repeat_rows(mask, samples).to(state.h))
+
+    hidden = hs[-1]
+    if masks is not None:
+        hidden = tape.track(hs[-1].width, tape.wide)
+        tape.add(Scale(hs[-1], dropped(masks.h[:, -1]), hidden))
+    read = own[-1] if masks is None else tape.cast(hidden, tape.narrow)
+
+    # prior, encoder and top cell read the same h_{t-1}: one product serves all three, unless dropout parts them
+    residual = model.residual_posterior and isinstance(model.prior, Network)
+    readers = [cast("Network[Gaussian]", n) for n in (model.prior if residual else None, model.encoder) if n is not None]
+    firsts = [next(reader.body.linears()) for reader in readers]
+    width = sum(linear.out_features for linear in firsts)
+    laid = [
+        Cell(tape, cell, h, cs[i] if cs else None, width if cell is cells[-1] and masks is None else 0)
+        for i, (cell, h) in enumerate(zip(cells, hs, strict=True))
+    ]
+    front = laid[-1].sums.columns(0, width) if masks is None else tape.track(width)
+    weights, start, size = [], 0, hs[-1].width
+    sums: list[Track] = []
+    for reader, linear in zip(readers, firsts, strict=True):
+        sums.append(front.columns(start, start + linear.out_features))
+        start += linear.out_features
+        known = reads.encoder if reader is model.encoder else reads.inputs
+        known_first = reader is model.encoder  # the encoder reads [known, h], the prior [h, known]
+        parts = linear.weight.split([known.shape[-1], size] if known_first else [size, known.shape[-1]], 1)
+        of_known, of_h = parts if known_first else parts[::-1]
+        weights.append(of_h)
+        if known.shape[-1]:
+            tape.add(Known(sums[-1], tape.weight(linear.bias), tape.weight(known), tape.weight(of_known.t())))
+        else:
+            tape.add(Known(sums[-1], tape.weight(linear.bias)))
+    bottom = laid[0]
+    of_x, of_z = cells[0].weight_ih.split([reads.cell.shape[-1], cells[0].input_size - reads.cell.shape[-1]], 1)
+    tape.add(Known(bottom.from_below, tape.weight(bottom.bias), tape.weight(reads.cell), tape.weight(of_x.t())))
+    for layer in laid[1:]:
+        tape.add(Known(layer.from_below, tape.weight(layer.bias)))
+
+    for layer, h in zip(laid[:-1], own[:-1], strict=True):
+        tape.add(Product(h, tape.weight(layer.weight_h.t()), layer.from_h))
+    top = laid[-1]
+    if masks is None:
+        tape.add(Product(read, tape.weight(torch.cat([*weights, top.weight_h]).t()), top.with_front))
+    else:
+        tape.add(Product(own[-1], tape.weight(top.weight_h.t()), top.from_h))
+        if weights:
+            tape.add(Product(read, tape.weight(torch.cat(weights).t()), front))
+
+    outputs = [hidden]
+    raw_prior: Track | None = None
+    if model.encoder is not None:
+        raws = [gaussian(tape, first, reader) for first, reader in zip(sums, readers, strict=True)]
+        raw_prior = raws[0] if residual else None
+        mask_z = None if masks is None else Weight(repeat_rows(masks.phi_z, samples).to(tape.narrow))
+        z, phi_z = latent_features(tape, model, raws[-1], noise, raw_prior, mask_z)
+        tape.add(Product(phi_z, tape.weight(of_z.t()), bottom.from_below))
+        outputs += [phi_z, raws[-1], z, *raws[:-1]]
+    bottom.advance()
+    for i, layer in enumerate(laid[1:]):
+        below = hs[i].later()
+        if masks is not None:
+            masked = tape.track(below.width, tape.wide)
+            tape.add(Scale(below, dropped(masks.h[:, i]), masked))
+            below = masked
+        tape.add(Product(tape.cast(below, tape.narrow), tape.weight(layer.cell.weight_ih.t()), layer.from_below))
+        layer.advance()
+
+    def choose_now(t: int) -> Tensor | None:
+        assert choose is not None
+        now = [track.at[t] for track in outputs] if model.encoder is not None else [hidden.at[t], *[noise[t]] * 3]
+        return choose(t, Now(*now[:4], now[4] if raw_prior is not None else None))
+
+    found, last = tape.run(outputs, lengths, None if choose is None else choose_now)
+    after = as_state(last, len(cells))
+    if model.encoder is None:
+        nothing = found[0][..., :0]
+        return Steps(found[0], nothing, nothing, nothing, nothing, None, after)
+    mean, std = model.encoder.head.moments(found[2])
+    prior = cast("Network[Gaussian]", model.prior).head.moments(found[4]) if residual else None
+    return Steps(found[0], mean, std, found[3], found[1], prior, after)
