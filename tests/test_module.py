@@ -363,7 +363,6 @@ def test_sequences_without_a_name_have_noise_of_their_own():
     model, batch = module(), SequenceBatch(torch.zeros(3, 4, 3), torch.tensor([4, 4, 2]), names=["", "", ""])
     noise = model._noise(batch, 0).over_time(2)
     assert not torch.equal(noise[0], noise[1])
-    assert (noise[2, 2:] == 0).all()
 
 
 class Poison(Callback):

@@ -12,7 +12,7 @@ from vrnn_lightning import Layers, UserError, schedules
 from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO, FIVO, IWAE, elbo, iwae
-from vrnn_lightning.recurrence import textbook
+from vrnn_lightning.recurrence import textbook, textbook_filter
 
 
 def terms():
@@ -96,8 +96,7 @@ def test_one_sample_of_every_objective_is_the_sampled_elbo():
     sampled = evaluate(ELBO(kl="sampled"), model, batch)
     torch.testing.assert_close(evaluate(IWAE(1), model, batch).value, sampled.value)
     noise = Noise(batch, [0, 1, 2])
-    z = torch.stack([noise.normal(1, 4) for _ in range(6)], 2)[:, 0]
-    trace = model(batch, z)
+    trace = model(batch, noise.over_time(4))
     filtered = model.filter(batch, 1, Resampling(), Noise(batch, [0, 1, 2]))
     torch.testing.assert_close(filtered.log_likelihood, (trace.log_px + trace.log_ratio).sum(1))
 
@@ -107,8 +106,7 @@ def test_a_filter_that_never_resamples_is_the_importance_weighted_bound(options)
     """Value and gradient; the filter steps with prior and likelihood inside, the bound is hoisted."""
     model, batch = make(**options)
     samples, noise = 5, Noise(batch, [0, 1, 2])
-    z = torch.stack([noise.normal(samples, 4) for _ in range(6)], 2)  # (batch, samples, time, latent)
-    trace = model(batch, z.transpose(0, 1).flatten(0, 1), samples=samples)
+    trace = model(batch, noise.over_time(4, samples), samples=samples)
     hoisted = iwae(trace.log_px, trace.log_ratio, samples)
     stepped = model.filter(batch, samples, None, Noise(batch, [0, 1, 2]))
     torch.testing.assert_close(stepped.log_likelihood, hoisted, rtol=1e-9, atol=1e-9)
@@ -119,14 +117,47 @@ def test_a_filter_that_never_resamples_is_the_importance_weighted_bound(options)
     assert never.log_likelihood.isfinite().all()
 
 
+FILTERED = {
+    "plain": {}, "LSTM": {"cell": "lstm", "layers": 2}, "residual": {"residual_posterior": True}, "standard": {"prior": None},
+    "dropout": {"dropout": 0.4, "layers": 2}, "extras": {"num_inputs": 2, "missing": True, "residual_posterior": True},
+}  # fmt: skip
+RULES = [Resampling("systematic", 0.9), Resampling("multinomial", 1.0, gradient=True), Resampling("multinomial", 0.7)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=["systematic", "gradient", "multinomial"])
+@pytest.mark.parametrize("options", FILTERED.values(), ids=FILTERED)
+def test_the_fast_filter_equals_the_textbook(options, rule):
+    """Value, effective samples, last weights and states, and every gradient, along resampled particles."""
+    model, batch = make(**options)
+    samples, noise = 4, Noise(batch, [0, 1, 2])
+    masks = model.draw_masks(noise)
+    fast = model.filter(batch, samples, rule, noise, masks, beta=0.7)
+    z, draws = noise.over_time(4, samples), noise.uniform_over_time(rule.draws(samples))
+    state = model.initial_state(3 * samples)
+    slow = textbook_filter(model, batch, z, draws, state, rule, masks, beta=0.7)
+    assert slow.effective_samples[0] < 3.9
+    for a, b in zip(fast[:4], slow[:4], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    longest = (batch.lengths == 6).repeat(samples)  # the textbook's states go on in padding
+    top = slow.states[len(model.cells) - 1]
+    torch.testing.assert_close(fast.states[0][longest, -1], top[longest], rtol=1e-9, atol=1e-9)
+    weights = torch.tensor([1.0, -0.5, 2.0]).double()
+    torch.testing.assert_close(
+        gradient((fast.log_likelihood * weights).sum(), model),
+        gradient((slow.log_likelihood * weights).sum(), model),
+        rtol=1e-9,
+        atol=1e-9,
+    )
+
+
 def test_a_filter_reads_the_covariates():
     model, batch = make(num_inputs=2, residual_posterior=True)
     noise = Noise(batch, [0, 1, 2])
-    z = torch.stack([noise.normal(3, 4) for _ in range(6)], 2)
-    trace = model(batch, z.transpose(0, 1).flatten(0, 1), samples=3)
+    z = noise.over_time(4, 3)
+    trace = model(batch, z, samples=3)
     hoisted = iwae(trace.log_px, trace.log_ratio, 3)
     torch.testing.assert_close(model.filter(batch, 3, None, Noise(batch, [0, 1, 2])).log_likelihood, hoisted)
-    reference = textbook(model, batch, z[:, 0], model.initial_state(3))
+    reference = textbook(model, batch, z[:3], model.initial_state(3))
     first = (trace.log_px + trace.log_ratio)[:3]
     torch.testing.assert_close(first, reference.log_px + reference.log_ratio)
 
@@ -166,10 +197,10 @@ def test_every_objective_reports_the_same_bound(objective):
     """The trace is the same unresampled one: for IWAE the mean over its samples, else the very trajectories."""
     model, batch = make()
     found = evaluate(objective, model, batch)
-    samples = len(found.trace.log_px) // 3
+    samples = len(found.log_px) // 3
     reference = model(batch, Noise(batch, [0, 1, 2]).over_time(4, samples), samples=samples)
-    torch.testing.assert_close(found.trace.log_px, reference.log_px)
-    torch.testing.assert_close(found.trace.kl, reference.kl)
+    torch.testing.assert_close(found.log_px, reference.log_px)
+    torch.testing.assert_close(found.kl, reference.kl)
     assert samples == (3 if isinstance(objective, IWAE) else 1)
 
 
@@ -178,10 +209,10 @@ def test_beta_weighs_the_latents_part_alone(objective):
     """At beta 0 the value is one of reconstructions; the reported terms do not move."""
     model, batch = make()
     without, with_beta = (evaluate(objective, model, batch, beta) for beta in (0.0, 1.0))
-    torch.testing.assert_close(without.trace.kl, with_beta.trace.kl)
+    torch.testing.assert_close(without.kl, with_beta.kl)
     assert without.value > with_beta.value
     if isinstance(objective, ELBO):
-        torch.testing.assert_close(without.value, without.trace.log_px.sum())
+        torch.testing.assert_close(without.value, without.log_px.sum())
 
 
 def test_balance_shares_the_gradient_of_the_kl_and_keeps_its_value():
@@ -192,7 +223,7 @@ def test_balance_shares_the_gradient_of_the_kl_and_keeps_its_value():
     torch.testing.assert_close(whole.value, half.value)
 
     def kl_gradient(found, parameters):
-        reconstruction = found.trace.log_px.sum()
+        reconstruction = found.log_px.sum()
         found = torch.autograd.grad(reconstruction - found.value, parameters, allow_unused=True, retain_graph=True)
         return torch.cat([torch.zeros(1).double() if g is None else g.flatten() for g in found])
 

@@ -25,6 +25,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from vrnn_lightning import UserError
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.recurrence import textbook
 
@@ -118,9 +119,14 @@ def likelihood_of_a_known_vrnn() -> None:
     test_oracles.test_importance_weights_estimate_the_models_own_likelihood()
 
 
+def filters_as_the_textbook() -> None:
+    test_objectives.test_the_fast_filter_equals_the_textbook({}, test_objectives.RULES[0])
+
+
 FILTER = "filtering:particle_filter"
-FORWARD, CLEAN = "vrnn:VRNN.forward", "vrnn:VRNN._clean"
-HOISTED, STEP, FREE = "recurrence:_FastStep.__init__", "recurrence:_FastStep.__call__", "recurrence:free_run"
+WEIGHTS = "filtering:Weights.advance"
+FORWARD, CLEAN, INFER, TRACE = (f"vrnn:VRNN.{name}" for name in ("forward", "_clean", "_infer", "_trace"))
+LOOP, SAMPLE, FREE = "recurrence.loop:unroll", "recurrence.tape:Sample", "recurrence:free_run"
 KL = "kl_divergence(posterior.base_dist, prior.base_dist)"
 CLOSED = (
     "((prior.stddev / posterior.stddev).log() + (posterior.stddev**2 + (posterior.mean - prior.mean) ** 2)"
@@ -128,25 +134,25 @@ CLOSED = (
 )
 
 TRAPS = {
-    "KL of prior from posterior": Trap(FORWARD, KL, "kl_divergence(prior.base_dist, posterior.base_dist)", equals_textbook),
-    "KL averaged over dimensions": Trap(FORWARD, KL, f"{KL} / self.latent_size", equals_textbook),
-    "KL half a nat too high": Trap(FORWARD, KL, CLOSED, equals_textbook),
-    "networks read h_t": Trap(STEP, "return _Inferred(hidden, ", "return _Inferred(hs[-1], ", equals_textbook),
+    "KL of prior from posterior": Trap(TRACE, KL, "kl_divergence(prior.base_dist, posterior.base_dist)", equals_textbook),
+    "KL averaged over dimensions": Trap(TRACE, KL, f"{KL} / self.latent_size", equals_textbook),
+    "KL half a nat too high": Trap(TRACE, KL, CLOSED, equals_textbook),
+    "networks read h_t": Trap(LOOP, "hidden = hs[-1]\n", "hidden = hs[-1].later()\n", equals_textbook),
     "cell reads x_{t-1}": Trap(
-        HOISTED, "gates = F.linear(reads.cell,", "gates = F.linear(torch.cat([reads.cell[:1] * 0, reads.cell[:-1]]),", equals_textbook
+        LOOP, "tape.weight(reads.cell)", "tape.weight(torch.cat([reads.cell[:1] * 0, reads.cell[:-1]]))", equals_textbook
     ),
     "posterior reads x_{t-1}": Trap(
-        HOISTED, "from_x = F.linear(reads.encoder,", "from_x = F.linear(torch.cat([reads.encoder[:1] * 0, reads.encoder[:-1]]),", equals_textbook
+        LOOP, "known = reads.encoder if", "known = torch.cat([reads.encoder[:1] * 0, reads.encoder[:-1]]) if", equals_textbook
     ),
-    "encoder cut from the gradient": Trap(STEP, "z = torch.addcmul(mean, std, noise)", "z = torch.addcmul(mean, std, noise).detach()", equals_textbook),
-    "variance for deviation": Trap(STEP, "z = torch.addcmul(mean, std, noise)", "z = torch.addcmul(mean, std**2, noise)", equals_textbook),
-    "uniform noise": Trap("noise:Noise.over_time", "torch.randn(", "torch.rand(", noise_is_standard_normal),
+    "encoder cut from the gradient": Trap(f"{SAMPLE}.backward", "self.halves[i].addcmul_(self.z.grad_at[t][:, None], self.factor[i])", "pass", equals_textbook),
+    "variance for deviation": Trap(f"{SAMPLE}.forward", "self.std.add_(self.floor)", "self.std.add_(self.floor).square_()", equals_textbook),
+    "uniform noise": Trap("noise:Noise.over_time", "_normal(bits, self._dtype)", "torch.stack([_uniform(bits, self._dtype)] * 2, -1)", noise_is_standard_normal),
     "h_{T-1} returned as the state": Trap(
-        "recurrence:_at", "lengths.clamp(max=steps - 1)]", "(lengths - 1).clamp(min=0)]\n    return picked", carries_state
+        "recurrence.tape:Tape.run", "lengths.clamp(max=self.steps)", "(lengths - 1).clamp(min=0)", carries_state
     ),
     "state ignored": Trap(FORWARD, "if state is None else state", "", carries_state),
-    "padding enters the likelihood": Trap(FORWARD, "log_px = torch.where(mask, log_px, 0.0)", "pass", ignores_padding),
-    "padding enters the KL": Trap(FORWARD, "torch.where(mask[..., None], ", "torch.where(mask[..., None] | True, ", ignores_padding),
+    "padding enters the likelihood": Trap(INFER, "torch.where(mask, log_prob(emission, repeat_rows(x, samples), observed), 0.0)", "log_prob(emission, repeat_rows(x, samples), observed)", ignores_padding),
+    "padding enters the KL": Trap(TRACE, "torch.where(mask[..., None], ", "torch.where(mask[..., None] | True, ", ignores_padding),
     "padding enters the network": Trap(
         CLEAN, "x=batch.x.masked_fill(~batch.counted, 0.0)", "x=batch.x",
         lambda: test_recurrence.test_padding_changes_nothing("gru", float("nan")),
@@ -162,15 +168,14 @@ TRAPS = {
     ),
     "centring forgotten in sampling": Trap(FREE, "model.phi_x(model.look(x, torch.ones_like(x, dtype=torch.bool)))", "model.phi_x(x)", generates_as_trained),
     "loss on data, network on centred data": Trap(
-        FORWARD, "log_prob(emission, spread(batch.x)", "log_prob(emission, spread(self.look(batch.x, batch.counted))",
-        equals_textbook,
+        INFER, "repeat_rows(x, samples), observed)", "repeat_rows(self.look(x, batch.counted), samples), observed)", equals_textbook
     ),
     "no floor under the std": Trap("heads.continuous:Gaussian.moments", " + self.min_std", "", std_has_a_floor),
     "batch of one squeezed": Trap(
-        "recurrence:_infer", "return encoder.head.moments(encoder.head.linear(features))",
-        "return tuple(m.squeeze() for m in encoder.head.moments(encoder.head.linear(features)))", batch_of_one_keeps_its_shape, RuntimeError,
+        LOOP, "mean, std = model.encoder.head.moments(found[2])",
+        "mean, std = (m.squeeze() for m in model.encoder.head.moments(found[2]))", batch_of_one_keeps_its_shape, RuntimeError,
     ),
-    "LSTM networks read the cell": Trap("recurrence:_lstm", "return output.sigmoid() * c.tanh(), c", "return c, output.sigmoid() * c.tanh()", lambda: equals_textbook("lstm")),
+    "LSTM networks read the cell": Trap("recurrence.tape:LSTM.forward", "torch.mul(output, squashed, out=self.h.at[t + 1])", "self.h.at[t + 1].copy_(c)", lambda: equals_textbook("lstm")),
     "mean of per-batch means": Trap(
         "metrics:Bound.update", "self.kl + kl.detach().to(WIDE).sum()", "self.kl + kl.sum() / lengths.sum() * self.steps",
         reports_totals,
@@ -179,7 +184,7 @@ TRAPS = {
         "module:VRNNLightningModule._evaluate", "trace.log_px, trace.kl,", "trace.log_px, 0.5 * trace.kl,", reports_totals
     ),
     "beta in the reported bound": Trap(
-        "module:VRNNLightningModule.training_step", '("elbo", reconstruction - kl)', '("elbo", reconstruction - self.beta * kl)',
+        "module:VRNNLightningModule.training_step", '("elbo", reconstruction - all_kl)', '("elbo", reconstruction - self.beta * all_kl)',
         beta_stays_out,
     ),
     "divided by the batch twice": Trap(
@@ -251,10 +256,10 @@ TRAPS = {
         "objectives:IWAE.__call__", "trace.log_ratio", "-trace.kl.sum(-1)",
         test_objectives.test_one_sample_of_every_objective_is_the_sampled_elbo,
     ),
-    "sum over samples for their mean": Trap(FILTER, "even = -math.log(particles)", "even = 0.0", estimates_are_unbiased),
-    "weights kept after resampling": Trap(FILTER, "weights = torch.where(due, even, weights)", "pass", estimates_are_unbiased),
+    "sum over samples for their mean": Trap(FILTER, "-math.log(particles)", "0.0", estimates_are_unbiased),
+    "weights kept after resampling": Trap(WEIGHTS, "self.log_weights = torch.where(due, -math.log(self.particles), self.log_weights)", "pass", estimates_are_unbiased),
     "ancestors of other sequences": Trap(
-        FILTER, "(ancestors * batch + rows)", "(ancestors + particles * rows)",
+        WEIGHTS, "(ancestors * len(self.rows) + self.rows)", "(ancestors + self.particles * self.rows)",
         test_filtering.test_padding_and_other_sequences_change_no_sequence,
     ),
     "ancestors in proportion to log-weights": Trap(
@@ -269,15 +274,26 @@ TRAPS = {
         lambda: test_recurrence.test_every_option_equals_textbook("gru", {"smoothing": True}, [6, 4, 1]),
     ),
     "prior's mean added after the draw": Trap(
-        STEP, "mean = mean + prior.mean\n            z = torch.addcmul(mean, std, noise)", "z = torch.addcmul(mean, std, noise)\n            mean = mean + prior.mean",
+        f"{SAMPLE}.forward", "mean.add_(self.prior_mean.at[t])", "mean, _ = mean.clone(), mean.add_(self.prior_mean.at[t])",
         lambda: test_recurrence.test_every_option_equals_textbook("gru", {"residual_posterior": True}, [6, 4, 1]),
     ),
     "dropout without its scale": Trap(
         "vrnn:VRNN.draw_masks", " / (1 - self.dropout)", "", test_recurrence.test_dropout_is_one_mask_per_sequence_in_training_alone
     ),
     "prior does not read the covariates": Trap(
-        "recurrence:_FastStep.reads_h", "self.spread(self.inputs[t])", "0 * self.spread(self.inputs[t])",
-        test_objectives.test_a_filter_reads_the_covariates,
+        LOOP, "else reads.inputs", "else 0 * reads.inputs",
+        lambda: test_recurrence.test_every_option_equals_textbook("gru", test_recurrence.OPTIONS["all"], [6, 4, 1]),
+    ),
+    "reset gate cut from the gradient": Trap("recurrence.tape:GRU.prepare", "of_reset.mul_(of_new)", "of_reset.zero_()", equals_textbook),
+    "update gate's gradient of the old state": Trap("recurrence.tape:GRU.backward", "addcmul_(grad, self.update.at[t])", "add_(grad)", equals_textbook),
+    "cell's gradient cut from the output": Trap(
+        "recurrence.tape:LSTM.backward", ".addcmul_(grad, self.through[i])", "", lambda: equals_textbook("lstm")
+    ),
+    "gradients left with the chosen particles": Trap(
+        "recurrence.tape:Tape.walk_back", "self._scatter(t + 1, self._sources[t])", "pass", filters_as_the_textbook
+    ),
+    "resampled within a stretch": Trap(
+        "filtering:evidence", "due[move.t + 1] = move.due", "due[move.t] = move.due", filters_as_the_textbook
     ),
     "windows across the borders of sequences": Trap(
         "data.archives:read_archive", "ends = steps.cumsum()", "ends = steps.cumsum() + 1",
@@ -289,7 +305,7 @@ TRAPS = {
     ),
     "a fixed batch size in the state": Trap(
         FORWARD, "self.initial_state(samples * len(batch))", "self.initial_state(2)",
-        test_recurrence.test_order_of_the_batch_changes_nothing, RuntimeError,
+        test_recurrence.test_order_of_the_batch_changes_nothing, UserError,
     ),
     "log(1 - theta - eps)": Trap(
         "heads.discrete:Bernoulli.forward", "logits = at_least_float32(self.linear(features))",
@@ -299,7 +315,7 @@ TRAPS = {
     "dropout in evaluation": Trap(
         "vrnn:VRNN.draw_masks", "not self.training or ", "", test_recurrence.test_dropout_is_one_mask_per_sequence_in_training_alone
     ),
-    "reference left alone": Trap("recurrence:textbook", "torch.cat([phi_z, h, *u], -1)", "torch.cat([phi_z, 1.1 * h, *u], -1)", equals_textbook),
+    "reference left alone": Trap("recurrence.textbook:textbook_step", "torch.cat([phi_z, h, *u], -1)", "torch.cat([phi_z, 1.1 * h, *u], -1)", equals_textbook),
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -12,7 +12,17 @@ from torch import Tensor
 
 from vrnn_lightning.errors import UserError
 
-__all__ = ["Filtered", "Resampling", "Step", "particle_filter", "resample"]
+__all__ = [
+    "Filtered",
+    "Move",
+    "Resampling",
+    "Step",
+    "Weights",
+    "effective_samples",
+    "evidence",
+    "particle_filter",
+    "resample",
+]
 
 Step = Callable[[int, tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]]
 
@@ -45,6 +55,10 @@ class Resampling:
                 f"resampling_gradient: {self.scheme} draws have no density; choose resampling 'multinomial'"
             )
 
+    def draws(self, particles: int) -> int:
+        """Return how many uniform numbers one resampling of a sequence takes."""
+        return particles if self.scheme == "multinomial" else 1
+
 
 class Filtered(NamedTuple):
     """What a particle filter found of each sequence.
@@ -54,11 +68,15 @@ class Filtered(NamedTuple):
         effective_samples: Effective sample size of the weights before each resampling, mean over the real steps,
             shape (batch,).
         final_effective_samples: The same of the last real step alone, shape (batch,).
+        log_weights: Normalised, after the last real step, shape (particles, batch).
+        states: After the last step, as the filter was given them.
     """
 
     log_likelihood: Tensor
     effective_samples: Tensor
     final_effective_samples: Tensor
+    log_weights: Tensor
+    states: tuple[Tensor, ...]
 
 
 def resample(log_weights: Tensor, uniforms: Tensor) -> Tensor:
@@ -84,6 +102,121 @@ def resample(log_weights: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, scaled.contiguous(), right=True).clamp(max=count - 1).t()
 
 
+class Weights:
+    """Weights of K particles per sequence, and when to draw them anew.
+
+    Args:
+        lengths: Real steps of each sequence, shape (batch,).
+        log_weights: Before the first step, normalised, shape (particles, batch).
+        resampling: When and how; ``None`` never.
+    """
+
+    def __init__(self, lengths: Tensor, log_weights: Tensor, resampling: Resampling | None) -> None:
+        self.lengths, self.log_weights, self.resampling = lengths, log_weights, resampling
+        self.particles, batch = log_weights.shape
+        self.rows = torch.arange(batch, device=lengths.device)
+        self.total = log_weights.new_zeros(batch)
+        self.effective_sum = torch.zeros_like(self.total)
+        self.effective = torch.full_like(self.total, self.particles)
+        self.moves: list[Move] = []
+
+    def advance(self, t: int, increments: Tensor, draws: Tensor | None) -> Tensor | None:
+        """Weigh the particles of step t; return the rows that go on, or ``None`` if none is drawn anew.
+
+        Args:
+            t: The step.
+            increments: Shape (particles, batch), nats.
+            draws: Numbers in [0, 1), shape (particles or 1, batch).
+        """
+        real = t < self.lengths
+        evidence = self.log_weights + torch.where(real, increments.to(self.log_weights.dtype), 0.0)
+        gained = evidence.logsumexp(0)
+        self.total = self.total + gained
+        self.log_weights = evidence - gained
+        with torch.no_grad():
+            self.effective = torch.where(real, effective_samples(self.log_weights), self.effective)
+            self.effective_sum = self.effective_sum + torch.where(real, self.effective, 0.0)
+        if self.resampling is None or draws is None or self.particles == 1:
+            return None
+        due = (t + 1 < self.lengths) & (self.effective <= self.resampling.threshold * self.particles * (1 + 1e-4))
+        if not due.any():
+            return None
+        drawn = resample(self.log_weights.detach(), draws)
+        ancestors = torch.where(due, drawn, torch.arange(self.particles, device=drawn.device)[:, None])
+        score = self.log_weights.gather(0, ancestors).sum(0) if self.resampling.gradient else None
+        self.moves.append(Move(t, due, ancestors, score, self.total.detach()))
+        self.log_weights = torch.where(due, -math.log(self.particles), self.log_weights)
+        return (ancestors * len(self.rows) + self.rows).flatten()
+
+
+class Move(NamedTuple):
+    """One time at which particles were drawn anew.
+
+    Args:
+        t: After which step.
+        due: Of which sequences, shape (batch,).
+        ancestors: What each particle goes on from, shape (particles, batch).
+        score: Log-probability of the ancestors of each sequence, shape (batch,), if the gradient accounts for it.
+        total: Log-likelihood up to there, shape (batch,).
+    """
+
+    t: int
+    due: Tensor
+    ancestors: Tensor
+    score: Tensor | None
+    total: Tensor
+
+
+def effective_samples(log_weights: Tensor) -> Tensor:
+    """Return the effective sample size of normalised log-weights, shape (particles, ...)."""
+    return (-(2 * log_weights).logsumexp(0)).exp()
+
+
+def evidence(
+    increments: Tensor, log_weights: Tensor, moves: Sequence[Move], gradient: bool = False
+) -> tuple[Tensor, Tensor]:
+    r"""Return the log-likelihood of each sequence and the last weights, for all steps at once.
+
+    Between two resamplings the factors of the estimate telescope: their product is the mean, over the particles, of the
+    exponential of the increments' sum.
+
+    Args:
+        increments: Zero at padding, shape (steps, particles, batch).
+        log_weights: Before the first step, normalised, shape (particles, batch).
+        moves: When particles were drawn anew, from :class:`Weights`.
+        gradient: Let it account for the choice of ancestors.
+
+    Returns:
+        Nats, shape (batch,), and normalised log-weights, shape (particles, batch).
+    """
+    increments = increments.to(log_weights.dtype)
+    if not moves:
+        final = log_weights + increments.sum(0)
+        total = final.logsumexp(0)
+        return total, final - total
+    steps, particles, batch = increments.shape
+    due = torch.zeros(steps + 1, batch, dtype=torch.int64, device=increments.device)
+    for move in moves:
+        due[move.t + 1] = move.due
+    stretch = due.cumsum(0)  # which stretch between resamplings a step belongs to
+    count = int(stretch[-1].max()) + 1
+    start = log_weights.new_full((count, particles, batch), -math.log(particles))
+    start = torch.cat([log_weights[None], start[1:]])
+    sums = start.scatter_add(0, stretch[:-1, None].expand_as(increments), increments)
+    gained = sums.logsumexp(1)
+    total, weights = gained.sum(0), sums - gained[:, None]
+    last = weights.gather(0, stretch[-1].expand(1, particles, batch))[0]
+    if gradient:
+        up_to = gained.detach().cumsum(0)
+        for move in moves:
+            ended = stretch[move.t].expand(1, batch)
+            own = weights.gather(0, ended[:, None].expand(1, particles, batch))[0]
+            score = own.gather(0, move.ancestors).sum(0)
+            ahead = up_to[-1] - up_to.gather(0, ended)[0]
+            total = total + torch.where(move.due, (score - score.detach()) * ahead, 0.0)  # only its gradient counts
+    return total, last
+
+
 def particle_filter(
     step: Step,
     states: tuple[Tensor, ...],
@@ -103,6 +236,8 @@ def particle_filter(
     log-likelihood is a lower bound. Without resampling it is the importance-weighted bound (Burda et al. 2016).
     Each sequence resamples when its own weights ask for it, and only among its real steps.
 
+    It takes any model that can take a step; ``VRNN.filter`` does the same for a VRNN without a graph in its loop.
+
     Args:
         step: Called with the time t and the states; returns the log of the increments
             :math:`\alpha_t = p(x_t, z_t \mid \cdot) / q(z_t \mid \cdot)`, shape (particles, batch), and the new
@@ -115,38 +250,18 @@ def particle_filter(
         resampling: When and how; ``None`` never.
         uniform: Called with a number n, returns fresh numbers in [0, 1), shape (batch, n).
     """
-    batch = len(lengths)
-    rows = torch.arange(batch, device=lengths.device)
-    even = -math.log(particles)
-    weights = evidence = states[0].new_full((particles, batch), even)
-    total = ess_sum = states[0].new_zeros(batch)
-    ess = torch.full_like(ess_sum, particles)
-    chosen: list[tuple[Tensor, Tensor]] = []  # log-probability of the ancestors, and evidence up to then
+    even = states[0].new_full((particles, len(lengths)), -math.log(particles))
+    weights = Weights(lengths, even, resampling)
     for t in range(steps):
         increments, states = step(t, states)
-        real = t < lengths
-        evidence = weights + torch.where(real, increments.to(weights.dtype), 0.0)
-        gained = evidence.logsumexp(0)
-        total = total + gained
-        weights = evidence - gained
-        with torch.no_grad():
-            ess = torch.where(real, (-(2 * weights).logsumexp(0)).exp(), ess)
-            ess_sum = ess_sum + torch.where(real, ess, 0.0)
-            due = real & (t + 1 < lengths)
-        if resampling is None or particles == 1:
-            continue
-        due = due & (ess <= resampling.threshold * particles * (1 + 1e-4))
-        draws = uniform(particles if resampling.scheme == "multinomial" else 1).t()
-        if not due.any():
-            continue
-        ancestors = resample(weights.detach(), draws)
-        if resampling.gradient:
-            chosen.append((torch.where(due, weights.gather(0, ancestors).sum(0), 0.0), total.detach()))
-        ancestors = torch.where(due, ancestors, torch.arange(particles, device=ancestors.device)[:, None])
-        source = (ancestors * batch + rows).flatten()
-        states = tuple(s.index_select(0, source) for s in states)
-        weights = torch.where(due, even, weights)
-    final = total.detach()
-    for score, before in chosen:
-        total = total + (score - score.detach()) * (final - before)  # adds nothing but its gradient
-    return Filtered(total, ess_sum / lengths.clamp(min=1), ess)
+        draws = None if resampling is None or particles == 1 else uniform(resampling.draws(particles)).t()
+        source = weights.advance(t, increments, draws)
+        if source is not None:
+            states = tuple(s.index_select(0, source) for s in states)
+    total = final = weights.total
+    for move in weights.moves:
+        if move.score is not None:
+            score = torch.where(move.due, move.score, 0.0)
+            total = total + (score - score.detach()) * (final.detach() - move.total)  # adds nothing but its gradient
+    effective = weights.effective_sum / lengths.clamp(min=1)
+    return Filtered(total, effective, weights.effective, weights.log_weights, states)

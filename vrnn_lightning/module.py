@@ -24,7 +24,7 @@ from vrnn_lightning.heads import Gaussian, Head
 from vrnn_lightning.metrics import ActiveUnits, Bound, Estimate
 from vrnn_lightning.nn import Layers
 from vrnn_lightning.noise import Noise
-from vrnn_lightning.objectives import ELBO, ImportanceBound, Objective
+from vrnn_lightning.objectives import ELBO, Carried, ImportanceBound, Objective
 from vrnn_lightning.vrnn import VRNN, Trace
 
 __all__ = ["VRNNLightningModule"]
@@ -121,6 +121,7 @@ class VRNNLightningModule(LightningModule):
         self.beta = 1.0
         """Weight of the KL in training; a callback may set it."""
         self._first_epoch = 0
+        self._carried: Carried | None = None
         self.batch_kl: Tensor | None = None
         """KL per step of the last training batch in nats, over all processes; ``None`` if it had no steps."""
         self.noise_seed = torch.initial_seed()
@@ -200,26 +201,35 @@ class VRNNLightningModule(LightningModule):
         if self.current_epoch == self._first_epoch:
             self._check(batch)
         noise = self._noise(batch, batch_idx, self.current_epoch)
-        value, trace = self.objective(self.vrnn, batch, noise, self.beta, self._total)
+        value, log_px, kl, ahead = self.objective(
+            self.vrnn, batch, noise, self.beta, self._total, self._carried_into(batch)
+        )
+        self._carried = None if batch.reset is None else ahead.restart(torch.zeros_like(batch.reset))
         steps, sequences = batch.lengths.sum(), (batch.lengths > 0).sum()
-        samples = len(trace.log_px) // len(batch)
-        parts = (value, trace.log_px.sum() / samples, trace.kl.sum() / samples, steps, sequences)
-        total, reconstruction, kl, all_steps, all_sequences = self._total(
+        samples = len(log_px) // len(batch)
+        parts = (value, log_px.sum() / samples, kl.sum() / samples, steps, sequences)
+        total, reconstruction, all_kl, all_steps, all_sequences = self._total(
             torch.stack([p.detach().to(self.bound.kl.dtype) for p in parts])
         )
         loss: Tensor = -value * self.trainer.world_size / all_sequences.clamp(min=1).to(value)
-        if batch.x.shape[1] == 1:  # leaves the recurrence unused, which DDP would wait for
-            loss = loss + 0.0 * torch.stack([p.sum() for p in self.vrnn.parameters()]).sum()
         self._stop_unless_finite(total, "the loss", batch)
         self.log("train/beta", self.beta, prog_bar=True)
-        self.batch_kl = kl / all_steps if all_steps else None
+        self.batch_kl = all_kl / all_steps if all_steps else None
         if not all_steps:
             return loss
         self.log("train/loss", -total / all_sequences)
-        for name, part in (("elbo", reconstruction - kl), ("reconstruction", reconstruction), ("kl", kl)):
+        for name, part in (("elbo", reconstruction - all_kl), ("reconstruction", reconstruction), ("kl", all_kl)):
             self.log(f"train/{name}", part / all_steps, prog_bar=True)
             self.log(f"train/{name}_per_sequence", part / all_sequences)
         return loss
+
+    def _carried_into(self, batch: SequenceBatch) -> Carried | None:
+        """Return what goes on into a window of streams, anew where a sequence begins; ``None`` for whole sequences."""
+        if batch.reset is None or self._carried is None:
+            return None
+        if len(self._carried.trajectories.log_weights[0]) != len(batch):
+            raise UserError(f"{type(self._data).__name__}: streams must have as many rows in every batch of an epoch")
+        return self._carried.restart(batch.reset)
 
     def _check(self, batch: SequenceBatch) -> None:
         """Refuse values that the emission can't score, and say what the model does not read."""

@@ -1,8 +1,10 @@
-"""Random numbers of a pass over a batch, from a generator per sequence."""
+"""Random numbers of a pass over a batch: each is a function of its sequence's seed and its place, and of nothing else."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -11,29 +13,34 @@ from vrnn_lightning.batch import SequenceBatch
 
 __all__ = ["Noise"]
 
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the increment of SplitMix64, as a signed number
+FACTORS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+LATENT, CHOICE, DROPOUT = 1, 2, 3  # what a stream of numbers is for
+
 
 class Noise:
-    """Draws for every sequence of a batch from a generator of its own.
+    r"""Draws for every sequence of a batch that depend on its seed and on where in the sequence they are used.
 
-    What a sequence gets depends on its seed and on what was drawn for it before, not on padding, on the other sequences
-    of the batch, on their order or on the process that holds it.
+    So neither padding nor the other sequences of the batch, their order, the process that holds it, its device or the
+    windows that a sequence is read in change what a sequence gets, and drawing again gives the same. Numbers come from
+    SplitMix64 (Steele et al. 2014) with the place as its counter, normal ones by Box and Muller (1958).
 
     Args:
-        batch: Its lengths, data type and device are those of the draws.
+        batch: Its lengths, data type and device are those of the draws; its ``start`` is where it lies in its sequences.
         seeds: One per sequence; drawn from torch's global generator if not given.
 
     >>> batch = SequenceBatch(torch.zeros(2, 3, 1), torch.tensor([3, 1]))
-    >>> noise = Noise(batch, [0, 1]).over_time(4)
-    >>> noise.shape, bool((noise[1, 1:] == 0).all())
-    (torch.Size([2, 3, 4]), True)
+    >>> Noise(batch, [0, 1]).over_time(4).shape
+    torch.Size([2, 3, 4])
     """
 
     def __init__(self, batch: SequenceBatch, seeds: list[int] | None = None) -> None:
-        seeds = torch.randint(2**62, (len(batch),)).tolist() if seeds is None else seeds
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._lengths: list[int] = batch.lengths.tolist()
-        self._steps = batch.x.shape[1]
-        self._like = batch.x
+        drawn = torch.randint(2**62, (len(batch),)) if seeds is None else torch.tensor(seeds, dtype=torch.int64)
+        self._seeds = _mix(drawn.to(batch.x.device))
+        self._start: Tensor | None = getattr(batch, "start", None)
+        self._first, self._steps = 0, batch.x.shape[1]
+        self._first_sample = 0
+        self._dtype = batch.x.dtype
 
     @classmethod
     def named(cls, batch: SequenceBatch, *place: object, unnamed: tuple[object, ...] = ()) -> Noise:
@@ -46,25 +53,71 @@ class Noise:
         digests = [hashlib.blake2b(word.encode(), digest_size=8).digest() for word in words]
         return cls(batch, [int.from_bytes(digest, signed=True) for digest in digests])
 
-    def normal(self, *shape: int) -> Tensor:
-        """Draw standard normal numbers, shape (batch, *shape)."""
-        return self._stack([torch.randn(shape, generator=g, dtype=self._like.dtype) for g in self._generators])
+    def window(self, first: int, last: int) -> Noise:
+        """Return what the steps from ``first`` to before ``last`` of this pass draw."""
+        part = copy.copy(self)
+        part._first, part._steps = self._first + first, last - first
+        return part
 
-    def uniform(self, *shape: int) -> Tensor:
-        """Draw from [0, 1), shape (batch, *shape)."""
-        return self._stack([torch.rand(shape, generator=g, dtype=self._like.dtype) for g in self._generators])
+    def samples_from(self, first: int) -> Noise:
+        """Return what the samples after the first ones draw."""
+        part = copy.copy(self)
+        part._first_sample = self._first_sample + first
+        return part
 
     def over_time(self, width: int, samples: int = 1) -> Tensor:
-        """Draw standard normal numbers for the real steps, zero at padding.
+        """Draw standard normal numbers.
 
         Returns:
             Shape (samples * batch, time, width); row ``k * batch + i`` is sample k of sequence i.
         """
-        drawn = torch.zeros(samples, len(self._lengths), self._steps, width, dtype=self._like.dtype)
-        for i, (generator, length) in enumerate(zip(self._generators, self._lengths, strict=True)):
-            size = (samples, length, width)
-            drawn[:, i, :length] = torch.randn(size, generator=generator, dtype=self._like.dtype)
-        return drawn.flatten(0, 1).to(self._like.device)
+        pairs = -(-width // 2)
+        bits = _stream(
+            self._keys(LATENT), samples * pairs, self._first_sample * pairs
+        )  # (time, batch, samples * pairs)
+        if bits.numel() == 0:
+            return torch.zeros(samples * len(self._seeds), self._steps, width, dtype=self._dtype, device=bits.device)
+        drawn = _normal(bits, self._dtype)  # (time, batch, samples * pairs, 2)
+        shaped = drawn.view(*bits.shape[:2], samples, 2 * pairs)[..., :width]
+        return shaped.transpose(1, 2).flatten(1, 2).transpose(0, 1)
 
-    def _stack(self, drawn: list[Tensor]) -> Tensor:
-        return torch.stack(drawn).to(self._like.device)
+    def uniform_over_time(self, width: int) -> Tensor:
+        """Draw from [0, 1), shape (batch, time, width)."""
+        return _uniform(_stream(self._keys(CHOICE), width), self._dtype).transpose(0, 1)
+
+    def uniform(self, width: int) -> Tensor:
+        """Draw from [0, 1) once for a whole sequence, shape (batch, width)."""
+        return _uniform(_stream(_mix(self._seeds + DROPOUT), width), self._dtype)
+
+    def _keys(self, purpose: int) -> Tensor:
+        """Return a seed for each step of each sequence, shape (time, batch)."""
+        time = torch.arange(self._first, self._first + self._steps, device=self._seeds.device)[:, None]
+        time = time if self._start is None else time + self._start
+        return _mix(_mix(self._seeds + purpose) + (time + 1) * GOLDEN)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Return SplitMix64's output function of 64-bit numbers."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * FACTORS[0]
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * FACTORS[1]
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def _stream(keys: Tensor, count: int, first: int = 0) -> Tensor:
+    """Return numbers ``first`` to before ``first + count`` of the generators seeded with keys, shape (..., count)."""
+    places = torch.arange(first + 1, first + count + 1, device=keys.device) * GOLDEN
+    return _mix(keys[..., None] + places)
+
+
+def _uniform(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    digits = 53 if dtype == torch.float64 else 24
+    return ((bits >> (64 - digits)) & (2**digits - 1)).to(dtype) * 2.0**-digits
+
+
+def _normal(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return two standard normal numbers for each 64 bits, shape (..., 2)."""
+    wide = torch.promote_types(dtype, torch.float32)
+    high, low = (bits >> 32).to(wide), (bits & (2**32 - 1)).to(wide)
+    radius = high.mul_(2.0**-32).add_(0.5).clamp_(min=2.0**-33).log_().mul_(-2).sqrt_()
+    angle = low.mul_(2 * math.pi * 2.0**-32)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).to(dtype)

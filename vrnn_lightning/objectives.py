@@ -18,10 +18,10 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.noise import Noise
-from vrnn_lightning.recurrence import Masks
-from vrnn_lightning.vrnn import VRNN, Trace
+from vrnn_lightning.recurrence import State, repeat_rows
+from vrnn_lightning.vrnn import VRNN, Particles, Trace
 
-__all__ = ["ELBO", "FIVO", "IWAE", "Found", "ImportanceBound", "Objective", "elbo", "iwae"]
+__all__ = ["ELBO", "FIVO", "IWAE", "Carried", "Found", "ImportanceBound", "Objective", "elbo", "iwae"]
 
 Total = Callable[[Tensor], Tensor]
 
@@ -88,16 +88,48 @@ def iwae(log_px: Tensor, log_ratio: Tensor, samples: int, beta: float = 1.0) -> 
     return bound
 
 
+class Carried(NamedTuple):
+    """What goes on from a window of a stream to its next one.
+
+    Args:
+        trajectories: That were not resampled.
+        particles: Of a particle filter, if there is one.
+    """
+
+    trajectories: Particles
+    particles: Particles | None = None
+
+    def restart(self, reset: Tensor) -> Carried:
+        """Return it without gradient, anew for some of the sequences.
+
+        Args:
+            reset: True for them, shape (batch,).
+        """
+        return Carried(*(None if part is None else _restart(part, reset) for part in self))  # type: ignore[arg-type]
+
+
+def _restart(particles: Particles, reset: Tensor) -> Particles:
+    (h, c), log_weights = particles
+    samples = len(log_weights)
+    kept = repeat_rows(~reset, samples)[:, None, None]
+    state = State(h.detach() * kept, None if c is None else c.detach() * kept)
+    return Particles(state, torch.where(reset, -math.log(samples), log_weights.detach()))
+
+
 class Found(NamedTuple):
     """What an objective found of a batch.
 
     Args:
         value: To be maximised, summed over the batch, in nats.
-        trace: Trajectories that were not resampled, from which the reported bound comes.
+        log_px: Of trajectories that were not resampled, from which the reported bound comes, shape (samples * batch, time).
+        kl: Of the same, of each latent dimension, shape (samples * batch, time, latent).
+        carried: What goes on to the next window.
     """
 
     value: Tensor
-    trace: Trace
+    log_px: Tensor
+    kl: Tensor
+    carried: Carried
 
 
 class Objective(ABC):
@@ -107,7 +139,9 @@ class Objective(ABC):
     """Options that it can't have, and why, for whoever asks."""
 
     @abstractmethod
-    def __call__(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total) -> Found:
+    def __call__(
+        self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total, carried: Carried | None = None
+    ) -> Found:
         """Evaluate it.
 
         Args:
@@ -116,6 +150,7 @@ class Objective(ABC):
             noise: What to draw from.
             beta: Weight of the latent's part, as a callback set it.
             total: Sums a tensor over processes, without gradient.
+            carried: What to go on from; ``None`` to begin.
         """
 
 
@@ -151,11 +186,21 @@ class ELBO(Objective):
         self.free_bits = free_bits
         self.balance = balance
 
-    def __call__(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total) -> Found:
+    def __call__(
+        self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total, carried: Carried | None = None
+    ) -> Found:
         """Evaluate it."""
-        trace = model(batch, noise.over_time(model.latent_size), masks=model.draw_masks(noise))
-        kl = self._kl(trace, model.residual_posterior)
-        return Found(elbo(trace.log_px, kl, batch.lengths.sum(), beta, self.free_bits, total), trace)
+        trajectories = model.new_particles(len(batch), 1) if carried is None else carried.trajectories
+        same = self.kl == "analytic" and self.balance is None
+
+        def of(trace: Trace) -> tuple[Tensor, ...]:
+            return (trace.log_px, trace.kl) if same else (trace.log_px, trace.kl, self._kl(trace, residual))
+
+        residual, masks = model.residual_posterior, model.draw_masks(noise)
+        terms, state = model.terms(batch, noise, of, trajectories.state, masks)
+        log_px, reported, kl = terms[0], terms[1], terms[-1]
+        value = elbo(log_px, kl, batch.lengths.sum(), beta, self.free_bits, total)
+        return Found(value, log_px, reported, Carried(trajectories._replace(state=state)))
 
     def _kl(self, trace: Trace, residual: bool) -> Tensor:
         if trace.posterior is None or trace.prior is None or (self.kl == "analytic" and self.balance is None):
@@ -208,12 +253,19 @@ class IWAE(ImportanceBound):
             raise UserError(f"objective.samples {samples}: must be at least 1")
         self.samples = samples
 
-    def __call__(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total) -> Found:
+    def __call__(
+        self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total, carried: Carried | None = None
+    ) -> Found:
         """Evaluate it."""
         samples = self.samples if model.latent_size else 1
+        particles = model.new_particles(len(batch), samples) if carried is None else carried.trajectories
         masks = model.draw_masks(noise)
-        trace = model(batch, noise.over_time(model.latent_size, samples), masks=masks, samples=samples)
-        return Found(iwae(trace.log_px, trace.log_ratio, samples, beta).sum(), trace)
+        (log_px, kl, ratio), state = model.terms(
+            batch, noise, lambda trace: (trace.log_px, trace.kl, trace.log_ratio), particles.state, masks, samples
+        )
+        weights = particles.log_weights + (log_px + beta * ratio).sum(1).unflatten(0, (samples, -1))
+        bound = weights.logsumexp(0)
+        return Found(bound.sum(), log_px, kl, Carried(Particles(state, weights - bound)))
 
     def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise) -> Tensor:
         """Return the bound of each sequence in nats, shape (batch,)."""
@@ -245,19 +297,29 @@ class FIVO(ImportanceBound):
         self.particles = particles
         self.resampling = Resampling(resampling, threshold, resampling_gradient)
 
-    def __call__(self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total) -> Found:
+    def __call__(
+        self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total, carried: Carried | None = None
+    ) -> Found:
         """Evaluate it; the reported bound comes from a pass of its own, without gradient or resampling."""
         masks = model.draw_masks(noise)
+        trajectories = model.new_particles(len(batch), 1) if carried is None else carried.trajectories
         with torch.no_grad():
-            trace = model(batch, noise.over_time(model.latent_size), masks=masks)
-        return Found(self._filter(model, batch, noise, masks, beta).sum(), trace)
+            (log_px, kl), state = model.terms(
+                batch, noise, lambda trace: (trace.log_px, trace.kl), trajectories.state, masks
+            )
+        found = model.filter(
+            batch,
+            self.particles if model.latent_size else 1,
+            self.resampling,
+            noise,
+            masks,
+            beta,
+            None if carried is None else carried.particles,
+        )
+        ahead = Carried(trajectories._replace(state=state), Particles(State(*found.states), found.log_weights))
+        return Found(found.log_likelihood.sum(), log_px, kl, ahead)
 
     def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise) -> Tensor:
         """Return the bound of each sequence in nats, shape (batch,)."""
-        return self._filter(model, batch, noise)
-
-    def _filter(
-        self, model: VRNN, batch: SequenceBatch, noise: Noise, masks: Masks | None = None, beta: float = 1.0
-    ) -> Tensor:
         particles = self.particles if model.latent_size else 1
-        return model.filter(batch, particles, self.resampling, noise, masks, beta).log_likelihood
+        return model.filter(batch, particles, self.resampling, noise).log_likelihood

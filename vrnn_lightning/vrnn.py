@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal, kl_divergence
+from torch.utils.checkpoint import checkpoint
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.filtering import Filtered, Resampling, particle_filter
+from vrnn_lightning.filtering import Filtered, Resampling, Weights, effective_samples, evidence
 from vrnn_lightning.heads import Factorised, Gaussian, Head, Network, log_prob
 from vrnn_lightning.nn import MLP, Layers
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import (
+    Choose,
     Generated,
     Masks,
+    Now,
     Prior,
     Reads,
     State,
+    Steps,
     free_run,
     log_ratio,
     repeat_rows,
     unroll,
 )
 
-__all__ = ["VRNN", "StandardNormal", "Trace"]
+__all__ = ["VRNN", "Particles", "StandardNormal", "Trace", "Windows"]
 
 
 @dataclass
@@ -61,6 +66,53 @@ class Trace:
         if self.prior is None or self.posterior is None:
             return torch.zeros_like(self.log_px)
         return torch.where(self.mask, log_ratio(self.prior, self.posterior, self.z), 0.0)
+
+
+HELD = 64  # steps that a filter without gradient holds
+
+
+class _Inferred(NamedTuple):
+    """A pass of inference: steps time first, the rest batch first; prior and posterior ``None`` without a latent."""
+
+    steps: Steps
+    mask: Tensor
+    emission: Distribution
+    log_px: Tensor
+    posterior: Factorised | None
+    prior: Factorised | None
+
+
+class Particles(NamedTuple):
+    """Weighted trajectories to go on from.
+
+    Args:
+        state: Of samples * batch rows; row ``k * batch + i`` is particle k of sequence i.
+        log_weights: Normalised, shape (samples, batch).
+    """
+
+    state: State
+    log_weights: Tensor
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a pass over long sequences is cut, which changes no value.
+
+    Args:
+        size: Steps per window; ``None`` for all at once. Without gradient only one window is held.
+        checkpointing: In training keep only the states between windows, and infer each window again on the way back.
+            Memory is least at a size near the square root of the length (Chen et al. 2016, arXiv 1604.06174).
+    """
+
+    size: int | None = None
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be done."""
+        if self.size is not None and self.size < 1:
+            raise UserError(f"windows.size {self.size}: must be at least 1")
+        if self.checkpointing and self.size is None:
+            raise UserError("windows.checkpointing: needs windows.size, the steps per window")
 
 
 class StandardNormal(nn.Module):
@@ -180,6 +232,8 @@ class VRNN(nn.Module):
         width_z = self.phi_z.out_features if self.phi_z is not None else 0
         self.decoder = Network(width_z + read, decoder, emission, num_features)
         self.cells = nn.ModuleList(kind(hidden_size if i else seen + width_z, hidden_size) for i in range(layers))
+        self.windows = Windows()
+        """How a pass is cut; an option of the run, not of the model."""
         self.register_buffer("input_mean", torch.zeros(num_features))
         self.register_buffer("input_std", torch.ones(num_features))
 
@@ -230,19 +284,29 @@ class VRNN(nn.Module):
             inputs = batch.inputs.to(batch.x).masked_fill(~batch.mask[..., None], 0.0)
         return replace(batch, x=batch.x.masked_fill(~batch.counted, 0.0), inputs=inputs)
 
-    def _reads(self, batch: SequenceBatch, masks: Masks | None) -> Reads:
+    def _reads(self, batch: SequenceBatch, masks: Masks | None, future: Tensor | None) -> Reads:
         """Return what the networks read of a clean batch, time first."""
+        phi_x, inputs = self._seen(batch, masks)
+        cell = torch.cat([phi_x, inputs], -1) if self.num_inputs else phi_x
+        encoder = cell if future is None else torch.cat([cell, future], -1)
+        return Reads(cell, encoder, inputs)
+
+    def _seen(self, batch: SequenceBatch, masks: Masks | None) -> tuple[Tensor, Tensor]:
+        """Return phi_x and the covariates of a clean batch, each (time, batch, width)."""
         phi_x = self.phi_x(self.look(batch.x, batch.counted).transpose(0, 1))
         if masks is not None:
             phi_x = phi_x * masks.phi_x
-        inputs = phi_x[..., :0] if batch.inputs is None else batch.inputs.transpose(0, 1)
-        cell = phi_x if batch.inputs is None else torch.cat([phi_x, inputs], -1)
-        encoder = cell if self.backward_rnn is None else torch.cat([cell, self._future(cell, batch.lengths)], -1)
-        return Reads(cell, encoder, inputs)
+        return phi_x, phi_x[..., :0] if batch.inputs is None else batch.inputs.transpose(0, 1)
 
-    def _future(self, reads: Tensor, lengths: Tensor) -> Tensor:
-        """Return the states of the recurrence that comes back from each sequence's end, shape (time, batch, hidden)."""
-        assert self.backward_rnn is not None
+    def _future(self, batch: SequenceBatch, masks: Masks | None) -> Tensor | None:
+        """Return what the smoothing posterior knows beforehand, or ``None``.
+
+        It is the states of the recurrence that comes back from each sequence's end, shape (time, batch, hidden).
+        """
+        if self.backward_rnn is None:
+            return None
+        phi_x, inputs = self._seen(batch, masks)
+        reads, lengths = torch.cat([phi_x, inputs], -1) if self.num_inputs else phi_x, batch.lengths
         time = torch.arange(len(reads), device=lengths.device)[:, None]
         mirrored = torch.where(time < lengths, lengths - 1 - time, time)
         rows = torch.arange(len(lengths), device=lengths.device)
@@ -279,30 +343,113 @@ class VRNN(nn.Module):
         masks = self.draw_masks(fresh) if masks is None and fresh is not None else masks
         state = self.initial_state(samples * len(batch)) if state is None else state
         assert noise is not None
+        return self._trace(batch, noise, state, masks, samples, self._future(batch, masks))
 
-        def spread(x: Tensor) -> Tensor:
-            return repeat_rows(x, samples)
-
-        reads = self._reads(batch, masks)
-        steps = unroll(
-            self, reads, noise.transpose(0, 1).contiguous(), state, spread(batch.lengths), masks, samples
-        )
-        known = [steps.hidden] if batch.inputs is None else [steps.hidden, spread(batch.inputs).transpose(0, 1)]
-        emission = self.decoder(torch.cat([steps.phi_z, *known], -1).transpose(0, 1))
-        mask = spread(batch.mask)
-        log_px = log_prob(emission, spread(batch.x), None if batch.observed is None else spread(batch.counted))
-        log_px = torch.where(mask, log_px, 0.0)
-        z = steps.z.transpose(0, 1)
+    def _infer(
+        self,
+        batch: SequenceBatch,
+        noise: Tensor,
+        state: State,
+        masks: Masks | None,
+        samples: int,
+        future: Tensor | None,
+        choose: Choose | None = None,
+    ) -> _Inferred:
+        """Infer the latents of a clean batch."""
+        if len(state.h) != samples * len(batch):
+            raise UserError(f"a state of {len(state.h)} rows, but {samples} x {len(batch)} trajectories are inferred")
+        reads = self._reads(batch, masks, future)
+        lengths = repeat_rows(batch.lengths, samples)
+        noise = noise.transpose(0, 1).contiguous()
+        steps = unroll(self, reads, noise, state, lengths, masks, samples, choose)
+        hidden = steps.hidden
+        if batch.inputs is not None:
+            hidden = torch.cat([hidden, repeat_rows(batch.inputs, samples).transpose(0, 1)], -1)
+        emission = self.decoder(torch.cat([steps.phi_z, hidden], -1).transpose(0, 1))
+        x, observed = batch.x, None if batch.observed is None else repeat_rows(batch.counted, samples)
+        mask = repeat_rows(batch.mask, samples)
+        log_px = torch.where(mask, log_prob(emission, repeat_rows(x, samples), observed), 0.0)
         if self.prior is None:
-            return Trace(log_px, z, mask, emission, None, None, z, steps.state)
+            return _Inferred(steps, mask, emission, log_px, None, None)
         mean, std = (part.transpose(0, 1) for part in (steps.mean, steps.std))
-        posterior = Factorised(Normal(mean, std, validate_args=False))
         if steps.prior is None:
-            prior = self.prior(torch.cat(known, -1).transpose(0, 1))
+            prior = self.prior(hidden.transpose(0, 1))
         else:
             prior = Factorised(Normal(*(part.transpose(0, 1) for part in steps.prior), validate_args=False))
-        kl = torch.where(mask[..., None], kl_divergence(posterior.base_dist, prior.base_dist), 0.0)
+        return _Inferred(steps, mask, emission, log_px, Factorised(Normal(mean, std, validate_args=False)), prior)
+
+    def _trace(
+        self,
+        batch: SequenceBatch,
+        noise: Tensor,
+        state: State,
+        masks: Masks | None,
+        samples: int,
+        future: Tensor | None,
+    ) -> Trace:
+        steps, mask, emission, log_px, posterior, prior = self._infer(batch, noise, state, masks, samples, future)
+        z = steps.z.transpose(0, 1)
+        kl = z
+        if posterior is not None and prior is not None:
+            kl = torch.where(mask[..., None], kl_divergence(posterior.base_dist, prior.base_dist), 0.0)
         return Trace(log_px, kl, mask, emission, posterior, prior, z, steps.state)
+
+    def terms(
+        self,
+        batch: SequenceBatch,
+        noise: Noise,
+        of: Callable[[Trace], tuple[Tensor, ...]],
+        state: State | None = None,
+        masks: Masks | None = None,
+        samples: int = 1,
+    ) -> tuple[list[Tensor], State]:
+        """Return terms of a pass, whose memory :attr:`windows` bounds.
+
+        Args:
+            batch: Padded sequences.
+            noise: What to draw from.
+            of: Returns what is needed of the trace of a window, each of shape (samples * batch, time, ...).
+            state: State before the first step; zero if not given.
+            masks: Dropout; ``None`` for none.
+            samples: Latent trajectories per sequence.
+
+        Returns:
+            The terms of all windows, joined along time, and the state after each sequence's last real step.
+
+        Raises:
+            UserError: The batch has no steps, or not the covariates that the model reads.
+        """
+        batch = self._clean(batch)
+        state = self.initial_state(samples * len(batch)) if state is None else state
+        future = self._future(batch, masks)
+        found: list[tuple[Tensor, ...]] = []
+        for first, last, window in self._split(batch):
+
+            def take(*states: Tensor, first: int = first, last: int = last, window: SequenceBatch = window) -> Any:
+                drawn = noise.window(first, last).over_time(self.latent_size, samples)
+                ahead = None if future is None else future[first:last]
+                trace = self._trace(window, drawn, State(*states), masks, samples, ahead)
+                return (*of(trace), *(part for part in trace.state if part is not None))
+
+            parts = self._recomputed(take, *(part for part in state if part is not None))
+            count = len(parts) - (1 if state.c is None else 2)
+            found.append(parts[:count])
+            state = State(*parts[count:])
+        return [torch.cat(part, 1) if len(found) > 1 else part[0] for part in zip(*found, strict=True)], state
+
+    def _split(self, batch: SequenceBatch, otherwise: int | None = None) -> Iterator[tuple[int, int, SequenceBatch]]:
+        """Yield the windows of a clean batch, with their first step and the one after their last."""
+        steps = batch.x.shape[1]
+        size = self.windows.size or otherwise or steps
+        for first in range(0, steps, size):
+            last = min(first + size, steps)
+            yield first, last, batch if size >= steps else batch.window(first, last)
+
+    def _recomputed(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
+        """Call a function, and in training perhaps keep nothing of it but its arguments, to call it again."""
+        if not (self.windows.checkpointing and torch.is_grad_enabled()):
+            return function(*tensors)
+        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
     def filter(
         self,
@@ -312,8 +459,13 @@ class VRNN(nn.Module):
         noise: Noise | None = None,
         masks: Masks | None = None,
         beta: float = 1.0,
+        carried: Particles | None = None,
     ) -> Filtered:
-        """Bound each sequence's log-likelihood with weighted particles, without keeping any step's.
+        r"""Bound each sequence's log-likelihood with weighted particles.
+
+        The proposal is the posterior: a particle's weight is multiplied by :math:`p(x_t \mid z_{\le t}, x_{<t})\,
+        [p(z_t \mid \cdot) / q(z_t \mid \cdot)]^\beta` at each step. Without gradient no more than a window of steps is
+        held.
 
         Args:
             batch: Padded sequences.
@@ -322,15 +474,104 @@ class VRNN(nn.Module):
             noise: What to draw from; torch's global generator decides if not given.
             masks: Dropout.
             beta: Weight of the latent's part of the increments; 1 for a likelihood.
+            carried: Particles to go on from.
+
+        Returns:
+            What was found; its states are h, and c of an LSTM, as a :class:`State` has them.
 
         Raises:
             UserError: The batch has no steps, or not the covariates that the model reads.
         """
         batch = self._clean(batch)
         noise = Noise(batch) if noise is None else noise
-        states = self.initial_state(samples * len(batch)).layers()
-        step = filter_step(self, self._reads(batch, masks), batch, noise, samples, masks, beta)
-        return particle_filter(step, states, batch.lengths, samples, batch.x.shape[1], resampling, noise.uniform)
+        particles = self.new_particles(len(batch), samples) if carried is None else carried
+        future = self._future(batch, masks)
+        lengths = batch.lengths
+        total = effective_sum = particles.log_weights.new_zeros(len(batch))
+        effective = torch.full_like(total, samples)
+        for first, last, window in self._split(batch, None if torch.is_grad_enabled() else HELD):
+
+            def take(
+                log_weights: Tensor,
+                *states: Tensor,
+                first: int = first,
+                last: int = last,
+                window: SequenceBatch = window,
+            ) -> Any:
+                ahead = None if future is None else future[first:last]
+                weights = Weights(lengths - first, log_weights.detach(), resampling)
+                drawn = noise.window(first, last)
+                return self._weigh(window, drawn, State(*states), masks, samples, ahead, weights, log_weights, beta)
+
+            gained, log_weights, sums, effective_now, *states = self._recomputed(
+                take, particles.log_weights, *(part for part in particles.state if part is not None)
+            )
+            total, effective_sum = total + gained, effective_sum + sums
+            effective = torch.where(first < lengths, effective_now, effective)
+            particles = Particles(State(*states), log_weights)
+        states = tuple(part for part in particles.state if part is not None)
+        return Filtered(total, effective_sum / lengths.clamp(min=1), effective, particles.log_weights, states)
+
+    def _weigh(
+        self,
+        batch: SequenceBatch,
+        noise: Noise,
+        state: State,
+        masks: Masks | None,
+        samples: int,
+        future: Tensor | None,
+        weights: Weights,
+        log_weights: Tensor,
+        beta: float,
+    ) -> tuple[Tensor, ...]:
+        """Weigh particles through a window.
+
+        Returns:
+            Log-likelihood gained, shape (batch,); the last weights, (samples, batch); effective samples, summed over the
+            real steps and of the last of them, each (batch,); and the states.
+        """
+        resampling = weights.resampling
+        draws = None
+        if resampling is not None and samples > 1 and resampling.threshold > 0:
+            draws = noise.uniform_over_time(resampling.draws(samples)).unbind(1)
+        observed = None if batch.observed is None else repeat_rows(batch.counted, samples)
+        x = repeat_rows(batch.x, samples)
+        inputs = None if batch.inputs is None else repeat_rows(batch.inputs, samples)
+
+        def choose(t: int, now: Now) -> Tensor | None:
+            known = now.hidden if inputs is None else torch.cat([now.hidden, inputs[:, t]], -1)
+            emission = self.decoder(torch.cat([now.phi_z, known], -1))
+            increments = log_prob(emission, x[:, t], None if observed is None else observed[:, t])
+            if self.prior is not None and self.encoder is not None:
+                posterior = Factorised(Normal(*self.encoder.head.moments(now.raw), validate_args=False))
+                prior = self.prior(known)
+                increments = increments + beta * log_ratio(prior, posterior, now.z)
+            assert draws is not None
+            return weights.advance(t, increments.unflatten(0, (samples, -1)), draws[t].t())
+
+        drawn = noise.over_time(self.latent_size, samples)
+        found = self._infer(batch, drawn, state, masks, samples, future, None if draws is None else choose)
+        increments = found.log_px
+        if found.prior is not None and found.posterior is not None:
+            ratio = log_ratio(found.prior, found.posterior, found.steps.z.transpose(0, 1))
+            increments = increments + beta * torch.where(found.mask, ratio, 0.0)
+        increments = increments.t().unflatten(1, (samples, -1))
+        gradient = resampling is not None and resampling.gradient
+        gained, last = evidence(increments, log_weights, weights.moves, gradient)
+        if draws is None:
+            with torch.no_grad():
+                path = log_weights + increments.to(log_weights.dtype).cumsum(0)
+                each = effective_samples((path - path.logsumexp(1, keepdim=True)).transpose(0, 1))
+                sums = torch.where(batch.mask.t(), each, 0.0).sum(0)
+                now = each[-1]
+        else:
+            sums, now = weights.effective_sum, weights.effective
+        return gained, last, sums, now, *(part for part in found.steps.state if part is not None)
+
+    def new_particles(self, batch_size: int, samples: int) -> Particles:
+        """Return ``samples`` even particles in the zero state for each of ``batch_size`` sequences."""
+        state = self.initial_state(samples * batch_size)
+        return Particles(state, state.h.new_full((samples, batch_size), -math.log(samples)))
 
     def generate(
         self,

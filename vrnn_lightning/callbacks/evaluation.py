@@ -39,7 +39,11 @@ def importance_weighted(
     """
     largest = max(1, rows // len(batch))
     chunks = [min(largest, samples - done) for done in range(0, samples, largest)]
-    found = [(model.filter(batch, chunk, None, noise), chunk) for chunk in chunks]
+    starts = [sum(chunks[:i]) for i in range(len(chunks))]
+    found = [
+        (model.filter(batch, chunk, None, noise.samples_from(start)), chunk)
+        for chunk, start in zip(chunks, starts, strict=True)
+    ]
     sums = torch.stack([f.log_likelihood + math.log(chunk) for f, chunk in found])
     squares = 2 * sums - torch.stack([f.final_effective_samples for f, _ in found]).log()
     total = sums.logsumexp(0)

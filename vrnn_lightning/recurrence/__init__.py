@@ -6,11 +6,12 @@ readable reference with everything inside the loop. They share no step code, tak
 """
 
 from vrnn_lightning.recurrence.generation import Generated, free_run
-from vrnn_lightning.recurrence.loop import Now, unroll
+from vrnn_lightning.recurrence.loop import Choose, Now, unroll
 from vrnn_lightning.recurrence.parts import Masks, Networks, Prior, Reads, State, Steps, log_ratio, repeat_rows
-from vrnn_lightning.recurrence.textbook import Reference, textbook
+from vrnn_lightning.recurrence.textbook import Reference, textbook, textbook_filter
 
 __all__ = [
+    "Choose",
     "Generated",
     "Masks",
     "Networks",
@@ -24,5 +25,6 @@ __all__ = [
     "log_ratio",
     "repeat_rows",
     "textbook",
+    "textbook_filter",
     "unroll",
 ]

@@ -62,7 +62,9 @@ class Cell:
         self.from_below = self.gates.columns(size if gru else 0, 4 * size)
         self.weight_h: Tensor = cell.weight_hh.roll(size, 0) if gru else cell.weight_hh
         if gru:
-            self.bias: Tensor = torch.cat([cell.bias_ih[: 2 * size] + cell.bias_hh[: 2 * size], cell.bias_ih[2 * size :]])
+            self.bias: Tensor = torch.cat(
+                [cell.bias_ih[: 2 * size] + cell.bias_hh[: 2 * size], cell.bias_ih[2 * size :]]
+            )
             tape.add(Known(self.gates.columns(0, size), tape.weight(cell.bias_hh[2 * size :])))
         else:
             self.bias = cell.bias_ih + cell.bias_hh
@@ -165,7 +167,9 @@ def unroll(
 
     # prior, encoder and top cell read the same h_{t-1}: one product serves all three, unless dropout parts them
     residual = model.residual_posterior and isinstance(model.prior, Network)
-    readers = [cast("Network[Gaussian]", n) for n in (model.prior if residual else None, model.encoder) if n is not None]
+    readers = [
+        cast("Network[Gaussian]", n) for n in (model.prior if residual else None, model.encoder) if n is not None
+    ]
     firsts = [next(reader.body.linears()) for reader in readers]
     width = sum(linear.out_features for linear in firsts)
     laid = [
@@ -219,6 +223,8 @@ def unroll(
             masked = tape.track(below.width, tape.wide)
             tape.add(Scale(below, dropped(masks.h[:, i]), masked))
             below = masked
+        elif choose is not None:
+            below = tape.copy(below)  # whoever is not chosen is overwritten
         tape.add(Product(tape.cast(below, tape.narrow), tape.weight(layer.cell.weight_ih.t()), layer.from_below))
         layer.advance()
 

@@ -302,9 +302,7 @@ class Sample(Operation):
         prior: Mean and spread of the prior, whose mean is added to ``raw``'s.
     """
 
-    def __init__(
-        self, raw: Track, noise: Sequence[Tensor], z: Track, floor: float, prior: Track | None = None
-    ) -> None:
+    def __init__(self, raw: Track, noise: Sequence[Tensor], z: Track, floor: float, prior: Track | None = None) -> None:
         latent = z.width
         self.raw, self.z, self.noise, self.floor = raw, z, noise, floor
         self.mean, self.spread = raw.columns(0, latent), raw.columns(latent, 2 * latent)
@@ -362,9 +360,7 @@ class GRU(Operation):
 
     def prepare(self, start: int, end: int) -> None:
         """Find the factors."""
-        new_h, reset, update, new = (
-            part.value[start:end] for part in (self.new_h, self.reset, self.update, self.new)
-        )
+        new_h, reset, update, new = (part.value[start:end] for part in (self.new_h, self.reset, self.update, self.new))
         of_new_h, of_reset, of_update, of_new = (
             part.grad[start:end] for part in (self.new_h, self.reset, self.update, self.new)
         )
@@ -484,9 +480,11 @@ class Tape:
 
     def cast(self, source: Track, dtype: torch.dtype) -> Track:
         """Return a track in another type, or the same one where the types agree."""
-        if source.value.dtype == dtype:
-            return source
-        target = self.track(source.width, dtype)
+        return source if source.value.dtype == dtype else self.copy(source, dtype)
+
+    def copy(self, source: Track, dtype: torch.dtype | None = None) -> Track:
+        """Return a track of its own with the same numbers, perhaps in another type."""
+        target = self.track(source.width, dtype or source.value.dtype)
         self.add(Cast(source, target))
         return target
 

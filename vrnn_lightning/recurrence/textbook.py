@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.filtering import Filtered, Resampling, particle_filter
 from vrnn_lightning.heads import log_prob
-from vrnn_lightning.recurrence.parts import Masks, Networks, State
+from vrnn_lightning.recurrence.parts import Masks, Networks, State, as_state, repeat_rows
 
-__all__ = ["Reference", "textbook"]
+__all__ = ["Reference", "Scored", "textbook", "textbook_filter", "textbook_step"]
 
 
 class Reference(NamedTuple):
@@ -31,6 +33,22 @@ class Reference(NamedTuple):
     log_ratio: Tensor
     z: Tensor
     state: State
+
+
+class Scored(NamedTuple):
+    """What one step found.
+
+    Args:
+        log_px: log p(x_t | z_<=t, x_<t), shape (batch,).
+        kl: KL of each latent dimension, shape (batch, latent).
+        log_ratio: log p(z_t | .) - log q(z_t | .) of the latent drawn, shape (batch,).
+        z: The latent, shape (batch, latent).
+    """
+
+    log_px: Tensor
+    kl: Tensor
+    log_ratio: Tensor
+    z: Tensor
 
 
 def textbook(
@@ -52,46 +70,110 @@ def textbook(
         state: State before the first step.
         masks: Dropout.
     """
-    x, counted = batch.x, batch.counted
-    steps = x.shape[1]
-    hs = list(state.h.unbind(1))
-    cs = [] if state.c is None else list(state.c.unbind(1))
+    states = state.layers()
     future = _textbook_future(model, batch, masks)
     log_px, kl, ratio, zs = [], [], [], []
-    for t in range(steps):
+    for t in range(batch.x.shape[1]):
         real = (t < batch.lengths)[:, None]
-        u = [] if batch.inputs is None else [batch.inputs[:, t]]
-        h = hs[-1] if masks is None else hs[-1] * masks.h[:, -1]
-        phi_x = model.phi_x(model.look(x[:, t], counted[:, t]))
-        phi_x = phi_x if masks is None else phi_x * masks.phi_x
-        phi_z = kl_t = z_t = x.new_zeros(len(x), 0)
-        ratio_t = x.new_zeros(len(x))
-        if model.prior is not None and model.encoder is not None and model.phi_z is not None:
-            prior = model.prior(torch.cat([h, *u], -1))
-            posterior = model.encoder(torch.cat([phi_x, *u, *(f[:, t] for f in future), h], -1))
-            mean = posterior.mean + prior.mean if model.residual_posterior else posterior.mean
-            z_t = mean + posterior.stddev * noise[:, t]
-            posterior = Normal(mean, posterior.stddev)
-            kl_t = kl_divergence(posterior, prior.base_dist)
-            ratio_t = (prior.base_dist.log_prob(z_t) - posterior.log_prob(z_t)).sum(-1)
-            phi_z = model.phi_z(z_t) if masks is None else model.phi_z(z_t) * masks.phi_z
-        emission = model.decoder(torch.cat([phi_z, h, *u], -1))
-        scored = log_prob(emission, x[:, t], None if batch.observed is None else counted[:, t])
-        log_px.append(torch.where(real[:, 0], scored, 0.0))
-        kl.append(torch.where(real, kl_t, 0.0))
-        ratio.append(torch.where(real[:, 0], ratio_t, 0.0))
-        zs.append(z_t)
-        reads = torch.cat([phi_x, *u, phi_z], -1)
-        for layer, cell in enumerate(model.cells):
-            if cs:
-                new, c = cell(reads, (hs[layer], cs[layer]))
-                cs[layer] = torch.where(real, c, cs[layer])
-            else:
-                new = cell(reads, hs[layer])
-            hs[layer] = torch.where(real, new, hs[layer])
-            reads = new if masks is None else new * masks.h[:, layer]
-    last = State(torch.stack(hs, 1), torch.stack(cs, 1) if cs else None)
+        found, after = textbook_step(model, batch, t, states, noise[:, t], masks, [f[:, t] for f in future])
+        states = tuple(torch.where(real, new, old) for new, old in zip(after, states, strict=True))
+        log_px.append(torch.where(real[:, 0], found.log_px, 0.0))
+        kl.append(torch.where(real, found.kl, 0.0))
+        ratio.append(torch.where(real[:, 0], found.log_ratio, 0.0))
+        zs.append(found.z)
+    last = as_state(states, len(model.cells))
     return Reference(torch.stack(log_px, 1), torch.stack(kl, 1), torch.stack(ratio, 1), torch.stack(zs, 1), last)
+
+
+def textbook_step(
+    model: Networks,
+    batch: SequenceBatch,
+    t: int,
+    states: Sequence[Tensor],
+    noise: Tensor,
+    masks: Masks | None,
+    future: Sequence[Tensor] = (),
+) -> tuple[Scored, tuple[Tensor, ...]]:
+    """Take one step: prior, posterior, latent, likelihood, recurrence.
+
+    Args:
+        model: The networks.
+        batch: Finite everywhere.
+        t: The step.
+        states: h of each layer, then c of each layer, each (batch, hidden).
+        noise: Standard normal, shape (batch, latent).
+        masks: Dropout.
+        future: What a smoothing posterior knows of what is to come, (batch, hidden).
+    """
+    layers = len(model.cells)
+    x, counted = batch.x[:, t], batch.counted[:, t]
+    hs, cs = list(states[:layers]), list(states[layers:])
+    u = [] if batch.inputs is None else [batch.inputs[:, t]]
+    h = hs[-1] if masks is None else hs[-1] * masks.h[:, -1]
+    phi_x = model.phi_x(model.look(x, counted))
+    phi_x = phi_x if masks is None else phi_x * masks.phi_x
+    phi_z = kl = z = x.new_zeros(len(x), 0)
+    log_ratio = x.new_zeros(len(x))
+    if model.prior is not None and model.encoder is not None and model.phi_z is not None:
+        prior = model.prior(torch.cat([h, *u], -1))
+        posterior = model.encoder(torch.cat([phi_x, *u, *future, h], -1))
+        mean = posterior.mean + prior.mean if model.residual_posterior else posterior.mean
+        z = mean + posterior.stddev * noise
+        posterior = Normal(mean, posterior.stddev)
+        kl = kl_divergence(posterior, prior.base_dist)
+        log_ratio = (prior.base_dist.log_prob(z) - posterior.log_prob(z)).sum(-1)
+        phi_z = model.phi_z(z) if masks is None else model.phi_z(z) * masks.phi_z
+    emission = model.decoder(torch.cat([phi_z, h, *u], -1))
+    log_px = log_prob(emission, x, None if batch.observed is None else counted)
+    reads = torch.cat([phi_x, *u, phi_z], -1)
+    for layer, cell in enumerate(model.cells):
+        if cs:
+            hs[layer], cs[layer] = cell(reads, (hs[layer], cs[layer]))
+        else:
+            hs[layer] = cell(reads, hs[layer])
+        reads = hs[layer] if masks is None else hs[layer] * masks.h[:, layer]
+    return Scored(log_px, kl, log_ratio, z), (*hs, *cs)
+
+
+def textbook_filter(
+    model: Networks,
+    batch: SequenceBatch,
+    noise: Tensor,
+    draws: Tensor,
+    state: State,
+    resampling: Resampling | None,
+    masks: Masks | None = None,
+    beta: float = 1.0,
+) -> Filtered:
+    """Run the particle filter on the textbook's steps, with a graph through all of it; not for smoothing.
+
+    Args:
+        model: The networks.
+        batch: Finite everywhere.
+        noise: Standard normal noise, shape (samples * batch, time, latent).
+        draws: Numbers in [0, 1), shape (batch, time, numbers per resampling).
+        state: State before the first step, of samples * batch rows.
+        resampling: When and how particles are drawn anew.
+        masks: Dropout, of batch rows.
+        beta: Weight of the latent's part.
+    """
+    samples = len(noise) // len(batch)
+
+    def spread(x: Tensor) -> Tensor:
+        return repeat_rows(x, samples)
+
+    parts = (None if v is None else spread(v) for v in (batch.observed, batch.inputs))
+    many = SequenceBatch(spread(batch.x), spread(batch.lengths), *parts)
+    dropped = None if masks is None else Masks(*(spread(mask) for mask in masks))
+
+    def step(t: int, states: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        found, states = textbook_step(model, many, t, states, noise[:, t], dropped)
+        return (found.log_px + beta * found.log_ratio).unflatten(0, (samples, -1)), states
+
+    uniforms = iter(draws.unbind(1))
+    return particle_filter(
+        step, state.layers(), batch.lengths, samples, batch.x.shape[1], resampling, lambda _: next(uniforms)
+    )
 
 
 def _textbook_future(model: Networks, batch: SequenceBatch, masks: Masks | None) -> list[Tensor]:
