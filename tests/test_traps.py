@@ -127,14 +127,14 @@ FILTER = "filtering:particle_filter"
 WEIGHTS = "filtering:Weights.advance"
 FORWARD, CLEAN, INFER, TRACE = (f"vrnn:VRNN.{name}" for name in ("forward", "_clean", "_infer", "_trace"))
 LOOP, SAMPLE, FREE = "recurrence.loop:unroll", "recurrence.tape:Sample", "recurrence:free_run"
-KL = "kl_divergence(posterior.base_dist, prior.base_dist)"
+KL = "kl_divergence(posterior, prior)"
 CLOSED = (
     "((prior.stddev / posterior.stddev).log() + (posterior.stddev**2 + (posterior.mean - prior.mean) ** 2)"
     " / (2 * prior.stddev**2))"
 )
 
 TRAPS = {
-    "KL of prior from posterior": Trap(TRACE, KL, "kl_divergence(prior.base_dist, posterior.base_dist)", equals_textbook),
+    "KL of prior from posterior": Trap(TRACE, KL, "kl_divergence(prior, posterior)", equals_textbook),
     "KL averaged over dimensions": Trap(TRACE, KL, f"{KL} / self.latent_size", equals_textbook),
     "KL half a nat too high": Trap(TRACE, KL, CLOSED, equals_textbook),
     "networks read h_t": Trap(LOOP, "hidden = hs[-1]\n", "hidden = hs[-1].later()\n", equals_textbook),
@@ -151,7 +151,7 @@ TRAPS = {
         "recurrence.tape:Tape.run", "lengths.clamp(max=self.steps)", "(lengths - 1).clamp(min=0)", carries_state
     ),
     "state ignored": Trap(FORWARD, "if state is None else state", "", carries_state),
-    "padding enters the likelihood": Trap(INFER, "torch.where(mask, log_prob(emission, repeat_rows(x, samples), observed), 0.0)", "log_prob(emission, repeat_rows(x, samples), observed)", ignores_padding),
+    "padding enters the likelihood": Trap(INFER, "torch.where(mask, log_prob(self.decoder.head(features), x, observed), 0.0)", "log_prob(self.decoder.head(features), x, observed)", ignores_padding),
     "padding enters the KL": Trap(TRACE, "torch.where(mask[..., None], ", "torch.where(mask[..., None] | True, ", ignores_padding),
     "padding enters the network": Trap(
         CLEAN, "x=batch.x.masked_fill(~batch.counted, 0.0)", "x=batch.x",
@@ -168,7 +168,7 @@ TRAPS = {
     ),
     "centring forgotten in sampling": Trap(FREE, "model.phi_x(model.look(x, torch.ones_like(x, dtype=torch.bool)))", "model.phi_x(x)", generates_as_trained),
     "loss on data, network on centred data": Trap(
-        INFER, "repeat_rows(x, samples), observed)", "repeat_rows(self.look(x, batch.counted), samples), observed)", equals_textbook
+        INFER, "(features), x, observed)", "(features), self.look(x, torch.ones_like(x).bool()), observed)", equals_textbook
     ),
     "no floor under the std": Trap("heads.continuous:Gaussian.moments", " + self.min_std", "", std_has_a_floor),
     "batch of one squeezed": Trap(

@@ -1,4 +1,4 @@
-"""Random numbers of a pass over a batch: each is a function of its sequence's seed and its place, and of nothing else."""
+"""Random numbers of a pass over a batch: each is a function of its sequence's seed and of its place alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Noise:
     SplitMix64 (Steele et al. 2014) with the place as its counter, normal ones by Box and Muller (1958).
 
     Args:
-        batch: Its lengths, data type and device are those of the draws; its ``start`` is where it lies in its sequences.
+        batch: Its size, data type and device are those of the draws; its ``start`` is where its sequences are entered.
         seeds: One per sequence; drawn from torch's global generator if not given.
 
     >>> batch = SequenceBatch(torch.zeros(2, 3, 1), torch.tensor([3, 1]))
@@ -111,7 +111,8 @@ def _stream(keys: Tensor, count: int, first: int = 0) -> Tensor:
 
 def _uniform(bits: Tensor, dtype: torch.dtype) -> Tensor:
     digits = 53 if dtype == torch.float64 else 24
-    return ((bits >> (64 - digits)) & (2**digits - 1)).to(dtype) * 2.0**-digits
+    whole: Tensor = (bits >> (64 - digits)) & (2**digits - 1)
+    return whole.to(dtype) * 2.0**-digits
 
 
 def _normal(bits: Tensor, dtype: torch.dtype) -> Tensor:

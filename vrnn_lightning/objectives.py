@@ -121,8 +121,8 @@ class Found(NamedTuple):
 
     Args:
         value: To be maximised, summed over the batch, in nats.
-        log_px: Of trajectories that were not resampled, from which the reported bound comes, shape (samples * batch, time).
-        kl: Of the same, of each latent dimension, shape (samples * batch, time, latent).
+        log_px: Of trajectories that were not resampled, from which the reported bound comes, shape (rows, time).
+        kl: Of the same, of each latent dimension, shape (rows, time, latent).
         carried: What goes on to the next window.
     """
 

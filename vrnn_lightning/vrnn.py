@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,8 @@ class Trace:
         log_px: log p(x_t | z_<=t, x_<t) in nats, zero at padding, shape (batch, time).
         kl: KL of each latent dimension in nats, zero at padding, shape (batch, time, latent).
         mask: True at real steps, shape (batch, time).
-        emission: p(x_t | z_<=t, x_<t), batch shape (batch, time).
+        features: What the emission's head reads, shape (batch, time, width).
+        head: The emission's head.
         posterior: q(z_t | x_<=t, z_<t), or ``None`` without a latent.
         prior: p(z_t | x_<t, z_<t), or ``None`` without a latent.
         z: The latents drawn, shape (batch, time, latent).
@@ -54,11 +55,17 @@ class Trace:
     log_px: Tensor
     kl: Tensor
     mask: Tensor
-    emission: Distribution
+    features: Tensor
+    head: Head
     posterior: Factorised | None
     prior: Factorised | None
     z: Tensor
     state: State
+
+    @property
+    def emission(self) -> Distribution:
+        """p(x_t | z_<=t, x_<t), batch shape (batch, time)."""
+        return cast(Distribution, self.head(self.features))
 
     @property
     def log_ratio(self) -> Tensor:
@@ -72,14 +79,18 @@ HELD = 64  # steps that a filter without gradient holds
 
 
 class _Inferred(NamedTuple):
-    """A pass of inference: steps time first, the rest batch first; prior and posterior ``None`` without a latent."""
+    """A pass of inference, time first; prior and posterior ``None`` without a latent."""
 
     steps: Steps
     mask: Tensor
-    emission: Distribution
+    features: Tensor
     log_px: Tensor
-    posterior: Factorised | None
-    prior: Factorised | None
+    posterior: Normal | None
+    prior: Normal | None
+
+
+def _batch_first(normal: Normal) -> Normal:
+    return Normal(normal.loc.transpose(0, 1), normal.scale.transpose(0, 1), validate_args=False)
 
 
 class Particles(NamedTuple):
@@ -365,18 +376,17 @@ class VRNN(nn.Module):
         hidden = steps.hidden
         if batch.inputs is not None:
             hidden = torch.cat([hidden, repeat_rows(batch.inputs, samples).transpose(0, 1)], -1)
-        emission = self.decoder(torch.cat([steps.phi_z, hidden], -1).transpose(0, 1))
-        x, observed = batch.x, None if batch.observed is None else repeat_rows(batch.counted, samples)
-        mask = repeat_rows(batch.mask, samples)
-        log_px = torch.where(mask, log_prob(emission, repeat_rows(x, samples), observed), 0.0)
+        features = self.decoder.body(torch.cat([steps.phi_z, hidden], -1))
+        x = repeat_rows(batch.x, samples).transpose(0, 1)
+        observed = None if batch.observed is None else repeat_rows(batch.counted, samples).transpose(0, 1)
+        mask = repeat_rows(batch.mask, samples).t()
+        log_px = torch.where(mask, log_prob(self.decoder.head(features), x, observed), 0.0)
         if self.prior is None:
-            return _Inferred(steps, mask, emission, log_px, None, None)
-        mean, std = (part.transpose(0, 1) for part in (steps.mean, steps.std))
+            return _Inferred(steps, mask, features, log_px, None, None)
+        posterior = Normal(steps.mean, steps.std, validate_args=False)
         if steps.prior is None:
-            prior = self.prior(hidden.transpose(0, 1))
-        else:
-            prior = Factorised(Normal(*(part.transpose(0, 1) for part in steps.prior), validate_args=False))
-        return _Inferred(steps, mask, emission, log_px, Factorised(Normal(mean, std, validate_args=False)), prior)
+            return _Inferred(steps, mask, features, log_px, posterior, self.prior(hidden).base_dist)
+        return _Inferred(steps, mask, features, log_px, posterior, Normal(*steps.prior, validate_args=False))
 
     def _trace(
         self,
@@ -387,12 +397,13 @@ class VRNN(nn.Module):
         samples: int,
         future: Tensor | None,
     ) -> Trace:
-        steps, mask, emission, log_px, posterior, prior = self._infer(batch, noise, state, masks, samples, future)
-        z = steps.z.transpose(0, 1)
-        kl = z
-        if posterior is not None and prior is not None:
-            kl = torch.where(mask[..., None], kl_divergence(posterior.base_dist, prior.base_dist), 0.0)
-        return Trace(log_px, kl, mask, emission, posterior, prior, z, steps.state)
+        steps, mask, features, log_px, posterior, prior = self._infer(batch, noise, state, masks, samples, future)
+        z, features = steps.z.transpose(0, 1), features.transpose(0, 1)
+        if posterior is None or prior is None:
+            return Trace(log_px.t(), z, mask.t(), features, self.decoder.head, None, None, z, steps.state)
+        kl = torch.where(mask[..., None], kl_divergence(posterior, prior), 0.0).transpose(0, 1)
+        q, p = (Factorised(_batch_first(normal)) for normal in (posterior, prior))
+        return Trace(log_px.t(), kl, mask.t(), features, self.decoder.head, q, p, z, steps.state)
 
     def terms(
         self,
@@ -527,8 +538,8 @@ class VRNN(nn.Module):
         """Weigh particles through a window.
 
         Returns:
-            Log-likelihood gained, shape (batch,); the last weights, (samples, batch); effective samples, summed over the
-            real steps and of the last of them, each (batch,); and the states.
+            Log-likelihood gained, shape (batch,); the last weights, (samples, batch); effective samples, summed over
+            the real steps and of the last of them, each (batch,); and the states.
         """
         resampling = weights.resampling
         draws = None
@@ -553,9 +564,9 @@ class VRNN(nn.Module):
         found = self._infer(batch, drawn, state, masks, samples, future, None if draws is None else choose)
         increments = found.log_px
         if found.prior is not None and found.posterior is not None:
-            ratio = log_ratio(found.prior, found.posterior, found.steps.z.transpose(0, 1))
+            ratio = log_ratio(Factorised(found.prior), Factorised(found.posterior), found.steps.z)
             increments = increments + beta * torch.where(found.mask, ratio, 0.0)
-        increments = increments.t().unflatten(1, (samples, -1))
+        increments = increments.unflatten(1, (samples, -1))
         gradient = resampling is not None and resampling.gradient
         gained, last = evidence(increments, log_weights, weights.moves, gradient)
         if draws is None:

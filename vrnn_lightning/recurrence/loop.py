@@ -23,14 +23,12 @@ class Now(NamedTuple):
         phi_z: Features of z_t, shape (rows, width).
         raw: Mean and spread of the posterior, as its head reads them, shape (rows, 2 * latent).
         z: The latent drawn, shape (rows, latent).
-        raw_prior: The same of the prior, where the loop needed it.
     """
 
     hidden: Tensor
     phi_z: Tensor
     raw: Tensor
     z: Tensor
-    raw_prior: Tensor | None
 
 
 Choose = Callable[[int, Now], Tensor | None]
@@ -39,9 +37,9 @@ Choose = Callable[[int, Now], Tensor | None]
 class Cell:
     """A layer of the recurrence on a tape.
 
-    Its sums stand side by side, with room in front for whatever else reads the same h_{t-1}: a GRU's are n_h, r, u, n_x,
-    so that h_{t-1} adds to all but the last columns and the layer's input to all but the first; an LSTM's are i, f, g, o,
-    and both add to all.
+    Its sums stand side by side, with room in front for whatever else reads the same h_{t-1}: a GRU's are n_h, r, u,
+    n_x, so that h_{t-1} adds to all but the last columns and the layer's input to all but the first; an LSTM's are i, f,
+    g, o, and both add to all.
 
     Args:
         tape: Where to lay it.
@@ -144,8 +142,8 @@ def unroll(
         lengths: Real steps of each row, shape (samples * batch,).
         masks: Dropout, of batch rows.
         samples: Rows per sequence, K: row ``k * batch + i`` is sample k of sequence i.
-        choose: Called after each step; returns the rows that go on, shape (samples * batch,), or ``None`` for all as they
-            are. It is how a particle filter resamples.
+        choose: Called after each step; returns the rows that go on, shape (samples * batch,), or ``None`` for all as
+            they are. It is how a particle filter resamples.
 
     Returns:
         The steps, time first, samples * batch rows.
@@ -208,12 +206,10 @@ def unroll(
             tape.add(Product(read, tape.weight(torch.cat(weights).t()), front))
 
     outputs = [hidden]
-    raw_prior: Track | None = None
     if model.encoder is not None:
         raws = [gaussian(tape, first, reader) for first, reader in zip(sums, readers, strict=True)]
-        raw_prior = raws[0] if residual else None
         mask_z = None if masks is None else Weight(repeat_rows(masks.phi_z, samples).to(tape.narrow))
-        z, phi_z = latent_features(tape, model, raws[-1], noise, raw_prior, mask_z)
+        z, phi_z = latent_features(tape, model, raws[-1], noise, raws[0] if residual else None, mask_z)
         tape.add(Product(phi_z, tape.weight(of_z.t()), bottom.from_below))
         outputs += [phi_z, raws[-1], z, *raws[:-1]]
     bottom.advance()
@@ -230,8 +226,9 @@ def unroll(
 
     def choose_now(t: int) -> Tensor | None:
         assert choose is not None
-        now = [track.at[t] for track in outputs] if model.encoder is not None else [hidden.at[t], *[noise[t]] * 3]
-        return choose(t, Now(*now[:4], now[4] if raw_prior is not None else None))
+        if model.encoder is None:
+            return choose(t, Now(hidden.at[t], noise[t], noise[t], noise[t]))
+        return choose(t, Now(hidden.at[t], phi_z.at[t], raws[-1].at[t], z.at[t]))
 
     found, last = tape.run(outputs, lengths, None if choose is None else choose_now)
     after = as_state(last, len(cells))

@@ -1,17 +1,16 @@
 """The fast time loop's machinery: small step operations that walk forwards and, by hand, back again.
 
 An autograd graph over a loop costs more than the loop's arithmetic at common sizes, so nothing in here records one. A
-:class:`Tape` holds :class:`Track` s, each a preallocated buffer of one quantity at every step, and a list of operations,
-each with ``forward(t)`` and ``backward(t)``. What can be done for all steps at once is: products with what is known
-beforehand in ``begin``, gradients of weights, as one product per weight, in ``finish``. To autograd the whole loop is one
-function, :meth:`Tape.run`.
+:class:`Tape` holds :class:`Track` s, each a preallocated buffer of one quantity at every step, and a list of
+operations, each with ``forward(t)`` and ``backward(t)``. What can be done for all steps at once is: products with what
+is known beforehand in ``begin``, gradients of weights, as one product per weight, in ``finish``. To autograd the whole
+loop is one function, :meth:`Tape.run`.
 
 A new kind of cell is a new operation; no operation knows another.
 """
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, cast
@@ -107,7 +106,7 @@ class Weight:
         self.grad = grad if self.grad is None else self.grad + grad
 
 
-class Operation(ABC):  # noqa: B024  # an operation may have any of the methods, and none is needed
+class Operation:
     """One operation of a step; a method that a subclass does not have does nothing."""
 
     def begin(self) -> None:
@@ -337,8 +336,8 @@ class GRU(Operation):
 
     .. math:: r, u = \sigma(\cdot), \quad n = \tanh(n_x + r \odot n_h), \quad h_t = (1 - u) \odot n + u \odot h_{t-1}
 
-    Every gradient is that of :math:`h_t` times a factor that the way forward decides; the factors of a block of steps are
-    found at once, and a step back multiplies.
+    Every gradient is that of :math:`h_t` times a factor that the way forward decides; the factors of a block of steps
+    are found at once, and a step back multiplies.
 
     Args:
         gates: The sums n_h, r, u, n_x, width 4 * hidden, changed in place.

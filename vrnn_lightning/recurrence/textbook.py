@@ -162,8 +162,8 @@ def textbook_filter(
     def spread(x: Tensor) -> Tensor:
         return repeat_rows(x, samples)
 
-    parts = (None if v is None else spread(v) for v in (batch.observed, batch.inputs))
-    many = SequenceBatch(spread(batch.x), spread(batch.lengths), *parts)
+    observed, inputs = (None if v is None else spread(v) for v in (batch.observed, batch.inputs))
+    many = SequenceBatch(spread(batch.x), spread(batch.lengths), observed, inputs)
     dropped = None if masks is None else Masks(*(spread(mask) for mask in masks))
 
     def step(t: int, states: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
