@@ -72,7 +72,7 @@ class _Frame(Operation):
 
     def forward(self, t: int) -> None:
         """Draw, and look."""
-        x = self.x.at[t].copy_(tempered(self.model.decoder.head(self.read.at[t]), self.temperature).sample())
+        x = self.x.at[t].copy_(self.model.decoder.head.draw(self.read.at[t], self.temperature))
         self.seen.at[t].copy_(self.model.look(x, self.counted))
 
 
