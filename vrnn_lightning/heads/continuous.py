@@ -65,7 +65,7 @@ class Gaussian(Head):
 
     def moments(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, each (..., D), from the linear map's output (..., out_features)."""
-        mean, spread = at_least_float32(raw).split([self.num_features, self.spreads], -1)
+        mean, spread = at_least_float32(raw).split_with_sizes([self.num_features, self.spreads], -1)
         std = F.softplus(spread.contiguous()) + self.min_std  # of columns apart it takes three times as long
         return mean, std if self.covariance == "diagonal" else std.expand_as(mean)
 

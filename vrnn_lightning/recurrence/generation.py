@@ -10,7 +10,7 @@ from torch import Tensor
 from vrnn_lightning.heads import Gaussian, Network, tempered
 from vrnn_lightning.recurrence.loop import features, gaussian, perceptron
 from vrnn_lightning.recurrence.pace import Pace
-from vrnn_lightning.recurrence.parts import Networks, State
+from vrnn_lightning.recurrence.parts import Networks, Prior, State
 from vrnn_lightning.recurrence.tape import Operation, Sample, Track
 
 __all__ = ["Generated", "free_run"]
@@ -38,21 +38,20 @@ class _Latent(Operation):
     """A draw of z_t from a prior that is no network with a Gaussian head.
 
     Args:
-        model: Its prior.
+        prior: Maps h_{t-1} and covariates to it.
         hidden: h_{t-1}.
         inputs: Covariates, shape (1, rows, covariates), if there are any.
         z: The draw.
     """
 
-    def __init__(self, model: Networks, hidden: Track, inputs: Tensor | None, z: Track) -> None:
-        self.model, self.hidden, self.inputs, self.z = model, hidden, inputs, z
+    def __init__(self, prior: Prior, hidden: Track, inputs: Tensor | None, z: Track) -> None:
+        self.prior, self.hidden, self.inputs, self.z = prior, hidden, inputs, z
 
     def forward(self, t: int) -> None:
         """Draw."""
-        assert self.model.prior is not None
         hidden = self.hidden.at[t]
         known = hidden if self.inputs is None else torch.cat([hidden, self.inputs[t]], -1)
-        self.z.at[t].copy_(self.model.prior(known).sample())
+        self.z.at[t].copy_(self.prior(known).sample())
 
 
 class _Frame(Operation):
@@ -67,13 +66,14 @@ class _Frame(Operation):
     """
 
     def __init__(self, model: Networks, read: Track, x: Track, seen: Track, temperature: float) -> None:
-        self.model, self.read, self.x, self.seen, self.temperature = model, read, x, seen, temperature
+        self.head, self.look, self.temperature = model.decoder.head, model.look, temperature
+        self.read, self.x, self.seen = read, x, seen
         self.counted = torch.ones_like(x.at[0], dtype=torch.bool)
 
     def forward(self, t: int) -> None:
         """Draw, and look."""
-        x = self.x.at[t].copy_(self.model.decoder.head.draw(self.read.at[t], self.temperature))
-        self.seen.at[t].copy_(self.model.look(x, self.counted))
+        x = self.x.at[t].copy_(self.head.draw(self.read.at[t], self.temperature))
+        self.seen.at[t].copy_(self.look(x, self.counted))
 
 
 @torch.no_grad()
@@ -102,7 +102,8 @@ def free_run(
             noise = torch.empty_like(z.at[0])
             tape.add(Sample(gaussian(tape, pace.sums["prior"], prior), [noise], z, prior.head.min_std))
         else:
-            tape.add(_Latent(model, pace.hidden, None if pace.known is None else pace.known.value, z))
+            assert model.prior is not None
+            tape.add(_Latent(model.prior, pace.hidden, None if pace.known is None else pace.known.value, z))
         phi_z = features(tape, z, model.phi_z)
         pace.read(phi_z, "z", "decoder", "cell")
     read = perceptron(tape, pace.sums["decoder"], model.decoder.body.linears())

@@ -177,7 +177,9 @@ def unroll(
 
     # prior, encoder and top cell read the same h_{t-1}: one product serves all three, unless dropout parts them
     residual = model.residual_posterior and isinstance(model.prior, Network)
-    readers = [cast("Network[Gaussian]", n) for n in (model.prior if residual else None, model.encoder) if n is not None]
+    readers = [
+        cast("Network[Gaussian]", n) for n in (model.prior if residual else None, model.encoder) if n is not None
+    ]
     firsts = [next(reader.body.linears()) for reader in readers]
     width = sum(linear.out_features for linear in firsts)
     laid = [

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from vrnn_lightning.recurrence.loop import Cell
 from vrnn_lightning.recurrence.parts import Networks, State, as_state
-from vrnn_lightning.recurrence.tape import Known, Operation, Product, Tape, Track, Weight
+from vrnn_lightning.recurrence.tape import Known, Operation, Product, Tape, Track
 
 __all__ = ["Pace"]
 
