@@ -126,7 +126,7 @@ def filters_as_the_textbook() -> None:
 FILTER = "filtering:particle_filter"
 WEIGHTS = "filtering:Weights.advance"
 FORWARD, CLEAN, INFER, TRACE = (f"vrnn:VRNN.{name}" for name in ("forward", "_clean", "_infer", "_trace"))
-LOOP, SAMPLE, FREE = "recurrence.loop:unroll", "recurrence.tape:Sample", "recurrence:free_run"
+LOOP, SAMPLE, FREE = "recurrence.loop:unroll", "recurrence.tape:Sample", "recurrence.generation:free_run"
 KL = "kl_divergence(posterior, prior)"
 CLOSED = (
     "((prior.stddev / posterior.stddev).log() + (posterior.stddev**2 + (posterior.mean - prior.mean) ** 2)"
@@ -158,15 +158,15 @@ TRAPS = {
         lambda: test_recurrence.test_padding_changes_nothing("gru", float("nan")),
     ),
     "generates from h_t": Trap(
-        FREE, "model.decoder(torch.cat([phi_z, h, *u], -1))",
-        "model.decoder(torch.cat([phi_z, model.cells[0](torch.cat([h.new_zeros(len(h), 5), phi_z], -1), h)], -1))",
-        generates_as_trained,
+        FREE, 'pace.read(phi_z, "z", "decoder", "cell")',
+        'pace.read(phi_z, "z", "decoder", "cell"); pace.advance(); pace.read(pace.hidden.later(), "h", "decoder")', generates_as_trained,
     ),
     "generates from the posterior of its last frame": Trap(
-        FREE, "z = model.prior(torch.cat([h, *u], -1)).sample()", "z = model.encoder(torch.cat([h.new_zeros(len(h), 5), h], -1)).sample()",
+        FREE, 'Sample(gaussian(tape, pace.sums["prior"], prior), [noise], z, prior.head.min_std)',
+        "_Latent(lambda h: model.encoder(torch.cat([h.new_zeros(len(h), 5), h], -1)), pace.hidden, None, z)",
         test_recurrence.test_generated_latents_come_from_the_prior,
     ),
-    "centring forgotten in sampling": Trap(FREE, "model.phi_x(model.look(x, torch.ones_like(x, dtype=torch.bool)))", "model.phi_x(x)", generates_as_trained),
+    "centring forgotten in sampling": Trap("recurrence.generation:_Frame.forward", "self.look(x, self.counted)", "x", generates_as_trained),
     "loss on data, network on centred data": Trap(
         INFER, "(features), x, observed)", "(features), self.look(x, torch.ones_like(x).bool()), observed)", equals_textbook
     ),

@@ -27,6 +27,7 @@ from vrnn_lightning.recurrence import (
     Reads,
     State,
     Steps,
+    Stream,
     free_run,
     log_ratio,
     repeat_rows,
@@ -616,3 +617,32 @@ class VRNN(nn.Module):
                 given = "none" if inputs is None else f"shape {tuple(inputs.shape)}"
                 raise UserError(f"inputs: the model reads covariates of shape {needed}, but got {given}")
         return free_run(self, steps, state, inputs if self.num_inputs else None, temperature)
+
+    def stream(
+        self,
+        batch_size: int = 1,
+        samples: int = 1,
+        state: State | None = None,
+        resampling: Resampling | None = None,
+    ) -> Stream:
+        """Follow sequences frame by frame: ``stream.step(x)`` returns an estimate of each log p(x_t | x_<t) in nats.
+
+        Args:
+            batch_size: Number of sequences, B.
+            samples: Particles per sequence, K.
+            state: State before the first step, of K * B rows; zero if not given.
+            resampling: When particles are drawn anew; ``None`` never.
+
+        Raises:
+            UserError: The model smooths, or the state has other rows.
+
+        >>> stream = VRNN(num_features=3).stream(batch_size=2, samples=4)
+        >>> stream.step(torch.zeros(2, 3)).shape
+        torch.Size([2])
+        """
+        if batch_size < 1 or samples < 1:
+            raise UserError(f"batch_size {batch_size}, samples {samples}: both must be at least 1")
+        state = self.initial_state(samples * batch_size) if state is None else state
+        if len(state.h) != samples * batch_size:
+            raise UserError(f"state: {len(state.h)} rows, not {samples * batch_size} (samples * batch_size)")
+        return Stream(self, state, samples, self.num_inputs, resampling)

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import singledispatch
-from typing import ClassVar, Generic, Literal, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ __all__ = [
     "at_least_float32",
     "log_prob",
     "require_floor",
+    "require_temperature",
     "require_whole",
     "tempered",
 ]
@@ -123,8 +124,7 @@ def tempered(distribution: Distribution, temperature: float) -> Distribution:
     >>> sharp.stddev
     tensor([0.5000, 0.5000])
     """
-    if not 0 < temperature < math.inf:
-        raise UserError(f"temperature {temperature}: must be positive; 1 leaves the model as it is")
+    require_temperature(temperature)
     return distribution if temperature == 1 else _tempered(distribution, temperature)
 
 
@@ -180,6 +180,24 @@ class Head(nn.Module, ABC):
     def forward(self, features: Tensor) -> Distribution:
         """Return the distribution with batch shape (...) and event shape (num_features,)."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let a subclass with a distribution of its own draw from that one."""
+        super().__init_subclass__(**options)
+        if "forward" in vars(cls) and "draw" not in vars(cls):
+            cls.draw = Head.draw  # type: ignore[method-assign]  # an inherited draw knows another distribution
+
+    @torch.no_grad()
+    def draw(self, features: Tensor, temperature: float = 1.0) -> Tensor:
+        """Draw frames, shape (..., num_features), as the distribution at a temperature would from the same generator.
+
+        Generation draws at every step: a head may do without the distribution's objects, which cost more than a draw.
+
+        Args:
+            features: Shape (..., in_features).
+            temperature: See :func:`tempered`.
+        """
+        return tempered(self(features), temperature).sample()
+
     def supports(self, x: Tensor) -> Tensor:
         """Return True at values that have a probability; most densities take every number.
 
@@ -225,6 +243,12 @@ def require_floor(option: str, value: float) -> None:
     """Refuse a floor under a scale that is none."""
     if not 0 < value < math.inf:
         raise UserError(f"{option} {value}: must be positive, or the likelihood can grow without bound")
+
+
+def require_temperature(temperature: float) -> None:
+    """Refuse a temperature that is none."""
+    if not 0 < temperature < math.inf:
+        raise UserError(f"temperature {temperature}: must be positive; 1 leaves the model as it is")
 
 
 def require_whole(option: str, value: int, least: int, most: int) -> None:

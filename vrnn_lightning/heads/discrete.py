@@ -10,7 +10,15 @@ from torch.distributions import Bernoulli as BernoulliDistribution
 from torch.distributions import Categorical
 from torch.nn import functional as F
 
-from vrnn_lightning.heads.base import Elementwise, Factorised, Head, SampleShape, at_least_float32, require_whole
+from vrnn_lightning.heads.base import (
+    Elementwise,
+    Factorised,
+    Head,
+    SampleShape,
+    at_least_float32,
+    require_temperature,
+    require_whole,
+)
 
 __all__ = ["Bernoulli", "DiscretisedLogisticMixture", "MuLaw"]
 
@@ -36,6 +44,13 @@ class Bernoulli(Head):
         """Return the distribution with batch shape (...) and event shape (num_features,)."""
         logits = at_least_float32(self.linear(features))
         return Factorised(BernoulliDistribution(logits=logits, validate_args=False))
+
+    @torch.no_grad()
+    def draw(self, features: Tensor, temperature: float = 1.0) -> Tensor:
+        """Draw frames, shape (..., num_features)."""
+        require_temperature(temperature)
+        logits = at_least_float32(self.linear(features))
+        return torch.bernoulli(torch.sigmoid(logits if temperature == 1 else logits / temperature))
 
     def supports(self, x: Tensor) -> Tensor:
         """Return True at values that have a probability, shape (..., num_features)."""

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from vrnn_lightning.heads import Gaussian, Network
+from vrnn_lightning.nn import MLP
 from vrnn_lightning.recurrence.parts import Masks, Networks, Reads, State, Steps, as_state, repeat_rows
 from vrnn_lightning.recurrence.tape import GRU, LSTM, Known, Product, Relu, Sample, Scale, Tape, Track, Weight
 
-__all__ = ["Cell", "Choose", "Now", "perceptron", "unroll"]
+__all__ = ["Cell", "Choose", "Now", "features", "gaussian", "latent_features", "perceptron", "unroll"]
 
 
 class Now(NamedTuple):
@@ -47,6 +48,10 @@ class Cell:
         h: Its output.
         c: Its cell, of an LSTM.
         front: Columns in front.
+
+    Attributes:
+        bias: Of the sums that the layer's input adds to.
+        bias_h: Of those that it does not add to.
     """
 
     def __init__(self, tape: Tape, cell: nn.GRUCell | nn.LSTMCell, h: Track, c: Track | None, front: int = 0) -> None:
@@ -59,13 +64,14 @@ class Cell:
         self.with_front = self.sums.columns(0, front + self.from_h.width)
         self.from_below = self.gates.columns(size if gru else 0, 4 * size)
         self.weight_h: Tensor = cell.weight_hh.roll(size, 0) if gru else cell.weight_hh
-        if gru:
-            self.bias: Tensor = torch.cat(
-                [cell.bias_ih[: 2 * size] + cell.bias_hh[: 2 * size], cell.bias_ih[2 * size :]]
-            )
-            tape.add(Known(self.gates.columns(0, size), tape.weight(cell.bias_hh[2 * size :])))
-        else:
-            self.bias = cell.bias_ih + cell.bias_hh
+        both, start = cell.bias_ih + cell.bias_hh, 2 * size
+        self.bias: Tensor = torch.cat([both[:start], cell.bias_ih[start:]]) if gru else both
+        self.bias_h: Tensor = cell.bias_hh[start:] if gru else both[:0]
+
+    def hold(self) -> None:
+        """Let the sums that the layer's input does not add to start from their bias."""
+        if len(self.bias_h):
+            self.tape.add(Known(self.gates.columns(0, len(self.bias_h)), self.tape.weight(self.bias_h)))
 
     def advance(self) -> None:
         """Let the state follow, once everything was added to the sums."""
@@ -86,6 +92,12 @@ def perceptron(tape: Tape, first: Track, linears: Iterable[nn.Linear], mask: Wei
     return first
 
 
+def features(tape: Tape, source: Track, network: MLP, mask: Weight | None = None) -> Track:
+    """Lay a perceptron on a tape, from what it reads on; return its features."""
+    linears = list(network.linears())
+    return perceptron(tape, _linear(tape, tape.cast(source, tape.narrow), linears[0]), linears, mask)
+
+
 def _linear(tape: Tape, source: Track, linear: nn.Linear) -> Track:
     target = tape.track(linear.out_features)
     tape.add(Product(source, tape.weight(linear.weight.t()), target, tape.weight(linear.bias)))
@@ -94,8 +106,8 @@ def _linear(tape: Tape, source: Track, linear: nn.Linear) -> Track:
 
 def gaussian(tape: Tape, first: Track, network: Network[Gaussian]) -> Track:
     """Lay a network with a Gaussian head on a tape, from its first layer's sums on; return mean and spread."""
-    features = perceptron(tape, first, network.body.linears())
-    return tape.cast(_linear(tape, features, network.head.linear), tape.wide)
+    body = perceptron(tape, first, network.body.linears())
+    return tape.cast(_linear(tape, body, network.head.linear), tape.wide)
 
 
 def latent_features(
@@ -115,9 +127,7 @@ def latent_features(
     assert model.encoder is not None
     z = tape.track(noise.shape[-1], tape.wide)
     tape.add(Sample(raw, noise.unbind(0), z, model.encoder.head.min_std, raw_prior))
-    linears = list(model.phi_z.linears())
-    first = _linear(tape, tape.cast(z, tape.narrow), linears[0])
-    return z, perceptron(tape, first, linears, mask)
+    return z, features(tape, z, model.phi_z, mask)
 
 
 def unroll(
@@ -174,6 +184,8 @@ def unroll(
         Cell(tape, cell, h, cs[i] if cs else None, width if cell is cells[-1] and masks is None else 0)
         for i, (cell, h) in enumerate(zip(cells, hs, strict=True))
     ]
+    for layer in laid:
+        layer.hold()
     front = laid[-1].sums.columns(0, width) if masks is None else tape.track(width)
     weights, start, size = [], 0, hs[-1].width
     sums: list[Track] = []

@@ -11,10 +11,11 @@ from torch.distributions import Normal, kl_divergence
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.filtering import Filtered, Resampling, particle_filter
-from vrnn_lightning.heads import log_prob
+from vrnn_lightning.heads import log_prob, tempered
+from vrnn_lightning.recurrence.generation import Generated
 from vrnn_lightning.recurrence.parts import Masks, Networks, State, as_state, repeat_rows
 
-__all__ = ["Reference", "Scored", "textbook", "textbook_filter", "textbook_step"]
+__all__ = ["Reference", "Scored", "textbook", "textbook_filter", "textbook_generation", "textbook_step"]
 
 
 class Reference(NamedTuple):
@@ -198,3 +199,41 @@ def _textbook_future(model: Networks, batch: SequenceBatch, masks: Masks | None)
         a, c = torch.where(real, new, a), torch.where(real, new_c, c)
         past.append(a)
     return [torch.stack(past[::-1], 1)]
+
+
+@torch.no_grad()
+def textbook_generation(
+    model: Networks, steps: int, state: State, inputs: Tensor | None = None, temperature: float = 1.0
+) -> Generated:
+    """Generate: prior, phi_z, decoder, a draw from the emission, phi_x, cells, and again.
+
+    Slow and plain: it is what :func:`free_run` is tested against, and timed against.
+
+    Args:
+        model: The networks.
+        steps: Frames to draw.
+        state: State before the first step; its batch size is the number of sequences.
+        inputs: Covariates, shape (batch, time, covariates), if the model reads any.
+        temperature: Of the emission; below 1 for the more likely frames.
+    """
+    states, layers = list(state.layers()), len(model.cells)
+    drawn = []
+    for t in range(steps):
+        h = states[layers - 1]
+        u = [] if inputs is None else [inputs[:, t]]
+        z = phi_z = h.new_zeros(len(h), 0)
+        if model.prior is not None and model.phi_z is not None:
+            z = model.prior(torch.cat([h, *u], -1)).sample()
+            phi_z = model.phi_z(z)
+        emission = tempered(model.decoder(torch.cat([phi_z, h, *u], -1)), temperature)
+        x = emission.sample()
+        drawn.append((x, emission.mean, z))
+        reads = torch.cat([model.phi_x(model.look(x, torch.ones_like(x, dtype=torch.bool))), *u, phi_z], -1)
+        for layer, cell in enumerate(model.cells):
+            if isinstance(cell, nn.LSTMCell):
+                states[layer], states[layers + layer] = cell(reads, (states[layer], states[layers + layer]))
+            else:
+                states[layer] = cell(reads, states[layer])
+            reads = states[layer]
+    x, mean, z = (torch.stack(part, 1) for part in zip(*drawn, strict=True))
+    return Generated(x, mean, z, as_state(tuple(states), layers))
