@@ -45,9 +45,10 @@ class SequenceBatch:
         lengths: Real steps of each sequence, shape (batch,), int64.
         observed: True where ``x`` was measured, shape (batch, time, features), or ``None`` for everywhere.
         inputs: Covariates, shape (batch, time, covariates), or ``None``; the VRNN conditions on them.
-        reset: True for sequences whose carried state starts anew, shape (batch,), or ``None``; the VRNN does not read
-            it.
+        reset: True for rows whose carried state starts anew, shape (batch,), bool; ``None`` where the batch is no part
+            of a stream and nothing is carried.
         names: One name per sequence for messages, or ``None``.
+        start: The step of its sequence at which each row begins, shape (batch,), int64; ``None`` means 0 everywhere.
     """
 
     x: Tensor
@@ -56,6 +57,7 @@ class SequenceBatch:
     inputs: Tensor | None = None
     reset: Tensor | None = None
     names: list[str] | None = None
+    start: Tensor | None = None
 
     def __len__(self) -> int:
         """Return the number of sequences."""
@@ -79,9 +81,28 @@ class SequenceBatch:
         cut = [None if v is None else v[chosen, :steps] for v in (self.x, self.observed, self.inputs)]
         x, observed, inputs = cut
         assert x is not None
-        reset = None if self.reset is None else self.reset[chosen]
+        reset, start = (None if v is None else v[chosen] for v in (self.reset, self.start))
         names = None if self.names is None else [self.names[i] for i in chosen]
-        return SequenceBatch(x, self.lengths[chosen], observed, inputs, reset, names)
+        return SequenceBatch(x, self.lengths[chosen], observed, inputs, reset, names, start)
+
+    def window(self, first: int, last: int) -> SequenceBatch:
+        """Return steps ``first`` to ``last - 1`` of every row; a row that ended before has length 0 there.
+
+        ``start`` moves on, and past the batch's first step no state starts anew. The window is at least one step long.
+
+        >>> batch = pad([Sequence(torch.ones(2, 3)), Sequence(torch.ones(5, 3))])
+        >>> window = batch.window(1, 4)
+        >>> tuple(window.x.shape), window.lengths.tolist(), window.start.tolist()
+        ((2, 3, 3), [1, 3], [1, 1])
+        """
+        begin = min(first, self.x.shape[1] - 1)
+        cut = [None if v is None else v[:, begin : max(last, begin + 1)] for v in (self.x, self.observed, self.inputs)]
+        x, observed, inputs = cut
+        assert x is not None
+        lengths = (self.lengths - first).clamp(0, max(0, last - first))
+        start = (torch.zeros_like(self.lengths) if self.start is None else self.start) + first
+        reset = self.reset if self.reset is None or first == 0 else torch.zeros_like(self.reset)
+        return SequenceBatch(x, lengths, observed, inputs, reset, self.names, start)
 
     def pin_memory(self) -> SequenceBatch:
         """Return the same batch in page-locked memory."""
