@@ -7,7 +7,7 @@ what you write below knows your data.
 
 Needed:
 
-- ``__init__`` hands ``num_features`` (values per time step) and the three common options to the base class. It opens no
+- ``__init__`` hands ``num_features`` (values per time step) and the four common options to the base class. It opens no
   file: a checkpoint's model is built from it even where the data is not at hand.
 - ``sequences(split)`` returns the "train", "val" or "test" sequences in data units: a list of ``Sequence``, or any
   object with ``__len__`` and ``__getitem__`` that reads one when asked. Import heavy libraries inside it. For a folder
@@ -28,6 +28,8 @@ Optional:
 - ``scaling``, fitted on the training split: "per_feature", "scalar" (one mean and std for all features) or "none"
   (discrete data).
 - ``lengths(split)``, the steps of each sequence, where reading every sequence just to learn its length would be slow.
+- a method ``window(index, first, last)`` of what ``sequences`` returns: steps ``first`` to ``last - 1`` of a sequence,
+  which training with ``window`` reads instead of all; without it a sequence is read whole and kept meanwhile.
 - ``exact_log_likelihood(batch)``, where the true density is known: ``val/gap`` then shows what the model still lacks.
 """
 
@@ -56,6 +58,7 @@ class MyData(SequenceDataModule):
         batch_size: Sequences per batch and process.
         num_workers: Processes that read ahead; 0 reads in the main process.
         seed: Seed of the data and of the order of the training batches.
+        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
     """
 
     modality: ClassVar[Modality] = "series"
@@ -69,8 +72,9 @@ class MyData(SequenceDataModule):
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
+        window: int | None = None,
     ) -> None:
-        super().__init__(num_features=1, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        super().__init__(num_features=1, batch_size=batch_size, num_workers=num_workers, seed=seed, window=window)
         self.num_sequences = num_sequences
         self.num_steps = num_steps
         self.memory = memory

@@ -29,6 +29,7 @@ class Handwriting(SequenceDataModule):
         batch_size: Sequences per batch and process.
         num_workers: Processes that read ahead; 0 reads in the main process.
         seed: Seed of the order of the training batches.
+        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
 
     Raises:
         UserError: An option outside its range. From ``setup`` on: the file is missing or no such archive, a lift is
@@ -41,9 +42,15 @@ class Handwriting(SequenceDataModule):
     modality: ClassVar[Modality] = "strokes"
 
     def __init__(
-        self, root: str, max_steps: int | None = None, batch_size: int = 64, num_workers: int = 0, seed: int = 0
+        self,
+        root: str,
+        max_steps: int | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        window: int | None = None,
     ) -> None:
-        super().__init__(num_features=3, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        super().__init__(num_features=3, batch_size=batch_size, num_workers=num_workers, seed=seed, window=window)
         if max_steps is not None and max_steps < 1:
             raise UserError(f"--data.max_steps {max_steps}: must be at least 1")
         self.root = Path(root).expanduser()

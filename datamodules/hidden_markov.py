@@ -49,6 +49,7 @@ class HiddenMarkov(SequenceDataModule):
         batch_size: Sequences per batch and process.
         num_workers: Processes that read ahead.
         seed: Seed of the sequences and of their order.
+        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
 
     Raises:
         UserError: An option outside its range.
@@ -72,8 +73,9 @@ class HiddenMarkov(SequenceDataModule):
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
+        window: int | None = None,
     ) -> None:
-        super().__init__(channels, batch_size, num_workers, seed)
+        super().__init__(channels, batch_size, num_workers, seed, window)
         for option, value, least in (
             ("states", states, 2),
             ("channels", channels, 1),

@@ -25,6 +25,7 @@ class PianoRolls(SequenceDataModule):
         batch_size: Sequences per batch and process.
         num_workers: Processes that read ahead; 0 reads in the main process.
         seed: Seed of the order of the training batches.
+        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
 
     Raises:
         UserError: An option outside its range. From ``setup`` on: the file is missing or no such archive, or a value
@@ -36,8 +37,10 @@ class PianoRolls(SequenceDataModule):
 
     modality: ClassVar[Modality] = "roll"
 
-    def __init__(self, root: str, batch_size: int = 16, num_workers: int = 0, seed: int = 0) -> None:
-        super().__init__(num_features=KEYS, batch_size=batch_size, num_workers=num_workers, seed=seed)
+    def __init__(
+        self, root: str, batch_size: int = 16, num_workers: int = 0, seed: int = 0, window: int | None = None
+    ) -> None:
+        super().__init__(num_features=KEYS, batch_size=batch_size, num_workers=num_workers, seed=seed, window=window)
         self.root = Path(root).expanduser()
 
     def sequences(self, split: Split) -> ArchiveSplit:

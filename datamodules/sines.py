@@ -44,6 +44,7 @@ class Sines(SequenceDataModule):
         batch_size: Sequences per batch and process.
         num_workers: Processes that read ahead.
         seed: Seed of the sequences and of their order.
+        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
 
     Raises:
         UserError: An option outside its range.
@@ -66,8 +67,9 @@ class Sines(SequenceDataModule):
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
+        window: int | None = None,
     ) -> None:
-        super().__init__(channels, batch_size, num_workers, seed)
+        super().__init__(channels, batch_size, num_workers, seed, window)
         for option, value, least in (
             ("channels", channels, 3),
             ("steps", steps, 1),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -21,6 +23,7 @@ from vrnn_lightning.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from soundfile import SoundFile
 
 __all__ = ["PATTERNS", "Speech"]
 
@@ -29,6 +32,8 @@ PATTERNS = {"fsdd": r"_[0-4]\.[^.]+$"}
 
 SUFFIXES = (".wav", ".flac", ".ogg")
 PCM16 = 32768.0  # what 16-bit files call an amplitude of 1
+SEEKABLE = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}
+"""Encodings, flac's among them, of which libsndfile reads a part exactly as in the whole file."""
 UNKNOWN_LENGTH = 2**62  # what libsndfile reports for a stream whose header leaves the length open
 
 
@@ -38,7 +43,8 @@ class Speech(SequenceDataModule):
     Every wav, flac and ogg file below the folder is one sequence; hidden files are passed over. Samples are in
     [-1, 1] (16 bit: the integer / 32768), channels are mixed to one, and one mean and one standard deviation, taken
     over all training samples, scale them, unless ``units`` says otherwise. Only headers are read beforehand, files
-    when their turn comes.
+    when their turn comes; with ``window`` no more of a wav or flac file than the window, but the whole of an ogg file,
+    whose decoder does not find a given sample exactly.
 
     The checkpoint keeps which file was in which split, so a file that was trained on is never tested, whatever the
     folder holds later. Files that the checkpoint does not know are left out, unless none of its test files is there:
@@ -62,6 +68,7 @@ class Speech(SequenceDataModule):
         batch_size: Sequences per batch and process.
         num_workers: Processes that read ahead; 0 reads in the main process.
         seed: Seed of the splits and of the order of the training batches.
+        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
 
     Raises:
         UserError: An option is out of its range, or is no regular expression. From ``setup`` on: there is no such
@@ -90,8 +97,11 @@ class Speech(SequenceDataModule):
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
+        window: int | None = None,
     ) -> None:
-        super().__init__(num_features=frame_size, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        super().__init__(
+            num_features=frame_size, batch_size=batch_size, num_workers=num_workers, seed=seed, window=window
+        )
         for option, value in (("frame_size", frame_size), ("sample_rate", sample_rate)):
             if value is not None and value < 1:
                 raise UserError(f"--data.{option} {value}: must be at least 1")
@@ -287,7 +297,7 @@ class _Header:
 
 @dataclass(frozen=True)
 class _Recordings:
-    """Recordings as sequences of frames; each is read when it is asked for."""
+    """Recordings as sequences of frames; each, or a part of it, is read when it is asked for."""
 
     root: Path
     names: list[str]
@@ -300,8 +310,20 @@ class _Recordings:
         return len(self.names)
 
     def __getitem__(self, index: int, /) -> Sequence:
+        with _opened(self.root / self.names[index]) as file:
+            return self._frames(index, file, 0, None)
+
+    def window(self, index: int, first: int, last: int, /) -> Sequence | None:
+        with _opened(self.root / self.names[index]) as file:
+            if file.subtype not in SEEKABLE:
+                return None
+            return self._frames(index, file, first * self.frame_size, last * self.frame_size)
+
+    def _frames(self, index: int, file: SoundFile, start: int, stop: int | None) -> Sequence:
+        """Return frames of a recording, from sample ``start`` to before ``stop`` or its end."""
         name = self.names[index]
-        samples = _convert(torch.from_numpy(_read(self.root / name, self.sample_rate)), self.units)
+        samples = torch.from_numpy(_read(self.root / name, file, self.sample_rate, start, stop))
+        samples = _convert(samples, self.units)
         rest = len(samples) % self.frame_size
         if rest == 0 or not self.pad:
             return Sequence(samples[: len(samples) - rest].view(-1, self.frame_size), name=name)
@@ -352,23 +374,56 @@ def _header(path: Path) -> _Header:
     return _Header(info.frames, info.samplerate, info.channels)
 
 
-def _read(path: Path, sample_rate: int) -> NDArray[np.float32]:
-    """Return one channel of samples in [-1, 1] at a rate in Hz, shape (samples,)."""
+@contextmanager
+def _opened(path: Path) -> Iterator[SoundFile]:
     import soundfile
 
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(path) as file:
+            yield file
     except soundfile.LibsndfileError as error:
         raise _unreadable(path, error.error_string) from None
+
+
+def _read(path: Path, file: SoundFile, sample_rate: int, start: int, stop: int | None) -> NDArray[np.float32]:
+    """Return one channel of samples in [-1, 1] at a rate in Hz, shape (samples,), and read no more of the file.
+
+    Args:
+        path: The file's name, for messages.
+        file: The file.
+        sample_rate: Hz of the result.
+        start: The first sample, counted at ``sample_rate``.
+        stop: One past the last sample; ``None``, or a number past the end, for the file's end.
+    """
+    up, down = _ratio(file.samplerate, sample_rate)
+    end = -(-file.frames * up // down)
+    start, stop = min(start, end), end if stop is None else min(stop, end)
+    begin, end = (start, stop) if up == down else _reach(start, stop, up, down, file.frames)
+    if begin:
+        file.seek(begin)
+    samples = file.read(end - begin, dtype="float32", always_2d=True)
+    if len(samples) < end - begin:
+        raise _unreadable(path, "it breaks off")
     mono: NDArray[np.float32] = samples.mean(axis=1)
     if not math.isfinite(mono.sum(dtype="float64")):
         raise UserError(f"{path}: holds NaN or infinite samples; remove it or mend it")
-    if rate == sample_rate:
+    if up == down:
         return mono
     from scipy.signal import resample_poly
 
-    resampled: NDArray[np.float32] = resample_poly(mono, *_ratio(rate, sample_rate)).astype("float32", copy=False)
-    return resampled
+    before = begin * up // down
+    resampled: NDArray[np.float32] = resample_poly(mono, up, down)[start - before : stop - before]
+    return resampled.astype("float32", copy=False)
+
+
+def _reach(start: int, stop: int, up: int, down: int, length: int) -> tuple[int, int]:
+    """Return the samples of a file of ``length`` that resampled ones from ``start`` to before ``stop`` depend on.
+
+    The first of them falls on a resampled one, so that a part is resampled in step with the whole.
+    """
+    half = 10 * max(up, down) // up + 1  # what resample_poly's filter spans to each side
+    begin = max(0, start * down // up - half) // down * down
+    return begin, min(length, -(-stop * down // up) + half)
 
 
 def _ratio(rate: int, wanted: int) -> tuple[int, int]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 import io
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.data import BatchSampler, Modality, SequenceDataModule, Split
+from vrnn_lightning.data import BatchSampler, Modality, SequenceDataModule, Split, Window
 
 __all__ = ["CHECKS", "check_datamodule"]
 
@@ -61,7 +62,7 @@ def saves_its_options(make: Make) -> None:
     options = set(inspect.signature(type(datamodule)).parameters)
     assert options <= set(datamodule.hparams)
     assert datamodule.hparams["batch_size"] == 3
-    assert datamodule.run_options <= options | {"root"}
+    assert datamodule.run_options <= options | {"root", "window"}
 
 
 def scaler_is_affine(make: Make) -> None:
@@ -116,10 +117,54 @@ def reads_every_sequence_once(make: Make) -> None:
     for split in SPLITS:
         lengths = list(datamodule.lengths(split))
         assert lengths == [len(datamodule.split(split)[i].x) for i in range(len(datamodule.split(split)))]
-        read = [name for batch in loader_of(datamodule, split) for name in batch.names or []]
         names = [name or f"sequence {i}" for i, name in enumerate(names_of(datamodule, split))]
-        assert sorted(read) == sorted(names)
         assert len(set(names)) == len(names), "noise is drawn by name"
+        read: Counter[tuple[str, int]] = Counter()
+        for batch in loader_of(datamodule, split):
+            starts = [0] * len(batch) if batch.start is None else batch.start.tolist()
+            for name, start, length in zip(batch.names, starts, batch.lengths.tolist(), strict=True):
+                read.update((name, start + t) for t in range(length))
+        assert read == Counter((name, t) for name, length in zip(names, lengths, strict=True) for t in range(length))
+
+
+def reads_windows_as_parts_of_the_whole(make: Make) -> None:
+    datamodule = ready(make)
+    for split in SPLITS:
+        dataset = loader_of(datamodule, split).dataset
+        length = datamodule.lengths(split)[0]
+        whole = dataset[[0]]
+        for first, last in {(0, length), (0, 1), (length // 2, length), (length - 1, length)}:
+            batch, expected = dataset[[Window(0, first, last, False)]], whole.window(first, last)
+            assert batch.names == expected.names
+            assert torch.equal(batch.lengths, expected.lengths)
+            assert torch.equal(batch.start, expected.start)
+            assert batch.reset.tolist() == [False]
+            assert torch.equal(batch.counted, expected.counted)
+            torch.testing.assert_close(batch.x, expected.x, rtol=1e-5, atol=1e-5)
+            assert (batch.inputs is None) == (expected.inputs is None)
+            assert batch.inputs is None or torch.equal(batch.inputs, expected.inputs)
+
+
+def streams_carry_on(make: Make) -> None:
+    """Where a row's state is carried, its window begins where the row's last one ended, in the same sequence."""
+    datamodule = ready(make, batch_size=3)
+    previous = None
+    for batch in datamodule.train_dataloader():
+        if datamodule.window is None:
+            assert batch.reset is None, "whole sequences are no stream"
+            continue
+        assert batch.reset.dtype == torch.bool
+        assert batch.reset.shape == batch.start.shape == batch.lengths.shape == (3,)
+        assert batch.start.dtype == torch.int64
+        assert batch.lengths.max() <= datamodule.window
+        if previous is None:
+            assert batch.reset.all()
+        else:
+            carried = (~batch.reset).nonzero().flatten().tolist()
+            assert all(batch.names[i] == previous.names[i] for i in carried)
+            assert torch.equal(batch.start[carried], (previous.start + previous.lengths)[carried])
+            assert ((batch.start == 0) | ~batch.reset | (batch.lengths == 0)).all()
+        previous = batch
 
 
 def shards_over_processes(make: Make) -> None:
@@ -209,6 +254,8 @@ CHECKS = (
     yields_padded_batches,
     returns_to_data_units,
     reads_every_sequence_once,
+    reads_windows_as_parts_of_the_whole,
+    streams_carry_on,
     shards_over_processes,
     orders_by_seed_and_epoch,
     survives_a_checkpoint,

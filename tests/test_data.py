@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from vrnn_lightning.batch import Sequence, SequenceBatch, pad
-from vrnn_lightning.data import BatchSampler, Scaler, SequenceDataModule, SequenceLoader
+from vrnn_lightning.data import BatchSampler, Scaler, SequenceDataModule, SequenceLoader, Window
 from vrnn_lightning.errors import UserError
 
 
@@ -80,6 +81,59 @@ class TestPad:
         assert pad([Sequence(torch.zeros(1, 1, dtype=torch.float64))]).x.dtype == torch.float64
 
 
+class TestWindowOfABatch:
+    def test_steps_lengths_and_starts(self):
+        sequences = ragged([3, 0, 5])
+        batch = pad(sequences).window(2, 4)
+        assert batch.x.shape == (3, 2, 2)
+        assert batch.lengths.tolist() == [1, 0, 2]
+        assert batch.start.tolist() == [2, 2, 2]
+        assert batch.lengths.dtype == batch.start.dtype == torch.int64
+        assert batch.names == ["0", "1", "2"]
+        assert torch.equal(batch.x[2], sequences[2].x[2:4])
+        assert torch.equal(batch.x[0, 0], sequences[0].x[2])
+        assert batch.reset is None
+
+    def test_observed_and_inputs_go_along(self):
+        seen, inputs = torch.rand(5, 2) > 0.5, torch.randn(5, 3)
+        batch = pad([Sequence(torch.ones(5, 2), seen, inputs)]).window(1, 3)
+        assert torch.equal(batch.observed[0], seen[1:3])
+        assert torch.equal(batch.inputs[0], inputs[1:3])
+
+    def test_windows_cover_the_batch(self):
+        batch = pad(ragged([7, 1, 4]))
+        parts = [batch.window(first, first + 3) for first in range(0, 7, 3)]
+        assert torch.equal(sum(part.lengths for part in parts), batch.lengths)
+        assert torch.equal(torch.cat([part.x for part in parts], 1), batch.x)
+
+    @pytest.mark.parametrize(("first", "last"), [(5, 9), (9, 12), (4, 4)])
+    def test_it_is_at_least_one_step_long(self, first, last):
+        batch = pad(ragged([3, 5])).window(first, last)
+        assert batch.x.shape == (2, 1, 2)
+        assert batch.lengths.tolist() == [0, 0]
+
+    def test_a_window_of_a_window_starts_where_it_stands(self):
+        batch = pad(ragged([9])).window(2, 8).window(3, 5)
+        assert batch.start.tolist() == [5]
+        assert batch.lengths.tolist() == [2]
+
+    def test_only_a_first_window_is_a_new_beginning(self):
+        batch = pad(ragged([4, 4]))
+        batch.reset = torch.tensor([True, False])
+        assert batch.window(0, 2).reset.tolist() == [True, False]
+        assert batch.window(2, 4).reset.tolist() == [False, False]
+
+    def test_rows_keep_reset_and_start(self):
+        batch = pad(ragged([4, 2, 3])).window(1, 4)
+        batch.reset = torch.tensor([True, False, True])
+        batch.start = torch.tensor([7, 8, 9])
+        rows = batch.rows([2, 1])
+        assert rows.x.shape[1] == 2
+        assert rows.reset.tolist() == [True, False]
+        assert rows.start.tolist() == [9, 8]
+        assert rows.names == ["2", "1"]
+
+
 class TestBatchSampler:
     @pytest.mark.parametrize("number", [1, 2, 7, 12, 83])
     @pytest.mark.parametrize("replicas", [1, 2, 3])
@@ -113,6 +167,259 @@ class TestBatchSampler:
         sampler = BatchSampler(lengths.tolist(), 10, shuffle=True, seed=0, num_replicas=1, rank=0)
         padding = sum(len(b) * int(lengths[b].max()) - int(lengths[b].sum()) for b in sampler)
         assert padding < 0.1 * int(lengths.sum())
+
+
+LENGTHS = {
+    "ragged": [17, 3, 1, 9, 40, 8, 8, 2, 5, 11, 23],
+    "one step": [1] * 13,
+    "one long": [1000],
+    "long and short": [300, 1, 1, 2, 150, 3],
+    "few": [2, 1],
+    "with empty ones": [0, 6, 0, 9, 4, 0],
+}
+
+
+def streams_of(lengths, window, batch_size=2, epoch=0, **options):
+    defaults = {"shuffle": True, "seed": 0, "num_replicas": 1, "rank": 0}
+    sampler = BatchSampler(lengths, batch_size, window=window, **defaults | options)
+    sampler.set_epoch(epoch)
+    return sampler
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("window", [1, 4, 8, 2000])
+class TestStreams:
+    @pytest.mark.parametrize("size", [1, 2, 3, 16])
+    @pytest.mark.parametrize("replicas", [1, 2, 3])
+    def test_every_step_is_read_once_and_processes_share_the_rows(self, lengths, window, size, replicas):
+        shards = [list(streams_of(lengths, window, size, num_replicas=replicas, rank=r)) for r in range(replicas)]
+        alone = list(streams_of(lengths, window, size * replicas))
+        assert {len(shard) for shard in shards} == {len(alone)} == {len(streams_of(lengths, window, size * replicas))}
+        for batch, parts in zip(alone, zip(*shards, strict=True), strict=True):
+            for rank, part in enumerate(parts):
+                assert len(part) == size
+                assert part == batch[rank::replicas]
+        read = Counter((w.sequence, t) for batch in alone for w in batch for t in range(w.first, w.last))
+        assert read == Counter((i, t) for i, length in enumerate(lengths) for t in range(length))
+
+    @pytest.mark.parametrize("size", [1, 2, 5])
+    def test_a_row_goes_on_or_starts_anew(self, lengths, window, size):
+        previous = [None] * size
+        for batch in streams_of(lengths, window, size):
+            for i, row in enumerate(batch):
+                assert row.last - row.first <= window
+                if previous[i] is None or row.sequence < 0:
+                    assert row.reset
+                elif not row.reset:
+                    assert (row.sequence, row.first) == (previous[i].sequence, previous[i].last)
+                    assert previous[i].last - previous[i].first == window
+                else:
+                    assert row.first == 0
+                    assert previous[i].last == lengths[previous[i].sequence], "a sequence ends before the next begins"
+            previous = batch
+
+    def test_rows_are_empty_in_the_last_batch_alone(self, lengths, window):
+        for batch in list(streams_of(lengths, window, 3))[:-1]:
+            assert all(row.sequence >= 0 for row in batch)
+
+    def test_the_rows_are_the_shuffled_sequences_end_to_end(self, lengths, window):
+        batches = list(streams_of(lengths, window, 3))
+        laid = [w.sequence for rows in zip(*batches, strict=True) for w in rows if w.sequence >= 0]
+        changes = [i for i, before in zip(laid, [None, *laid[:-1]], strict=True) if i != before]
+        assert len(changes) == sum(length > 0 for length in lengths)
+
+    @pytest.mark.parametrize("read", [0, 1, 2])
+    def test_resumes_within_an_epoch(self, lengths, window, read):
+        sampler = streams_of(lengths, window)
+        whole = list(sampler)
+        sampler.start = read
+        assert list(sampler) == whole[read:]
+        assert list(sampler) == whole, "only the first epoch is shortened"
+
+    def test_whole_sequences_share_a_budget(self, lengths, window):
+        size, replicas = 3, 2
+        samplers = [
+            streams_of(lengths, window, size, shuffle=False, num_replicas=replicas, rank=r) for r in range(replicas)
+        ]
+        shards = [list(sampler) for sampler in samplers]
+        assert {len(sampler) for sampler in samplers} == {len(shard) for shard in shards}
+        for shard in shards:
+            for batch in shard:
+                longest = max((lengths[i] for i in batch if i >= 0), default=0)
+                assert len(batch) == 1 or (len(batch) <= size and len(batch) * longest <= size * window)
+        read = sorted(i for shard in shards for batch in shard for i in batch if i >= 0)
+        assert read == [i for i, length in enumerate(lengths) if length]
+
+
+class TestStreamsAtLarge:
+    def test_order_is_a_function_of_seed_and_epoch(self):
+        def order(seed, epoch):
+            return list(streams_of([5, 9, 3] * 10, 4, seed=seed, epoch=epoch))
+
+        assert order(3, 1) == order(3, 1)
+        assert order(3, 1) != order(3, 2)
+        assert order(3, 1) != order(4, 1)
+
+    def test_one_long_sequence_is_cut_into_equal_stretches(self):
+        batches = list(streams_of([4000], 10, 4))
+        assert [row.first for row in batches[0]] == [0, 1000, 2000, 3000]
+        assert [row.reset for row in batches[0]] == [True] * 4
+        assert len(batches) == 100
+        assert not any(row.reset for batch in batches[1:] for row in batch)
+
+    def test_validation_wastes_little(self):
+        lengths = (torch.randperm(400, generator=torch.Generator().manual_seed(0)) + 1).tolist()
+        batches = list(streams_of(lengths, 100, 10, shuffle=False))
+        padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+        assert padded < 1.05 * sum(lengths)
+
+    def test_validation_begins_with_the_first_sequence(self):
+        batches = list(streams_of([5, 1, 5, 1, 30], 10, 2, shuffle=False))
+        assert batches == [[0, 2], [1, 3], [4]]
+
+
+class Lazily:
+    """Sequences that are read when asked for, and count how often."""
+
+    def __init__(self, given):
+        self.given = given
+        self.reads = Counter()
+
+    def __len__(self):
+        return len(self.given)
+
+    def __getitem__(self, index):
+        self.reads[index] += 1
+        return self.given[index]
+
+
+class InParts(Lazily):
+    """The same, but each is read in parts."""
+
+    def __getitem__(self, index):
+        raise AssertionError("read whole")
+
+    def window(self, index, first, last):
+        self.reads[index, first, last] += 1
+        s = self.given[index]
+        observed, inputs = (None if v is None else v[first:last] for v in (s.observed, s.inputs))
+        return Sequence(s.x[first:last], observed, inputs, s.name)
+
+
+class TestReadingWindows:
+    @staticmethod
+    def loader(sequences, lengths, window=4, size=2, **options):
+        return SequenceLoader(
+            sequences,
+            Scaler(torch.tensor([3.0, -1.0]), torch.tensor(2.0)),
+            2,
+            streams_of(lengths, window, size),
+            **options,
+        )
+
+    @pytest.mark.parametrize("kind", [list, Lazily, InParts])
+    @pytest.mark.parametrize("workers", [0, 1, 2])
+    def test_batches_are_slices_of_the_sequences(self, kind, workers):
+        lengths = [17, 3, 1, 9, 40, 8]
+        given = ragged(lengths)
+        loader = self.loader(kind(given), lengths, num_workers=workers)
+        for batch, rows in zip(loader, streams_of(lengths, 4), strict=True):
+            assert batch.x.dtype == torch.float32
+            assert batch.reset.tolist() == [row.reset for row in rows]
+            assert batch.start.tolist() == [row.first for row in rows]
+            assert batch.lengths.tolist() == [row.last - row.first for row in rows]
+            for x, name, row in zip(batch.x, batch.names, rows, strict=True):
+                assert name == (str(row.sequence) if row.sequence >= 0 else "(none)")
+                expected = given[row.sequence].x[row.first : row.last]
+                scaled = (expected - torch.tensor([3.0, -1.0])) / 2
+                torch.testing.assert_close(x[: len(expected)], scaled)
+                assert x[len(expected) :].count_nonzero() == 0
+
+    def test_a_sequence_is_read_once_for_all_its_windows(self):
+        lengths = [400, 8, 300, 12, 50, 10]
+        sequences = Lazily(ragged(lengths))
+        loader = self.loader(sequences, lengths)
+        list(loader)
+        assert set(sequences.reads) == set(range(6))
+        assert sequences.reads.total() <= len(lengths) + 1, "the sequence that two streams share is read for each"
+
+    def test_no_more_is_kept_than_a_batch_needs(self):
+        lengths = [9] * 40
+        loader = self.loader(Lazily(ragged(lengths)), lengths)
+        for batch in loader:
+            assert set(loader.dataset._whole) <= {int(name) for name in batch.names if name != "(none)"}
+
+    @pytest.mark.parametrize("kind", [list, InParts])
+    def test_covariates_and_masks_are_cut_alike(self, kind):
+        given = [Sequence(torch.randn(9, 2), torch.rand(9, 2) > 0.5, torch.randn(9, 3), "a")]
+        loader = SequenceLoader(kind(given), Scaler(), 2, streams_of([9], 4, 1), 3)
+        batches = list(loader)
+        assert torch.equal(torch.cat([b.inputs[0, : b.lengths[0]] for b in batches]), given[0].inputs)
+        assert torch.equal(torch.cat([b.observed[0, : b.lengths[0]] for b in batches]), given[0].observed)
+
+    @pytest.mark.parametrize("kind", [list, InParts])
+    def test_a_batch_of_nothing_has_its_covariates(self, kind):
+        given = [Sequence(torch.randn(9, 2), None, torch.randn(9, 3), "a")]
+        dataset = SequenceLoader(kind(given), Scaler(), 2, streams_of([9], 4, 1), 3).dataset
+        batch = dataset[[Window(-1, 0, 0, True)] * 2]
+        assert batch.inputs.shape == (2, 1, 3)
+        assert batch.counted.sum() == 0
+        assert batch.reset.all()
+        assert batch.start.tolist() == [0, 0]
+
+    @pytest.mark.parametrize("kind", [list, InParts])
+    def test_what_is_wrong_with_a_window_is_said(self, kind):
+        given = ragged([9])
+        given[0].x[7, 1] = math.nan
+        with pytest.raises(UserError, match="0: holds NaN or infinite values"):
+            list(self.loader(kind(given), [9]))
+
+    @pytest.mark.parametrize("kind", [list, InParts])
+    def test_a_sequence_shorter_than_promised_is_named(self, kind):
+        with pytest.raises(UserError, match=r"0: read 1 steps from step 4 on, expected 4; lengths\(\)"):
+            list(self.loader(kind(ragged([5])), [9], size=1))
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("read", [0, 1, 3])
+    def test_resumes_within_an_epoch(self, read, workers):
+        lengths = [17, 3, 1, 9, 40, 8]
+        whole = [(b.names, b.start.tolist()) for b in self.loader(ragged(lengths), lengths)]
+        resumed = self.loader(ragged(lengths), lengths, num_workers=workers)
+        resumed.load_state_dict({"batches_read": read})
+        assert [(b.names, b.start.tolist()) for b in resumed] == whole[read:]
+
+    def test_a_number_called_window_is_not_taken_for_a_method(self):
+        sequences = Lazily(ragged([9]))
+        sequences.window = 4
+        assert sum(int(batch.lengths.sum()) for batch in self.loader(sequences, [9])) == 9
+
+
+class TestMomentsInPieces:
+    @pytest.mark.parametrize("scaling", ["scalar", "per_feature"])
+    @pytest.mark.parametrize("kind", [list, Lazily, InParts])
+    def test_they_are_those_of_the_whole(self, scaling, kind, monkeypatch):
+        lengths = [17, 0, 3, 40]
+        given = ragged(lengths)
+        for s in given:
+            s.observed = torch.rand(s.x.shape, generator=torch.Generator().manual_seed(1)) > 0.3
+        whole = Given(given, scaling).scaler
+        monkeypatch.setattr("vrnn_lightning.data.datamodule.PIECE", 5)
+        datamodule = Given(given, scaling)
+        datamodule.given = kind(given)
+        monkeypatch.setattr(datamodule, "lengths", lambda split: lengths)
+        torch.testing.assert_close(datamodule.scaler.mean, whole.mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(datamodule.scaler.std, whole.std, rtol=1e-12, atol=1e-12)
+        if kind is Lazily:
+            assert datamodule.given.reads == Counter([0, 2, 3])
+        if kind is InParts:
+            assert max(last - first for _, first, last in datamodule.given.reads) == 5
+
+    def test_lengths_are_found_once(self):
+        datamodule = Given(ragged([3, 4]), "scalar")
+        datamodule.given = Lazily(datamodule.given)
+        datamodule.train_dataloader()
+        datamodule.train_dataloader()
+        assert set(datamodule.given.reads.values()) == {2}, "once for the lengths, once for the scaler"
 
 
 class TestSequenceLoader:
@@ -227,7 +534,9 @@ class TestScaler:
 
 
 class TestSequenceDataModule:
-    @pytest.mark.parametrize(("option", "value"), [("batch_size", 0), ("num_workers", -1)])
+    @pytest.mark.parametrize(
+        ("option", "value"), [("batch_size", 0), ("num_workers", -1), ("window", 0), ("window", -3)]
+    )
     def test_refuses(self, option, value):
         with pytest.raises(UserError, match=f"--data.{option} {value}: must be at least"):
             Given(ragged([1]), **{option: value})

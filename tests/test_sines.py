@@ -24,6 +24,10 @@ def test_contract():
     check_datamodule(small)
 
 
+def test_contract_in_windows():
+    check_datamodule(lambda **options: small(window=4, **options))
+
+
 def test_exact_likelihood_is_the_dense_mixtures():
     """The closed form equals a mixture of full-covariance Gaussians written down entry by entry."""
     data = small(frequencies=3, amplitude=0.7, noise=0.4, correlation=0.8)

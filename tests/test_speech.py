@@ -46,6 +46,20 @@ def corpus(tmp_path) -> Path:
     return tmp_path / "corpus"
 
 
+@pytest.fixture
+def reads(monkeypatch):
+    """The file and the number of samples of every read."""
+    seen = []
+    read = soundfile.SoundFile.read
+
+    def reading(file, frames=-1, *options, **named):
+        seen.append((Path(file.name), frames))
+        return read(file, frames, *options, **named)
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", reading)
+    return seen
+
+
 def speech(root: Path, **options) -> Speech:
     return Speech(str(root), **{"frame_size": FRAME} | options)
 
@@ -80,10 +94,11 @@ def through_a_file(state: dict) -> dict:
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("tail", ["drop", "pad"])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_contract(check, tail, corpus):
-    check(lambda **options: speech(corpus, tail=tail, **options))
+def test_contract(check, tail, window, corpus):
+    check(lambda **options: speech(corpus, tail=tail, window=window, **options))
 
 
 class TestFraming:
@@ -249,13 +264,6 @@ class TestScaler:
 
 
 class TestReading:
-    @pytest.fixture
-    def reads(self, monkeypatch):
-        seen = []
-        read = soundfile.read
-        monkeypatch.setattr(soundfile, "read", lambda path, **options: seen.append(path) or read(path, **options))
-        return seen
-
     def test_construction_touches_no_disk(self):
         assert speech(Path("nowhere")).num_features == FRAME
 
@@ -265,13 +273,41 @@ class TestReading:
         datamodule.lengths("train")
         assert reads == [], "headers are enough to set up"
         sequences = datamodule.split("train")
-        assert sequences[3].name in str(reads[0])
-        assert len(reads) == 1
+        name = sequences[3].name
+        assert reads == [(corpus / name, soundfile.info(corpus / name).frames)]
 
     def test_the_scaler_reads_each_training_file_once(self, corpus, reads):
         datamodule = speech(corpus)
         _ = datamodule.scaler, datamodule.scaler
-        assert sorted(reads) == sorted(corpus / name for name in files(datamodule, "train"))[: len(reads)]
+        read = [path for path, _ in reads]
+        assert sorted(read) == sorted({corpus / name for name in read})
+        names = files(datamodule, "train")
+        assert set(read) == {corpus / name for name in names}
+
+    @pytest.mark.parametrize("suffix", ["wav", "flac"])
+    def test_a_window_of_a_long_file_reads_no_more_than_it(self, tmp_path, reads, suffix):
+        write(tmp_path / f"long.{suffix}", tone(100_000 * FRAME), subtype=None)
+        train = speech(tmp_path, test=0, val=0).split("train")
+        assert train.window(0, 70_000, 70_040).x.shape == (40, FRAME)
+        assert reads == [(tmp_path / f"long.{suffix}", 40 * FRAME)]
+
+    def test_a_window_of_a_resampled_file_reads_little_more_than_it(self, tmp_path, reads):
+        write(tmp_path / "long.wav", tone(1_000_000, rate=44100), 44100)
+        train = speech(tmp_path, test=0, val=0, sample_rate=16000, resample=True).split("train")
+        train.window(0, 5_000, 5_040)
+        ((_, samples),) = reads
+        assert samples < 40 * FRAME * 44100 / 16000 + 1000
+
+    def test_statistics_of_a_long_file_are_taken_in_parts(self, tmp_path, reads, monkeypatch):
+        monkeypatch.setattr("vrnn_lightning.data.datamodule.PIECE", 100)
+        write(tmp_path / "long.wav", tone(1000 * FRAME + 7))
+        datamodule = speech(tmp_path, test=0, val=0, tail="pad")
+        samples, _ = soundfile.read(tmp_path / "long.wav")
+        reads.clear()
+        scaler = datamodule.scaler
+        assert [number for _, number in reads] == [100 * FRAME] * 10 + [7]
+        np.testing.assert_allclose(float(scaler.mean), samples.mean(), rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(float(scaler.std), samples.std(), rtol=1e-6)
 
     def test_the_collection_holds_no_samples(self, corpus):
         assert len(pickle.dumps(speech(corpus).split("train"))) < 2000
@@ -284,6 +320,69 @@ class TestReading:
         for split in ("train", "val", "test"):
             datamodule.lengths(split)
         assert len(seen) == len(set(seen)) > 0
+
+
+class TestWindows:
+    @pytest.mark.parametrize("units", ["scaled", "pcm16"])
+    @pytest.mark.parametrize("tail", ["drop", "pad"])
+    @pytest.mark.parametrize(
+        ("suffix", "rate", "channels"),
+        [
+            ("wav", 8000, 1),
+            ("flac", 8000, 2),
+            ("wav", 11025, 2),
+            ("flac", 44100, 1),
+            ("wav", 4000, 1),
+        ],
+    )
+    def test_they_are_parts_of_the_whole(self, tmp_path, suffix, rate, channels, tail, units):
+        samples = np.random.default_rng(0).uniform(-0.9, 0.9, (20 * rate // 8 + 7, channels))
+        write(tmp_path / f"a.{suffix}", samples, rate, subtype=None)
+        datamodule = speech(tmp_path, test=0, val=0, tail=tail, units=units, sample_rate=RATE, resample=True)
+        train, (length,) = datamodule.split("train"), datamodule.lengths("train")
+        whole = train[0]
+        assert len(whole.x) == length
+        tolerance = 0 if units == "pcm16" and rate == RATE else 1e-6 if units == "scaled" else 1  # a rounded half
+        for size in (1, 7, 40, length, length + 5):
+            for first in range(0, length, max(size, 131)):
+                part = train.window(0, first, min(first + size, length))
+                expected = whole.x[first : first + size]
+                torch.testing.assert_close(part.x, expected, rtol=0, atol=tolerance)
+                seen = torch.ones_like(expected, dtype=torch.bool) if part.observed is None else part.observed
+                there = torch.ones_like(whole.x, dtype=torch.bool) if whole.observed is None else whole.observed
+                assert torch.equal(seen, there[first : first + size])
+                assert part.name == whole.name
+
+    @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+    def test_ogg_is_decoded_whole_and_once(self, tmp_path, reads, subtype):
+        write(tmp_path / "a.ogg", np.random.default_rng(0).uniform(-0.9, 0.9, 1000 * FRAME), subtype=subtype)
+        datamodule = speech(tmp_path, test=0, val=0, window=10, batch_size=2)
+        _ = datamodule.scaler
+        loader = datamodule.train_dataloader()
+        whole = loader.dataset[[0]].x[0]
+        reads.clear()
+        for batch in loader:
+            for x, start, length in zip(batch.x, batch.start, batch.lengths, strict=True):
+                assert torch.equal(x[:length], whole[start : start + length])
+        assert len(reads) == 1
+
+    def test_a_file_that_broke_off_since_its_header_was_read(self, tmp_path):
+        path = write(tmp_path / "a.wav", tone(100 * FRAME))
+        datamodule = speech(tmp_path, test=0, val=0, window=10)
+        _ = datamodule.scaler
+        loader = datamodule.train_dataloader()
+        write(path, tone(50 * FRAME))
+        with pytest.raises(UserError, match=r"a.wav: read \d+ steps from step \d+ on, expected 10; lengths"):
+            list(loader)
+
+    @pytest.mark.parametrize("window", [0, -1])
+    def test_an_impossible_window_is_named(self, window):
+        with pytest.raises(UserError, match=f"--data.window {window}: must be at least 1"):
+            speech(Path("nowhere"), window=window)
+
+    def test_it_may_differ_when_a_checkpoint_is_used_again(self):
+        assert "window" in Speech.run_options
+        assert speech(Path("nowhere"), window=40).hparams["window"] == 40
 
 
 class TestCheckpoint:

@@ -25,9 +25,10 @@ def make(**options) -> MyData:
     return MyData(**{"num_sequences": 30, "num_steps": 6} | options)
 
 
+@pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_contract(check):
-    check(make)
+def test_contract(check, window):
+    check(lambda **options: make(window=window, **options))
 
 
 def test_exact_log_likelihood_is_the_joint_gaussian():

@@ -2,8 +2,8 @@
 
 from vrnn_lightning.data.archives import ArchiveSplit, read_archive
 from vrnn_lightning.data.datamodule import SequenceDataModule
-from vrnn_lightning.data.loading import BatchSampler, SequenceLoader
-from vrnn_lightning.data.sequences import Modality, Scaler, Sequences, Split
+from vrnn_lightning.data.loading import BatchSampler, SequenceLoader, Window
+from vrnn_lightning.data.sequences import Modality, Scaler, Sequences, Split, WindowedSequences
 
 __all__ = [
     "ArchiveSplit",
@@ -14,5 +14,7 @@ __all__ = [
     "SequenceLoader",
     "Sequences",
     "Split",
+    "Window",
+    "WindowedSequences",
     "read_archive",
 ]

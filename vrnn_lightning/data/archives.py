@@ -45,7 +45,14 @@ class ArchiveSplit:
 
     def __getitem__(self, index: int, /) -> Sequence:
         """Return one sequence, named after the split and its number in the archive, in float32 where that is exact."""
+        return self._cut(index, *self.bounds[index])
+
+    def window(self, index: int, first: int, last: int, /) -> Sequence:
+        """Return steps ``first`` to ``last - 1`` of one sequence."""
         start, end = self.bounds[index]
+        return self._cut(index, start + first, min(start + last, end))
+
+    def _cut(self, index: int, start: int, end: int) -> Sequence:
         exact = np.result_type(self.values.dtype, np.float32)
         x = torch.from_numpy(self.values[start:end].astype(exact))
         return Sequence(x, name=f"{self.word} {self.numbers[index]}")

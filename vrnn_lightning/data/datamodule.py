@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from itertools import chain
 from pathlib import PurePath
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +17,9 @@ from vrnn_lightning.data.sequences import Modality, Scaler, Sequences, Split
 from vrnn_lightning.errors import UserError
 
 __all__ = ["SequenceDataModule"]
+
+PIECE = 4096
+"""Steps of a sequence that are in memory at once while moments are taken."""
 
 
 class SequenceDataModule(LightningDataModule):
@@ -32,11 +36,15 @@ class SequenceDataModule(LightningDataModule):
         batch_size: Sequences per batch and process.
         num_workers: Processes that read ahead; 0 reads in the main process.
         seed: Seed of the order of the training batches, and of whatever the subclass draws.
+        window: Steps per window in training: the sequences are laid end to end in ``batch_size`` streams, whose windows
+            the model reads one after another, and its state is carried from each to the next of the same sequence. So
+            memory does not grow with a sequence's length. Validation and test read whole sequences, as many at once as
+            fit into ``batch_size`` windows. ``None`` trains on whole sequences.
     """
 
     modality: ClassVar[Modality] = "series"
     scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "none"
-    run_options: ClassVar[frozenset[str]] = frozenset({"root", "batch_size", "num_workers"})
+    run_options: ClassVar[frozenset[str]] = frozenset({"root", "batch_size", "num_workers", "window"})
     num_inputs: int = 0
     """Covariates per time step, the width of ``Sequence.inputs``; where it is not 0, every sequence must have them.
 
@@ -44,10 +52,21 @@ class SequenceDataModule(LightningDataModule):
     missing: bool = False
     """True where sequences may come with ``observed``; the model's phi_x is then told which values are missing."""
 
-    def __init__(self, num_features: int, batch_size: int = 32, num_workers: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        window: int | None = None,
+    ) -> None:
         super().__init__()
-        for option, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-            if value < least:
+        for option, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("window", window, 1),
+        ):
+            if value is not None and value < least:
                 raise UserError(f"--data.{option} {value}: must be at least {least}")
         if not 0 <= seed < 2**60:
             raise UserError(f"--data.seed {seed}: must lie between 0 and 2^60")
@@ -58,8 +77,10 @@ class SequenceDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.window = window
         self._scaler: Scaler | None = None
         self._splits: dict[str, Sequences] = {}
+        self._lengths: dict[str, tuple[Sequences, list[int]]] = {}
 
     def __str__(self) -> str:
         """Return the class and its options; Lightning's would open every loader."""
@@ -76,7 +97,11 @@ class SequenceDataModule(LightningDataModule):
     def lengths(self, split: Split) -> SequenceOf[int]:
         """Return the steps of each sequence of a split; override it where reading them all would be slow."""
         sequences = self.split(split)
-        return [len(sequences[i].x) for i in range(len(sequences))]
+        of, lengths = self._lengths.get(split, (None, []))
+        if of is not sequences:
+            lengths = [len(sequences[i].x) for i in range(len(sequences))]
+            self._lengths[split] = (sequences, lengths)
+        return lengths
 
     def exact_log_likelihood(self, batch: SequenceBatch) -> Tensor | None:
         """Return the true log p(x) of each sequence in nats, in scaled units, shape (batch,), where it is known."""
@@ -121,8 +146,8 @@ class SequenceDataModule(LightningDataModule):
         count = torch.zeros(1 if shared else self.num_features, dtype=torch.float64)
         mean, deviation = torch.zeros_like(count), torch.zeros_like(count)
         reader = ScaledSequences(self.split("train"), scaler or Scaler(), self.num_features)
-        for i in range(len(reader.sequences)):
-            s = reader.read(i)
+        pieces = (reader.pieces(i, steps, PIECE) for i, steps in enumerate(self.lengths("train")))
+        for s in chain.from_iterable(pieces):
             real = torch.ones_like(s.x) if s.observed is None else s.observed.to(s.x)
             x, real = (s.x.reshape(-1, 1), real.reshape(-1, 1)) if shared else (s.x, real)
             here = real.sum(0)
@@ -153,6 +178,7 @@ class SequenceDataModule(LightningDataModule):
             seed=self.seed,
             num_replicas=trainer.world_size if trainer else 1,
             rank=trainer.global_rank if trainer else 0,
+            window=self.window,
         )
         return SequenceLoader(
             self.split(split),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,50 +13,127 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from vrnn_lightning.batch import Sequence, SequenceBatch, pad
-from vrnn_lightning.data.sequences import Scaler, Sequences
+from vrnn_lightning.data.sequences import Scaler, Sequences, WindowedSequences
 from vrnn_lightning.errors import UserError
 
-__all__ = ["BatchSampler", "ScaledSequences", "SequenceLoader"]
+__all__ = ["BatchSampler", "ScaledSequences", "SequenceLoader", "Window"]
 
 
-class BatchSampler(DistributedSampler[list[int]]):
-    """Batches of indices whose order depends on nothing but the seed and the epoch.
+class Window(NamedTuple):
+    """Steps ``first`` to ``last - 1`` of a sequence, as a row of a batch.
 
-    Every process shuffles alike, cuts the order into global batches of ``batch_size`` times ``num_replicas`` and keeps
-    every ``num_replicas``-th sequence of each. So no sequence is read twice in an epoch, and several processes see
-    together what one process with the global batch sees. A process for which nothing is left in the last batch gets
-    the index -1, an empty sequence.
+    Args:
+        sequence: Which one; -1 for an empty row.
+        first: The first step.
+        last: One past the last step.
+        reset: True where the row's state starts anew, False where it goes on from the row's last window.
+    """
+
+    sequence: int
+    first: int
+    last: int
+    reset: bool
+
+
+NOTHING = Window(-1, 0, 0, True)
+
+
+class BatchSampler(DistributedSampler[list[int] | list[Window]]):
+    """Batches of indices or windows whose order depends on nothing but the seed and the epoch.
+
+    Whole sequences: every process shuffles alike, cuts the order into global batches of ``batch_size`` times
+    ``num_replicas`` and keeps every ``num_replicas``-th sequence of each. So no sequence is read twice in an epoch, and
+    several processes see together what one process with the global batch sees. A process for which nothing is left in
+    the last batch gets the index -1, an empty sequence.
+
+    With ``window`` and ``shuffle``, the rows of the global batch are streams: the shuffled sequences, end to end, are
+    cut into as many contiguous stretches, and row i of every batch is the next window of stretch i, so that a state
+    can be carried row by row. A window ends where its sequence ends, and a stretch begins where a window does. The
+    stretches are equal in windows, give or take one: so only in an epoch's last batch can a row be empty.
+
+    With ``window`` alone, whole sequences of like length share a batch of at most ``batch_size`` times ``window`` steps
+    a process, padding included, or one longer sequence; batches, and the rows in them, keep the order of the data.
 
     Args:
         lengths: Steps of each sequence. With ``shuffle``, sequences of like length share a batch.
-        batch_size: Sequences per batch and process.
+        batch_size: Sequences, or streams, per batch and process; at most so many with ``window`` alone.
         shuffle: Shuffle anew in each epoch.
         seed: Seed of the order.
         num_replicas: Number of processes.
         rank: Index of this process.
+        window: Steps of a window; ``None`` for whole sequences.
     """
 
     def __init__(
-        self, lengths: SequenceOf[int], batch_size: int, *, shuffle: bool, seed: int, num_replicas: int, rank: int
+        self,
+        lengths: SequenceOf[int],
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        num_replicas: int,
+        rank: int,
+        window: int | None = None,
     ) -> None:
         super().__init__(range(len(lengths)), num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]  # a range is sized
         self.lengths = torch.as_tensor(lengths)
         self.kept = self.lengths.nonzero().flatten()  # a sequence of no steps counts nowhere
+        self.batch_size = batch_size
         self.global_batch = batch_size * num_replicas
+        self.window = window
+        self.pieces = self.lengths.sign() if window is None else -(-self.lengths // window)  # of each sequence
         self.start = 0
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
-        return -(-len(self.kept) // self.global_batch)
+        if self.window is not None and not self.shuffle:
+            return len(self._groups)
+        return -(-int(self.pieces.sum()) // self.global_batch)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[int] | list[Window]]:
         """Yield this process's batches, from ``start`` (which only the first pass heeds)."""
         start, self.start = self.start, 0
+        if self.window is not None and self.shuffle:
+            yield from self._streams(self.window, start)
+            return
         for batch in self._global_batches()[start:]:
             yield batch[self.rank :: self.num_replicas] or [-1]
 
+    def _streams(self, window: int, start: int) -> Iterator[list[Window]]:
+        """Yield the batches of this process's streams: from each the next window, or none after its end."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = self.kept[torch.randperm(len(self.kept), generator=generator)]
+        ends = self.pieces[order].cumsum(0)
+        bounds = torch.arange(self.global_batch + 1) * self.pieces.sum() // self.global_batch
+        first_piece, end_piece = (cut[self.rank :: self.num_replicas] for cut in (bounds[:-1], bounds[1:]))
+        for batch in range(start, len(self)):
+            piece = first_piece + batch
+            place = torch.searchsorted(ends, piece, right=True).clamp(max=len(order) - 1)
+            index = order[place]
+            first = (piece - ends[place] + self.pieces[index]) * window
+            last = (first + window).minimum(self.lengths[index])
+            reset = (first == 0) | (batch == 0)
+            columns = (index, first, last, reset, piece < end_piece)
+            rows = zip(*(column.tolist() for column in columns), strict=True)
+            yield [Window(*row) if there else NOTHING for *row, there in rows]
+
+    @cached_property
+    def _groups(self) -> list[list[int]]:
+        """Global batches of like length, each as many sequences as its steps' budget holds."""
+        assert self.window is not None
+        longest_first = self.kept[self.lengths[self.kept].argsort(descending=True, stable=True)].tolist()
+        groups: list[list[int]] = []
+        while longest_first:
+            rows = min(self.batch_size, self.batch_size * self.window // int(self.lengths[longest_first[0]]))
+            size = max(1, rows) * self.num_replicas
+            groups.append(sorted(longest_first[:size]))
+            longest_first = longest_first[size:]
+        return sorted(groups)
+
     def _global_batches(self) -> list[list[int]]:
         size = self.global_batch
+        if self.window is not None:
+            return self._groups
         if not self.shuffle:
             return [chunk.tolist() for chunk in self.kept.split(size)]
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -66,26 +144,77 @@ class BatchSampler(DistributedSampler[list[int]]):
 
 
 class ScaledSequences(Dataset[SequenceBatch]):
-    """Reads, checks, scales and pads the sequences of a list of indices."""
+    """Reads, checks, scales and pads the sequences of a list of indices, or their windows.
+
+    A sequence of which the collection can't read a part is read whole, and kept until a batch does without it.
+    """
 
     def __init__(self, sequences: Sequences, scaler: Scaler, num_features: int, num_inputs: int = 0) -> None:
         self.sequences = sequences
+        by_parts = isinstance(sequences, WindowedSequences) and callable(sequences.window)  # not a mere number
+        self._parts: WindowedSequences | None = sequences if by_parts else None  # type: ignore[assignment]
         self.scaler = scaler
         self.num_features = num_features
         self.num_inputs = num_inputs
+        self._whole: dict[int, Sequence] = {}
 
-    def __getitem__(self, indices: list[int]) -> SequenceBatch:
-        batch = pad([self.read(i) for i in indices])
+    def __getitem__(self, items: SequenceOf[int] | SequenceOf[Window]) -> SequenceBatch:
+        windows = [item for item in items if isinstance(item, Window)]
+        self._keep({window.sequence for window in windows})
+        batch = pad([self.read(item) for item in items])
         batch.x = batch.x.float()
         if batch.inputs is not None:
             batch.inputs = batch.inputs.float()
+        if windows:
+            batch.reset = torch.tensor([window.reset for window in windows])
+            batch.start = torch.tensor([window.first for window in windows], dtype=torch.int64)
         return batch
 
-    def read(self, index: int) -> Sequence:
+    def pieces(self, index: int, length: int, steps: int) -> Iterator[Sequence]:
+        """Yield a sequence of so many steps in scaled units, in windows of at most ``steps``."""
+        self._keep({index})
+        for first in range(0, length, steps):
+            yield self.read(Window(index, first, min(first + steps, length), first == 0))
+
+    def read(self, item: int | Window) -> Sequence:
         """Return one sequence in scaled units, in float64: a large offset is gone before precision is."""
+        index = item.sequence if isinstance(item, Window) else item
         if index < 0:
-            return self._nothing()
-        s = self.sequences[index]
+            return self._nothing
+        s = self._window(item) if isinstance(item, Window) else self._checked(index, self.sequences[index])
+        scaled = self.scaler.scale(s.x.double())
+        if s.observed is not None:
+            scaled = scaled.masked_fill(~s.observed, 0.0)
+        return Sequence(scaled, s.observed, s.inputs, s.name)
+
+    def _window(self, window: Window) -> Sequence:
+        """Return a window in data units."""
+        index, first, last, _ = window
+        s = self._part(index, first, last)
+        if s is None:
+            if index not in self._whole:
+                self._whole[index] = self._checked(index, self.sequences[index])
+            whole = self._whole[index]
+            observed, inputs = (None if v is None else v[first:last] for v in (whole.observed, whole.inputs))
+            s = Sequence(whole.x[first:last], observed, inputs, whole.name)
+        if len(s.x) != last - first:
+            raise UserError(
+                f"{s.name}: read {len(s.x)} steps from step {first} on, expected {last - first}; "
+                "lengths() must be what is there"
+            )
+        return s
+
+    def _part(self, index: int, first: int, last: int) -> Sequence | None:
+        """Return a window that is read alone, or ``None`` where that can't be."""
+        part = None if self._parts is None else self._parts.window(index, first, last)
+        return None if part is None else self._checked(index, part)
+
+    def _keep(self, indices: set[int]) -> None:
+        """Forget the other sequences that were read whole."""
+        self._whole = {index: s for index, s in self._whole.items() if index in indices}
+
+    def _checked(self, index: int, s: Sequence) -> Sequence:
+        """Return what was read, under a name."""
         name = s.name or f"sequence {index}"
         if s.x.ndim != 2 or s.x.shape[1] != self.num_features:
             raise UserError(f"{name}: shape {tuple(s.x.shape)}, expected (time, {self.num_features})")
@@ -96,10 +225,7 @@ class ScaledSequences(Dataset[SequenceBatch]):
             raise UserError(f"{name}: holds NaN or infinite values; remove it or mend it")
         if self.num_inputs:
             self._check_inputs(s, name)
-        scaled = self.scaler.scale(s.x.double())
-        if s.observed is not None:
-            scaled = scaled.masked_fill(~s.observed, 0.0)
-        return Sequence(scaled, s.observed, s.inputs, name)
+        return Sequence(s.x, s.observed, s.inputs, name)
 
     @staticmethod
     def _check_observed(s: Sequence, name: str) -> None:
@@ -118,11 +244,12 @@ class ScaledSequences(Dataset[SequenceBatch]):
         if not torch.isfinite(s.inputs).all():
             raise UserError(f"{name}: holds NaN or infinite inputs; remove it or mend it")
 
+    @cached_property
     def _nothing(self) -> Sequence:
-        """Return no steps of what a sequence is made of, so that a batch of it still has its covariates."""
-        s = self.read(0)
-        observed, inputs = (None if v is None else v[:0] for v in (s.observed, s.inputs))
-        return Sequence(s.x[:0], observed, inputs, "(none)")
+        """No steps of what a sequence is made of, so that a batch of it still has its covariates."""
+        s = self._part(0, 0, 1) or self._checked(0, self.sequences[0])
+        observed, inputs = (None if v is None else v[:0].clone() for v in (s.observed, s.inputs))
+        return Sequence(s.x[:0].double(), observed, inputs, "(none)")
 
 
 class SequenceLoader:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from vrnn_lightning.batch import Sequence
 
-__all__ = ["Modality", "Scaler", "Sequences", "Split"]
+__all__ = ["Modality", "Scaler", "Sequences", "Split", "WindowedSequences"]
 
 Modality = Literal["audio", "strokes", "series", "roll", "image"]
 Split = Literal["train", "val", "test"]
@@ -24,6 +24,17 @@ class Sequences(Protocol):
 
     def __getitem__(self, index: int, /) -> Sequence:
         """Return one sequence in data units."""
+
+
+@runtime_checkable
+class WindowedSequences(Sequences, Protocol):
+    """A collection that also reads a part of a sequence, so that memory does not grow with a sequence's length."""
+
+    def window(self, index: int, first: int, last: int, /) -> Sequence | None:
+        """Return steps ``first`` to ``last - 1`` of one sequence in data units, under the whole sequence's name.
+
+        ``None`` where this sequence can only be read whole.
+        """
 
 
 @dataclass(frozen=True)
