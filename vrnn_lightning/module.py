@@ -25,7 +25,8 @@ from vrnn_lightning.metrics import ActiveUnits, Bound, Estimate
 from vrnn_lightning.nn import Layers
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO, Carried, ImportanceBound, Objective
-from vrnn_lightning.vrnn import VRNN, Trace
+from vrnn_lightning.recurrence import State
+from vrnn_lightning.vrnn import VRNN, Particles, Trace
 
 __all__ = ["VRNNLightningModule"]
 
@@ -122,6 +123,7 @@ class VRNNLightningModule(LightningModule):
         """Weight of the KL in training; a callback may set it."""
         self._first_epoch = 0
         self._carried: Carried | None = None
+        self._resumed: list[list[Tensor]] | None = None
         self.batch_kl: Tensor | None = None
         """KL per step of the last training batch in nats, over all processes; ``None`` if it had no steps."""
         self.noise_seed = torch.initial_seed()
@@ -145,6 +147,8 @@ class VRNNLightningModule(LightningModule):
         """
         if self.trainer.precision in ("bf16-true", "16-true"):
             raise UserError(f"--trainer.precision {self.trainer.precision}: too narrow for densities; use bf16-mixed")
+        if self.trainer.precision == "64-true":
+            self.double()  # Lightning does so after it has restored a checkpoint, whose weights would be rounded
         width = getattr(self._data, "num_features", self.vrnn.num_features)
         if width != self.vrnn.num_features:
             raise UserError(
@@ -191,6 +195,11 @@ class VRNNLightningModule(LightningModule):
     def on_train_start(self) -> None:
         """Remember the epoch in which every batch is checked."""
         self._first_epoch = self.current_epoch
+        self._carried = None
+
+    def on_train_epoch_end(self) -> None:
+        """Let go of what streams carry: the next epoch's begin anew."""
+        self._carried = None
 
     def forward(self, batch: SequenceBatch) -> Trace:
         """Infer the latents of a batch and score it, with fresh noise."""
@@ -225,7 +234,14 @@ class VRNNLightningModule(LightningModule):
 
     def _carried_into(self, batch: SequenceBatch) -> Carried | None:
         """Return what goes on into a window of streams, anew where a sequence begins; ``None`` for whole sequences."""
-        if batch.reset is None or self._carried is None:
+        if batch.reset is None:
+            return None
+        if self._carried is None and self._resumed is not None:
+            parts = [[x.to(batch.x.device) for x in part] for part in self._resumed]
+            if all(len(x) == self.trainer.world_size for part in parts for x in part):
+                self._carried = _unflatten([[x[self.global_rank] for x in part] for part in parts])
+        self._resumed = None
+        if self._carried is None:
             return None
         if len(self._carried.trajectories.log_weights[0]) != len(batch):
             raise UserError(f"{type(self._data).__name__}: streams must have as many rows in every batch of an epoch")
@@ -290,8 +306,7 @@ class VRNNLightningModule(LightningModule):
 
     def trace(self, batch: SequenceBatch, batch_idx: int) -> Trace:
         """Infer the latents of a batch and score it, with the noise that evaluation always draws."""
-        noise = self._noise(batch, batch_idx).over_time(self.vrnn.latent_size)
-        return cast(Trace, self.vrnn(batch, noise))
+        return self.vrnn.trace(batch, self._noise(batch, batch_idx))
 
     def _evaluate(self, batch: SequenceBatch, batch_idx: int) -> Trace:
         self.vrnn.decoder.head.check(batch.x, batch.counted)
@@ -350,12 +365,29 @@ class VRNNLightningModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": plan}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the seed of the noise: every process derives its own from it, so a resumed run draws the same."""
+        """Store the seed of the noise, from which every process derives its own, and what streams carry."""
         checkpoint["noise_seed"] = self.noise_seed
+        if self._carried is not None:  # the streams' states; every process has its own
+            checkpoint["carried"] = [self._gathered(part) for part in _flatten(self._carried)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the seed of the noise."""
+        """Take the seed of the noise and what streams carry."""
         self.noise_seed = checkpoint.get("noise_seed", self.noise_seed)
+        self._resumed = checkpoint.get("carried")
+
+    def _gathered(self, part: list[Tensor]) -> list[Tensor]:
+        """Return what each process has of some tensors, shape (processes, ...)."""
+        one = self._trainer is None or self.trainer.world_size == 1
+        return [x[None] if one else cast(Tensor, self.all_gather(x)) for x in part]
+
+
+def _flatten(carried: Carried) -> list[list[Tensor]]:
+    """Return what is carried as lists of tensors, which load without running pickled code."""
+    return [[part.log_weights, *(x for x in part.state if x is not None)] for part in carried if part is not None]
+
+
+def _unflatten(parts: list[list[Tensor]]) -> Carried:
+    return Carried(*(Particles(State(*states), log_weights) for log_weights, *states in parts))
 
 
 def _make_storable(hparams: Any) -> None:

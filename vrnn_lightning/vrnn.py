@@ -34,7 +34,7 @@ from vrnn_lightning.recurrence import (
     unroll,
 )
 
-__all__ = ["VRNN", "Particles", "StandardNormal", "Trace", "Windows"]
+__all__ = ["VRNN", "Particles", "StandardNormal", "Trace"]
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Trace:
         log_px: log p(x_t | z_<=t, x_<t) in nats, zero at padding, shape (batch, time).
         kl: KL of each latent dimension in nats, zero at padding, shape (batch, time, latent).
         mask: True at real steps, shape (batch, time).
-        features: What the emission's head reads, shape (batch, time, width).
+        features: What the emission's head reads, shape (batch, time, width); ``None`` if a long pass did not keep it.
         head: The emission's head.
         posterior: q(z_t | x_<=t, z_<t), or ``None`` without a latent.
         prior: p(z_t | x_<t, z_<t), or ``None`` without a latent.
@@ -56,7 +56,7 @@ class Trace:
     log_px: Tensor
     kl: Tensor
     mask: Tensor
-    features: Tensor
+    features: Tensor | None
     head: Head
     posterior: Factorised | None
     prior: Factorised | None
@@ -66,6 +66,7 @@ class Trace:
     @property
     def emission(self) -> Distribution:
         """p(x_t | z_<=t, x_<t), batch shape (batch, time)."""
+        assert self.features is not None, "a pass in windows does not keep its emission"
         return cast(Distribution, self.head(self.features))
 
     @property
@@ -76,7 +77,7 @@ class Trace:
         return torch.where(self.mask, log_ratio(self.prior, self.posterior, self.z), 0.0)
 
 
-HELD = 64  # steps that a filter without gradient holds
+HELD, FILTERED = 1024, 64  # steps that a pass, or a filter with its many particles, holds without gradient
 
 
 class _Inferred(NamedTuple):
@@ -104,27 +105,6 @@ class Particles(NamedTuple):
 
     state: State
     log_weights: Tensor
-
-
-@dataclass(frozen=True)
-class Windows:
-    """How a pass over long sequences is cut, which changes no value.
-
-    Args:
-        size: Steps per window; ``None`` for all at once. Without gradient only one window is held.
-        checkpointing: In training keep only the states between windows, and infer each window again on the way back.
-            Memory is least at a size near the square root of the length (Chen et al. 2016, arXiv 1604.06174).
-    """
-
-    size: int | None = None
-    checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse what can't be done."""
-        if self.size is not None and self.size < 1:
-            raise UserError(f"windows.size {self.size}: must be at least 1")
-        if self.checkpointing and self.size is None:
-            raise UserError("windows.checkpointing: needs windows.size, the steps per window")
 
 
 class StandardNormal(nn.Module):
@@ -244,8 +224,9 @@ class VRNN(nn.Module):
         width_z = self.phi_z.out_features if self.phi_z is not None else 0
         self.decoder = Network(width_z + read, decoder, emission, num_features)
         self.cells = nn.ModuleList(kind(hidden_size if i else seen + width_z, hidden_size) for i in range(layers))
-        self.windows = Windows()
-        """How a pass is cut; an option of the run, not of the model."""
+        self.checkpoint_every: int | None = None
+        """In training keep only the states between windows of so many steps, and infer each window again on the way
+        back (Chen et al. 2016, arXiv 1604.06174); ``None`` keeps all. It changes no value: an option of the run."""
         self.register_buffer("input_mean", torch.zeros(num_features))
         self.register_buffer("input_std", torch.ones(num_features))
 
@@ -415,7 +396,7 @@ class VRNN(nn.Module):
         masks: Masks | None = None,
         samples: int = 1,
     ) -> tuple[list[Tensor], State]:
-        """Return terms of a pass, whose memory :attr:`windows` bounds.
+        """Return terms of a pass over windows, whose memory :attr:`checkpoint_every` bounds in training.
 
         Args:
             batch: Padded sequences.
@@ -435,7 +416,7 @@ class VRNN(nn.Module):
         state = self.initial_state(samples * len(batch)) if state is None else state
         future = self._future(batch, masks)
         found: list[tuple[Tensor, ...]] = []
-        for first, last, window in self._split(batch):
+        for first, last, window in self._split(batch, HELD):
 
             def take(*states: Tensor, first: int = first, last: int = last, window: SequenceBatch = window) -> Any:
                 drawn = noise.window(first, last).over_time(self.latent_size, samples)
@@ -449,17 +430,45 @@ class VRNN(nn.Module):
             state = State(*parts[count:])
         return [torch.cat(part, 1) if len(found) > 1 else part[0] for part in zip(*found, strict=True)], state
 
-    def _split(self, batch: SequenceBatch, otherwise: int | None = None) -> Iterator[tuple[int, int, SequenceBatch]]:
+    def trace(self, batch: SequenceBatch, noise: Noise) -> Trace:
+        """Infer the latents of a batch and score it, a window at a time where no gradient asks for more.
+
+        Of sequences longer than a window the trace has no features, and so no emission.
+
+        Args:
+            batch: Padded sequences.
+            noise: What to draw from.
+
+        Raises:
+            UserError: The batch has no steps, or not the covariates that the model reads.
+        """
+        if torch.is_grad_enabled() or batch.x.shape[1] <= HELD:
+            return cast(Trace, self(batch, noise.over_time(self.latent_size)))
+
+        def of(trace: Trace) -> tuple[Tensor, ...]:
+            if trace.posterior is None or trace.prior is None:
+                return trace.log_px, trace.z
+            q, p = trace.posterior.base_dist, trace.prior.base_dist
+            return trace.log_px, trace.z, trace.kl, q.loc, q.scale, p.loc, p.scale
+
+        (log_px, z, *latent), state = self.terms(batch, noise, of, masks=self.draw_masks(noise))
+        kl, q, p = z, None, None
+        if latent:
+            kl = latent[0]
+            q, p = (Factorised(Normal(latent[i], latent[i + 1], validate_args=False)) for i in (1, 3))
+        return Trace(log_px, kl, batch.mask, None, self.decoder.head, q, p, z, state)
+
+    def _split(self, batch: SequenceBatch, held: int) -> Iterator[tuple[int, int, SequenceBatch]]:
         """Yield the windows of a clean batch, with their first step and the one after their last."""
         steps = batch.x.shape[1]
-        size = self.windows.size or otherwise or steps
+        size = (self.checkpoint_every or steps) if torch.is_grad_enabled() else held
         for first in range(0, steps, size):
             last = min(first + size, steps)
             yield first, last, batch if size >= steps else batch.window(first, last)
 
     def _recomputed(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
         """Call a function, and in training perhaps keep nothing of it but its arguments, to call it again."""
-        if not (self.windows.checkpointing and torch.is_grad_enabled()):
+        if self.checkpoint_every is None or not torch.is_grad_enabled():
             return function(*tensors)
         return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
@@ -492,16 +501,22 @@ class VRNN(nn.Module):
             What was found; its states are h, and c of an LSTM, as a :class:`State` has them.
 
         Raises:
-            UserError: The batch has no steps, or not the covariates that the model reads.
+            UserError: The batch has no steps, or not the covariates that the model reads; or the gradient is to account
+                for the choice of particles in a pass that is not kept.
         """
         batch = self._clean(batch)
         noise = Noise(batch) if noise is None else noise
         particles = self.new_particles(len(batch), samples) if carried is None else carried
+        if resampling is not None and resampling.gradient and self.checkpoint_every and torch.is_grad_enabled():
+            raise UserError(
+                "objective.resampling_gradient: weighs each choice by all that follows, which loop.checkpoint_every "
+                "does not keep; give one of the two"
+            )
         future = self._future(batch, masks)
         lengths = batch.lengths
         total = effective_sum = particles.log_weights.new_zeros(len(batch))
         effective = torch.full_like(total, samples)
-        for first, last, window in self._split(batch, None if torch.is_grad_enabled() else HELD):
+        for first, last, window in self._split(batch, FILTERED):
 
             def take(
                 log_weights: Tensor,

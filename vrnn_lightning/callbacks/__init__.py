@@ -12,6 +12,7 @@ from vrnn_lightning.callbacks.annealing import (
 from vrnn_lightning.callbacks.diagnostics import Diagnostics
 from vrnn_lightning.callbacks.encodings import Encodings
 from vrnn_lightning.callbacks.evaluation import Evaluation
+from vrnn_lightning.callbacks.loop import Loop
 from vrnn_lightning.callbacks.samples import Samples
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Evaluation",
     "KLAnnealing",
     "LinearKLAnnealing",
+    "Loop",
     "Samples",
     "SigmoidKLAnnealing",
 ]

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from vrnn_lightning import discovery
-from vrnn_lightning.callbacks import Diagnostics, Encodings, Evaluation, Samples
+from vrnn_lightning.callbacks import Diagnostics, Encodings, Evaluation, Loop, Samples
 from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint
 from vrnn_lightning.cli.parser import Parser
 from vrnn_lightning.cli.words import mentions, with_configs
@@ -156,6 +156,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(Diagnostics, "diagnostics")
         parser.add_lightning_class_args(Evaluation, "evaluation")
+        parser.add_lightning_class_args(Loop, "loop")
         parser.link_arguments("data", "model.num_features", compute_fn=self.num_features, apply_on="instantiate")
         parser.link_arguments("data", "model.num_inputs", compute_fn=_num_inputs, apply_on="instantiate")
         parser.link_arguments("data", "model.missing", compute_fn=_missing, apply_on="instantiate")
