@@ -518,3 +518,20 @@ def test_covariates_and_missing_values_need_no_option(lightning, tiny, folder):
     assert (options["num_inputs"], options["missing"]) == (2, True)
     said = lightning("test", "--ckpt_path", "best", "--data", "Driven", "--evaluation.samples", 2)
     assert said.code == 0, said.err
+
+
+def test_half_precision_without_a_gpu_says_what_runs_instead(lightning, tiny):
+    said = lightning("fit", "-c", tiny, "--trainer.precision", "16-mixed")
+    assert said.code == 0
+    lines = [line for line in said.err.splitlines() if "16" in line]
+    assert lines == ["--trainer.precision 16-mixed: needs a GPU; bf16-mixed runs instead"]
+    assert "16-mixed" not in lightning("fit", "-c", tiny, "--trainer.precision", "bf16-mixed").err
+
+
+@pytest.mark.parametrize("precision", ["17-mixed", "double", "transformer-engine"])
+def test_a_precision_that_there_is_not_is_refused_in_one_line(lightning, tiny, precision):
+    said = lightning("fit", "-c", tiny, f"--trainer.precision={precision}")
+    assert said.code
+    (line,) = [line for line in said.err.splitlines() if not line.startswith("Seed set")]
+    assert line.startswith("error: --trainer")
+    assert precision.replace("-", "_") in line.replace("-", "_")

@@ -179,25 +179,53 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, interval):
         assert late == all_of_it[-len(late) :]
 
 
-class KeepGradients(Callback):
-    """Keeps the first step's gradients."""
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        if trainer.global_step == 0:
-            self.gradients = [p.grad.clone() for p in pl_module.parameters()]
-
-
 def test_accumulated_micro_batches_equal_one_batch(tmp_path):
-    """Without latent noise, two batches of 4 accumulated give the gradient of one of 8."""
+    """Two batches of 4 accumulated train as one of the same 8 sequences, latent noise and ragged lengths included."""
     found = []
     for size, accumulate in ((8, 1), (4, 2)):
-        keep = KeepGradients()
-        t = trainer(tmp_path, keep, max_steps=1, accumulate_grad_batches=accumulate, precision="64-true")
-        source = data(train_size=8, batch_size=size)
-        t.fit(module(latent_size=0), source)
-        found.append(keep.gradients)
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        t = trainer(tmp_path, max_epochs=3, accumulate_grad_batches=accumulate, precision="64-true")
+        model = module()
+        t.fit(model, data(train_size=8, batch_size=size))
+        assert t.global_step == 3
+        found.append(model.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-10, atol=1e-10, msg=name)
+
+
+class Kinds(Callback):
+    """Keeps the data types of all that a training step reads and makes."""
+
+    def __init__(self):
+        self.kinds = {}
+
+    def on_fit_start(self, trainer, pl_module):
+        pl_module.vrnn.register_forward_hook(self._look, with_kwargs=True)
+
+    def _look(self, vrnn, args, options, trace):
+        batch, noise = args
+        masks = options["masks"]._asdict() if vrnn.training else {}
+        made = {"x": batch.x, "noise": noise, **masks, **vars(trace), **trace.state._asdict()}
+        made |= {"mean": trace.posterior.mean, "prior": trace.prior.mean, "emission": trace.emission.mean}
+        self._keep(made)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self._keep({f"gradient of {name}": p.grad for name, p in pl_module.named_parameters()})
+
+    def on_train_end(self, trainer, pl_module):
+        self._keep(pl_module.state_dict())
+        for i, state in enumerate(trainer.optimizers[0].state.values()):
+            self._keep({f"{key} {i}": value for key, value in state.items() if key != "step"})
+
+    def _keep(self, made):
+        tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+        self.kinds |= {name: value.dtype for name, value in tensors.items() if value.is_floating_point()}
+
+
+def test_double_precision_is_double_everywhere(tmp_path):
+    keep = Kinds()
+    trainer(tmp_path, keep, precision="64-true", max_epochs=1).fit(module(dropout=0.2), data())
+    assert {"x", "noise", "phi_z", "log_px", "kl", "h", "scale_std", "vrnn.input_mean", "exp_avg 0"} <= set(keep.kinds)
+    assert {name for name, kind in keep.kinds.items() if kind != torch.float64} == set()
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true", "32-true"])

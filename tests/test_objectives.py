@@ -118,9 +118,13 @@ def test_a_filter_that_never_resamples_is_the_importance_weighted_bound(options)
 
 
 FILTERED = {
-    "plain": {}, "LSTM": {"cell": "lstm", "layers": 2}, "residual": {"residual_posterior": True},
-    "standard": {"prior": None}, "dropout": {"dropout": 0.4, "layers": 2}, "extras": {"num_inputs": 2, "missing": True, "residual_posterior": True},
-}  # fmt: skip
+    "plain": {},
+    "LSTM": {"cell": "lstm", "layers": 2},
+    "residual": {"residual_posterior": True},
+    "standard": {"prior": None},
+    "dropout": {"dropout": 0.4, "layers": 2},
+    "extras": {"num_inputs": 2, "missing": True, "residual_posterior": True},
+}
 RULES = [Resampling("systematic", 0.9), Resampling("multinomial", 1.0, gradient=True), Resampling("multinomial", 0.7)]
 
 

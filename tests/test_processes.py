@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,15 +20,38 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def fit(folder: Path, **options: object) -> Path:
+PROGRAM = ("-m", "vrnn_lightning")
+TORCHRUN = ("-m", "torch.distributed.run")
+SHARDED = (str(Path(__file__).parent / "sharded.py"),)
+
+
+def words(folder: Path, options: dict[str, object]) -> list[str]:
+    return [f"--{k}={v}" for k, v in {**OPTIONS, **options, "trainer.default_root_dir": folder}.items()]
+
+
+def fit(folder: Path, program: tuple[str, ...] = PROGRAM, **options: object) -> Path:
     """Run a fit in processes of its own; return the run's folder."""
-    words = [f"--{k}={v}" for k, v in {**OPTIONS, **options, "trainer.default_root_dir": folder}.items()]
-    done = subprocess.run(
-        [sys.executable, "-m", "vrnn_lightning", "fit", *words], capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, *program, "fit", *words(folder, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    (run,) = (folder / "runs" / "sines").iterdir()
+    return the_run(folder)
+
+
+def the_run(folder: Path) -> Path:
+    """Return the folder of the one run below a folder."""
+    (run,) = folder.glob("runs/*/*")
     return run
+
+
+def states(*runs: Path) -> list[dict[str, torch.Tensor]]:
+    return [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in runs]
+
+
+def assert_same(runs: tuple[Path, Path], tolerance: float) -> None:
+    one, two = states(*runs)
+    assert list(one) == list(two)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
 def column(run: Path, name: str) -> list[float]:
@@ -39,11 +63,66 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
     """Parameters, losses and figures, with a latent, free bits, ragged lengths and a last batch of one sequence."""
     one = fit(tmp_path / "one", **{"data.batch_size": 4})
     two = fit(tmp_path / "two", **{"data.batch_size": 2, "trainer.devices": 2, "trainer.strategy": "ddp"})
-    states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (one, two)]
-    for name, value in states[0].items():
-        torch.testing.assert_close(states[1][name], value, rtol=1e-10, atol=1e-10, msg=name)
+    assert_same((one, two), 1e-10)
     for name in ("train/loss", "train/elbo", "val/elbo", "val/gap", "val/bits_per_dim"):
         assert column(two, name) == pytest.approx(column(one, name), rel=1e-5), name
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def test_two_nodes_started_with_torchrun_equal_one_process(tmp_path):
+    """Each node has its own folder here: the parameters are one process's, and only rank zero writes."""
+    nodes = {"trainer.num_nodes": 2, "trainer.devices": 1, "trainer.strategy": "ddp", "data.batch_size": 2}
+    place = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    started = []
+    for rank in (0, 1):
+        command = [*TORCHRUN, *place, f"--node_rank={rank}", *PROGRAM, "fit", *words(tmp_path / f"node{rank}", nodes)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen([sys.executable, *command], **pipes))
+    try:
+        said = [node.communicate(timeout=120)[0] for node in started]
+    finally:
+        for node in started:
+            node.kill()
+    assert [node.returncode for node in started] == [0, 0], "".join(said)
+    one = fit(tmp_path / "one", **{"data.batch_size": 4})
+    assert_same((one, the_run(tmp_path / "node0")), 1e-10)
+    assert not [file for file in (tmp_path / "node1").rglob("*") if file.is_file()]
+    assert "run folder" in said[0]
+    assert "run folder" not in said[1]
+
+
+SHARED = {"data.batch_size": 2, "trainer.devices": 2, "trainer.strategy": "sharded"}
+
+
+def test_processes_that_share_the_parameters_train_as_one_does(tmp_path):
+    """FSDP: a bias that starts from the data, dropout, clipping, pictures, checkpoints and a resume."""
+    options = {
+        "data": "HiddenMarkov", "model.emission": "Bernoulli", "model.smoothing": "true", "model.dropout": 0.2,
+        "trainer.precision": "32-true", "trainer.gradient_clip_val": 5,
+    }  # fmt: skip
+    one = fit(tmp_path / "one", SHARDED, **options, **{"data.batch_size": 4, "trainer.max_epochs": 3})
+    last = fit(tmp_path / "two", SHARDED, **options, **SHARED) / "checkpoints" / "last.ckpt"
+    two = fit(tmp_path / "two", SHARDED, **options, **SHARED, **{"trainer.max_epochs": 3, "ckpt_path": last})
+    assert_same((one, two), 1e-5)
+    for name in ("train/loss", "train/grad_norm", "val/elbo"):
+        assert column(two, name) == pytest.approx(column(one, name), rel=1e-5), name
+    assert max(column(two, "train/grad_norm")) > 5
+    assert len(list((two / "samples").iterdir())) == 3
+
+
+def test_mixed_precision_is_the_same_where_processes_share_the_parameters(tmp_path):
+    """FSDP: the parameters stay wide, and only products are narrow."""
+    mixed = {"trainer.precision": "bf16-mixed"}
+    one = fit(tmp_path / "one", SHARDED, **mixed, **{"data.batch_size": 4})
+    two = fit(tmp_path / "two", SHARDED, **mixed, **SHARED)
+    for name in ("train/loss", "train/grad_norm", "val/elbo"):
+        assert column(two, name) == pytest.approx(column(one, name), rel=2e-3), name
 
 
 def test_two_processes_steer_the_kl_alike(tmp_path):
@@ -56,20 +135,19 @@ def test_two_processes_steer_the_kl_alike(tmp_path):
         assert column(two, name) == pytest.approx(column(one, name), rel=1e-5), name
 
 
-def test_two_processes_report_what_one_reports(tmp_path):
+@pytest.mark.parametrize(("strategy", "precision"), [("ddp", "64-true"), ("sharded", "32-true")])
+def test_two_processes_report_what_one_reports(tmp_path, strategy, precision):
     """Bounds, errors and effective samples of a test; the last batch leaves one process without a sequence."""
     run = fit(tmp_path / "trained", **{"trainer.max_epochs": 1, "data.batch_size": 4})
     found = []
     for devices, size in ((1, 4), (2, 2)):
-        words = [
-            "test", f"--ckpt_path={run}/checkpoints/last.ckpt", "--data=Sines", f"--data.batch_size={size}",
-            "--evaluation.samples=3", "--trainer.precision=64-true", "--trainer.accelerator=cpu",
-            f"--trainer.devices={devices}", f"--trainer.strategy={'ddp' if devices > 1 else 'auto'}",
+        command = [
+            *SHARDED, "test", f"--ckpt_path={run}/checkpoints/last.ckpt", "--data=Sines", f"--data.batch_size={size}",
+            "--evaluation.samples=3", f"--trainer.precision={precision}", "--trainer.accelerator=cpu",
+            f"--trainer.devices={devices}", f"--trainer.strategy={strategy if devices > 1 else 'auto'}",
             f"--trainer.default_root_dir={tmp_path}",
         ]  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-m", "vrnn_lightning", *words], capture_output=True, text=True, timeout=120
-        )
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         rows = [line.split("│")[1:3] for line in done.stdout.splitlines() if line.count("│") == 3]
         found.append({name.strip(): float(value) for name, value in rows})

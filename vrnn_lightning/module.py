@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Adam, Optimizer
@@ -145,9 +147,12 @@ class VRNNLightningModule(LightningModule):
         Raises:
             UserError: The data's width is not the model's, or the precision leaves the densities no room.
         """
-        if self.trainer.precision in ("bf16-true", "16-true"):
-            raise UserError(f"--trainer.precision {self.trainer.precision}: too narrow for densities; use bf16-mixed")
-        if self.trainer.precision == "64-true":
+        precision, strategy = self.trainer.precision, self.trainer.strategy
+        if precision in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
+            raise UserError(f"--trainer.precision {precision}: too narrow for densities; use bf16-mixed")
+        if isinstance(strategy, FSDPStrategy) and strategy.mixed_precision is None and str(precision).endswith("mixed"):
+            strategy.mixed_precision = _wide()
+        if precision == "64-true":
             self.double()  # Lightning does so after it has restored a checkpoint, whose weights would be rounded
         width = getattr(self._data, "num_features", self.vrnn.num_features)
         if width != self.vrnn.num_features:
@@ -164,7 +169,9 @@ class VRNNLightningModule(LightningModule):
         """Take the data's scaler, and before the very first training what phi_x and the emission start from."""
         self._take_scaler(anew=True)
         if not self.prepared and hasattr(self._data, "input_statistics"):
-            self.vrnn.start_from(*self._data.input_statistics())
+            moments = self._data.input_statistics()
+            with self.whole_parameters():
+                self.vrnn.start_from(*moments)
         self.prepared.fill_(True)
 
     def on_validation_start(self) -> None:
@@ -191,6 +198,14 @@ class VRNNLightningModule(LightningModule):
             raise UserError("the data were scaled otherwise than in training; give the checkpoint as ckpt_path, too")
         self.scale_mean.copy_(scaler.mean)
         self.scale_std.copy_(scaler.std)
+
+    def whole_parameters(self) -> AbstractContextManager[None]:
+        """Return a context for whoever reads or writes parameters outside a step; every process has to enter it.
+
+        Under FSDP a process holds a share of each parameter, and all of them only within a step or this context.
+        """
+        gather = getattr(self.trainer.model, "summon_full_params", None)
+        return nullcontext() if gather is None else cast(AbstractContextManager[None], gather(self.trainer.model))
 
     def on_train_start(self) -> None:
         """Remember the epoch in which every batch is checked."""
@@ -287,11 +302,29 @@ class VRNNLightningModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the gradient's norm before clipping, and stop where it is not finite."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self._gradient_norm()
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # a loss scaler skips such steps itself
             self._stop_unless_finite(norm, "the gradient's norm", None)
         self.log("train/grad_norm", norm)
+
+    def _gradient_norm(self) -> Tensor:
+        over_shards = getattr(self.trainer.model, "clip_grad_norm_", None)  # FSDP's: no process holds the gradient
+        if over_shards is not None:
+            return cast(Tensor, over_shards(math.inf))
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer's options say; by norm under FSDP too, which Lightning's own refuses."""
+        over_shards = getattr(self.trainer.model, "clip_grad_norm_", None)
+        if over_shards is None or not gradient_clip_val or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            over_shards(gradient_clip_val)
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> Any:
         """Add a batch to the validation totals, and return its trace."""
@@ -388,6 +421,13 @@ def _flatten(carried: Carried) -> list[list[Tensor]]:
 
 def _unflatten(parts: list[list[Tensor]]) -> Carried:
     return Carried(*(Particles(State(*states), log_weights) for log_weights, *states in parts))
+
+
+def _wide() -> Any:
+    """Return what keeps FSDP's parameters, buffers and reductions as they are, so that autocast alone narrows."""
+    from torch.distributed.fsdp import MixedPrecision  # not in every build of torch
+
+    return MixedPrecision()
 
 
 def _make_storable(hparams: Any) -> None:

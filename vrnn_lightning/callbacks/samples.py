@@ -78,15 +78,15 @@ class Samples(Callback):
         if self.validations % self.every_n_validations:
             return
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"  # a collective: every process asks
-        if not trainer.is_global_zero or batch is None:
+        module = cast(VRNNLightningModule, pl_module)
+        with module.whole_parameters():  # likewise
+            found = self._rows(module, batch) if trainer.is_global_zero and batch is not None else None
+        if found is None:
             return
         data = getattr(trainer, "datamodule", None)
         modality, rate = getattr(data, "modality", "series"), getattr(data, "sample_rate", None)
         loudest = getattr(data, "full_scale", 1.0)
-        rows = {
-            name: [x / loudest for x in sequences]
-            for name, sequences in self._rows(cast(VRNNLightningModule, pl_module), batch).items()
-        }
+        rows = {name: [x / loudest for x in sequences] for name, sequences in found.items()}
         figure = draw_rows(rows, modality, rate)
         folder.mkdir(parents=True, exist_ok=True)
         name = f"step_{trainer.global_step:07d}"

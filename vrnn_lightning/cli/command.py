@@ -86,13 +86,16 @@ def _silence() -> None:
         ".* does not have many workers",  # sequences in memory need none
         "Be aware that when using `ckpt_path`, callbacks",  # a test needs no callback that chose its checkpoint
         ".*isinstance\\(treespec, LeafSpec\\)",  # Lightning's own call of torch
+        ".* AMP with fp16 is not supported on CPU",  # we say what runs instead
+        "`precision=.*` is supported for historical reasons",  # 16 and bf16 mean what everyone means by them
     ):
         warnings.filterwarnings("ignore", message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tip)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
 
 
-def _no_tip(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return "Tip:" not in message and "Automatic Mixed Precision" not in message  # the one asked for is no news
 
 
 def _own_line(error: Exception) -> str:
@@ -226,8 +229,11 @@ class CLI(LightningCLI):
             keys[:] = [key for key in keys if key not in CHECKPOINTS]  # refused, or would leave an empty folder
         try:
             trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
-        except ValueError as error:  # the Trainer's word for a strategy or device that there is not
+        except (ValueError, ModuleNotFoundError) as error:  # a strategy, device or package that there is not
             raise UserError(f"--trainer: {error}") from error
+        asked = options.get("precision")
+        if asked in (16, "16", "16-mixed") and trainer.precision == "bf16-mixed" and trainer.is_global_zero:
+            print(f"--trainer.precision {asked}: needs a GPU; bf16-mixed runs instead", file=sys.stderr)
         run = run_logger(trainer)
         if run is not None:
             self._settle(run, trainer)

@@ -21,6 +21,8 @@ from vrnn_lightning.objectives import Objective
 
 __all__ = ["Parser"]
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")  # those that leave the densities room
+
 
 class Parser(LightningArgumentParser):
     """Says in one line what is wrong with an option, with the word that was probably meant."""
@@ -99,6 +101,8 @@ class Parser(LightningArgumentParser):
 
     @staticmethod
     def _wrong_type(key: str, expected: str, value: str) -> str:
+        if key == "--trainer.precision":
+            return f"{key} {value}: choose {', '.join(PRECISIONS)}.{discovery.suggestion(value, PRECISIONS)}"
         kinds = (
             re.sub(r"<class '(.*?)'>", r"\1", expected).replace("typing.Literal", "one of ").replace("NoneType", "null")
         )
