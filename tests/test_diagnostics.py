@@ -93,7 +93,7 @@ class Jump(Callback):
 
 def test_an_explosion_is_said_once_with_what_to_try(tmp_path, caplog):
     watch = Diagnostics(min_kl=0.0, window=40)
-    fit(tmp_path, Jump(48, 0.3), watch, epochs=5)
+    fit(tmp_path, Jump(48, 1.0), watch, epochs=5)
     (line,) = lines(caplog)
     assert line.startswith("warning: the gradient explodes: train/grad_norm is ")
     assert "in 3 of the last 40 steps it was more than 50 times its running median" in line
