@@ -1,20 +1,41 @@
-"""The benchmark runs; what it prints is for people, not for a test."""
+"""The benchmarks run; what they print is for people, not for a test."""
 
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 
+import pytest
 
-def test_step(capsys):
-    benchmark = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "step.py"))
-    benchmark["SIZES"][:] = [(2, 3, 1, 2, 3)]
-    benchmark["main"](["--repeats", "1", "--threads", "1"])
-    assert "| 2 / 3 / 1, 2 x 3 |" in capsys.readouterr().out
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def test_loop(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    benchmark = runpy.run_path(str(FOLDER / "loop.py"))
+    size = benchmark["Size"](2, 3, 1, 2, 3)
+    for name in ("TRAINING", "EVALUATION", "GENERATION", "FILTER"):
+        benchmark[name][:] = [size, size._replace(cell="lstm")]
+    benchmark["MEMORY"][:] = [("one step", size, 2)]
+    benchmark["LENGTHS"][:] = []
+    tables = [] if sys.platform == "linux" else ["training", "rates", "evaluation", "generation", "filter"]
+    benchmark["main"]([*tables, "--repeats", "1", "--threads", "1"])
+    said = capsys.readouterr().out
+    assert said.count("| 2 / 3 / 1, 2 x 3 |") == 5
+    assert said.count("| LSTM, 2 / 3 / 1, 2 x 3 |") == 5
+    assert ("| one step, 2 / 3 / 1, 2 x 3 |" in said) == (sys.platform == "linux")
+
+
+def test_an_unknown_table_is_refused(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(FOLDER / "loop.py"))["main"](["speed"])
+    assert "no table speed" in capsys.readouterr().err
 
 
 def test_startup(capsys):
-    benchmark = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "startup.py"))
+    benchmark = runpy.run_path(str(FOLDER / "startup.py"))
     benchmark["IMPORTS"][:] = ["-c", "pass"]
     del benchmark["COMMANDS"]["`lightning fit --help`"]
     benchmark["main"](["--repeats", "1"])

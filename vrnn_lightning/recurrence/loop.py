@@ -39,8 +39,8 @@ class Cell:
     """A layer of the recurrence on a tape.
 
     Its sums stand side by side, with room in front for whatever else reads the same h_{t-1}. A GRU's are n_h, r, u,
-    n_x: h_{t-1} adds to all but the last columns, the layer's input to all but the first. An LSTM's are i, f, g, o: both
-    add to all.
+    n_x: h_{t-1} adds to all but the last columns, the layer's input to all but the first. An LSTM's are i, f, g, o:
+    both add to all.
 
     Args:
         tape: Where to lay it.
