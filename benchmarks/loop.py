@@ -4,8 +4,8 @@
     python benchmarks/loop.py training memory --repeats 5
 
 Prints markdown tables: medians over alternated repeats, and the median of the ratios round by round. Read the ratios:
-the times are those of one machine on one day. "floor" is the time of torch.nn's recurrence with the same networks and no
-latent in the loop, "rate" the share of the rate of a large matrix product that the step's products alone come to.
+the times are those of one machine on one day. "floor" is torch.nn's recurrence with the same networks and no latent in
+the loop, "rate" the share of the rate of a large matrix product that the step's products alone come to.
 """
 
 from __future__ import annotations

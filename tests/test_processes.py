@@ -59,10 +59,11 @@ def column(run: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row[name]]
 
 
-def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
+@pytest.mark.parametrize("more", [{}, {"data.window": 3}], ids=["whole sequences", "streams"])
+def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, more):
     """Parameters, losses and figures, with a latent, free bits, ragged lengths and a last batch of one sequence."""
-    one = fit(tmp_path / "one", **{"data.batch_size": 4})
-    two = fit(tmp_path / "two", **{"data.batch_size": 2, "trainer.devices": 2, "trainer.strategy": "ddp"})
+    one = fit(tmp_path / "one", **more, **{"data.batch_size": 4})
+    two = fit(tmp_path / "two", **more, **{"data.batch_size": 2, "trainer.devices": 2, "trainer.strategy": "ddp"})
     assert_same((one, two), 1e-10)
     for name in ("train/loss", "train/elbo", "val/elbo", "val/gap", "val/bits_per_dim"):
         assert column(two, name) == pytest.approx(column(one, name), rel=1e-5), name

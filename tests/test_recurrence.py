@@ -219,6 +219,69 @@ def test_fast_path_equals_textbook_for_a_mixture():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_autocast_narrows_products_and_nothing_else(cell, options):
+    """Near the wide figures, with gradients in their direction; densities, states and draws stay in float32."""
+    model, batch = make_model(cell, **options).float(), make_batch([6, 4, 1])
+    add_extras(model, batch)
+    batch.x = batch.x.float()
+    batch.inputs = None if batch.inputs is None else batch.inputs.float()
+    noise, masks = draw_noise(model, batch), model.draw_masks(Noise(batch, [7] * 3))
+    wide = model(batch, noise, masks=masks)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(batch, noise, masks=masks)
+    found = []
+    for trace in (wide, mixed):
+        assert {trace.log_px.dtype, trace.kl.dtype, trace.z.dtype, trace.state.h.dtype} == {torch.float32}
+        found.append(torch.cat([g.flatten() for g in gradients(model, trace.log_px, trace.kl)]))
+    torch.testing.assert_close(mixed.log_px, wide.log_px, rtol=0.1, atol=0.2)
+    torch.testing.assert_close(mixed.kl, wide.kl, rtol=0.1, atol=0.1)
+    assert torch.cosine_similarity(*found, dim=0) > 0.99
+
+
+def test_a_second_derivative_is_refused():
+    model, batch = make_model(), make_batch([3])
+    loss = model(batch, draw_noise(model, batch)).log_px.sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, list(model.phi_z.parameters()), create_graph=True)
+
+
+def test_what_was_changed_in_place_has_no_gradient():
+    """Weights between the way there and the way back, and latents that the loop returned."""
+    model, batch = make_model(), make_batch([3])
+    noise = draw_noise(model, batch)
+    loss = model(batch, noise).log_px.sum()
+    with torch.no_grad():
+        next(model.phi_z.linears()).weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    trace = model(batch, noise)
+    with torch.no_grad():
+        trace.z.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        trace.log_px.sum().backward()
+
+
+def test_frozen_networks_get_no_gradient_and_the_others_theirs():
+    model, batch = make_model(), make_batch([5, 2])
+    noise = draw_noise(model, batch)
+    whole = {
+        name: g
+        for (name, _), g in zip(model.named_parameters(), gradients(model, model(batch, noise).log_px), strict=True)
+    }
+    for frozen in (model.phi_x, model.encoder, model.cells):
+        frozen.requires_grad_(False)
+    torch.manual_seed(4)
+    log_px = model(batch, noise).log_px
+    (log_px * torch.randn(log_px.shape, dtype=log_px.dtype)).sum().backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad and not name.startswith("prior"):
+            torch.testing.assert_close(p.grad, whole[name], rtol=1e-12, atol=1e-12)
+        else:
+            assert p.grad is None or (p.grad == 0).all()
+
+
 @pytest.mark.parametrize("rubbish", [1e6, float("nan"), float("inf")])
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_padding_changes_nothing(cell, rubbish):

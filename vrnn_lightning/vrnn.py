@@ -303,7 +303,10 @@ class VRNN(nn.Module):
         time = torch.arange(len(reads), device=lengths.device)[:, None]
         mirrored = torch.where(time < lengths, lengths - 1 - time, time)
         rows = torch.arange(len(lengths), device=lengths.device)
-        states: Tensor = self.backward_rnn(reads[mirrored, rows])[0]
+        kind = reads.device.type
+        narrow = kind != "cpu" and torch.is_autocast_enabled(kind)  # few CPUs have a narrow LSTM
+        with torch.autocast(kind, enabled=narrow):
+            states: Tensor = self.backward_rnn(reads[mirrored, rows].to(self.input_mean))[0]
         return states[mirrored, rows]
 
     def forward(
