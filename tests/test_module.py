@@ -199,12 +199,18 @@ class Kinds(Callback):
         self.kinds = {}
 
     def on_fit_start(self, trainer, pl_module):
-        pl_module.vrnn.register_forward_hook(self._look, with_kwargs=True)
+        inner = pl_module.vrnn._trace
 
-    def _look(self, vrnn, args, options, trace):
-        batch, noise = args
-        masks = options["masks"]._asdict() if vrnn.training else {}
-        made = {"x": batch.x, "noise": noise, **masks, **vars(trace), **trace.state._asdict()}
+        def look(batch, noise, state, masks, *rest):
+            trace = inner(batch, noise, state, masks, *rest)
+            self._look(batch, noise, masks, trace)
+            return trace
+
+        pl_module.vrnn._trace = look
+
+    def _look(self, batch, noise, masks, trace):
+        dropped = {} if masks is None else masks._asdict()
+        made = {"x": batch.x, "noise": noise, **dropped, **vars(trace), **trace.state._asdict()}
         made |= {"mean": trace.posterior.mean, "prior": trace.prior.mean, "emission": trace.emission.mean}
         self._keep(made)
 

@@ -11,6 +11,7 @@ A new kind of cell is a new operation; no operation knows another.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, cast
@@ -39,7 +40,7 @@ class Track:
         self.written = False
         """Whether the gradient holds something to add to."""
         self._parent, self._place = parent, place
-        self._parts: list[Track] = []
+        self._parts: weakref.WeakSet[Track] = weakref.WeakSet()  # a circle would keep the memory beyond its pass
 
     def columns(self, start: int, end: int) -> Track:
         """Return some columns as a track of their own, on the same memory."""
@@ -51,7 +52,7 @@ class Track:
 
     def _part(self, place: Any) -> Track:
         part = Track(self.value[place], self, place)
-        self._parts.append(part)
+        self._parts.add(part)
         return part
 
     @cached_property
