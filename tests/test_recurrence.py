@@ -259,7 +259,7 @@ def test_what_was_changed_in_place_has_no_gradient():
     trace = model(batch, noise)
     with torch.no_grad():
         trace.z.add_(1)
-    with pytest.raises(RuntimeError, match="changed in place"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         trace.log_px.sum().backward()
 
 

@@ -162,7 +162,7 @@ TRAPS = {
         'pace.read(phi_z, "z", "decoder", "cell"); pace.advance(); pace.read(pace.hidden.later(), "h", "decoder")', generates_as_trained,
     ),
     "generates from the posterior of its last frame": Trap(
-        FREE, 'Sample(gaussian(tape, pace.sums["prior"], prior), [noise], z, prior.head.min_std)',
+        FREE, 'Sample(gaussian(tape, pace.sums["prior"], prior), tape.given(noise[None]), z, prior.head.min_std)',
         "_Latent(lambda h: model.encoder(torch.cat([h.new_zeros(len(h), 5), h], -1)), pace.hidden, None, z)",
         test_recurrence.test_generated_latents_come_from_the_prior,
     ),

@@ -100,7 +100,7 @@ def free_run(
         z = tape.track(next(model.phi_z.linears()).in_features, tape.wide)
         if prior is not None:
             noise = torch.empty_like(z.at[0])
-            tape.add(Sample(gaussian(tape, pace.sums["prior"], prior), [noise], z, prior.head.min_std))
+            tape.add(Sample(gaussian(tape, pace.sums["prior"], prior), tape.given(noise[None]), z, prior.head.min_std))
         else:
             assert model.prior is not None
             tape.add(_Latent(model.prior, pace.hidden, None if pace.known is None else pace.known.value, z))

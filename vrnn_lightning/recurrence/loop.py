@@ -126,7 +126,7 @@ def latent_features(
     assert model.phi_z is not None
     assert model.encoder is not None
     z = tape.track(noise.shape[-1], tape.wide)
-    tape.add(Sample(raw, noise.unbind(0), z, model.encoder.head.min_std, raw_prior))
+    tape.add(Sample(raw, tape.given(noise), z, model.encoder.head.min_std, raw_prior))
     return z, features(tape, z, model.phi_z, mask)
 
 

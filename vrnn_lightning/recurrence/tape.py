@@ -70,6 +70,19 @@ class Track:
         """The steps' gradients, each (rows, width)."""
         return self.grad.unbind(0)
 
+    def release(self) -> None:
+        """Let go of the value, which autograd keeps meanwhile: it may be made again for the way back."""
+        for part in self._parts:
+            part.release()
+        self.__dict__.pop("at", None)
+        del self.value
+
+    def restore(self, value: Tensor) -> None:
+        """Take the value back."""
+        self.value = value
+        for part in self._parts:
+            part.restore(value[part._place])
+
     def forget_grad(self) -> None:
         """Let go of the gradient."""
         self.written = False
@@ -101,6 +114,10 @@ class Weight:
         self.value = value
         self.needs_grad = needs_grad
         self.grad: Tensor | None = None
+
+    def release(self) -> None:
+        """Let go of the value."""
+        del self.value
 
     def add(self, grad: Tensor) -> None:
         """Add to the gradient."""
@@ -296,13 +313,13 @@ class Sample(Operation):
 
     Args:
         raw: Mean and spread, width 2 * latent; the mean may be moved in place.
-        noise: Standard normal, one tensor per step, shape (rows, latent).
+        noise: Standard normal, width latent.
         z: The draw.
         floor: Least standard deviation.
         prior: Mean and spread of the prior, whose mean is added to ``raw``'s.
     """
 
-    def __init__(self, raw: Track, noise: Sequence[Tensor], z: Track, floor: float, prior: Track | None = None) -> None:
+    def __init__(self, raw: Track, noise: Track, z: Track, floor: float, prior: Track | None = None) -> None:
         latent = z.width
         self.raw, self.z, self.noise, self.floor = raw, z, noise, floor
         self.mean, self.spread = raw.columns(0, latent), raw.columns(latent, 2 * latent)
@@ -315,12 +332,11 @@ class Sample(Operation):
         if self.prior_mean is not None:
             mean.add_(self.prior_mean.at[t])
         ops.softplus.out(self.spread.at[t], out=self.std)
-        torch.addcmul(mean, self.std.add_(self.floor), self.noise[t], out=self.z.at[t])
+        torch.addcmul(mean, self.std.add_(self.floor), self.noise.at[t], out=self.z.at[t])
 
     def prepare(self, start: int, end: int) -> None:
         """Find what the gradient of z is multiplied by on its way to mean and spread."""
-        noise = torch.stack(tuple(self.noise[start:end]))
-        slope = ops.softplus_backward(noise, self.spread.value[start:end], 1, 20)
+        slope = ops.softplus_backward(self.noise.value[start:end], self.spread.value[start:end], 1, 20)
         self.start, self.factor = start, torch.stack([torch.ones_like(slope), slope], 2).unbind(0)
         self.halves = self.raw.grad.unflatten(-1, (2, -1))[start:end].unbind(0)
 
@@ -447,6 +463,7 @@ class Tape:
         self.states: list[Track] = []
         self._tracks: list[Track] = []
         self._inputs: list[tuple[Tensor, Weight | Track]] = []
+        self._found: list[Weight | Track] = []
         self._outputs: list[Track] = []
         self._sources: dict[int, Tensor] = {}
         self._last: tuple[Tensor, Tensor] | None = None
@@ -460,6 +477,10 @@ class Tape:
     def track(self, width: int, dtype: torch.dtype | None = None) -> Track:
         """Return a new track, in the type of products or in another one."""
         return self._keep(torch.empty(self.steps, self.rows, width, dtype=dtype or self.narrow, device=self.device))
+
+    def given(self, value: Tensor) -> Track:
+        """Return the track of what is known for all steps and has no gradient, shape (steps, rows, width)."""
+        return self._keep(value.detach())
 
     def state(self, initial: Tensor) -> Track:
         """Return the track of a state, one step longer, from its first value, shape (rows, width)."""
@@ -527,9 +548,28 @@ class Tape:
         values = [track.value[: self.steps] for track in self._outputs]
         return (*values, *(state.value[self._last] for state in self.states))
 
-    def versions(self) -> list[int]:
-        """Return how often each track was changed."""
-        return [track.value._version for track in self._tracks]
+    def release(self) -> list[Tensor]:
+        """Let go of all that grows with the steps, and return it for autograd to keep: inputs, then tracks."""
+        kept = [*(tensor for tensor, _ in self._inputs), *(track.value for track in self._tracks)]
+        self._found = [found for _, found in self._inputs]
+        self._inputs.clear()
+        self._release_values()
+        return kept
+
+    def restore(self, kept: Sequence[Tensor]) -> None:
+        """Take it back."""
+        for found, tensor in zip(self._found, kept, strict=False):
+            if isinstance(found, Weight):
+                found.value = tensor.detach().to(self.narrow)
+        for track, value in zip(self._tracks, kept[len(self._found) :], strict=True):
+            track.restore(value)
+
+    def _release_values(self) -> None:
+        for track in self._tracks:
+            track.release()
+        for found in self._found:
+            if isinstance(found, Weight):
+                found.release()
 
     def walk_back(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return the gradient of every tensor that was registered."""
@@ -556,9 +596,10 @@ class Tape:
                     backward(t)
         for operation in way:
             operation.finish()
-        found = [_collect(each) for _, each in self._inputs]
+        found = [_collect(each) for each in self._found]
         for track in self._tracks:
             track.forget_grad()
+        self._release_values()
         return found
 
     def _scatter(self, t: int, source: Tensor) -> None:
@@ -586,9 +627,9 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tape: Tape, choose: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)  # autograd notices if one of them is changed in place
         found = tape.walk(choose)
-        ctx.tape, ctx.versions = tape, tape.versions()
+        ctx.tape = tape
+        ctx.save_for_backward(*tape.release())  # autograd notices changes in place, and checkpointing lets go of them
         return found
 
     @staticmethod
@@ -598,7 +639,5 @@ class _Loop(torch.autograd.Function):
                 "the fast time loop has no second derivative (create_graph=True): "
                 "use vrnn_lightning.recurrence.textbook for it"
             )
-        _ = ctx.saved_tensors
-        if ctx.tape.versions() != ctx.versions:
-            raise RuntimeError("an output of the time loop was changed in place, and its gradient needs it as it was")
+        ctx.tape.restore(ctx.saved_tensors)
         return None, None, *ctx.tape.walk_back(grads)
