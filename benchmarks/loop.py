@@ -14,6 +14,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from contestants import (
@@ -105,8 +106,7 @@ def measure_peak(contestant: str, every: str, *size: str) -> None:
         step = training(of)[contestant]
     training(of._replace(batch=1, steps=1))["textbook"]()  # imports and first calls
     before = _status("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123  # from here on VmHWM is a new peak
-        file.write("5")
+    Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is a new peak
     step()
     print((_status("VmHWM") - before) / 1024)
 
@@ -137,8 +137,8 @@ def streamed(size: Size) -> Callable[[], None]:
 
 
 def _status(key: str) -> int:
-    with open("/proc/self/status") as file:  # noqa: PTH123
-        return next(int(line.split()[1]) for line in file if line.startswith(key))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.filtering import Resampling, resample
+from vrnn_lightning.filtering import Resampling, Weights
 from vrnn_lightning.heads import Gaussian, Network, log_prob
 from vrnn_lightning.recurrence.loop import features, gaussian, latent_features, perceptron
 from vrnn_lightning.recurrence.pace import Pace
@@ -39,9 +39,6 @@ class Stream:
 
     Raises:
         UserError: The model smooths.
-
-    Attributes:
-        log_weights: Of the particles, normalised, shape (samples, batch).
     """
 
     def __init__(
@@ -52,7 +49,9 @@ class Stream:
         with torch.inference_mode(False), torch.no_grad():  # steps may be taken in either mode
             self._lay(model, state, samples, inputs)
         self.model, self.samples, self.inputs, self.resampling = model, samples, inputs, resampling
-        self.log_weights = self._pace.hs[0].value.new_full((samples, self.batch), -math.log(samples))
+        even = self._pace.hs[0].value.new_full((samples, self.batch), -math.log(samples))
+        endless = torch.full((self.batch,), 2**62, device=even.device)
+        self._weights = Weights(endless, even, resampling)
 
     def _lay(self, model: Networks, state: State, samples: int, inputs: int) -> None:
         rows = len(state.h)
@@ -82,6 +81,11 @@ class Stream:
         self._read = perceptron(tape, pace.sums["decoder"], model.decoder.body.linears())
         pace.advance()
         pace.start()
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Log-weights of the particles, normalised, shape (samples, batch)."""
+        return self._weights.log_weights
 
     @property
     def state(self) -> State:
@@ -151,28 +155,16 @@ class Stream:
 
     def _weigh(self, increments: Tensor) -> Tensor:
         """Return the step's nats, shape (batch,), and let the weights, and where due the particles, follow."""
-        if self.samples == 1:
-            return increments[0]
-        joint = self.log_weights + increments
-        gained = joint.logsumexp(0)
-        self.log_weights = joint - gained
-        if self.resampling is not None:
-            size = (-(2 * self.log_weights).logsumexp(0)).exp()
-            due = size <= self.resampling.threshold * self.samples * (1 + 1e-4)
-            if due.any():
-                self._resample(due)
-        return gained
-
-    def _resample(self, due: Tensor) -> None:
-        """Draw ancestors for the sequences whose weights ask for it."""
-        assert self.resampling is not None
-        draws = torch.rand(self.samples if self.resampling.scheme == "multinomial" else 1, self.batch).to(due.device)
-        itself = torch.arange(self.samples, device=due.device)[:, None]
-        ancestors = torch.where(due, resample(self.log_weights, draws), itself)
-        source = (ancestors * self.batch + torch.arange(self.batch, device=due.device)).flatten()
-        for state in self._pace.tape.states:
-            state.at[0].copy_(state.at[0].index_select(0, source))
-        self.log_weights = torch.where(due, -math.log(self.samples), self.log_weights)
+        weights, draws = self._weights, None
+        if self.resampling is not None and self.samples > 1:
+            draws = torch.rand(self.resampling.draws(self.samples), self.batch).to(increments.device)
+        weights.total = torch.zeros_like(weights.total)  # of this step alone: a stream has no end
+        source = weights.advance(0, increments, draws)
+        weights.moves.clear()
+        if source is not None:
+            for state in self._pace.tape.states:
+                state.at[0].copy_(state.at[0].index_select(0, source))
+        return weights.total
 
     @staticmethod
     def _require(name: str, given: Tensor | None, *shape: int) -> None:
