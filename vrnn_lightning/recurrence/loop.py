@@ -38,30 +38,26 @@ Choose = Callable[[int, Now], Tensor | None]
 class Cell:
     """A layer of the recurrence on a tape.
 
-    Its sums stand side by side, with room in front for whatever else reads the same h_{t-1}. A GRU's are n_h, r, u,
-    n_x: h_{t-1} adds to all but the last columns, the layer's input to all but the first. An LSTM's are i, f, g, o:
-    both add to all.
+    Its sums stand side by side. A GRU's are n_h, r, u, n_x: h_{t-1} adds to all but the last columns, the layer's
+    input to all but the first. An LSTM's are i, f, g, o: both add to all.
 
     Args:
         tape: Where to lay it.
         cell: Its weights.
         h: Its output.
         c: Its cell, of an LSTM.
-        front: Columns in front.
 
     Attributes:
         bias: Of the sums that the layer's input adds to.
         bias_h: Of those that it does not add to.
     """
 
-    def __init__(self, tape: Tape, cell: nn.GRUCell | nn.LSTMCell, h: Track, c: Track | None, front: int = 0) -> None:
+    def __init__(self, tape: Tape, cell: nn.GRUCell | nn.LSTMCell, h: Track, c: Track | None) -> None:
         size = h.width
         self.tape, self.cell, self.h, self.c = tape, cell, h, c
-        self.sums = tape.track(front + 4 * size)
-        self.gates = self.sums.columns(front, front + 4 * size)
+        self.gates = tape.track(4 * size)
         gru = isinstance(cell, nn.GRUCell)
         self.from_h = self.gates.columns(0, 3 * size if gru else 4 * size)
-        self.with_front = self.sums.columns(0, front + self.from_h.width)
         self.from_below = self.gates.columns(size if gru else 0, 4 * size)
         self.weight_h: Tensor = cell.weight_hh.roll(size, 0) if gru else cell.weight_hh
         both, start = cell.bias_ih + cell.bias_hh, 2 * size
@@ -76,10 +72,11 @@ class Cell:
     def advance(self) -> None:
         """Let the state follow, once everything was added to the sums."""
         gates = self.tape.cast(self.gates, self.tape.wide)
+        new = self.tape.track(self.h.width, self.tape.wide)
         if self.c is None:
-            self.tape.add(GRU(gates, self.h))
+            self.tape.add(GRU(gates, self.h, new))
         else:
-            self.tape.add(LSTM(gates, self.h, self.c, self.tape.track(self.h.width, self.tape.wide)))
+            self.tape.add(LSTM(gates, self.h, self.c, new, self.tape.track(self.h.width, self.tape.wide)))
 
 
 def perceptron(tape: Tape, first: Track, linears: Iterable[nn.Linear], mask: Weight | None = None) -> Track:
@@ -173,20 +170,17 @@ def unroll(
         tape.add(Scale(hs[-1], dropped(masks.h[:, -1]), hidden))
     read = own[-1] if masks is None else tape.cast(hidden, tape.narrow)
 
-    # prior, encoder and top cell read the same h_{t-1}: one product serves all three, unless dropout parts them
+    # prior and encoder read the same h_{t-1}: one product serves both
     residual = model.residual_posterior and isinstance(model.prior, Network)
     readers = [
         cast("Network[Gaussian]", n) for n in (model.prior if residual else None, model.encoder) if n is not None
     ]
     firsts = [next(reader.body.linears()) for reader in readers]
     width = sum(linear.out_features for linear in firsts)
-    laid = [
-        Cell(tape, cell, h, cs[i] if cs else None, width if cell is cells[-1] and masks is None else 0)
-        for i, (cell, h) in enumerate(zip(cells, hs, strict=True))
-    ]
+    laid = [Cell(tape, cell, h, cs[i] if cs else None) for i, (cell, h) in enumerate(zip(cells, hs, strict=True))]
     for layer in laid:
         layer.hold()
-    front = laid[-1].sums.columns(0, width) if masks is None else tape.track(width)
+    front = tape.track(width)
     weights, start, size = [], 0, hs[-1].width
     sums: list[Track] = []
     for reader, linear in zip(readers, firsts, strict=True):
@@ -207,15 +201,10 @@ def unroll(
     for layer in laid[1:]:
         tape.add(Known(layer.from_below, tape.weight(layer.bias)))
 
-    for layer, h in zip(laid[:-1], own[:-1], strict=True):
+    for layer, h in zip(laid, own, strict=True):
         tape.add(Product(h, tape.weight(layer.weight_h.t()), layer.from_h))
-    top = laid[-1]
-    if masks is None:
-        tape.add(Product(read, tape.weight(torch.cat([*weights, top.weight_h]).t()), top.with_front))
-    else:
-        tape.add(Product(own[-1], tape.weight(top.weight_h.t()), top.from_h))
-        if weights:
-            tape.add(Product(read, tape.weight(torch.cat(weights).t()), front))
+    if weights:
+        tape.add(Product(read, tape.weight(torch.cat(weights).t()), front))
 
     outputs = [hidden]
     if model.encoder is not None:

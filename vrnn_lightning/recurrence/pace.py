@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from vrnn_lightning.recurrence.loop import Cell
 from vrnn_lightning.recurrence.parts import Networks, State, as_state
-from vrnn_lightning.recurrence.tape import Known, Operation, Product, Tape, Track
+from vrnn_lightning.recurrence.tape import Known, Product, Tape, Track
 
 __all__ = ["Pace"]
 
@@ -22,7 +22,7 @@ class Pace:
     """A step of a model, its states and the first sums of the networks that read h_{t-1}.
 
     What a network reads is told by letters: h for h_{t-1}, x and z for phi_x and phi_z, u for covariates. One product
-    with h_{t-1} serves the recurrence and all networks. Whoever makes a pace lays the rest of the step on its tape, and
+    with h_{t-1} serves all networks. Whoever makes a pace lays the rest of the step on its tape, and
     then steps without graph; weights are those of when it was made.
 
     Args:
@@ -58,30 +58,34 @@ class Pace:
             name: dict(zip(READS[name], weight.split([widths[letter] for letter in READS[name]], 1), strict=True))
             for name, weight in weights.items()
         }
-        front = sum(first.out_features for first in firsts)
         self.laid = [
-            Cell(tape, cell, h, cs[i] if cs else None, front if cell is cells[-1] else 0)
-            for i, (cell, h) in enumerate(zip(cells, self.hs, strict=True))
+            Cell(tape, cell, h, cs[i] if cs else None) for i, (cell, h) in enumerate(zip(cells, self.hs, strict=True))
         ]
+        front = tape.track(sum(first.out_features for first in firsts))
         self.sums, start = {"cell": self.laid[0].from_below}, 0
         for name, first in zip(networks, firsts, strict=True):
-            self.sums[name] = self.laid[-1].sums.columns(start, start + first.out_features)
+            self.sums[name] = front.columns(start, start + first.out_features)
             start += first.out_features
 
         width = sum(widths[letter] for letter in known)
         self.known = tape.weight(state.h.new_zeros(1, batch, width)) if width else None
         for layer, h in zip(self.laid, self.hs, strict=True):
-            top, bottom = layer is self.laid[-1], layer is self.laid[0]
-            biases = [*[first.bias for first in firsts if top], layer.bias_h, layer.bias]
-            of_known = [self._of(name, known, widths) for name in (networks if top else ())]
-            own = self._of("cell", known, widths) if bottom else layer.bias.new_zeros(len(layer.bias), width)
-            of_known.append(F.pad(own, (0, 0, len(layer.bias_h), 0)))
-            bias, weight = tape.weight(torch.cat(biases)), tape.weight(torch.cat(of_known).t())
-            known_here = width and (bottom or (top and networks))
-            tape.add(Known(layer.sums, bias, self.known, weight) if known_here else Known(layer.sums, bias))
-            of_h = [self.weights[name]["h"] for name in (networks if top else ())] + [layer.weight_h]
-            source = tape.cast(h, tape.narrow)
-            tape.add(Product(source, tape.weight(torch.cat(of_h).t()), layer.with_front))
+            bias = tape.weight(torch.cat([layer.bias_h, layer.bias]))
+            if width and layer is self.laid[0]:
+                of_known = F.pad(self._of("cell", known, widths), (0, 0, len(layer.bias_h), 0))
+                tape.add(Known(layer.gates, bias, self.known, tape.weight(of_known.t())))
+            else:
+                tape.add(Known(layer.gates, bias))
+            tape.add(Product(tape.cast(h, tape.narrow), tape.weight(layer.weight_h.t()), layer.from_h))
+        source = tape.cast(self.hidden, tape.narrow)
+        of_h = tape.weight(torch.cat([self.weights[name]["h"] for name in networks]).t())
+        bias = tape.weight(torch.cat([first.bias for first in firsts]))
+        if width:
+            of_known = torch.cat([self._of(name, known, widths) for name in networks])
+            tape.add(Known(front, bias, self.known, tape.weight(of_known.t())))
+            tape.add(Product(source, of_h, front))
+        else:
+            tape.add(Product(source, of_h, front, bias))
 
     def _of(self, name: str, letters: str, widths: dict[str, int]) -> Tensor:
         """Return a first layer's weight of some letters, with zeros for what it does not read."""
@@ -109,17 +113,12 @@ class Pace:
 
     def start(self) -> None:
         """Make ready, once everything is laid."""
-        found = self.tape.operations
-        self._begins = [o.begin for o in found if type(o).begin is not Operation.begin]
-        self._forwards = [o.forward for o in found if type(o).forward is not Operation.forward]
+        self._advance = self.tape.once()
         self._states = [(state.at[0], state.at[1]) for state in self.tape.states]
 
     def step(self) -> None:
         """Take a step."""
-        for begin in self._begins:
-            begin()
-        for forward in self._forwards:
-            forward(0)
+        self._advance()
         for old, new in self._states:
             old.copy_(new)
 

@@ -14,7 +14,7 @@ from vrnn_lightning.heads import Gaussian, Network, log_prob
 from vrnn_lightning.recurrence.loop import features, gaussian, latent_features, perceptron
 from vrnn_lightning.recurrence.pace import Pace
 from vrnn_lightning.recurrence.parts import Networks, State, repeat_rows
-from vrnn_lightning.recurrence.tape import Operation, Tape, Track
+from vrnn_lightning.recurrence.tape import Tape, Track
 
 __all__ = ["Stream"]
 
@@ -57,10 +57,10 @@ class Stream:
         rows = len(state.h)
         self.batch = rows // samples
         prior = cast("Network[Gaussian]", model.prior) if isinstance(model.prior, Network) else None
-        self._looking = looking = Tape(1, self.batch, state.h)
+        looking = Tape(1, self.batch, state.h)
         self._seen = looking.track(next(model.phi_x.linears()).in_features)
         phi_x = features(looking, self._seen, model.phi_x)
-        self._look = [o.forward for o in looking.operations if type(o).forward is not Operation.forward]
+        self._look = looking.once()
         networks = [*["prior"] * (prior is not None), *["encoder"] * (model.encoder is not None), "decoder"]
         self._pace = pace = Pace(model, state, networks, "xu", inputs, self.batch)
         assert pace.known is not None
@@ -125,8 +125,7 @@ class Stream:
             self._require("noise", noise, *self._noise.shape)
             self._noise.copy_(noise)
         self._seen.at[0].copy_(self.model.look(x, counted))
-        for forward in self._look:
-            forward(0)
+        self._look()
         self._known_x.copy_(self._phi_x)
         hidden = None if self._raw is None or self._raw_prior is not None else self._pace.hidden.at[0].clone()
         self._pace.step()

@@ -18,6 +18,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from vrnn_lightning.recurrence.memory import empty
 
 __all__ = ["GRU", "LSTM", "Cast", "Known", "Operation", "Product", "Relu", "Sample", "Scale", "Tape", "Track", "Weight"]
 
@@ -63,7 +66,9 @@ class Track:
     @cached_property
     def grad(self) -> Tensor:
         """The gradient's buffer, shape (steps, rows, width); it holds rubbish until it is written."""
-        return torch.empty_like(self.value) if self._parent is None else self._parent.grad[self._place]
+        if self._parent is not None:
+            return self._parent.grad[self._place]
+        return empty(self.value.shape, self.value.dtype, self.value.device)
 
     @cached_property
     def grad_at(self) -> Sequence[Tensor]:
@@ -115,13 +120,26 @@ class Weight:
         self.needs_grad = needs_grad
         self.grad: Tensor | None = None
 
+    @cached_property
+    def laid(self) -> Tensor:
+        """The value, laid out as small products like it best."""
+        return self.value.contiguous()
+
     def release(self) -> None:
         """Let go of the value."""
+        self.__dict__.pop("laid", None)
         del self.value
 
     def add(self, grad: Tensor) -> None:
-        """Add to the gradient."""
-        self.grad = grad if self.grad is None else self.grad + grad
+        """Add to the gradient, or take this one for it."""
+        self.grad = grad if self.grad is None else self.grad.add_(grad)
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        """Add a product, of as many rows as the value's leading dimensions have, to the gradient."""
+        if self.grad is None:
+            self.grad = (left @ right).view(self.value.shape)
+        else:
+            self.grad.view(left.shape[0], -1).addmm_(left, right)
 
 
 class Operation:
@@ -184,7 +202,7 @@ class Known(Operation):
             if self.weight.needs_grad:
                 self.weight.add(known.t() @ flat)
             if self.known.needs_grad:
-                self.known.add((flat @ self.weight.value.t()).view(steps, batch, -1))
+                self.known.add_product(flat, self.weight.value.t())
         if self.bias.needs_grad:
             self.bias.add(grad.sum((0, 1)))
 
@@ -203,11 +221,14 @@ class Product(Operation):
         self.source, self.weight, self.target, self.bias = source, weight, target, bias
         self.adds = False
 
+    def begin(self) -> None:
+        """Let all sums start from the bias."""
+        if self.bias is not None:
+            self.target.value.copy_(self.bias.value.expand_as(self.target.value))
+
     def forward(self, t: int) -> None:
         """Make the product of a step."""
-        target = self.target.at[t]
-        start = target if self.bias is None else self.bias.value
-        torch.addmm(start, self.source.at[t], self.weight.value, out=target)
+        self.target.at[t].addmm_(self.source.at[t], self.weight.laid)
 
     def plan(self) -> None:
         """Learn whether the source's gradient is there already."""
@@ -250,12 +271,17 @@ class Relu(Operation):
         if self.mask is not None:
             value.mul_(self.mask.value)
 
-    def backward(self, t: int) -> None:
-        """Pass the gradient where the activation is positive."""
-        grad = self.track.grad_at[t]
+    def prepare(self, start: int, end: int) -> None:
+        """Find where the activation is positive."""
+        value = self.track.value[start:end]
+        slope = (value > 0).to(value)
         if self.mask is not None:
-            grad.mul_(self.mask.value)
-        ops.threshold_backward.grad_input(grad, self.track.at[t], 0, grad_input=grad)
+            slope.mul_(self.mask.value)
+        self.start, self.slope = start, slope.unbind(0)
+
+    def backward(self, t: int) -> None:
+        """Multiply."""
+        self.track.grad_at[t].mul_(self.slope[t - self.start])
 
 
 class Scale(Operation):
@@ -321,29 +347,31 @@ class Sample(Operation):
 
     def __init__(self, raw: Track, noise: Track, z: Track, floor: float, prior: Track | None = None) -> None:
         latent = z.width
-        self.raw, self.z, self.noise, self.floor = raw, z, noise, floor
+        self.raw, self.z, self.noise = raw, z, noise
         self.mean, self.spread = raw.columns(0, latent), raw.columns(latent, 2 * latent)
         self.prior_mean = None if prior is None else prior.columns(0, latent)
         self.std = torch.empty_like(z.at[0])
+        self.least = torch.tensor(floor).to(self.std)  # to add a tensor takes less time than to add a number
 
     def forward(self, t: int) -> None:
         """Draw."""
         mean = self.mean.at[t]
         if self.prior_mean is not None:
             mean.add_(self.prior_mean.at[t])
-        ops.softplus.out(self.spread.at[t], out=self.std)
-        torch.addcmul(mean, self.std.add_(self.floor), self.noise.at[t], out=self.z.at[t])
+        F.softplus(self.spread.at[t], out=self.std)
+        torch.addcmul(mean, self.std.add_(self.least), self.noise.at[t], out=self.z.at[t])
 
     def prepare(self, start: int, end: int) -> None:
         """Find what the gradient of z is multiplied by on its way to mean and spread."""
         slope = ops.softplus_backward(self.noise.value[start:end], self.spread.value[start:end], 1, 20)
         self.start, self.factor = start, torch.stack([torch.ones_like(slope), slope], 2).unbind(0)
         self.halves = self.raw.grad.unflatten(-1, (2, -1))[start:end].unbind(0)
+        self.of_z = self.z.grad[start:end].unsqueeze(2).unbind(0)
 
     def backward(self, t: int) -> None:
         """Pass the gradient of z to mean and spread, and to the prior's mean."""
         i = t - self.start
-        self.halves[i].addcmul_(self.z.grad_at[t][:, None], self.factor[i])
+        self.halves[i].addcmul_(self.of_z[i], self.factor[i])
         if self.prior_mean is not None:
             self.prior_mean.grad_at[t].add_(self.mean.grad_at[t])
 
@@ -359,26 +387,27 @@ class GRU(Operation):
     Args:
         gates: The sums n_h, r, u, n_x, width 4 * hidden, changed in place.
         h: The state, of one more step.
+        new: n, apart from the gates: of columns beside others tanh takes three times as long.
     """
 
-    def __init__(self, gates: Track, h: Track) -> None:
+    def __init__(self, gates: Track, h: Track, new: Track) -> None:
         size = h.width
-        self.gates, self.h = gates, h
+        self.gates, self.h, self.new = gates, h, new
         self.new_h, self.reset = gates.columns(0, size), gates.columns(size, 2 * size)
-        self.update, self.new = gates.columns(2 * size, 3 * size), gates.columns(3 * size, 4 * size)
+        self.update, self.new_x = gates.columns(2 * size, 3 * size), gates.columns(3 * size, 4 * size)
         self.both = gates.columns(size, 3 * size)
 
     def forward(self, t: int) -> None:
         """Advance."""
         self.both.at[t].sigmoid_()
-        new = self.new.at[t].addcmul_(self.reset.at[t], self.new_h.at[t]).tanh_()
+        new = torch.addcmul(self.new_x.at[t], self.reset.at[t], self.new_h.at[t], out=self.new.at[t]).tanh_()
         torch.lerp(new, self.h.at[t], self.update.at[t], out=self.h.at[t + 1])
 
     def prepare(self, start: int, end: int) -> None:
         """Find the factors."""
         new_h, reset, update, new = (part.value[start:end] for part in (self.new_h, self.reset, self.update, self.new))
         of_new_h, of_reset, of_update, of_new = (
-            part.grad[start:end] for part in (self.new_h, self.reset, self.update, self.new)
+            part.grad[start:end] for part in (self.new_h, self.reset, self.update, self.new_x)
         )
         ops.tanh_backward.grad_input(1 - update, new, grad_input=of_new)
         ops.sigmoid_backward.grad_input(self.h.value[start:end] - new, update, grad_input=of_update)
@@ -386,12 +415,13 @@ class GRU(Operation):
         of_reset.mul_(of_new)
         torch.mul(of_new, reset, out=of_new_h)
         self.start, self.factors = start, self.gates.grad.unflatten(-1, (4, -1))[start:end].unbind(0)
+        self.of_h = self.h.grad[start + 1 : end + 1].unsqueeze(2).unbind(0)
 
     def backward(self, t: int) -> None:
         """Multiply."""
-        grad = self.h.grad_at[t + 1]
-        self.factors[t - self.start].mul_(grad[:, None])
-        self.h.grad_at[t].addcmul_(grad, self.update.at[t])
+        i = t - self.start
+        self.factors[i].mul_(self.of_h[i])
+        self.h.grad_at[t].addcmul_(self.h.grad_at[t + 1], self.update.at[t])
 
 
 class LSTM(Operation):
@@ -403,20 +433,21 @@ class LSTM(Operation):
         gates: The sums i, f, g, o, width 4 * hidden, changed in place.
         h: The output, of one more step.
         c: The cell, of one more step.
+        new: g, apart from the gates.
         squashed: tanh c_t.
     """
 
-    def __init__(self, gates: Track, h: Track, c: Track, squashed: Track) -> None:
+    def __init__(self, gates: Track, h: Track, c: Track, new: Track, squashed: Track) -> None:
         size = h.width
-        self.gates, self.h, self.c, self.squashed = gates, h, c, squashed
+        self.gates, self.h, self.c, self.new, self.squashed = gates, h, c, new, squashed
         self.parts = [gates.columns(k * size, (k + 1) * size) for k in range(4)]
         self.both = gates.columns(0, 2 * size)
 
     def forward(self, t: int) -> None:
         """Advance."""
-        write, forget, new, output = (part.at[t] for part in self.parts)
+        write, forget, sums, output = (part.at[t] for part in self.parts)
         self.both.at[t].sigmoid_()
-        new.tanh_()
+        new = self.new.at[t].copy_(sums).tanh_()
         output.sigmoid_()
         c, squashed = self.c.at[t + 1], self.squashed.at[t]
         torch.mul(forget, self.c.at[t], out=c).addcmul_(write, new)
@@ -425,7 +456,8 @@ class LSTM(Operation):
 
     def prepare(self, start: int, end: int) -> None:
         """Find the factors by which gradients of c_t, and of h_t for o, are multiplied."""
-        write, forget, new, output = (part.value[start:end] for part in self.parts)
+        write, forget, _, output = (part.value[start:end] for part in self.parts)
+        new = self.new.value[start:end]
         of_write, of_forget, of_new, of_output = (part.grad[start:end] for part in self.parts)
         squashed = self.squashed.value[start:end]
         self.through = ops.tanh_backward(output, squashed).unbind(0)
@@ -435,12 +467,13 @@ class LSTM(Operation):
         ops.sigmoid_backward.grad_input(squashed, output, grad_input=of_output)
         self.start, parts = start, self.gates.grad.unflatten(-1, (4, -1))[start:end]
         self.of_c, self.of_h = parts[:, :, :3].unbind(0), parts[:, :, 3].unbind(0)
+        self.cells = self.c.grad[start + 1 : end + 1].unsqueeze(2).unbind(0)
 
     def backward(self, t: int) -> None:
         """Multiply."""
         i, grad = t - self.start, self.h.grad_at[t + 1]
         of_c = self.c.grad_at[t + 1].addcmul_(grad, self.through[i])
-        self.of_c[i].mul_(of_c[:, None])
+        self.of_c[i].mul_(self.cells[i])
         self.of_h[i].mul_(grad)
         self.c.grad_at[t].addcmul_(of_c, self.parts[1].at[t])
 
@@ -470,13 +503,15 @@ class Tape:
 
     def weight(self, tensor: Tensor) -> Weight:
         """Register a tensor that products read."""
-        weight = Weight(tensor.detach().to(self.narrow), tensor.requires_grad)
-        self._inputs.append((tensor, weight))
-        return weight
+        found = next((w for given, w in self._inputs if given is tensor and isinstance(w, Weight)), None)
+        if found is None:
+            found = Weight(tensor.detach().to(self.narrow), tensor.requires_grad)
+            self._inputs.append((tensor, found))
+        return found
 
     def track(self, width: int, dtype: torch.dtype | None = None) -> Track:
         """Return a new track, in the type of products or in another one."""
-        return self._keep(torch.empty(self.steps, self.rows, width, dtype=dtype or self.narrow, device=self.device))
+        return self._keep(empty((self.steps, self.rows, width), dtype or self.narrow, self.device))
 
     def given(self, value: Tensor) -> Track:
         """Return the track of what is known for all steps and has no gradient, shape (steps, rows, width)."""
@@ -484,7 +519,7 @@ class Tape:
 
     def state(self, initial: Tensor) -> Track:
         """Return the track of a state, one step longer, from its first value, shape (rows, width)."""
-        track = self._keep(torch.empty(self.steps + 1, *initial.shape, dtype=self.wide, device=self.device))
+        track = self._keep(empty((self.steps + 1, *initial.shape), self.wide, self.device))
         track.value[0] = initial.detach()
         self._inputs.append((initial, track))
         self.states.append(track)
@@ -547,6 +582,18 @@ class Tape:
                     state.at[t + 1].copy_(state.at[t + 1].index_select(0, source))
         values = [track.value[: self.steps] for track in self._outputs]
         return (*values, *(state.value[self._last] for state in self.states))
+
+    def once(self) -> Callable[[], None]:
+        """Return what takes the step of a tape of one step, without graph, as often as it is called."""
+        begins, forwards = _methods(self.operations, "begin"), _methods(self.operations, "forward")
+
+        def step() -> None:
+            for begin in begins:
+                begin()
+            for forward in forwards:
+                forward(0)
+
+        return step
 
     def release(self) -> list[Tensor]:
         """Let go of all that grows with the steps, and return it for autograd to keep: inputs, then tracks."""
