@@ -144,8 +144,8 @@ TRAPS = {
     "posterior reads x_{t-1}": Trap(
         LOOP, "known = reads.encoder if", "known = torch.cat([reads.encoder[:1] * 0, reads.encoder[:-1]]) if", equals_textbook
     ),
-    "encoder cut from the gradient": Trap(f"{SAMPLE}.backward", "self.halves[i].addcmul_(self.z.grad_at[t][:, None], self.factor[i])", "pass", equals_textbook),
-    "variance for deviation": Trap(f"{SAMPLE}.forward", "self.std.add_(self.floor)", "self.std.add_(self.floor).square_()", equals_textbook),
+    "encoder cut from the gradient": Trap(f"{SAMPLE}.backward", "self.halves[i].addcmul_(self.of_z[i], self.factor[i])", "pass", equals_textbook),
+    "variance for deviation": Trap(f"{SAMPLE}.forward", "self.std.add_(self.least)", "self.std.add_(self.least).square_()", equals_textbook),
     "uniform noise": Trap("noise:Noise.over_time", "_normal(bits, self._dtype)", "torch.stack([_uniform(bits, self._dtype)] * 2, -1)", noise_is_standard_normal),
     "h_{T-1} returned as the state": Trap(
         "recurrence.tape:Tape.run", "lengths.clamp(max=self.steps)", "(lengths - 1).clamp(min=0)", carries_state
@@ -158,15 +158,15 @@ TRAPS = {
         lambda: test_recurrence.test_padding_changes_nothing("gru", float("nan")),
     ),
     "generates from h_t": Trap(
-        FREE, 'pace.read(phi_z, "z", "decoder", "cell")',
-        'pace.read(phi_z, "z", "decoder", "cell"); pace.advance(); pace.read(pace.hidden.later(), "h", "decoder")', generates_as_trained,
+        FREE, "read = perceptron(",
+        'pace.advance(); pace.read(pace.hidden.later(), "h", "decoder"); read = perceptron(', generates_as_trained,
     ),
     "generates from the posterior of its last frame": Trap(
-        FREE, 'Sample(gaussian(tape, pace.sums["prior"], prior), tape.given(noise[None]), z, prior.head.min_std)',
+        FREE, "Sample(raw, noise, z, prior.head.min_std)",
         "_Latent(lambda h: model.encoder(torch.cat([h.new_zeros(len(h), 5), h], -1)), pace.hidden, None, z)",
         test_recurrence.test_generated_latents_come_from_the_prior,
     ),
-    "centring forgotten in sampling": Trap("recurrence.generation:_Frame.forward", "self.look(x, self.counted)", "x", generates_as_trained),
+    "centring forgotten in sampling": Trap("recurrence.generation:_Look.forward", "self.look(self.x.at[t], None)", "self.x.at[t]", generates_as_trained),
     "loss on data, network on centred data": Trap(
         INFER, "(features), x, observed)", "(features), self.look(x, torch.ones_like(x).bool()), observed)", equals_textbook
     ),
@@ -285,7 +285,7 @@ TRAPS = {
         lambda: test_recurrence.test_every_option_equals_textbook("gru", test_recurrence.OPTIONS["all"], [6, 4, 1]),
     ),
     "reset gate cut from the gradient": Trap("recurrence.tape:GRU.prepare", "of_reset.mul_(of_new)", "of_reset.zero_()", equals_textbook),
-    "update gate's gradient of the old state": Trap("recurrence.tape:GRU.backward", "addcmul_(grad, self.update.at[t])", "add_(grad)", equals_textbook),
+    "update gate's gradient of the old state": Trap("recurrence.tape:GRU.backward", "addcmul_(self.h.grad_at[t + 1], self.update.at[t])", "add_(self.h.grad_at[t + 1])", equals_textbook),
     "cell's gradient cut from the output": Trap(
         "recurrence.tape:LSTM.backward", ".addcmul_(grad, self.through[i])", "", lambda: equals_textbook("lstm")
     ),

@@ -237,15 +237,19 @@ class VRNN(nn.Module):
         self.input_std.copy_(torch.where((std > 0) & self.decoder.head.scales_inputs, std, 1.0))
         self.decoder.head.start_from(mean)
 
-    def look(self, x: Tensor, counted: Tensor) -> Tensor:
+    def look(self, x: Tensor, counted: Tensor | None) -> Tensor:
         """Return what phi_x reads of frames: centred values, and where it is told, which were measured.
 
         Args:
             x: Frames, shape (..., features).
-            counted: True at real, measured values, shape (..., features); others read as the mean.
+            counted: True at real, measured values, shape (..., features); others read as the mean. ``None`` for all.
         """
-        centred = ((x - self.input_mean) / self.input_std).masked_fill(~counted, 0.0)
-        return torch.cat([centred, counted.to(centred)], -1) if self.missing else centred
+        centred = (x - self.input_mean) / self.input_std
+        if counted is not None:
+            centred = centred.masked_fill(~counted, 0.0)
+        if not self.missing:
+            return centred
+        return torch.cat([centred, torch.ones_like(centred) if counted is None else counted.to(centred)], -1)
 
     def initial_state(self, batch_size: int) -> State:
         """Return the zero state for ``batch_size`` sequences."""

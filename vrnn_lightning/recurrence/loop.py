@@ -13,7 +13,7 @@ from vrnn_lightning.nn import MLP
 from vrnn_lightning.recurrence.parts import Masks, Networks, Reads, State, Steps, as_state, repeat_rows
 from vrnn_lightning.recurrence.tape import GRU, LSTM, Known, Product, Relu, Sample, Scale, Tape, Track, Weight
 
-__all__ = ["Cell", "Choose", "Now", "features", "gaussian", "latent_features", "perceptron", "unroll"]
+__all__ = ["Cell", "Choose", "Now", "features", "gaussian", "latent_features", "linear_map", "perceptron", "unroll"]
 
 
 class Now(NamedTuple):
@@ -79,24 +79,28 @@ class Cell:
             self.tape.add(LSTM(gates, self.h, self.c, new, self.tape.track(self.h.width, self.tape.wide)))
 
 
-def perceptron(tape: Tape, first: Track, linears: Iterable[nn.Linear], mask: Weight | None = None) -> Track:
+def perceptron(
+    tape: Tape, first: Track, linears: Iterable[nn.Linear], mask: Weight | None = None, into: Track | None = None
+) -> Track:
     """Lay a perceptron on a tape, from the sums of its first layer on; return its features."""
     rest = list(linears)[1:]
     tape.add(Relu(first, None if rest else mask))
     for i, linear in enumerate(rest, start=1):
-        first = _linear(tape, first, linear)
+        first = linear_map(tape, first, linear, into if i == len(rest) else None)
         tape.add(Relu(first, mask if i == len(rest) else None))
     return first
 
 
-def features(tape: Tape, source: Track, network: MLP, mask: Weight | None = None) -> Track:
-    """Lay a perceptron on a tape, from what it reads on; return its features."""
+def features(tape: Tape, source: Track, network: MLP, mask: Weight | None = None, into: Track | None = None) -> Track:
+    """Lay a perceptron on a tape, from what it reads on; return its features, which may go into a given track."""
     linears = list(network.linears())
-    return perceptron(tape, _linear(tape, tape.cast(source, tape.narrow), linears[0]), linears, mask)
+    first = linear_map(tape, tape.cast(source, tape.narrow), linears[0], into if len(linears) == 1 else None)
+    return perceptron(tape, first, linears, mask, into)
 
 
-def _linear(tape: Tape, source: Track, linear: nn.Linear) -> Track:
-    target = tape.track(linear.out_features)
+def linear_map(tape: Tape, source: Track, linear: nn.Linear, into: Track | None = None) -> Track:
+    """Lay a linear map on a tape; return what it maps to, which may be a given track."""
+    target = tape.track(linear.out_features) if into is None else into
     tape.add(Product(source, tape.weight(linear.weight.t()), target, tape.weight(linear.bias)))
     return target
 
@@ -104,7 +108,7 @@ def _linear(tape: Tape, source: Track, linear: nn.Linear) -> Track:
 def gaussian(tape: Tape, first: Track, network: Network[Gaussian]) -> Track:
     """Lay a network with a Gaussian head on a tape, from its first layer's sums on; return mean and spread."""
     body = perceptron(tape, first, network.body.linears())
-    return tape.cast(_linear(tape, body, network.head.linear), tape.wide)
+    return tape.cast(linear_map(tape, body, network.head.linear), tape.wide)
 
 
 def latent_features(

@@ -1,4 +1,4 @@
-"""One step on a tape, taken again and again: for loops whose next step is not known before the last one."""
+"""A few steps on a tape, taken again and again: for loops whose next step is not known before the last one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ READS = {"prior": "hu", "encoder": "xuh", "decoder": "zhu", "cell": "xuz"}
 
 
 class Pace:
-    """A step of a model, its states and the first sums of the networks that read h_{t-1}.
+    """Steps of a model, its states and the first sums of the networks that read h_{t-1}.
 
     What a network reads is told by letters: h for h_{t-1}, x and z for phi_x and phi_z, u for covariates. One product
     with h_{t-1} serves all networks. Whoever makes a pace lays the rest of the step on its tape, and
@@ -32,18 +32,26 @@ class Pace:
         known: Letters of what stands in ``self.known`` when a step begins.
         inputs: Width of the covariates.
         batch: Rows of what is known; a divisor of the state's.
+        steps: To be taken at once.
 
     Attributes:
-        tape: Of one step.
-        known: To be filled before a step, shape (batch, width).
+        tape: Of so many steps.
+        known: To be filled before they are taken, shape (steps, batch, width).
         sums: Of each network's first layer, and of the bottom "cell".
         hidden: h_{t-1} of the top layer, in the type of states.
     """
 
     def __init__(
-        self, model: Networks, state: State, networks: Sequence[str], known: str, inputs: int, batch: int
+        self,
+        model: Networks,
+        state: State,
+        networks: Sequence[str],
+        known: str,
+        inputs: int,
+        batch: int,
+        steps: int = 1,
     ) -> None:
-        self.tape = tape = Tape(1, len(state.h), state.h)
+        self.tape = tape = Tape(steps, len(state.h), state.h)
         cells = [cast("nn.GRUCell | nn.LSTMCell", cell) for cell in model.cells]
         self.layers = len(cells)
         states = [tape.state(part) for part in state.layers()]
@@ -68,7 +76,7 @@ class Pace:
             start += first.out_features
 
         width = sum(widths[letter] for letter in known)
-        self.known = tape.weight(state.h.new_zeros(1, batch, width)) if width else None
+        self.known = tape.weight(state.h.new_zeros(steps, batch, width)) if width else None
         for layer, h in zip(self.laid, self.hs, strict=True):
             bias = tape.weight(torch.cat([layer.bias_h, layer.bias]))
             if width and layer is self.laid[0]:
@@ -96,11 +104,11 @@ class Pace:
         ]
         return torch.cat(parts, 1)
 
-    def read(self, source: Track, letter: str, *names: str) -> None:
-        """Let networks, or the "cell", read what was found in the step."""
+    def read(self, source: Track, letters: str, *names: str) -> None:
+        """Let networks, or the "cell", read what was found in the step, told by its letters in their order."""
         for name in names:
-            weight = self.tape.weight(self.weights[name][letter].t())
-            self.tape.add(Product(source, weight, self.sums[name]))
+            weight = torch.cat([self.weights[name][letter] for letter in letters], 1)
+            self.tape.add(Product(source, self.tape.weight(weight.t()), self.sums[name]))
 
     def advance(self) -> None:
         """Lay the cells, once everything was added to the sums."""
@@ -111,17 +119,10 @@ class Pace:
             tape.add(Product(below, tape.weight(layer.cell.weight_ih.t()), layer.from_below))
             layer.advance()
 
-    def start(self) -> None:
-        """Make ready, once everything is laid."""
-        self._advance = self.tape.once()
-        self._states = [(state.at[0], state.at[1]) for state in self.tape.states]
-
-    def step(self) -> None:
-        """Take a step."""
-        self._advance()
-        for old, new in self._states:
-            old.copy_(new)
+    def step(self, steps: int = 1) -> None:
+        """Take steps, once everything is laid; what they left behind stays until the next ones."""
+        self.tape.step(steps)
 
     def state(self) -> State:
         """Return the state after the last step taken."""
-        return as_state([old for old, _ in self._states], self.layers)
+        return as_state([state.at[0].clone() for state in self.tape.states], self.layers)

@@ -100,7 +100,7 @@ class Networks(Protocol):
     backward_rnn: nn.GRU | nn.LSTM | None
     residual_posterior: bool
 
-    def look(self, x: Tensor, counted: Tensor) -> Tensor:
+    def look(self, x: Tensor, counted: Tensor | None) -> Tensor:
         """Return what phi_x reads, shape (..., width)."""
 
 

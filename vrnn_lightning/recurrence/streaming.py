@@ -60,7 +60,7 @@ class Stream:
         looking = Tape(1, self.batch, state.h)
         self._seen = looking.track(next(model.phi_x.linears()).in_features)
         phi_x = features(looking, self._seen, model.phi_x)
-        self._look = looking.once()
+        self._look = looking.step
         networks = [*["prior"] * (prior is not None), *["encoder"] * (model.encoder is not None), "decoder"]
         self._pace = pace = Pace(model, state, networks, "xu", inputs, self.batch)
         assert pace.known is not None
@@ -80,7 +80,6 @@ class Stream:
             pace.read(phi_z, "z", "decoder", "cell")
         self._read = perceptron(tape, pace.sums["decoder"], model.decoder.body.linears())
         pace.advance()
-        pace.start()
 
     @property
     def log_weights(self) -> Tensor:

@@ -25,6 +25,7 @@ from vrnn_lightning.recurrence.memory import empty
 __all__ = ["GRU", "LSTM", "Cast", "Known", "Operation", "Product", "Relu", "Sample", "Scale", "Tape", "Track", "Weight"]
 
 ops: Any = torch.ops.aten
+softplus: Any = F.softplus  # stubs do not know that it takes out=
 CACHED = 65536  # numbers of a state's steps that are prepared at once: they stay in a core's cache
 
 
@@ -221,14 +222,19 @@ class Product(Operation):
         self.source, self.weight, self.target, self.bias = source, weight, target, bias
         self.adds = False
 
+        self.first = bias is not None and len(target.value) == 1  # of many steps, all sums start from the bias at once
+
     def begin(self) -> None:
         """Let all sums start from the bias."""
-        if self.bias is not None:
+        if self.bias is not None and not self.first:
             self.target.value.copy_(self.bias.value.expand_as(self.target.value))
 
     def forward(self, t: int) -> None:
         """Make the product of a step."""
-        self.target.at[t].addmm_(self.source.at[t], self.weight.laid)
+        if self.first:
+            torch.addmm(self.bias.value, self.source.at[t], self.weight.laid, out=self.target.at[t])  # type: ignore[union-attr]
+        else:
+            self.target.at[t].addmm_(self.source.at[t], self.weight.laid)
 
     def plan(self) -> None:
         """Learn whether the source's gradient is there already."""
@@ -358,7 +364,7 @@ class Sample(Operation):
         mean = self.mean.at[t]
         if self.prior_mean is not None:
             mean.add_(self.prior_mean.at[t])
-        F.softplus(self.spread.at[t], out=self.std)
+        softplus(self.spread.at[t], out=self.std)
         torch.addcmul(mean, self.std.add_(self.least), self.noise.at[t], out=self.z.at[t])
 
     def prepare(self, start: int, end: int) -> None:
@@ -500,6 +506,8 @@ class Tape:
         self._outputs: list[Track] = []
         self._sources: dict[int, Tensor] = {}
         self._last: tuple[Tensor, Tensor] | None = None
+        self._begins: list[Any] = []
+        self._forwards: list[Any] | None = None
 
     def weight(self, tensor: Tensor) -> Weight:
         """Register a tensor that products read."""
@@ -583,17 +591,18 @@ class Tape:
         values = [track.value[: self.steps] for track in self._outputs]
         return (*values, *(state.value[self._last] for state in self.states))
 
-    def once(self) -> Callable[[], None]:
-        """Return what takes the step of a tape of one step, without graph, as often as it is called."""
-        begins, forwards = _methods(self.operations, "begin"), _methods(self.operations, "forward")
-
-        def step() -> None:
-            for begin in begins:
-                begin()
-            for forward in forwards:
-                forward(0)
-
-        return step
+    @torch.no_grad()
+    def step(self, steps: int = 1) -> None:
+        """Take some of the steps, and let the states after them be the first ones of the next call."""
+        if self._forwards is None:
+            self._begins, self._forwards = _methods(self.operations, "begin"), _methods(self.operations, "forward")
+        for begin in self._begins:
+            begin()
+        for t in range(steps):
+            for forward in self._forwards:
+                forward(t)
+        for state in self.states:
+            state.at[0].copy_(state.at[steps])
 
     def release(self) -> list[Tensor]:
         """Let go of all that grows with the steps, and return it for autograd to keep: inputs, then tracks."""
