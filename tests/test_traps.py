@@ -125,7 +125,8 @@ def filters_as_the_textbook() -> None:
 
 FILTER = "filtering:particle_filter"
 WEIGHTS = "filtering:Weights.advance"
-FORWARD, CLEAN, INFER, TRACE = (f"vrnn:VRNN.{name}" for name in ("forward", "_clean", "_infer", "_trace"))
+FORWARD, CLEAN = (f"vrnn:VRNN.{name}" for name in ("forward", "_clean"))
+SCORE = "vrnn:_score"
 LOOP, SAMPLE, FREE = "recurrence.loop:unroll", "recurrence.tape:Sample", "recurrence.generation:free_run"
 KL = "kl_divergence(posterior, prior)"
 CLOSED = (
@@ -134,9 +135,9 @@ CLOSED = (
 )
 
 TRAPS = {
-    "KL of prior from posterior": Trap(TRACE, KL, "kl_divergence(prior, posterior)", equals_textbook),
-    "KL averaged over dimensions": Trap(TRACE, KL, f"{KL} / self.latent_size", equals_textbook),
-    "KL half a nat too high": Trap(TRACE, KL, CLOSED, equals_textbook),
+    "KL of prior from posterior": Trap(SCORE, KL, "kl_divergence(prior, posterior)", equals_textbook),
+    "KL averaged over dimensions": Trap(SCORE, KL, f"{KL} / model.latent_size", equals_textbook),
+    "KL half a nat too high": Trap(SCORE, KL, CLOSED, equals_textbook),
     "networks read h_t": Trap(LOOP, "hidden = hs[-1]\n", "hidden = hs[-1].later()\n", equals_textbook),
     "cell reads x_{t-1}": Trap(
         LOOP, "tape.weight(reads.cell)", "tape.weight(torch.cat([reads.cell[:1] * 0, reads.cell[:-1]]))", equals_textbook
@@ -151,8 +152,8 @@ TRAPS = {
         "recurrence.tape:Tape.run", "lengths.clamp(max=self.steps)", "(lengths - 1).clamp(min=0)", carries_state
     ),
     "state ignored": Trap(FORWARD, "if state is None else state", "", carries_state),
-    "padding enters the likelihood": Trap(INFER, "torch.where(mask, log_prob(self.decoder.head(features), x, observed), 0.0)", "log_prob(self.decoder.head(features), x, observed)", ignores_padding),
-    "padding enters the KL": Trap(TRACE, "torch.where(mask[..., None], ", "torch.where(mask[..., None] | True, ", ignores_padding),
+    "padding enters the likelihood": Trap(SCORE, "torch.where(mask, log_prob(model.decoder.head(features), x, observed), 0.0)", "log_prob(model.decoder.head(features), x, observed)", ignores_padding),
+    "padding enters the KL": Trap(SCORE, "torch.where(mask[..., None], ", "torch.where(mask[..., None] | True, ", ignores_padding),
     "padding enters the network": Trap(
         CLEAN, "x=batch.x.masked_fill(~batch.counted, 0.0)", "x=batch.x",
         lambda: test_recurrence.test_padding_changes_nothing("gru", float("nan")),
@@ -168,7 +169,7 @@ TRAPS = {
     ),
     "centring forgotten in sampling": Trap("recurrence.generation:_Look.forward", "self.look(self.x.at[t], None)", "self.x.at[t]", generates_as_trained),
     "loss on data, network on centred data": Trap(
-        INFER, "(features), x, observed)", "(features), self.look(x, torch.ones_like(x).bool()), observed)", equals_textbook
+        SCORE, "(features), x, observed)", "(features), model.look(x, torch.ones_like(x).bool()), observed)", equals_textbook
     ),
     "no floor under the std": Trap("heads.continuous:Gaussian.moments", " + self.min_std", "", std_has_a_floor),
     "batch of one squeezed": Trap(

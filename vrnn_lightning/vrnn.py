@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -87,8 +88,53 @@ class _Inferred(NamedTuple):
     mask: Tensor
     features: Tensor
     log_px: Tensor
+    kl: Tensor | None
     posterior: Normal | None
     prior: Normal | None
+
+
+Moments = tuple[Tensor, Tensor]
+
+
+def _score(
+    model: VRNN,
+    phi_z: Tensor,
+    hidden: Tensor,
+    latent: Moments | None,
+    known_prior: Moments | None,
+    x: Tensor,
+    mask: Tensor,
+    observed: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Score what the loop found, for all steps at once.
+
+    Args:
+        model: Decoder, emission and prior.
+        phi_z: Features of z_t, shape (time, rows, width).
+        hidden: h_{t-1} and covariates, shape (time, rows, width).
+        latent: Mean and standard deviation of the posterior.
+        known_prior: Of the prior, if the loop found them.
+        x: Frames, shape (time, rows, features).
+        mask: True at real steps, shape (time, rows).
+        observed: True at measured values, shape (time, rows, features).
+
+    Returns:
+        What the emission's head reads, and log p(x_t | .); with a latent also the KL of each of its dimensions and the
+        prior's mean and standard deviation.
+    """
+    features = model.decoder.body(torch.cat([phi_z, hidden], -1))
+    log_px = torch.where(mask, log_prob(model.decoder.head(features), x, observed), 0.0)
+    if latent is None or model.prior is None:
+        return features, log_px
+    posterior = Normal(*latent, validate_args=False)
+    prior = model.prior(hidden).base_dist if known_prior is None else Normal(*known_prior, validate_args=False)
+    kl = torch.where(mask[..., None], kl_divergence(posterior, prior), 0.0)
+    return features, log_px, kl, prior.loc, prior.scale
+
+
+@cache
+def _compiled_score() -> Callable[..., tuple[Tensor, ...]]:
+    return torch.compile(_score)
 
 
 def _batch_first(normal: Normal) -> Normal:
@@ -227,6 +273,8 @@ class VRNN(nn.Module):
         self.checkpoint_every: int | None = None
         """In training keep only the states between windows of so many steps, and infer each window again on the way
         back (Chen et al. 2016, arXiv 1604.06174); ``None`` keeps all. It changes no value: an option of the run."""
+        self.compiled = False
+        """Score with :func:`torch.compile`: all that is outside the time loop. It, too, is an option of the run."""
         self.register_buffer("input_mean", torch.zeros(num_features))
         self.register_buffer("input_std", torch.ones(num_features))
 
@@ -365,17 +413,17 @@ class VRNN(nn.Module):
         hidden = steps.hidden
         if batch.inputs is not None:
             hidden = torch.cat([hidden, repeat_rows(batch.inputs, samples).transpose(0, 1)], -1)
-        features = self.decoder.body(torch.cat([steps.phi_z, hidden], -1))
         x = repeat_rows(batch.x, samples).transpose(0, 1)
         observed = None if batch.observed is None else repeat_rows(batch.counted, samples).transpose(0, 1)
         mask = repeat_rows(batch.mask, samples).t()
-        log_px = torch.where(mask, log_prob(self.decoder.head(features), x, observed), 0.0)
-        if self.prior is None:
-            return _Inferred(steps, mask, features, log_px, None, None)
-        posterior = Normal(steps.mean, steps.std, validate_args=False)
-        if steps.prior is None:
-            return _Inferred(steps, mask, features, log_px, posterior, self.prior(hidden).base_dist)
-        return _Inferred(steps, mask, features, log_px, posterior, Normal(*steps.prior, validate_args=False))
+        latent = None if self.prior is None else (steps.mean, steps.std)
+        scored = _compiled_score() if self.compiled else _score
+        features, log_px, *of_latent = scored(self, steps.phi_z, hidden, latent, steps.prior, x, mask, observed)
+        if latent is None:
+            return _Inferred(steps, mask, features, log_px, None, None, None)
+        kl, mean, std = of_latent
+        posterior, prior = Normal(*latent, validate_args=False), Normal(mean, std, validate_args=False)
+        return _Inferred(steps, mask, features, log_px, kl, posterior, prior)
 
     def _trace(
         self,
@@ -386,13 +434,12 @@ class VRNN(nn.Module):
         samples: int,
         future: Tensor | None,
     ) -> Trace:
-        steps, mask, features, log_px, posterior, prior = self._infer(batch, noise, state, masks, samples, future)
+        steps, mask, features, log_px, kl, posterior, prior = self._infer(batch, noise, state, masks, samples, future)
         z, features = steps.z.transpose(0, 1), features.transpose(0, 1)
-        if posterior is None or prior is None:
+        if kl is None or posterior is None or prior is None:
             return Trace(log_px.t(), z, mask.t(), features, self.decoder.head, None, None, z, steps.state)
-        kl = torch.where(mask[..., None], kl_divergence(posterior, prior), 0.0).transpose(0, 1)
         q, p = (Factorised(_batch_first(normal)) for normal in (posterior, prior))
-        return Trace(log_px.t(), kl, mask.t(), features, self.decoder.head, q, p, z, steps.state)
+        return Trace(log_px.t(), kl.transpose(0, 1), mask.t(), features, self.decoder.head, q, p, z, steps.state)
 
     def terms(
         self,

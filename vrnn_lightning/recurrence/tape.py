@@ -552,6 +552,7 @@ class Tape:
         self.add(Cast(source, target))
         return target
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # unrolled, it would take minutes and gain nothing
     def run(
         self, outputs: Sequence[Track], lengths: Tensor, choose: Callable[[int], Tensor | None] | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
