@@ -70,7 +70,7 @@ def _normal(raw: Tensor) -> Normal:
     return Normal(mean, nn.functional.softplus(spread) + 1e-4, validate_args=False)
 
 
-def make(size: Size, device: str, emission: type = Gaussian) -> tuple[VRNN, SequenceBatch]:
+def make(size: Size, device: str, emission: Callable[..., nn.Module] = Gaussian) -> tuple[VRNN, SequenceBatch]:
     """Return a model and a batch."""
     torch.manual_seed(0)
     layers = dict.fromkeys(NETWORKS, Layers(size.h))
@@ -119,6 +119,20 @@ def training(size: Size, device: str = "cpu", precision: str = "32") -> dict[str
 
     contestants = {"fast": (model, fast), "textbook": (model, slow), "floor": (floor, without)}
     return {name: trained(*of, size, precision) for name, of in contestants.items()}
+
+
+def compiling(size: Size, emission: Callable[..., nn.Module], device: str = "cpu") -> dict[str, Callable[[], None]]:
+    """Return a training step of the fast loop as it is, and with what is outside the loop compiled."""
+    found = {}
+    for name in ("plain", "compiled"):
+        model, batch = make(size, device, emission)
+        model.compiled = name == "compiled"
+
+        def value(model: VRNN = model, batch: SequenceBatch = batch) -> Tensor:
+            return ELBO()(model, batch, Noise(batch), 1.0, lambda total: total).value
+
+        found[name] = trained(model, value, size, "32")
+    return found
 
 
 def filtering(size: Size, samples: int, device: str = "cpu") -> dict[str, Callable[[], None]]:

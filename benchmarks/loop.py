@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from contestants import (
     Size,
     alternate,
+    compiling,
     evaluation,
     filtering,
     generation,
@@ -29,6 +31,8 @@ from contestants import (
     product_rate,
     training,
 )
+
+from vrnn_lightning.heads import Gaussian, GaussianMixture
 
 TRAINING = [
     Size(28, 100, 16, 128, 28),
@@ -40,6 +44,7 @@ TRAINING = [
 ]
 EVALUATION = TRAINING[:2]
 GENERATION = [Size(28, 100, 16, 64, 1000), Size(28, 100, 16, 1, 1000)]
+COMPILED = [("Gaussian", Gaussian, TRAINING[0]), ("20 Gaussians", GaussianMixture, Size(200, 200, 32, 16, 40))]
 FILTER, PARTICLES = [Size(88, 64, 32, 8, 60)], 16
 MEMORY = [("one step", Size(28, 100, 16, 128, 28), None), ("checkpointing", Size(28, 100, 16, 4, 10000), 100)]
 LENGTHS = [1000, 10000, 100000]
@@ -71,6 +76,45 @@ def rates(options: argparse.Namespace) -> None:
         (taken,), _ = medians(alternate([step], options.repeats))
         cells = (f"{count / 1e9:.1f}", f"{1e3 * count / rate:.1f}", f"{1e3 * taken:.1f}", f"{count / rate / taken:.0%}")
         print(f"| {size} | {' | '.join(cells)} |", flush=True)
+
+
+def compiled(options: argparse.Namespace) -> None:
+    """Print what compiling costs and gains."""
+    print("\n| compiled: emission, x / h / z, batch x steps | plain, ms | compiled, ms | gain | compiling, s |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, emission, size in COMPILED:
+        steps = compiling(size, emission, options.device)
+        start = time.perf_counter()
+        steps["compiled"]()
+        taken = time.perf_counter() - start
+        (plain, fast), ratios = medians(alternate(list(steps.values()), options.repeats))
+        cells = f"{1e3 * plain:.1f} | {1e3 * fast:.1f} | {1 / ratios[1]:.2f} | {taken:.0f}"
+        print(f"| {name}, {size} | {cells} |", flush=True)
+
+
+def profile(options: argparse.Namespace) -> None:
+    """Print what a training step's time goes to, at the sizes whose products are the least and the largest share."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    found = []
+    for size in TRAINING:
+        step = training(size)["fast"]
+        for _ in range(3):
+            step()
+        with record(activities=[ProfilerActivity.CPU]) as recorded:
+            for _ in range(options.repeats):
+                step()
+        times = {event.key: event.self_cpu_time_total for event in recorded.key_averages()}
+        total = sum(times.values())
+        shares = {name.removeprefix("aten::"): value / total for name, value in times.items()}
+        products = sum(shares.pop(name, 0.0) for name in ("mm", "addmm", "addmm_"))
+        rest = sorted(shares.items(), key=lambda item: -item[1])[:6]
+        found.append((products, size, ", ".join(f"{name} {share:.0%}" for name, share in rest)))
+    print("\n| profile: x / h / z, batch x steps | products | then |")
+    print("| --- | --- | --- |")
+    for products, size, rest in (min(found), max(found)):
+        print(f"| {size} | {products:.0%} | {rest} |", flush=True)
 
 
 def memory(options: argparse.Namespace) -> None:
@@ -148,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
         measure_peak(*words[1:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = ("training", "rates", "evaluation", "generation", "filter", "memory")
+    tables = ("training", "rates", "evaluation", "generation", "filter", "compiled", "profile", "memory")
     parser.add_argument("tables", nargs="*", default=[], help=f"which of {', '.join(tables)} (default: all)")
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds per row (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
@@ -173,6 +217,10 @@ def main(arguments: list[str] | None = None) -> None:
         table("generation", GENERATION, lambda size: generation(size, device), options)
     if "filter" in wanted:
         table(f"FIVO, K = {PARTICLES}", FILTER, lambda size: filtering(size, PARTICLES, device), options)
+    if "compiled" in wanted:
+        compiled(options)
+    if "profile" in wanted and device == "cpu":
+        profile(options)
     if "memory" in wanted and device == "cpu":
         memory(options)
 

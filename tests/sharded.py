@@ -1,5 +1,6 @@
 """The command line with a strategy more: FSDP on a CPU, which Lightning's own name refuses."""
 
+import os
 import sys
 
 import torch
@@ -26,5 +27,16 @@ def whole_state(module, world_size, rank0_only=True):
 fsdp._get_full_state_dict_context = whole_state
 FSDPPrecision.forward_context = lambda self: torch.autocast("cpu", torch.bfloat16, "mixed" in self.precision)
 StrategyRegistry.register("sharded", Sharded)
-if __name__ == "__main__":
-    sys.exit(main())
+
+
+def run(words, environment, said):
+    """Run a command in this process, which has imported everything already; what it says goes to a file."""
+    os.environ.update(environment)
+    with open(said, "w") as file:  # noqa: PTH123
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        torch.set_num_threads(1)
+        code = main(words)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

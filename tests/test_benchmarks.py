@@ -7,23 +7,34 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from vrnn_lightning import vrnn
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it does itself
 def test_loop(capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     benchmark = runpy.run_path(str(FOLDER / "loop.py"))
     size = benchmark["Size"](2, 3, 1, 2, 3)
     for name in ("TRAINING", "EVALUATION", "GENERATION", "FILTER"):
         benchmark[name][:] = [size, size._replace(cell="lstm")]
+    benchmark["COMPILED"][:] = [("Gaussian", benchmark["Gaussian"], size)]
+    traced = torch.compile(vrnn._score, backend="eager")  # no compiler here
+    monkeypatch.setattr(vrnn, "_compiled_score", lambda: traced)
     benchmark["MEMORY"][:] = [("one step", size, 2)]
     benchmark["LENGTHS"][:] = []
-    tables = [] if sys.platform == "linux" else ["training", "rates", "evaluation", "generation", "filter"]
+    tables = (
+        []
+        if sys.platform == "linux"
+        else ["training", "rates", "evaluation", "generation", "filter", "compiled", "profile"]
+    )
     benchmark["main"]([*tables, "--repeats", "1", "--threads", "1"])
     said = capsys.readouterr().out
-    assert said.count("| 2 / 3 / 1, 2 x 3 |") == 5
-    assert said.count("| LSTM, 2 / 3 / 1, 2 x 3 |") == 5
+    assert said.count("| 2 / 3 / 1, 2 x 3 |") + said.count("| LSTM, 2 / 3 / 1, 2 x 3 |") == 2 * 6
+    assert "| Gaussian, 2 / 3 / 1, 2 x 3 |" in said
     assert ("| one step, 2 / 3 / 1, 2 x 3 |" in said) == (sys.platform == "linux")
 
 

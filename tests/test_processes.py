@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import sharded
 import torch
 
 OPTIONS = {
@@ -20,21 +22,44 @@ OPTIONS = {
 }  # fmt: skip
 
 
-PROGRAM = ("-m", "vrnn_lightning")
-TORCHRUN = ("-m", "torch.distributed.run")
-SHARDED = (str(Path(__file__).parent / "sharded.py"),)
+PROGRAM = (sys.executable, "-m", "vrnn_lightning")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["lightning.pytorch", "torch.distributed.fsdp", "vrnn_lightning.cli"]
+)  # their imports take longest
 
 
 def words(folder: Path, options: dict[str, object]) -> list[str]:
     return [f"--{k}={v}" for k, v in {**OPTIONS, **options, "trainer.default_root_dir": folder}.items()]
 
 
-def fit(folder: Path, program: tuple[str, ...] = PROGRAM, **options: object) -> Path:
+def fit(folder: Path, **options: object) -> Path:
     """Run a fit in processes of its own; return the run's folder."""
-    command = [sys.executable, *program, "fit", *words(folder, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run(folder, ["fit", *words(folder, options)], int(str(options.get("trainer.devices", 1))))
     return the_run(folder)
+
+
+def run(folder: Path, command: list[str], count: int = 1) -> str:
+    """Run a command in as many processes, which find each other as torchrun's do; return what the first one said."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    files = [folder / f"said{rank}.txt" for rank in range(count)]
+    started = []
+    for rank, file in enumerate(files):
+        place = {
+            "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0",
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        }  # fmt: skip
+        process = SERVER.Process(target=sharded.run, args=(command, place if count > 1 else {}, file))
+        process.start()
+        started.append(process)
+    for process in started:
+        process.join(120)
+    for process in started:
+        process.kill()
+    assert [process.exitcode for process in started] == [0] * count, "\n".join(file.read_text() for file in files)
+    return files[0].read_text()
 
 
 def the_run(folder: Path) -> Path:
@@ -63,7 +88,14 @@ def column(run: Path, name: str) -> list[float]:
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, more):
     """Parameters, losses and figures, with a latent, free bits, ragged lengths and a last batch of one sequence."""
     one = fit(tmp_path / "one", **more, **{"data.batch_size": 4})
-    two = fit(tmp_path / "two", **more, **{"data.batch_size": 2, "trainer.devices": 2, "trainer.strategy": "ddp"})
+    options = {**more, "data.batch_size": 2, "trainer.devices": 2, "trainer.strategy": "ddp"}
+    if more:
+        two = fit(tmp_path / "two", **options)
+    else:  # as a user starts it
+        subprocess.run(
+            [*PROGRAM, "fit", *words(tmp_path / "two", options)], check=True, capture_output=True, timeout=120
+        )
+        two = the_run(tmp_path / "two")
     assert_same((one, two), 1e-10)
     for name in ("train/loss", "train/elbo", "val/elbo", "val/gap", "val/bits_per_dim"):
         assert column(two, name) == pytest.approx(column(one, name), rel=1e-5), name
@@ -82,9 +114,16 @@ def test_two_nodes_started_with_torchrun_equal_one_process(tmp_path):
     place = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     started = []
     for rank in (0, 1):
-        command = [*TORCHRUN, *place, f"--node_rank={rank}", *PROGRAM, "fit", *words(tmp_path / f"node{rank}", nodes)]
+        command = [
+            *TORCHRUN,
+            *place,
+            f"--node_rank={rank}",
+            *PROGRAM[1:],
+            "fit",
+            *words(tmp_path / f"node{rank}", nodes),
+        ]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen([sys.executable, *command], **pipes))
+        started.append(subprocess.Popen(command, **pipes))
     try:
         said = [node.communicate(timeout=120)[0] for node in started]
     finally:
@@ -107,9 +146,9 @@ def test_processes_that_share_the_parameters_train_as_one_does(tmp_path):
         "data": "HiddenMarkov", "model.emission": "Bernoulli", "model.smoothing": "true", "model.dropout": 0.2,
         "trainer.precision": "32-true", "trainer.gradient_clip_val": 5,
     }  # fmt: skip
-    one = fit(tmp_path / "one", SHARDED, **options, **{"data.batch_size": 4, "trainer.max_epochs": 3})
-    last = fit(tmp_path / "two", SHARDED, **options, **SHARED) / "checkpoints" / "last.ckpt"
-    two = fit(tmp_path / "two", SHARDED, **options, **SHARED, **{"trainer.max_epochs": 3, "ckpt_path": last})
+    one = fit(tmp_path / "one", **options, **{"data.batch_size": 4, "trainer.max_epochs": 3})
+    last = fit(tmp_path / "two", **options, **SHARED) / "checkpoints" / "last.ckpt"
+    two = fit(tmp_path / "two", **options, **SHARED, **{"trainer.max_epochs": 3, "ckpt_path": last})
     assert_same((one, two), 1e-5)
     for name in ("train/loss", "train/grad_norm", "val/elbo"):
         assert column(two, name) == pytest.approx(column(one, name), rel=1e-5), name
@@ -120,8 +159,8 @@ def test_processes_that_share_the_parameters_train_as_one_does(tmp_path):
 def test_mixed_precision_is_the_same_where_processes_share_the_parameters(tmp_path):
     """FSDP: the parameters stay wide, and only products are narrow."""
     mixed = {"trainer.precision": "bf16-mixed"}
-    one = fit(tmp_path / "one", SHARDED, **mixed, **{"data.batch_size": 4})
-    two = fit(tmp_path / "two", SHARDED, **mixed, **SHARED)
+    one = fit(tmp_path / "one", **mixed, **{"data.batch_size": 4})
+    two = fit(tmp_path / "two", **mixed, **SHARED)
     for name in ("train/loss", "train/grad_norm", "val/elbo"):
         assert column(two, name) == pytest.approx(column(one, name), rel=2e-3), name
 
@@ -139,18 +178,17 @@ def test_two_processes_steer_the_kl_alike(tmp_path):
 @pytest.mark.parametrize(("strategy", "precision"), [("ddp", "64-true"), ("sharded", "32-true")])
 def test_two_processes_report_what_one_reports(tmp_path, strategy, precision):
     """Bounds, errors and effective samples of a test; the last batch leaves one process without a sequence."""
-    run = fit(tmp_path / "trained", **{"trainer.max_epochs": 1, "data.batch_size": 4})
+    run_folder = fit(tmp_path / "trained", **{"trainer.max_epochs": 1, "data.batch_size": 4})
     found = []
     for devices, size in ((1, 4), (2, 2)):
         command = [
-            *SHARDED, "test", f"--ckpt_path={run}/checkpoints/last.ckpt", "--data=Sines", f"--data.batch_size={size}",
+            "test", f"--ckpt_path={run_folder}/checkpoints/last.ckpt", "--data=Sines", f"--data.batch_size={size}",
             "--evaluation.samples=3", f"--trainer.precision={precision}", "--trainer.accelerator=cpu",
             f"--trainer.devices={devices}", f"--trainer.strategy={strategy if devices > 1 else 'auto'}",
             f"--trainer.default_root_dir={tmp_path}",
         ]  # fmt: skip
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        rows = [line.split("│")[1:3] for line in done.stdout.splitlines() if line.count("│") == 3]
+        said = run(tmp_path / f"on {devices}", command, devices)
+        rows = [line.split("│")[1:3] for line in said.splitlines() if line.count("│") == 3]
         found.append({name.strip(): float(value) for name, value in rows})
     assert {"test/iwae", "test/fivo_stderr", "test/fivo_effective_samples"} <= set(found[0])
     assert found[1] == pytest.approx(found[0], rel=1e-5)
