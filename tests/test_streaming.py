@@ -8,6 +8,7 @@ from test_recurrence import OPTIONS, add_extras, draw_noise, make_batch, make_mo
 
 from vrnn_lightning import SequenceBatch, UserError
 from vrnn_lightning.filtering import Resampling
+from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import Stream
 
 SHOWN = {"plain": {}, **{name: {**options, "smoothing": False} for name, options in OPTIONS.items()}}
@@ -72,6 +73,19 @@ def test_resampled_particles_estimate_the_same_likelihood(scheme):
     )
     error = (plain.var() / 4000 + resampled.var() / 4000).sqrt()
     assert (plain.mean() - resampled.mean()).abs() < 5 * error
+
+
+@pytest.mark.parametrize("scheme", ["systematic", "multinomial"])
+def test_resampling_is_the_filter_s(scheme, monkeypatch):
+    model, batch, rule = make_model().eval(), make_batch([9, 9]), Resampling(scheme, 0.9)
+    noise = Noise(batch, [5, 6])
+    with torch.no_grad():
+        filtered = model.filter(batch, 4, rule, noise)
+    draws = [step.t() for step in noise.uniform_over_time(rule.draws(4)).unbind(1)]
+    monkeypatch.setattr(torch, "rand", lambda *shape: draws.pop(0))
+    found = follow(model.stream(2, 4, resampling=rule), batch, noise.over_time(4, 4))
+    torch.testing.assert_close(found.sum(1), filtered.log_likelihood, rtol=1e-9, atol=1e-9)
+    assert filtered.effective_samples.min() < 4 * 0.9
 
 
 def test_resampling_moves_particles_with_their_states():
