@@ -14,6 +14,7 @@ from vrnn_lightning import UserError
 from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO, FIVO, IWAE
+from vrnn_lightning.recurrence import memory
 
 SEEDS = [0, 1, 2]
 OPTIONS = {
@@ -98,6 +99,20 @@ def test_a_choice_can_not_be_weighed_by_what_is_not_kept():
     model.checkpoint_every = 2
     with pytest.raises(UserError, match=r"loop\.checkpoint_every"):
         evaluated(FIVO(3, "multinomial", resampling_gradient=True), model, batch)
+
+
+def test_recomputed_windows_leave_nothing_behind(monkeypatch):
+    """While a loss, and with it the whole graph, lives on, no window keeps what it held on its way back."""
+    monkeypatch.setattr(memory, "SMALL", 0)
+    lent = []
+    for steps in (20, 80):
+        monkeypatch.setattr(memory, "_pool", memory._Pool())
+        model, batch = test_recurrence.make_model(), test_recurrence.make_batch([steps] * 3)
+        model.checkpoint_every = 10
+        found = evaluated(ELBO(), model, batch)
+        found.value.backward()
+        lent.append(sum(memory._pool._references(i) != memory._pool._alone for i in range(len(memory._pool._arrays))))
+    assert lent[1] <= lent[0] + 8
 
 
 STREAMS = [

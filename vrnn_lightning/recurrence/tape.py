@@ -638,6 +638,7 @@ class Tape:
             if grad is not None:
                 state.grad.index_put_(self._last, grad.to(state.grad), accumulate=True)
         way = self.operations[::-1]
+        before = [vars(operation).copy() for operation in way]
         for operation in way:
             operation.plan()
         backwards, prepares = _methods(way, "backward"), _methods(way, "prepare")
@@ -654,6 +655,9 @@ class Tape:
         for operation in way:
             operation.finish()
         found = [_collect(each) for each in self._found]
+        for operation, attributes in zip(way, before, strict=True):  # the graph, which may live on, holds this tape
+            vars(operation).clear()
+            vars(operation).update(attributes)
         for track in self._tracks:
             track.forget_grad()
         self._release_values()
