@@ -26,10 +26,11 @@ class Jumps(SyntheticDataModule):
         x_t = \rho x_{t-1} + a s_t \mathbf 1 + \varepsilon_t, \quad P(s_t = 1) = P(s_t = -1) = \tfrac12, \quad
         \varepsilon_t \sim \mathcal N\big(0, \sigma^2 [(1 - c) I + c \mathbf 1 \mathbf 1^\top]\big)
 
-    and :math:`x_0 = 0`. Given the past, a step is the even mixture of two Gaussians, whose :meth:`exact_log_likelihood` is what the best of
-    all models reaches on average: minus :attr:`entropy` a step. The past says nothing of where the next jump goes. So a
-    network without a latent and with a Gaussian output loses at least :attr:`gaussian_loss` nats a step, and
-    :attr:`diagonal_loss` with a diagonal one; a latent in the place of the jump need not.
+    and :math:`x_0 = 0`. Given the past, a step is the even mixture of two Gaussians, whose
+    :meth:`exact_log_likelihood` is what the best of all models reaches on average: minus :attr:`entropy` a step. The
+    past says nothing of where the next jump goes. So a network without a latent and with a Gaussian output loses at
+    least :attr:`gaussian_loss` nats a step, and :attr:`diagonal_loss` with a diagonal one, however well it remembers; a
+    latent can take the place of the jump.
 
     Data units are the model's units: the scaler is the identity.
 
