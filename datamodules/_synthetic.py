@@ -97,22 +97,22 @@ def _sequences(
     return [Sequence(x[:n], name=f"{name} {i}") for i, (x, n) in enumerate(zip(values, lengths.tolist(), strict=True))]
 
 
-def integrate(derivative: Callable[[Floats], Floats], state: Floats, interval: float, steps: int) -> Floats:
+def integrate(derivative: Callable[[Floats], Floats], state: Floats, interval: float | Floats, steps: int) -> Floats:
     """Follow an autonomous differential equation from many states, with the classical Runge-Kutta rule.
 
     Args:
-        derivative: Of a state of shape (..., variables) with respect to time.
-        state: Where to begin, shape (..., variables).
-        interval: Time between two steps; the rule itself steps by at most 0.01.
+        derivative: Of states of shape (variables, ...) with respect to time.
+        state: Where to begin, shape (variables, ...).
+        interval: Time between two steps, one or of shape (...); the rule itself steps by at most 0.01.
         steps: How many to return, the first of them ``state``.
 
     Returns:
-        States of shape (..., steps, variables).
+        States of shape (variables, ..., steps).
 
-    >>> integrate(lambda x: -x, np.ones(1), interval=1.0, steps=3)[:, 0].round(9).tolist()
+    >>> integrate(lambda x: -x, np.ones(1), interval=1.0, steps=3)[0].round(9).tolist()
     [1.0, 0.367879441, 0.135335283]
     """
-    substeps = math.ceil(interval / 0.01)
+    substeps = math.ceil(np.max(interval) / 0.01)
     dt = interval / substeps
     path = [state]
     for _ in range(steps - 1):
@@ -123,7 +123,7 @@ def integrate(derivative: Callable[[Floats], Floats], state: Floats, interval: f
             k4 = derivative(state + dt * k3)
             state = state + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         path.append(state)
-    return np.stack(path, -2)
+    return np.stack(path, -1)
 
 
 def require(option: str, value: float, least: float, most: float | None = None) -> None:

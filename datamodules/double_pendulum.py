@@ -91,9 +91,9 @@ class DoublePendulum(SyntheticDataModule):
 def _swings(
     lengths: NDArray[np.int64], random: np.random.Generator, interval: float, max_angle: float, noise: float
 ) -> Floats:
-    angles = random.uniform(-max_angle, max_angle, (len(lengths), 2))
-    start = np.concatenate([angles, np.zeros_like(angles)], -1)
-    upper, lower = np.moveaxis(integrate(_pendulum, start, interval, lengths.max())[..., :2], -1, 0)
+    angles = random.uniform(-max_angle, max_angle, (2, len(lengths)))
+    start = np.concatenate([angles, np.zeros_like(angles)])
+    upper, lower = integrate(_pendulum, start, interval, lengths.max())[:2]
     elbow = np.stack([np.sin(upper), -np.cos(upper)], -1)
     seen = np.concatenate([elbow, elbow + np.stack([np.sin(lower), -np.cos(lower)], -1)], -1)
     return seen + noise * random.standard_normal(seen.shape)
@@ -101,10 +101,10 @@ def _swings(
 
 def _pendulum(state: Floats) -> Floats:
     """Return the derivative of (upper angle, lower angle, their velocities)."""
-    upper, lower, u, v = np.moveaxis(state, -1, 0)
+    upper, lower, u, v = state
     sin, cos = np.sin(upper - lower), np.cos(upper - lower)
     inertia = 2 + 2 * sin**2  # 3 - cos 2 delta
     pull = -3 * GRAVITY * np.sin(upper) - GRAVITY * np.sin(upper - 2 * lower)
     du = (pull - 2 * sin * (v**2 + u**2 * cos)) / inertia
     dv = 2 * sin * (2 * u**2 + 2 * GRAVITY * np.cos(upper) + v**2 * cos) / inertia
-    return np.stack([u, v, du, dv], -1)
+    return np.array([u, v, du, dv])

@@ -79,12 +79,13 @@ class Lorenz(SyntheticDataModule):
 def _paths(
     lengths: NDArray[np.int64], random: np.random.Generator, channels: int, interval: float, noise: float
 ) -> Floats:
-    anywhere = random.normal([0, 0, 25], [8, 8, 8], (len(lengths), 3))
-    start = integrate(_lorenz, anywhere, interval=5.0, steps=2)[:, 1]  # by then it is on the attractor
-    seen = integrate(_lorenz, start, interval, lengths.max())[..., :channels]
+    anywhere = random.normal([[0], [0], [25]], 8, (3, len(lengths)))
+    times = random.uniform(4, 6, len(lengths))  # by then they are on the attractor, and out of step
+    start = integrate(_lorenz, anywhere, times, steps=2)[..., 1]
+    seen = np.moveaxis(integrate(_lorenz, start, interval, lengths.max())[:channels], 0, -1)
     return seen + noise * random.standard_normal(seen.shape)
 
 
 def _lorenz(state: Floats) -> Floats:
-    x, y, z = np.moveaxis(state, -1, 0)
-    return np.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z], -1)
+    x, y, z = state
+    return np.array([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z])
