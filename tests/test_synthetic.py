@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from itertools import pairwise
 
@@ -72,6 +73,30 @@ def test_a_sequence_of_one_step(cls):
     data = cls(steps=1, train_size=3, val_size=1, test_size=1, **options)
     assert [tuple(s.x.shape) for s in data.split("train")] == [(1, data.num_features)] * 3
     assert torch.isfinite(data.scaler.std).all()
+
+
+@pytest.mark.parametrize("more", [["--data.num_workers=1"], ["--data.window=4"]], ids=["helped", "streams"])
+def test_a_resume_within_an_epoch_goes_on_with_its_draws(lightning, folder, more):
+    """The losses of a run that was stopped in its second epoch are those of one that was not, number by number."""
+    words = [
+        "fit", "--data=Jumps", "--data.fresh=true", "--data.train_size=16", "--data.val_size=2", "--data.steps=9",
+        *more, "--data.batch_size=4", "--data.min_steps=3", "--model.latent_size=2", "--model.hidden_size=4",
+        "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false",
+        "--samples.every_n_validations=0",
+    ]  # fmt: skip
+
+    def losses(run: str, *rest: str) -> list[str]:
+        done = lightning(*words, f"--trainer.default_root_dir={run}", *rest)
+        assert done.code == 0, done.err
+        (metrics,) = (folder / run).rglob("metrics.csv")
+        with metrics.open() as file:
+            return [row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]]
+
+    whole = losses("whole", "--trainer.max_epochs=3")
+    stop = len(whole) // 2
+    assert losses("broken", f"--trainer.max_steps={stop}") == whole[:stop]
+    (last,) = (folder / "broken").rglob("last.ckpt")
+    assert losses("broken", "--trainer.max_epochs=3", "--trainer.max_steps=-1", f"--ckpt_path={last}") == whole
 
 
 WRONG = [
