@@ -44,7 +44,7 @@ class BouncingBall(SyntheticDataModule):
         UserError: An option outside its range.
 
     >>> ball = BouncingBall(channels=1, speed=0.5, noise=0, seed=3)
-    >>> ball.split("test")[0].x[:8, 0].round(decimals=2).tolist()
+    >>> [round(float(x), 2) for x in ball.split("test")[0].x[:8]]
     [0.66, 0.16, -0.34, -0.84, -0.66, -0.16, 0.34, 0.84]
     """
 

@@ -75,12 +75,12 @@ def test_a_sequence_of_one_step(cls):
     assert torch.isfinite(data.scaler.std).all()
 
 
-@pytest.mark.parametrize("more", [["--data.num_workers=1"], ["--data.window=4"]], ids=["helped", "streams"])
-def test_a_resume_within_an_epoch_goes_on_with_its_draws(lightning, folder, more):
-    """The losses of a run that was stopped in its second epoch are those of one that was not, number by number."""
+def test_a_resume_within_an_epoch_goes_on_with_its_draws(lightning, folder):
+    """Windows that another process reads: losses of a run stopped in its second epoch are those of one that was not."""
     words = [
         "fit", "--data=Jumps", "--data.fresh=true", "--data.train_size=16", "--data.val_size=2", "--data.steps=9",
-        *more, "--data.batch_size=4", "--data.min_steps=3", "--model.latent_size=2", "--model.hidden_size=4",
+        "--data.window=5", "--data.num_workers=1", "--data.batch_size=4", "--data.min_steps=3",
+        "--model.latent_size=2", "--model.hidden_size=4",
         "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false",
         "--samples.every_n_validations=0",
     ]  # fmt: skip
@@ -92,11 +92,11 @@ def test_a_resume_within_an_epoch_goes_on_with_its_draws(lightning, folder, more
         with metrics.open() as file:
             return [row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]]
 
-    whole = losses("whole", "--trainer.max_epochs=3")
-    stop = len(whole) // 2
+    whole = losses("whole", "--trainer.max_epochs=2")
+    stop = len(whole) - 2
     assert losses("broken", f"--trainer.max_steps={stop}") == whole[:stop]
     (last,) = (folder / "broken").rglob("last.ckpt")
-    assert losses("broken", "--trainer.max_epochs=3", "--trainer.max_steps=-1", f"--ckpt_path={last}") == whole
+    assert losses("broken", "--trainer.max_epochs=2", "--trainer.max_steps=-1", f"--ckpt_path={last}") == whole
 
 
 WRONG = [
