@@ -189,12 +189,12 @@ def test_the_pendulum_starts_below_its_largest_angle():
 
 def test_the_ball_bounces_where_small_steps_say():
     """Moved step by step, its velocity turned round at each wall that it meets."""
+    checked = 0
     for path in stacked(BouncingBall(channels=3, speed=0.7, noise=0, train_size=20)).numpy():
-        inside = np.abs(path[:3] - path[1:4]).max() < 0.7 and (np.abs(path[:2] + path[1:2] - path[:1]) < 1).all()
-        velocity = path[1] - path[0]
-        if not inside or not math.isclose(np.linalg.norm(velocity), 0.7, rel_tol=1e-5):
+        place, velocity = path[0].copy(), path[1] - path[0]
+        if not math.isclose(np.linalg.norm(velocity), 0.7, rel_tol=1e-5):
             continue  # it met a wall at once
-        place = path[0].copy()
+        checked += 1
         for expected in path[1:]:
             place = place + velocity
             for wall in (-1, 1):
@@ -202,9 +202,7 @@ def test_the_ball_bounces_where_small_steps_say():
                 place[beyond] = 2 * wall - place[beyond]
                 velocity[beyond] *= -1
             np.testing.assert_allclose(place, expected, atol=1e-4)
-        break
-    else:
-        pytest.fail("no path to check")
+    assert checked
 
 
 def test_volatility_has_the_moments_it_claims():
@@ -233,7 +231,7 @@ def test_spirals_lie_on_their_curve(arms, steps):
             assert 0.75 < radius[-1] < 1.25
             np.testing.assert_allclose(radius, radius[-1] * np.arange(1, len(arm) + 1) / len(arm), atol=1e-5)
             turn = np.diff(np.unwrap(np.arctan2(arm[:, 1], arm[:, 0])))
-            np.testing.assert_allclose(np.abs(turn), 2 * math.pi * 0.9 / len(arm), atol=1e-3) if len(arm) > 2 else None
+            np.testing.assert_allclose(np.abs(turn), 2 * math.pi * 0.9 / len(arm), atol=1e-3)
 
 
 def test_a_pen_can_score_spirals():
@@ -285,10 +283,10 @@ def test_the_density_of_a_jump_integrates_to_one():
 @pytest.mark.parametrize("options", [{}, {"noise": 1.0}, {"channels": 4, "correlation": 0.0, "memory": 1.0}])
 def test_jumps_are_as_likely_as_their_entropy_says(options):
     """And what the best Gaussians lose is their own entropy less that."""
-    data = Jumps(steps=20, train_size=4000, val_size=1, test_size=1, **options)
+    data = Jumps(steps=20, train_size=2000, val_size=1, test_size=1, **options)
     batch = pad(data.split("train"))
     each = data.exact_log_likelihood(batch) / 20
-    error = 3 * each.std().item() / 4000**0.5
+    error = 3 * each.std().item() / 2000**0.5
     assert each.mean().item() == pytest.approx(-data.entropy, abs=error)
     x = batch.x.double()
     moves = (x - data.memory * torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)).flatten(0, 1)
