@@ -16,7 +16,7 @@ from typing import Any, get_args
 import torch
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.data import BatchSampler, Modality, SequenceDataModule, Split, Window
+from vrnn_lightning.data import BatchSampler, ChangingSequences, Modality, SequenceDataModule, Split, Window
 
 __all__ = ["CHECKS", "check_datamodule"]
 
@@ -201,6 +201,35 @@ def orders_by_seed_and_epoch(make: Make) -> None:
         assert len({tuple(order) for order in orders(split)}) == 1
 
 
+def changes_with_the_epoch_alone(make: Make) -> None:
+    """Sequences of training that are drawn anew in each epoch keep names and lengths; others never change."""
+    workers = ready(make, batch_size=3, num_workers=1)
+    here, there = ready(make, batch_size=3).train_dataloader(), workers.train_dataloader()
+    changes = isinstance(workers.split("train"), ChangingSequences)
+    found = []
+    for epoch in (0, 2, 0):  # processes that read outlive an epoch
+        read = {}
+        for loader in (here, there):
+            loader.sampler.set_epoch(epoch)
+        for batch, other in zip(here, there, strict=True):
+            assert_equal_batches(batch, other)
+            starts = [0] * len(batch) if batch.start is None else batch.start.tolist()
+            places = zip(batch.names, starts, batch.lengths.tolist(), batch.x, strict=True)
+            read |= {(name, start, n): x[:n] for name, start, n, x in places if n}
+        found.append(read)
+    first, second, again = found
+    assert all(torch.equal(first[place], again[place]) for place in first)
+    if not changes:
+        assert all(torch.equal(first[place], second[place]) for place in first.keys() & second.keys())
+        return
+    assert any(not torch.equal(first[place], second[place]) for place in first.keys() & second.keys())
+    for split in ("val", "test"):
+        assert not isinstance(workers.split(split), ChangingSequences), "what is measured on must not change"
+    sequences = workers.split("train").in_epoch(1)
+    assert [sequences[i].name for i in range(len(sequences))] == names_of(workers, "train")
+    assert [len(sequences[i].x) for i in range(len(sequences))] == list(workers.lengths("train"))
+
+
 def survives_a_checkpoint(make: Make) -> None:
     trained = ready(make)
     file = io.BytesIO()
@@ -258,6 +287,7 @@ CHECKS = (
     streams_carry_on,
     shards_over_processes,
     orders_by_seed_and_epoch,
+    changes_with_the_epoch_alone,
     survives_a_checkpoint,
     keeps_the_splits_apart,
     reads_alike_in_processes,

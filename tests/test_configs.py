@@ -18,6 +18,7 @@ PAPER = sorted(p.stem for p in (CONFIGS / "paper").glob("*.yaml"))
 TINY = {
     "exact": ["--data.train_size", "8", "--data.val_size", "4", "--data.steps", "5"],
     "handwriting": ["--data.root", "strokes.npz"],
+    "mnist": ["--data.root", "digits.npz"],
     "music": ["--data.root", "rolls.npz"],
     "synthetic": ["--data.train_size", "8", "--data.val_size", "4", "--data.steps", "5"],
     "speech": ["--data.root", "recordings", "--data.frame_size", "20"],
@@ -41,6 +42,7 @@ def folder(tmp_path, monkeypatch):
     for values in strokes.values():
         values[:, 2] = values[:, 2] > 5
     np.savez("strokes.npz", **strokes, **lengths)
+    np.savez("digits.npz", **{f"{split}_images": generator.integers(0, 256, (5, 28, 28)) for split in splits})
     return tmp_path
 
 

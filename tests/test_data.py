@@ -37,6 +37,16 @@ class Given(SequenceDataModule):
         return self.given
 
 
+class Changing(list):
+    """Sequences whose values are the epoch's number."""
+
+    def in_epoch(self, epoch):
+        return [Sequence(torch.full_like(s.x, epoch), name=s.name) for s in self]
+
+    def __getitem__(self, index):
+        return self.in_epoch(0)[index]
+
+
 class TestPad:
     def test_values_lengths_and_zeros(self):
         sequences = ragged([3, 0, 5])
@@ -442,6 +452,31 @@ class TestSequenceLoader:
         resumed.load_state_dict(stopped.state_dict())
         assert [batch.names for batch in resumed] == whole[read % 5 :]
         assert [batch.names for batch in resumed] == whole, "only the first epoch is shortened"
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("window", [None, 2])
+    def test_what_changes_with_the_epoch_is_read_as_in_the_order_s_epoch(self, workers, window):
+        """In processes that outlive epochs, after an epoch that was left early, and where a resume begins."""
+        made = ragged([1, 2, 3, 4, 5])
+
+        def loader():
+            options = {"num_workers": workers, "persistent_workers": workers > 0}
+            return SequenceLoader(Changing(made), Scaler(), 2, sampler_of(made, window=window), **options)
+
+        def read(loader, epoch):
+            loader.sampler.set_epoch(epoch)
+            for batch in loader:
+                yield batch.names, {round(value) for value in batch.x[batch.mask].flatten().tolist()}
+
+        kept = loader()
+        whole = {epoch: list(read(kept, epoch)) for epoch in (0, 3, 4)}
+        assert all(values == {epoch} for epoch in whole for _, values in whole[epoch])
+        next(read(kept, 5))
+        assert list(read(kept, 3)) == whole[3]
+        resumed = loader()
+        resumed.load_state_dict({"batches_read": 2})
+        assert list(read(resumed, 3)) == whole[3][2:]
+        assert list(read(resumed, 4)) == whole[4]
 
     def test_counts_from_the_resumed_batch_on(self):
         sequences = ragged([1] * 9)

@@ -84,7 +84,10 @@ def column(run: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row[name]]
 
 
-@pytest.mark.parametrize("more", [{}, {"data.window": 3}], ids=["whole sequences", "streams"])
+STREAMS = {"data": "Jumps", "data.fresh": "true", "data.window": 3}
+
+
+@pytest.mark.parametrize("more", [{}, STREAMS], ids=["whole sequences", "streams of what is drawn in each epoch"])
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, more):
     """Parameters, losses and figures, with a latent, free bits, ragged lengths and a last batch of one sequence."""
     one = fit(tmp_path / "one", **more, **{"data.batch_size": 4})

@@ -86,7 +86,8 @@ class Samples(Callback):
         data = getattr(trainer, "datamodule", None)
         modality, rate = getattr(data, "modality", "series"), getattr(data, "sample_rate", None)
         loudest = getattr(data, "full_scale", 1.0)
-        rows = {name: [x / loudest for x in sequences] for name, sequences in found.items()}
+        width = getattr(data, "image_width", None)
+        rows = {name: [_in_rows(x / loudest, width) for x in sequences] for name, sequences in found.items()}
         figure = draw_rows(rows, modality, rate)
         folder.mkdir(parents=True, exist_ok=True)
         name = f"step_{trainer.global_step:07d}"
@@ -111,6 +112,15 @@ class Samples(Callback):
             name: [unscale(x)[:length] for x, length in zip(frames, lengths, strict=True)]
             for name, frames in (("real", head.x), (seen, mean), ("sampled", drawn))
         }
+
+
+def _in_rows(x: Tensor, width: int | None) -> Tensor:
+    """Return an image that was read in other pieces as the rows that are complete; anything else as it is.
+
+    >>> _in_rows(torch.arange(7)[:, None], width=3).tolist()
+    [[0, 1, 2], [3, 4, 5]]
+    """
+    return x if width is None else x.flatten()[: x.numel() // width * width].view(-1, width)
 
 
 def _write_waves(rows: dict[str, list[Tensor]], folder: Path, name: str, rate: int) -> dict[str, list[Path]]:

@@ -3,11 +3,12 @@
 from vrnn_lightning.data.archives import ArchiveSplit, read_archive
 from vrnn_lightning.data.datamodule import SequenceDataModule
 from vrnn_lightning.data.loading import BatchSampler, SequenceLoader, Window
-from vrnn_lightning.data.sequences import Modality, Scaler, Sequences, Split, WindowedSequences
+from vrnn_lightning.data.sequences import ChangingSequences, Modality, Scaler, Sequences, Split, WindowedSequences
 
 __all__ = [
     "ArchiveSplit",
     "BatchSampler",
+    "ChangingSequences",
     "Modality",
     "Scaler",
     "SequenceDataModule",

@@ -28,6 +28,7 @@ class ArchiveSplit:
     Args:
         path: The archive.
         word: What the archive calls the split: "train", "valid" or "test".
+        array: What it calls the rows.
         values: The sequences' rows one after another, shape (total steps, features), in the archive's type.
         bounds: Where each sequence begins and ends, shape (sequences, 2).
         numbers: Which sequence of the archive each one is, shape (sequences,).
@@ -35,6 +36,7 @@ class ArchiveSplit:
 
     path: Path
     word: str
+    array: str
     values: NDArray[Any]
     bounds: NDArray[np.int64]
     numbers: NDArray[np.int64]
@@ -89,10 +91,10 @@ class ArchiveSplit:
         row, feature = np.unravel_index(wrong.argmax(), wrong.shape)
         i = int(np.searchsorted(self.bounds[:, 1], row, side="right"))
         place = f"{self.word} {self.numbers[i]}, step {row - self.bounds[i, 0]}, feature {feature}"
-        raise UserError(f"{self.path}: {self.word}_values holds {self.values[row, feature]} at {place}; {cure}")
+        raise UserError(f"{self.path}: {self.array} holds {self.values[row, feature]} at {place}; {cure}")
 
 
-def read_archive(path: Path, split: Split, width: int) -> ArchiveSplit:
+def read_archive(path: Path, split: Split, width: int, stacked: str | None = None) -> ArchiveSplit:
     """Read one split of a flat archive, and of the file nothing else.
 
     A flat archive is an ``.npz`` file, never pickled, with two arrays for each split, "train", "valid" and "test":
@@ -103,17 +105,23 @@ def read_archive(path: Path, split: Split, width: int) -> ArchiveSplit:
         path: The file.
         split: Which split; "val" is "valid" in the file.
         width: Features that a row must have.
+        stacked: What sequences of one length may be called: with "images" an array ``{split}_images`` of shape
+            (sequences, steps, features) is read where there is no ``{split}_values``.
 
     Raises:
         UserError: There is no such file, it is no such archive, or its arrays don't fit together or hold values that
             are no finite numbers.
     """
     word = "valid" if split == "val" else split
-    values, lengths = _arrays(path, f"{word}_values", f"{word}_lengths")
+    name, stack = f"{word}_values", f"{word}_{stacked}"
+    values, *rest = _arrays(path, name, f"{word}_lengths", instead=stack if stacked else None)
+    name, shape = (name, "total steps") if rest else (stack, "sequences, steps")
     if values.dtype.kind not in "buif" or values.dtype.itemsize > 8:
-        raise UserError(f"{path}: {word}_values is of type {values.dtype}; save it as integers, float32 or float64")
-    if values.ndim != 2 or values.shape[1] != width:
-        raise UserError(f"{path}: {word}_values has shape {values.shape}, expected (total steps, {width})")
+        raise UserError(f"{path}: {name} is of type {values.dtype}; save it as integers, float32 or float64")
+    if values.ndim != (2 if rest else 3) or values.shape[-1] != width:
+        raise UserError(f"{path}: {name} has shape {values.shape}, expected ({shape}, {width})")
+    lengths = rest[0] if rest else np.full(len(values), values.shape[1])
+    values = values.reshape(-1, width)
     if (lengths.size and lengths.dtype.kind not in "ui") or lengths.ndim != 1:
         raise UserError(
             f"{path}: {word}_lengths is of type {lengths.dtype} and shape {lengths.shape}, expected integers of shape "
@@ -128,14 +136,14 @@ def read_archive(path: Path, split: Split, width: int) -> ArchiveSplit:
             "write both from the same sequences"
         )
     ends = steps.cumsum()
-    found = ArchiveSplit(path, word, values, np.stack([ends - steps, ends], axis=1), np.arange(len(steps)))
+    found = ArchiveSplit(path, word, name, values, np.stack([ends - steps, ends], axis=1), np.arange(len(steps)))
     if values.dtype.kind == "f":
         found.refuse(~np.isfinite(values), "remove the sequence or mend it")
     return found
 
 
-def _arrays(path: Path, *names: str) -> list[NDArray[Any]]:
-    """Return arrays of an npz file."""
+def _arrays(path: Path, *names: str, instead: str | None = None) -> list[NDArray[Any]]:
+    """Return arrays of an npz file, or another one where the first of them is not there but that one is."""
     if not path.exists():
         raise UserError(f"--data.root {path}: no such file")
     if not path.is_file():
@@ -145,6 +153,8 @@ def _arrays(path: Path, *names: str) -> list[NDArray[Any]]:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise UserError(f"{path}: is a single array, no .npz archive; write it with numpy.savez")
+            if instead in archive.files and names[0] not in archive.files:
+                return [_array(path, archive, str(instead))]
             return [_array(path, archive, name) for name in names]
     except (BadZipFile, EOFError, OSError, ValueError):
         raise UserError(f"{path}: can't be read as an .npz archive; write it with numpy.savez") from None

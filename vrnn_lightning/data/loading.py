@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from vrnn_lightning.batch import Sequence, SequenceBatch, pad
-from vrnn_lightning.data.sequences import Scaler, Sequences, WindowedSequences
+from vrnn_lightning.data.sequences import ChangingSequences, Scaler, Sequences, WindowedSequences
 from vrnn_lightning.errors import UserError
 
 __all__ = ["BatchSampler", "ScaledSequences", "SequenceLoader", "Window"]
@@ -36,6 +36,18 @@ class Window(NamedTuple):
 
 
 NOTHING = Window(-1, 0, 0, True)
+
+
+class Rows(NamedTuple):
+    """What a batch is read from.
+
+    Args:
+        epoch: When; only sequences that change with it care.
+        items: Indices of sequences, or windows.
+    """
+
+    epoch: int
+    items: SequenceOf[int] | SequenceOf[Window]
 
 
 class BatchSampler(DistributedSampler[list[int] | list[Window]]):
@@ -143,22 +155,46 @@ class BatchSampler(DistributedSampler[list[int] | list[Window]]):
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-class ScaledSequences(Dataset[SequenceBatch]):
-    """Reads, checks, scales and pads the sequences of a list of indices, or their windows.
+class _Announcing(Sampler[Rows]):
+    """A sampler's batches, each with its epoch: so a reading process that outlives epochs knows which it reads for."""
 
-    A sequence of which the collection can't read a part is read whole, and kept until a batch does without it.
+    def __init__(self, sampler: BatchSampler) -> None:
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Rows]:
+        for items in self.sampler:
+            yield Rows(self.sampler.epoch, items)
+
+
+class ScaledSequences(Dataset[SequenceBatch]):
+    """Reads, checks, scales and pads the sequences of a list of indices, or their windows, or of one with an epoch.
+
+    A sequence of which the collection can't read a part is read whole, and kept until a batch does without it. A list
+    without an epoch is read as in epoch 0.
     """
 
     def __init__(self, sequences: Sequences, scaler: Scaler, num_features: int, num_inputs: int = 0) -> None:
-        self.sequences = sequences
-        by_parts = isinstance(sequences, WindowedSequences) and callable(sequences.window)  # not a mere number
-        self._parts: WindowedSequences | None = sequences if by_parts else None  # type: ignore[assignment]
         self.scaler = scaler
         self.num_features = num_features
         self.num_inputs = num_inputs
+        self._changing = sequences if isinstance(sequences, ChangingSequences) else None
+        self._epoch = 0
+        self._take(sequences)
+
+    def _take(self, sequences: Sequences) -> None:
+        self.sequences = sequences
+        by_parts = isinstance(sequences, WindowedSequences) and callable(sequences.window)  # not a mere number
+        self._parts: WindowedSequences | None = sequences if by_parts else None  # type: ignore[assignment]
         self._whole: dict[int, Sequence] = {}
 
-    def __getitem__(self, items: SequenceOf[int] | SequenceOf[Window]) -> SequenceBatch:
+    def __getitem__(self, rows: Rows | SequenceOf[int] | SequenceOf[Window]) -> SequenceBatch:
+        epoch, items = rows if isinstance(rows, Rows) else (0, rows)
+        if self._changing is not None and epoch != self._epoch:
+            self._epoch = epoch
+            self._take(self._changing.in_epoch(epoch))
         windows = [item for item in items if isinstance(item, Window)]
         self._keep({window.sequence for window in windows})
         batch = pad([self.read(item) for item in items])
@@ -278,7 +314,9 @@ class SequenceLoader:
         self.sampler = sampler  # where Lightning looks to announce the epoch
         self.batch_sampler = None  # where it looks next
         self.dataset = ScaledSequences(sequences, scaler, num_features, num_inputs)
-        self._loader: DataLoader[SequenceBatch] = DataLoader(self.dataset, batch_size=None, sampler=sampler, **options)
+        self._loader: DataLoader[SequenceBatch] = DataLoader(
+            self.dataset, batch_size=None, sampler=_Announcing(sampler), **options
+        )
         self.batches_read = 0
 
     def __len__(self) -> int:

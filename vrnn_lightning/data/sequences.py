@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vrnn_lightning.batch import Sequence
 
-__all__ = ["Modality", "Scaler", "Sequences", "Split", "WindowedSequences"]
+__all__ = ["ChangingSequences", "Modality", "Scaler", "Sequences", "Split", "WindowedSequences"]
 
 Modality = Literal["audio", "strokes", "series", "roll", "image"]
 Split = Literal["train", "val", "test"]
@@ -35,6 +35,14 @@ class WindowedSequences(Sequences, Protocol):
 
         ``None`` where this sequence can only be read whole.
         """
+
+
+@runtime_checkable
+class ChangingSequences(Sequences, Protocol):
+    """A collection that is drawn anew in each epoch; asked itself, it is as in epoch 0."""
+
+    def in_epoch(self, epoch: int, /) -> Sequences:
+        """Return the sequences of an epoch: as many, of the same names and lengths, and a function of it alone."""
 
 
 @dataclass(frozen=True)

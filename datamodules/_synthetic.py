@@ -1,0 +1,134 @@
+"""What synthetic datamodules share: sequences that a function draws from a seed, once or anew in each epoch."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vrnn_lightning.batch import Sequence
+from vrnn_lightning.data import SequenceDataModule, Split
+from vrnn_lightning.errors import UserError
+
+__all__ = ["Draw", "Floats", "SyntheticDataModule", "integrate", "require"]
+
+Floats = NDArray[np.float64]
+Draw = Callable[[NDArray[np.int64], np.random.Generator], Floats]
+"""Draws sequences of given lengths, shape (sequences,), as values of shape (sequences, longest, features)."""
+
+
+class SyntheticDataModule(SequenceDataModule):
+    """Base class of datamodules without files: give it :meth:`drawing`, it does sizes, lengths, seeds and epochs.
+
+    Each split has streams of random numbers of its own: one for the lengths and, for each epoch, one for the values. So
+    an epoch can be drawn without those before it, by any process, in one go for all of its sequences.
+
+    Args:
+        num_features: Features per step.
+        steps: Longest sequence.
+        min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
+        sizes: Sequences of training, validation and test.
+        fresh: Draw the training sequences anew in each epoch, in the same lengths.
+        batch_size: Sequences per batch and process.
+        num_workers: Processes that read ahead.
+        seed: Seed of the sequences and of their order.
+        window: Steps per window in training; ``None`` trains on whole sequences.
+
+    Raises:
+        UserError: An option outside its range.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        steps: int,
+        min_steps: int | None,
+        sizes: tuple[int, int, int],
+        fresh: bool,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        window: int | None,
+    ) -> None:
+        super().__init__(num_features, batch_size, num_workers, seed, window)
+        self.sizes: dict[Split, int] = dict(zip(("train", "val", "test"), sizes, strict=True))
+        for option, value in (("steps", steps), *((f"{split}_size", size) for split, size in self.sizes.items())):
+            require(option, value, 1)
+        if min_steps is not None and not 1 <= min_steps <= steps:
+            raise UserError(f"--data.min_steps {min_steps}: must lie between 1 and --data.steps, {steps}")
+        self.steps = steps
+        self.min_steps = steps if min_steps is None else min_steps
+        self.fresh = fresh
+
+    @abstractmethod
+    def drawing(self) -> Draw:
+        """Return what draws the values; a function of a module or a partial, for it travels to reading processes."""
+
+    def sequences(self, split: Split) -> list[Sequence]:
+        """Draw a split's sequences."""
+        stream = (self.seed, ("train", "val", "test").index(split))
+        lengths = np.random.default_rng(stream).integers(self.min_steps, self.steps + 1, self.sizes[split])
+        noun = "".join(f" {c.lower()}" if c.isupper() else c for c in type(self).__name__)
+        draw = partial(_sequences, self.drawing(), lengths, stream, f"{split}{noun}")
+        return Redrawn(draw) if self.fresh and split == "train" else draw(0)
+
+
+class Redrawn(list[Sequence]):
+    """The sequences of epoch 0, and what draws those of another."""
+
+    def __init__(self, draw: Callable[[int], list[Sequence]]) -> None:
+        super().__init__(draw(0))
+        self.draw = draw
+
+    def in_epoch(self, epoch: int) -> list[Sequence]:
+        """Return the sequences of an epoch."""
+        return self.draw(epoch) if epoch else self
+
+
+def _sequences(
+    draw: Draw, lengths: NDArray[np.int64], stream: tuple[int, int], name: str, epoch: int
+) -> list[Sequence]:
+    values = torch.from_numpy(draw(lengths, np.random.default_rng((*stream, 1 + epoch)))).float()
+    return [Sequence(x[:n], name=f"{name} {i}") for i, (x, n) in enumerate(zip(values, lengths.tolist(), strict=True))]
+
+
+def integrate(derivative: Callable[[Floats], Floats], state: Floats, interval: float | Floats, steps: int) -> Floats:
+    """Follow an autonomous differential equation from many states, with the classical Runge-Kutta rule.
+
+    Args:
+        derivative: Of states of shape (variables, ...) with respect to time.
+        state: Where to begin, shape (variables, ...).
+        interval: Time between two steps, one or of shape (...); the rule itself steps by at most 0.01.
+        steps: How many to return, the first of them ``state``.
+
+    Returns:
+        States of shape (variables, ..., steps).
+
+    >>> integrate(lambda x: -x, np.ones(1), interval=1.0, steps=3)[0].round(9).tolist()
+    [1.0, 0.367879441, 0.135335283]
+    """
+    substeps = math.ceil(np.max(interval) / 0.01)
+    dt = interval / substeps
+    path = [state]
+    for _ in range(steps - 1):
+        for _ in range(substeps):
+            k1 = derivative(state)
+            k2 = derivative(state + dt / 2 * k1)
+            k3 = derivative(state + dt / 2 * k2)
+            k4 = derivative(state + dt * k3)
+            state = state + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        path.append(state)
+    return np.stack(path, -1)
+
+
+def require(option: str, value: float, least: float, most: float | None = None) -> None:
+    """Refuse an option outside its range, both ends of which are allowed; NaN is outside."""
+    if most is None and not value >= least:
+        raise UserError(f"--data.{option} {value}: must be at least {least}")
+    if most is not None and not least <= value <= most:
+        raise UserError(f"--data.{option} {value}: must lie between {least} and {most}")

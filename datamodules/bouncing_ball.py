@@ -1,0 +1,88 @@
+"""A ball that bounces in a box."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datamodules._synthetic import Draw, Floats, SyntheticDataModule, require
+from vrnn_lightning.data import Modality
+
+__all__ = ["BouncingBall"]
+
+
+class BouncingBall(SyntheticDataModule):
+    r"""The place of a ball that bounces off a box's walls, under Gaussian noise, drawn from a seed; no files.
+
+    It starts anywhere in :math:`[-1, 1]^D`, in any direction, and keeps its speed; a wall turns round the part of the
+    velocity that meets it. With :math:`u_t = p + t v` where it would be without walls,
+
+    .. math:: x_t = 1 - \big|\,(u_t + 1) \bmod 4 - 2\,\big| + \varepsilon_t, \quad
+        \varepsilon_t \sim \mathcal N(0, \sigma^2 I)
+
+    Data units are the model's units.
+
+    Args:
+        channels: Dimensions of the box, D.
+        steps: Longest sequence.
+        min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
+        speed: Way of one step, at most 2: from wall to wall.
+        noise: Standard deviation of the noise, sigma; 0 for none.
+        fresh: Draw the training sequences anew in each epoch, in the same lengths.
+        train_size: Training sequences.
+        val_size: Validation sequences.
+        test_size: Test sequences.
+        batch_size: Sequences per batch and process.
+        num_workers: Processes that read ahead.
+        seed: Seed of the sequences and of their order.
+        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+
+    Raises:
+        UserError: An option outside its range.
+
+    >>> ball = BouncingBall(channels=1, speed=0.5, noise=0, seed=3)
+    >>> [round(float(x), 2) for x in ball.split("test")[0].x[:8]]
+    [0.66, 0.16, -0.34, -0.84, -0.66, -0.16, 0.34, 0.84]
+    """
+
+    modality: ClassVar[Modality] = "series"
+
+    def __init__(
+        self,
+        channels: int = 2,
+        steps: int = 60,
+        min_steps: int | None = None,
+        speed: float = 0.2,
+        noise: float = 0.05,
+        fresh: bool = False,
+        train_size: int = 2048,
+        val_size: int = 256,
+        test_size: int = 256,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        window: int | None = None,
+    ) -> None:
+        sizes = (train_size, val_size, test_size)
+        super().__init__(channels, steps, min_steps, sizes, fresh, batch_size, num_workers, seed, window)
+        require("channels", channels, 1)
+        require("speed", speed, 0, 2)
+        require("noise", noise, 0, 1e3)
+        self.speed = speed
+        self.noise = noise
+
+    def drawing(self) -> Draw:
+        """Return what draws noisy ways."""
+        return partial(_ways, channels=self.num_features, speed=self.speed, noise=self.noise)
+
+
+def _ways(lengths: NDArray[np.int64], random: np.random.Generator, channels: int, speed: float, noise: float) -> Floats:
+    start = random.uniform(-1, 1, (len(lengths), 1, channels))
+    direction = random.standard_normal(start.shape)
+    velocity = speed * direction / np.linalg.norm(direction, axis=-1, keepdims=True)
+    unbounded = start + velocity * np.arange(lengths.max())[:, None]
+    place: Floats = 1 - np.abs((unbounded + 1) % 4 - 2)  # space, reflected at every wall
+    return place + noise * random.standard_normal(place.shape)

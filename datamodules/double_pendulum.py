@@ -1,0 +1,110 @@
+"""The double pendulum: two weights on rods, let go from anywhere."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datamodules._synthetic import Draw, Floats, SyntheticDataModule, integrate, require
+from vrnn_lightning.data import Modality
+
+__all__ = ["DoublePendulum"]
+
+GRAVITY = 9.81
+
+
+class DoublePendulum(SyntheticDataModule):
+    r"""The places of a double pendulum's two weights under Gaussian noise, drawn from a seed; no files.
+
+    Both weights are equal, both rods weigh nothing and are 1 m long; :math:`\theta_1, \theta_2` are their angles from
+    the vertical, :math:`\delta = \theta_1 - \theta_2`, :math:`g = 9.81`:
+
+    .. math::
+        \ddot\theta_1 &= \frac{-3 g \sin\theta_1 - g \sin(\theta_1 - 2 \theta_2)
+            - 2 \sin\delta \, (\dot\theta_2^2 + \dot\theta_1^2 \cos\delta)}{3 - \cos 2 \delta} \\
+        \ddot\theta_2 &= \frac{2 \sin\delta \, (2 \dot\theta_1^2 + 2 g \cos\theta_1
+            + \dot\theta_2^2 \cos\delta)}{3 - \cos 2 \delta}
+
+    It is let go at rest, with angles uniform up to ``max_angle`` on both sides. A step's four features are
+    :math:`x_1, y_1, x_2, y_2` in metres from the pivot, y upward: velocities are not seen. One mean and standard
+    deviation scale all four.
+
+    Args:
+        steps: Longest sequence.
+        min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
+        interval: Seconds between two steps, at most 1.
+        max_angle: Largest angle at the start, in degrees, up to 180.
+        noise: Standard deviation of the noise, in metres; 0 for none.
+        fresh: Draw the training sequences anew in each epoch, in the same lengths.
+        train_size: Training sequences.
+        val_size: Validation sequences.
+        test_size: Test sequences.
+        batch_size: Sequences per batch and process.
+        num_workers: Processes that read ahead.
+        seed: Seed of the sequences and of their order.
+        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+
+    Raises:
+        UserError: An option outside its range.
+
+    >>> DoublePendulum().num_features
+    4
+    """
+
+    modality: ClassVar[Modality] = "series"
+    scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "scalar"
+
+    def __init__(
+        self,
+        steps: int = 100,
+        min_steps: int | None = None,
+        interval: float = 0.05,
+        max_angle: float = 120.0,
+        noise: float = 0.05,
+        fresh: bool = False,
+        train_size: int = 1024,
+        val_size: int = 128,
+        test_size: int = 128,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        window: int | None = None,
+    ) -> None:
+        sizes = (train_size, val_size, test_size)
+        super().__init__(4, steps, min_steps, sizes, fresh, batch_size, num_workers, seed, window)
+        require("interval", interval, 1e-4, 1)
+        require("max_angle", max_angle, 1, 180)
+        require("noise", noise, 0, 1e3)
+        self.interval = interval
+        self.max_angle = max_angle
+        self.noise = noise
+
+    def drawing(self) -> Draw:
+        """Return what draws noisy swings."""
+        return partial(_swings, interval=self.interval, max_angle=math.radians(self.max_angle), noise=self.noise)
+
+
+def _swings(
+    lengths: NDArray[np.int64], random: np.random.Generator, interval: float, max_angle: float, noise: float
+) -> Floats:
+    angles = random.uniform(-max_angle, max_angle, (2, len(lengths)))
+    start = np.concatenate([angles, np.zeros_like(angles)])
+    upper, lower = integrate(_pendulum, start, interval, lengths.max())[:2]
+    elbow = np.stack([np.sin(upper), -np.cos(upper)], -1)
+    seen = np.concatenate([elbow, elbow + np.stack([np.sin(lower), -np.cos(lower)], -1)], -1)
+    return seen + noise * random.standard_normal(seen.shape)
+
+
+def _pendulum(state: Floats) -> Floats:
+    """Return the derivative of (upper angle, lower angle, their velocities)."""
+    upper, lower, u, v = state
+    sin, cos = np.sin(upper - lower), np.cos(upper - lower)
+    inertia = 2 + 2 * sin**2  # 3 - cos 2 delta
+    pull = -3 * GRAVITY * np.sin(upper) - GRAVITY * np.sin(upper - 2 * lower)
+    du = (pull - 2 * sin * (v**2 + u**2 * cos)) / inertia
+    dv = 2 * sin * (2 * u**2 + 2 * GRAVITY * np.cos(upper) + v**2 * cos) / inertia
+    return np.array([u, v, du, dv])

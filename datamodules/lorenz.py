@@ -1,0 +1,91 @@
+"""The Lorenz attractor: deterministic chaos, seen through noise."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datamodules._synthetic import Draw, Floats, SyntheticDataModule, integrate, require
+from vrnn_lightning.data import Modality
+
+__all__ = ["Lorenz"]
+
+
+class Lorenz(SyntheticDataModule):
+    r"""Paths on the Lorenz attractor under Gaussian noise, drawn from a seed; no files.
+
+    .. math:: \dot x = \sigma (y - x), \quad \dot y = x (\varrho - z) - y, \quad \dot z = x y - \beta z
+
+    with :math:`\sigma = 10`, :math:`\varrho = 28` and :math:`\beta = 8/3` (Lorenz 1963). Every path begins at a random
+    place of the attractor. Each feature is scaled by its own mean and standard deviation.
+
+    Args:
+        channels: How many of x, y and z are seen, from 1 to 3.
+        steps: Longest sequence.
+        min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
+        interval: Time between two steps, at most 1.
+        noise: Standard deviation of the noise, in the attractor's units; x spreads by 7.9. 0 for none.
+        fresh: Draw the training sequences anew in each epoch, in the same lengths.
+        train_size: Training sequences.
+        val_size: Validation sequences.
+        test_size: Test sequences.
+        batch_size: Sequences per batch and process.
+        num_workers: Processes that read ahead.
+        seed: Seed of the sequences and of their order.
+        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+
+    Raises:
+        UserError: An option outside its range.
+
+    >>> Lorenz(channels=1).num_features
+    1
+    """
+
+    modality: ClassVar[Modality] = "series"
+    scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "per_feature"
+
+    def __init__(
+        self,
+        channels: int = 3,
+        steps: int = 100,
+        min_steps: int | None = None,
+        interval: float = 0.05,
+        noise: float = 0.5,
+        fresh: bool = False,
+        train_size: int = 1024,
+        val_size: int = 128,
+        test_size: int = 128,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        window: int | None = None,
+    ) -> None:
+        sizes = (train_size, val_size, test_size)
+        super().__init__(channels, steps, min_steps, sizes, fresh, batch_size, num_workers, seed, window)
+        require("channels", channels, 1, 3)
+        require("interval", interval, 1e-4, 1)
+        require("noise", noise, 0, 1e3)
+        self.interval = interval
+        self.noise = noise
+
+    def drawing(self) -> Draw:
+        """Return what draws noisy paths."""
+        return partial(_paths, channels=self.num_features, interval=self.interval, noise=self.noise)
+
+
+def _paths(
+    lengths: NDArray[np.int64], random: np.random.Generator, channels: int, interval: float, noise: float
+) -> Floats:
+    anywhere = random.normal([[0], [0], [25]], 8, (3, len(lengths)))
+    times = random.uniform(4, 6, len(lengths))  # by then they are on the attractor, and out of step
+    start = integrate(_lorenz, anywhere, times, steps=2)[..., 1]
+    seen = np.moveaxis(integrate(_lorenz, start, interval, lengths.max())[:channels], 0, -1)
+    return seen + noise * random.standard_normal(seen.shape)
+
+
+def _lorenz(state: Floats) -> Floats:
+    x, y, z = state
+    return np.array([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z])

@@ -1,0 +1,228 @@
+"""Handwritten digits, read row by row or pixel by pixel."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
+
+from vrnn_lightning.batch import Sequence
+from vrnn_lightning.data import ArchiveSplit, Modality, SequenceDataModule, Sequences, Split, read_archive
+from vrnn_lightning.errors import UserError
+
+__all__ = ["MNISTRows"]
+
+SIDE = 28
+IMAGES, LABELS = 2051, 2049  # the magic numbers of idx files: unsigned bytes in three dimensions, and in one
+SOURCE = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+
+Read = Literal["rows", "pixels"]
+Binarise = Literal["static", "dynamic", "none"]
+
+
+class MNISTRows(SequenceDataModule):
+    """Images of 28 x 28 pixels, MNIST's or others in its format, as sequences of 28 rows or of 784 pixels.
+
+    Pixels are grey, but a Bernoulli is a likelihood of 0 and 1 alone. So they are made 0 and 1: "static", 1 where ink
+    covers more than half, or "dynamic", 1 with the probability that is the grey value (Burda et al. 2016,
+    arXiv 1509.00519), for training anew in each epoch. Figures of one kind do not compare with those of another. Such a
+    draw depends on the seed, the image and the epoch alone; validation and test images are drawn once. With "none" they
+    stay grey, whole numbers from 0 to 255 where the file holds bytes, for a ``DiscretisedLogisticMixture``.
+
+    Args:
+        root: A folder with the idx files ``train-images-idx3-ubyte`` and ``t10k-images-idx3-ubyte``, each as it is or
+            with ``.gz``; also as torchvision lays them, in ``MNIST/raw``. Or an ``.npz`` archive, for the splits train,
+            valid and test: ``{split}_images`` (images, 28, 28), or flat, ``{split}_values`` (total rows, 28) and
+            ``{split}_lengths`` (images,), in bytes (0 to 255, or 0 and 1 alone) or in numbers from 0 to 1. It may
+            lie elsewhere when a checkpoint is used again.
+        read: "rows" for 28 steps of 28 pixels, "pixels" for 784 steps of one.
+        binarise: "static", "dynamic" or "none".
+        val_size: The last so many training images of the idx files are for validation; an archive brings its own.
+        batch_size: Sequences per batch and process.
+        num_workers: Processes that read ahead; 0 reads in the main process.
+        seed: Seed of the order of the training batches and of the dynamic draws.
+        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+
+    Raises:
+        UserError: An option outside its range. From ``setup`` on: a file is missing, damaged or holds something else.
+
+    >>> MNISTRows("mnist").num_features, MNISTRows("mnist", read="pixels").num_features
+    (28, 1)
+    """
+
+    modality: ClassVar[Modality] = "image"
+    image_width: ClassVar[int] = SIDE
+
+    def __init__(
+        self,
+        root: str,
+        read: Read = "rows",
+        binarise: Binarise = "static",
+        val_size: int = 10_000,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        seed: int = 0,
+        window: int | None = None,
+    ) -> None:
+        for option, value, choices in (("read", read, get_args(Read)), ("binarise", binarise, get_args(Binarise))):
+            if value not in choices:
+                raise UserError(f"--data.{option} {value}: must be one of {', '.join(choices)}")
+        if val_size < 1:
+            raise UserError(f"--data.val_size {val_size}: must be at least 1")
+        super().__init__(SIDE if read == "rows" else 1, batch_size, num_workers, seed, window)
+        self.root = Path(root).expanduser()
+        self.binarise = binarise
+        self.val_size = val_size
+        self._warned = False
+
+    def sequences(self, split: Split) -> Sequences:
+        """Return the images of a split."""
+        found = self._archived(split) if self.root.suffix == ".npz" else self._from_idx(split)
+        if self.binarise == "none" and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                "--data.binarise none: what a Bernoulli says of grey values is no likelihood; choose another emission, "
+                "DiscretisedLogisticMixture for one"
+            )
+        if self.binarise != "dynamic":
+            return _Images(found, self.num_features, self.binarise == "static")
+        stream = (self.seed, ("train", "val", "test").index(split))
+        return (_RedrawnImages if split == "train" else _DrawnImages)(found, self.num_features, stream=stream)
+
+    def lengths(self, split: Split) -> list[int]:
+        """Return the rows or pixels of each image of a split."""
+        found = self.split(split)
+        assert isinstance(found, _Images)
+        return [steps * SIDE // self.num_features for steps in found.images.lengths]
+
+    def _archived(self, split: Split) -> ArchiveSplit:
+        found = read_archive(self.root, split, SIDE, stacked="images")
+        whole = found.values.dtype.kind != "f"
+        cure = "grey values are whole numbers from 0 to 255, or floats from 0 to 1"
+        found.refuse((found.values < 0) | (found.values > (255 if whole else 1)), cure)
+        if not whole:
+            return replace(found, values=255 * found.values.astype(np.float32))
+        grey = found.values.astype(np.uint8)
+        return replace(found, values=grey if (grey > 1).any() else 255 * grey)  # else it is black and white already
+
+    def _from_idx(self, split: Split) -> ArchiveSplit:
+        name = "t10k" if split == "test" else "train"
+        path = _find(self.root, name)
+        images = _read_idx(path)
+        rows = np.arange(len(images) + 1) * SIDE
+        bounds, numbers = np.stack([rows[:-1], rows[1:]], 1), np.arange(len(images))
+        if split != "test":
+            if self.val_size >= len(images):
+                raise UserError(
+                    f"--data.val_size {self.val_size}: {path} has {len(images)} images; leave some to train"
+                )
+            part = slice(-self.val_size, None) if split == "val" else slice(-self.val_size)
+            bounds, numbers = bounds[part], numbers[part]
+        return ArchiveSplit(path, name, "images", images.reshape(-1, SIDE), bounds, numbers)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Images as sequences of rows or pixels.
+
+    Args:
+        images: Grey values from 0 to 255, in rows.
+        width: Pixels per step, 28 or 1.
+        binary: Make them 0 and 1, at one half; else they stay grey.
+    """
+
+    images: ArchiveSplit
+    width: int
+    binary: bool = True
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int, /) -> Sequence:
+        return self._shown(index, self.images[index])
+
+    def window(self, index: int, first: int, last: int, /) -> Sequence | None:
+        """Return steps ``first`` to ``last - 1`` of an image."""
+        return None if self.width == 1 else self._shown(index, self.images.window(index, first, last))
+
+    def _shown(self, index: int, image: Sequence) -> Sequence:
+        x = (image.x > 127.5).float() if self.binary else image.x
+        return Sequence(x.reshape(-1, self.width), name=image.name)
+
+
+@dataclass(frozen=True)
+class _DrawnImages(_Images):
+    """Images whose pixels are drawn with the grey value as their probability.
+
+    Args:
+        stream: Seed and split.
+        epoch: When.
+    """
+
+    stream: tuple[int, int] = (0, 0)
+    epoch: int = 0
+
+    def window(self, index: int, first: int, last: int, /) -> Sequence | None:
+        """Return ``None``: an image is drawn as a whole."""
+        return None
+
+    def _shown(self, index: int, image: Sequence) -> Sequence:
+        random = np.random.default_rng((*self.stream, self.epoch, index))
+        uniform = torch.from_numpy(random.random(tuple(image.x.shape), dtype=np.float32))
+        return Sequence((255 * uniform < image.x).float().reshape(-1, self.width), name=image.name)
+
+
+class _RedrawnImages(_DrawnImages):
+    """Images that are drawn anew in each epoch."""
+
+    def in_epoch(self, epoch: int, /) -> _RedrawnImages:
+        """Return the draws of an epoch."""
+        return replace(self, epoch=epoch)
+
+
+def _find(root: Path, name: str) -> Path:
+    """Return the file of training or test images in a folder."""
+    if not root.exists():
+        raise UserError(f"--data.root {root}: no such folder or archive; MNIST's files are at {SOURCE}")
+    if root.is_file():
+        raise UserError(f"--data.root {root}: is a file; give the folder that holds it, or an .npz archive")
+    spellings = [f"{name}-images{dot}idx3-ubyte{end}" for dot in "-." for end in ("", ".gz")]
+    found = [path for folder in (root, root / "MNIST" / "raw") for s in spellings if (path := folder / s).is_file()]
+    if not found:
+        raise UserError(
+            f"--data.root {root}: holds no {name}-images-idx3-ubyte, with or without .gz; MNIST's files are at {SOURCE}"
+        )
+    return found[0]
+
+
+def _read_idx(path: Path) -> NDArray[Any]:
+    """Read the images of an idx file, shape (images, 28, 28), in bytes."""
+    data = path.read_bytes()
+    if data[:2] == b"\x1f\x8b" or path.suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, OSError, zlib.error):
+            raise UserError(f"{path}: is damaged or no gzip file; copy it anew from {SOURCE}") from None
+    if len(data) < 16:
+        raise UserError(f"{path}: is truncated: it holds {len(data)} bytes; copy it anew from {SOURCE}")
+    magic, *shape = np.frombuffer(data[:16], ">u4").tolist()
+    if magic == LABELS:
+        raise UserError(f"{path}: holds labels (magic number {LABELS}), expected images ({IMAGES})")
+    if magic != IMAGES:
+        raise UserError(f"{path}: begins with {magic}, not with an idx file of images' magic number, {IMAGES}")
+    count, *size = shape
+    if size != [SIDE, SIDE]:
+        raise UserError(f"{path}: has images of {size[0]} x {size[1]} pixels, expected {SIDE} x {SIDE}")
+    expected = 16 + count * SIDE**2
+    if len(data) != expected:
+        what = "truncated" if len(data) < expected else "damaged"
+        holds = f"it holds {len(data)} bytes, but {count} images take {expected}"
+        raise UserError(f"{path}: is {what}: {holds}; copy it anew from {SOURCE}")
+    return np.frombuffer(data, np.uint8, offset=16).reshape(count, SIDE, SIDE)

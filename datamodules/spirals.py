@@ -1,0 +1,110 @@
+"""Spirals, drawn with a pen."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from datamodules._synthetic import Draw, Floats, SyntheticDataModule, require
+from vrnn_lightning.data import Modality, Scaler
+from vrnn_lightning.errors import UserError
+
+__all__ = ["Spirals"]
+
+
+class Spirals(SyntheticDataModule):
+    r"""Drawings of spirals as pen strokes (dx, dy, lift), in the format of handwriting, drawn from a seed; no files.
+
+    The arms of a drawing all begin in the middle, evenly turned, and the pen leaves the paper after each. Point s of
+    the S points of arm a of A lies, with a random start :math:`\phi`, sense :math:`\pm` and size r, at
+
+    .. math:: \tfrac sS r \,(\cos, \sin)\big(\phi + 2 \pi \tfrac aA \pm 2 \pi\, \mathrm{turns}\, \tfrac sS\big)
+        + \varepsilon, \quad \varepsilon \sim \mathcal N(0, \sigma^2 I)
+
+    A row is the pen's offset from the last point, the middle at first; lift is 1 at the end of an arm, else 0. One
+    mean and one standard deviation scale dx and dy; lift stays as it is. The emission to choose is ``Pen``.
+
+    Args:
+        arms: Spirals of a drawing, A.
+        turns: How often each goes round, at most 20.
+        steps: Points of the longest drawing.
+        min_steps: Points of the shortest; they are uniform in between, at least one for each arm. ``None`` gives every
+            drawing ``steps`` points.
+        noise: Standard deviation of each point, sigma; a drawing is of size 1, give or take a quarter. 0 for none.
+        fresh: Draw the training sequences anew in each epoch, in the same lengths.
+        train_size: Training sequences.
+        val_size: Validation sequences.
+        test_size: Test sequences.
+        batch_size: Sequences per batch and process.
+        num_workers: Processes that read ahead.
+        seed: Seed of the sequences and of their order.
+        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+
+    Raises:
+        UserError: An option outside its range.
+
+    >>> Spirals(arms=2, steps=6).split("test")[0].x[:, 2].tolist()
+    [0.0, 0.0, 1.0, 0.0, 0.0, 1.0]
+    """
+
+    modality: ClassVar[Modality] = "strokes"
+
+    def __init__(
+        self,
+        arms: int = 2,
+        turns: float = 1.5,
+        steps: int = 60,
+        min_steps: int | None = None,
+        noise: float = 0.01,
+        fresh: bool = False,
+        train_size: int = 2048,
+        val_size: int = 256,
+        test_size: int = 256,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        window: int | None = None,
+    ) -> None:
+        sizes = (train_size, val_size, test_size)
+        super().__init__(3, steps, min_steps, sizes, fresh, batch_size, num_workers, seed, window)
+        require("arms", arms, 1)
+        if arms > self.min_steps:
+            raise UserError(f"--data.arms {arms}: more than the points of the shortest drawing, {self.min_steps}")
+        require("turns", turns, 0, 20)
+        require("noise", noise, 0, 1e3)
+        self.arms = arms
+        self.turns = turns
+        self.noise = noise
+
+    def drawing(self) -> Draw:
+        """Return what draws spirals."""
+        return partial(_spirals, arms=self.arms, turns=self.turns, noise=self.noise)
+
+    def fit_scaler(self) -> Scaler:
+        """Fit one mean and one std on dx and dy of the training rows; lift is left alone."""
+        train = self.split("train")
+        offsets = torch.cat([train[i].x[:, :2] for i in range(len(train))]).double()
+        mean, std = offsets.mean(), offsets.std(correction=0)
+        zero, one = torch.tensor([0.0, 1.0]).double()
+        return Scaler(torch.stack([mean, mean, zero]), torch.stack([std, std, one]))
+
+
+def _spirals(lengths: NDArray[np.int64], random: np.random.Generator, arms: int, turns: float, noise: float) -> Floats:
+    count, points = len(lengths), np.arange(lengths.max())
+    ends = np.arange(1, arms + 1) * lengths[:, None] // arms  # of the arms, shape (drawings, arms)
+    arm = (points[:, None] >= ends[:, None]).sum(-1).clip(max=arms - 1)
+    first = np.take_along_axis(ends - np.diff(ends, axis=1, prepend=0), arm, 1)
+    last = np.take_along_axis(ends, arm, 1) - 1
+    share = (points - first + 1) / (last - first + 1)
+    start, size = random.uniform(0, 2 * math.pi, (count, 1)), random.uniform(0.75, 1.25, (count, 1))
+    sense = random.choice([-1, 1], (count, 1))
+    angle = start + 2 * math.pi * (arm / arms + sense * turns * share)
+    ink = (size * share)[..., None] * np.stack([np.cos(angle), np.sin(angle)], -1)
+    ink += noise * random.standard_normal(ink.shape)
+    lift: Floats = (points == last).astype(np.float64)
+    return np.concatenate([np.diff(ink, axis=1, prepend=0.0), lift[..., None]], -1)

@@ -1,0 +1,90 @@
+"""Stochastic volatility: returns whose spread is a hidden process."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datamodules._synthetic import Draw, Floats, SyntheticDataModule, require
+from vrnn_lightning.data import Modality
+
+__all__ = ["StochasticVolatility"]
+
+
+class StochasticVolatility(SyntheticDataModule):
+    r"""Returns of several assets that share a hidden volatility, drawn from a seed; no files.
+
+    .. math::
+        h_t = \varphi h_{t-1} + \eta_t, \quad x_{t,d} = e^{h_t / 2} \varepsilon_{t,d}, \quad
+        \eta_t \sim \mathcal N(0, \sigma^2), \quad \varepsilon_{t,d} \sim \mathcal N(0, 1), \quad
+        h_1 \sim \mathcal N\big(0, \tfrac{\sigma^2}{1 - \varphi^2}\big)
+
+    (Taylor 1982). The density of the returns is no closed form. Their sign can't be told from the past, their size can,
+    in part: with a latent in the place of :math:`h_t`, a Gaussian output is right. Data units are the model's units.
+
+    Args:
+        channels: Assets, D.
+        steps: Longest sequence.
+        min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
+        persistence: How much of the log-volatility stays, phi, from 0 to 0.999.
+        volatility: Standard deviation of what drives it, sigma, at most 2.
+        fresh: Draw the training sequences anew in each epoch, in the same lengths.
+        train_size: Training sequences.
+        val_size: Validation sequences.
+        test_size: Test sequences.
+        batch_size: Sequences per batch and process.
+        num_workers: Processes that read ahead.
+        seed: Seed of the sequences and of their order.
+        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+
+    Raises:
+        UserError: An option outside its range.
+
+    >>> StochasticVolatility(channels=5).num_features
+    5
+    """
+
+    modality: ClassVar[Modality] = "series"
+
+    def __init__(
+        self,
+        channels: int = 3,
+        steps: int = 100,
+        min_steps: int | None = None,
+        persistence: float = 0.95,
+        volatility: float = 0.4,
+        fresh: bool = False,
+        train_size: int = 2048,
+        val_size: int = 256,
+        test_size: int = 256,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        window: int | None = None,
+    ) -> None:
+        sizes = (train_size, val_size, test_size)
+        super().__init__(channels, steps, min_steps, sizes, fresh, batch_size, num_workers, seed, window)
+        require("channels", channels, 1)
+        require("persistence", persistence, 0, 0.999)
+        require("volatility", volatility, 0, 2)
+        self.persistence = persistence
+        self.volatility = volatility
+
+    def drawing(self) -> Draw:
+        """Return what draws the returns."""
+        return partial(_returns, channels=self.num_features, persistence=self.persistence, volatility=self.volatility)
+
+
+def _returns(
+    lengths: NDArray[np.int64], random: np.random.Generator, channels: int, persistence: float, volatility: float
+) -> Floats:
+    drive = volatility * random.standard_normal((lengths.max(), len(lengths)))
+    drive[0] /= math.sqrt(1 - persistence**2)
+    level = np.zeros(len(lengths))
+    levels = np.stack([level := persistence * level + pushed for pushed in drive], 1)
+    spread: Floats = np.exp(levels[..., None] / 2)
+    return spread * random.standard_normal((*levels.shape, channels))
