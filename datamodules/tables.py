@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from vrnn_lightning.batch import Sequence
 from vrnn_lightning.data import TABLE_SUFFIXES, Columns, Modality, Scaler, SequenceDataModule, Split, read_columns
@@ -41,7 +42,7 @@ class Tables(SequenceDataModule):
     A file is one series, or holds many that a column tells apart (``id``). Its rows are in the order of time. An empty
     cell of ``columns`` (or NaN, NA, null) is a missing value: it is left out of the likelihood, and the model is told.
     Each column is scaled by its own mean and standard deviation, taken over the training split alone; ``inputs`` are
-    given to the model as they are.
+    given to the model as they are, so bring them to a range of a few units.
 
     Rows in messages are those a spreadsheet shows, the header being row 1; a parquet file's are counted from 0.
 
@@ -59,7 +60,7 @@ class Tables(SequenceDataModule):
         id: A column that tells series apart, by any text or number. Rows of an id in several files are one series,
             for which ``time`` is needed. ``None``: each file is one series.
         time: A column of numbers or of ISO dates, "2016-07-01 13:00"; dates without an offset count as UTC. ``None``:
-            each row is the next step.
+            each row is the next step, counted from the first, so that a file that is used again must begin with it.
         step: The interval between rows, in the unit of ``time`` or, of dates, as "15min" (us, ms, s, min, h, d, w).
             Times that are absent then become rows of missing values. ``None``: rows follow one another, whatever lies
             between them.
@@ -192,16 +193,6 @@ class Tables(SequenceDataModule):
         """Return the steps of each sequence of a split."""
         return self._windows(split).lengths
 
-    def fit_scaler(self) -> Scaler:
-        """Fit mean and std of each column on the values of the training split."""
-        empty = np.flatnonzero(~self._windows("train").seen())
-        if len(empty):
-            raise UserError(
-                f"{self.root}: column {self.columns[empty[0]]!r} has no value in the training split; take it out of "
-                "--data.columns"
-            )
-        return super().fit_scaler()
-
     def state_dict(self) -> dict[str, Any]:
         """Return the scaler and, of a split by time, the last training and the last validation time of each series."""
         state = super().state_dict()
@@ -222,6 +213,19 @@ class Tables(SequenceDataModule):
         assert isinstance(found, _Windows)
         return found
 
+    def _moments(self, scaler: Scaler | None) -> tuple[Tensor, Tensor]:
+        """Return mean and std of the training rows, each counted once however many windows it is in."""
+        x = torch.from_numpy(self._windows("train").rows())
+        empty = x.isnan().all(0).tolist()
+        if True in empty:
+            raise UserError(
+                f"{self.root}: column {self.columns[empty.index(True)]!r} has no value in the training split; take it "
+                "out of --data.columns"
+            )
+        x = x if scaler is None else scaler.scale(x)
+        mean = x.nanmean(0)
+        return mean, (x - mean).square().nanmean(0).sqrt()
+
     def _part(self, series: _Series, split: Split) -> tuple[int, int]:
         """Return the first step of a series that belongs to a split, and one past the last."""
         end = len(series.times)
@@ -235,7 +239,7 @@ class Tables(SequenceDataModule):
         if self._cuts is not None and series.clock != self._clock:
             raise UserError(
                 f"{self.root}: time is given by {series.clock}, but the checkpoint's data was split by {self._clock}; "
-                "choose another --data.root or --data.time"
+                "choose another --data.root"
             )
         if cuts is None:  # a series that the checkpoint doesn't know
             latest = max(test for _, test in (self._cuts or {}).values())
@@ -449,7 +453,8 @@ class _Windows:
         return len(self.bounds)
 
     def __getitem__(self, index: int, /) -> Sequence:
-        return self.window(index, 0, self.lengths[index])
+        _, start, end = self.bounds[index].tolist()
+        return self.window(index, 0, end - start)
 
     def window(self, index: int, first: int, last: int, /) -> Sequence:
         """Return steps ``first`` to ``last - 1`` of one sequence."""
@@ -460,12 +465,15 @@ class _Windows:
         name = f"{series.name} from {_stamp(series.times[start], series.clock)}"
         return Sequence(x, ~x.isnan() if self.missing else None, inputs, name)
 
-    def seen(self) -> NDArray[np.bool_]:
-        """Return which columns have a value in any sequence, shape (features,)."""
-        found = np.zeros(self.series[0].values.shape[1], dtype=np.bool_)
-        for which, start, end in self.bounds.tolist():
-            found |= ~np.isnan(self.series[which].values[start:end]).all(0)
-        return found
+    def rows(self) -> NDArray[np.float64]:
+        """Return the steps that are in any sequence, each once, shape (steps, features)."""
+        found = []
+        for which in np.unique(self.bounds[:, 0]):
+            values, bounds = self.series[which].values, self.bounds[self.bounds[:, 0] == which]
+            begun = np.bincount(bounds[:, 1], minlength=len(values) + 1).cumsum()
+            ended = np.bincount(bounds[:, 2], minlength=len(values) + 1).cumsum()
+            found.append(values[begun[:-1] > ended[:-1]])
+        return np.concatenate(found)
 
 
 class _Step(NamedTuple):
