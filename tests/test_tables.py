@@ -525,7 +525,7 @@ class TestCheckpoints:
         state = through_a_file(trained.state_dict())
         write(path, {"t": hours(500), "x": noise(500)})
         grown, anew = Tables(path, ["x"], time="t"), Tables(path, ["x"], time="t")
-        grown.setup("test")
+        grown.setup("fit")  # as a resumed fit does, before it loads
         grown.load_state_dict(state)
         assert grown.split("train")[0].x.tolist() == trained.split("train")[0].x.tolist()
         assert grown.split("test")[0].x[:, 0].tolist() == noise(500)[90:]
@@ -549,6 +549,17 @@ class TestCheckpoints:
             with pytest.raises(UserError, match="train split is empty"):
                 other.split("train")
             assert other.state_dict()["cuts"] == trained.state_dict()["cuts"]  # however often it is saved again
+
+    def test_the_latest_cut_is_that_of_all_series(self, tmp_path):
+        """Whatever it knows keeps its own cut beside it."""
+        columns = {"s": ["a"] * 50 + ["b"] * 100, "t": hours(50) + hours(100), "x": noise(150)}
+        trained = Tables(write(tmp_path / "a.csv", columns), ["x"], id="s", time="t")
+        state = through_a_file(trained.state_dict())
+        columns = {"s": ["c"] * 100 + ["a"] * 60, "t": hours(100) + hours(60), "x": noise(160)}
+        other = Tables(write(tmp_path / "b.csv", columns), ["x"], id="s", time="t")
+        other.load_state_dict(state)
+        assert other.lengths("test") == [10, 15]
+        assert other.lengths("train") == trained.lengths("train")[:1]
 
     def test_times_of_another_kind(self, tmp_path):
         path = write(tmp_path / "a.csv", {"t": hours(50), "x": noise(50)})
