@@ -22,12 +22,13 @@ TINY = {
     "music": ["--data.root", "rolls.npz"],
     "synthetic": ["--data.train_size", "8", "--data.val_size", "4", "--data.steps", "5"],
     "speech": ["--data.root", "recordings", "--data.frame_size", "20"],
+    "tables": ["--data.root", "sensors.csv", "--data.length", "12"],
 }
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with a few recordings; W&B stays offline."""
+    """A working directory with a few recordings, archives and a table; W&B stays offline."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "recordings").mkdir()
@@ -43,6 +44,10 @@ def folder(tmp_path, monkeypatch):
         values[:, 2] = values[:, 2] > 5
     np.savez("strokes.npz", **strokes, **lengths)
     np.savez("digits.npz", **{f"{split}_images": generator.integers(0, 256, (5, 28, 28)) for split in splits})
+    hours = [f"2024-01-0{1 + hour // 24} {hour % 24:02}:00" for hour in range(96)]
+    measured = [",".join(f"{value:.3f}" for value in row) for row in generator.standard_normal((96, 7))]
+    rows = ["date,HUFL,HULL,MUFL,MULL,LUFL,LULL,OT", *map(",".join, zip(hours, measured, strict=True))]
+    (tmp_path / "sensors.csv").write_text("\n".join(rows))
     return tmp_path
 
 

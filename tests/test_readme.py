@@ -34,13 +34,15 @@ def block(language: str, beginning: str = "") -> str:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A working directory with recordings and the README's datamodule."""
+    """A working directory with recordings, a table and the README's datamodule."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "recordings").mkdir()
     for i in range(12):
         noise = 0.1 * np.random.default_rng(i).standard_normal(900)
         soundfile.write(f"recordings/a_{i}.wav", noise, 8000)
+    rows = [f"2024-01-{1 + t // 24:02}T{t % 24:02}:00,s{s},{20 + s},50,{t % 24}" for s in range(3) for t in range(240)]
+    (tmp_path / "sensors.csv").write_text("\n".join(["date,sensor,temperature,humidity,hour", *rows]))
     (tmp_path / "datamodules").mkdir()
     (tmp_path / "datamodules" / "walks.py").write_text(block("python", "# datamodules/walks.py"))
     import datamodules

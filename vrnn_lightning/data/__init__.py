@@ -1,14 +1,17 @@
-"""Data for the model: sequences, flat archives, batches, and the base class of datamodules."""
+"""Data for the model: sequences, flat archives, tables, batches, and the base class of datamodules."""
 
 from vrnn_lightning.data.archives import ArchiveSplit, read_archive
+from vrnn_lightning.data.columns import TABLE_SUFFIXES, Columns, read_columns
 from vrnn_lightning.data.datamodule import SequenceDataModule
 from vrnn_lightning.data.loading import BatchSampler, SequenceLoader, Window
 from vrnn_lightning.data.sequences import ChangingSequences, Modality, Scaler, Sequences, Split, WindowedSequences
 
 __all__ = [
+    "TABLE_SUFFIXES",
     "ArchiveSplit",
     "BatchSampler",
     "ChangingSequences",
+    "Columns",
     "Modality",
     "Scaler",
     "SequenceDataModule",
@@ -18,4 +21,5 @@ __all__ = [
     "Window",
     "WindowedSequences",
     "read_archive",
+    "read_columns",
 ]

@@ -1,0 +1,322 @@
+"""Columns of a table by name: csv files with what Python brings, parquet files with pyarrow."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zlib import error as ZlibError
+
+import numpy as np
+
+from vrnn_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+    from numpy.typing import NDArray
+
+__all__ = ["TABLE_SUFFIXES", "Columns", "read_columns"]
+
+TABLE_SUFFIXES = (".csv", ".csv.gz", ".parquet")
+CHUNK = 65536
+"""Rows that are held as text at once."""
+SHOWN = 30
+"""Column names that a message lists."""
+MISSING = {"", "nan", "na", "n/a", "null"}
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Some columns of one file, in the order of its rows.
+
+    Args:
+        path: The file.
+        rows: What messages call each row, shape (rows,): its line in a csv file, whose header is row 1, else its place
+            from 0 on.
+        names: The number columns.
+        numbers: Their values, NaN where a cell is empty, shape (rows, columns).
+        ids: The id column's entries, each once, in the order of their first rows; none without such a column.
+        codes: Which of them each row has, shape (rows,).
+        times: Numbers, or microseconds since 1970 in UTC, shape (rows,); ``None`` without a time column.
+        dated: True where times are dates.
+    """
+
+    path: Path
+    rows: NDArray[np.int64]
+    names: list[str]
+    numbers: NDArray[np.float64]
+    ids: list[str]
+    codes: NDArray[np.int64]
+    times: NDArray[Any] | None
+    dated: bool
+
+    def refuse(self, wrong: NDArray[np.bool_], cure: str) -> None:
+        """Refuse numbers that the data can't hold.
+
+        Args:
+            wrong: True at them, shape (rows, columns) or fewer columns from the left on.
+            cure: The rest of the message, after where the first of them stands.
+
+        Raises:
+            UserError: Any is true.
+        """
+        if wrong.any():
+            row, column = np.unravel_index(wrong.argmax(), wrong.shape)
+            raise _Place(self.path, self.names[int(column)], self.rows).error(int(row), cure)
+
+
+def read_columns(
+    path: Path, wanted: Mapping[str, SequenceOf[str]], id: str | None, time: str | None, delimiter: str = ","
+) -> Columns:
+    """Read columns of one file, and of a parquet file nothing else.
+
+    Empty cells and those that hold NaN, NA, N/A or null are missing numbers. Dates are read as ISO 8601; those without
+    an offset count as UTC.
+
+    Args:
+        path: A ``.csv`` file with a header, UTF-8, gzipped where it ends in ``.csv.gz``, or a ``.parquet`` file.
+        wanted: The number columns, by the option that asks for them, which messages name.
+        id: The column that tells series apart, or ``None``.
+        time: The column of times, or ``None``.
+        delimiter: What stands between cells of a csv file.
+
+    Raises:
+        UserError: The file can't be read, is damaged or has no rows, lacks a column, or a cell is not what its column
+            holds.
+    """
+    asked = [(name, option) for option, names in wanted.items() for name in names]
+    numbers = [name for name, _ in asked]
+    asked += [(name, option) for option, name in (("id", id), ("time", time)) if name is not None]
+    ids: dict[str, int] = {}
+    dated: bool | None = None
+    parts: list[tuple[NDArray[Any], ...]] = []
+    for rows, cells in _chunks(path, asked, delimiter):
+        table = np.empty((len(rows), len(numbers)))
+        for i, name in enumerate(numbers):
+            table[:, i] = _numbers(cells[name], _Place(path, name, rows))
+        codes = np.zeros(0 if id is None else len(rows), dtype=np.int64)
+        if id is not None:
+            words = _words(cells[id], _Place(path, id, rows))
+            codes[:] = [ids.setdefault(word, len(ids)) for word in words]
+        times = np.zeros(0)
+        if time is not None:
+            times, dated = _times(cells[time], dated, _Place(path, time, rows))
+        parts.append((rows, table, codes, times))
+    if not parts:
+        raise UserError(f"{path}: is empty, it has no row of data; remove it")
+    rows, table, codes, times = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Columns(path, rows, numbers, table, list(ids), codes, None if time is None else times, bool(dated))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Cells of one column, for messages."""
+
+    path: Path
+    column: str
+    rows: NDArray[np.int64]
+
+    def error(self, index: int, problem: str) -> UserError:
+        return UserError(f"{self.path}: row {self.rows[index]}, column {self.column!r}: {problem}")
+
+
+Cells = Any
+"""Cells of a column: text as a list of words and ``None``, else an array of numbers or datetime64."""
+Chunk = tuple["NDArray[np.int64]", dict[str, Cells]]
+
+
+def _chunks(path: Path, asked: list[tuple[str, str]], delimiter: str) -> Iterator[Chunk]:
+    """Yield the numbers and the wanted cells of some rows at a time; what the file does wrong becomes one line."""
+    damaged = f"{path}: can't be read, it seems damaged; copy or write it anew"
+    try:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: is empty, it has not even a header; remove it")
+        if path.name.lower().endswith(".parquet"):
+            yield from _parquet_chunks(path, asked)
+        else:
+            yield from _csv_chunks(path, asked, delimiter)
+    except PermissionError:
+        raise UserError(f"{path}: may not be read by you; give yourself the permission") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"{path}: can't be read as csv ({error}); write it anew") from None
+    except (OSError, EOFError, ZlibError):
+        raise UserError(damaged) from None
+
+
+def _csv_chunks(path: Path, asked: list[tuple[str, str]], delimiter: str) -> Iterator[Chunk]:
+    with _text(path) as file:
+        reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
+        header = [name.strip() for name in next(reader, [])]
+        places = _find(path, header, asked, delimiter)
+        numbered = ((reader.line_num, row) for row in reader if row)
+        while chunk := list(islice(numbered, CHUNK)):
+            for line, row in chunk:
+                if len(row) != len(header):
+                    raise UserError(f"{path}: row {line} has {len(row)} cells, the header has {len(header)}; mend it")
+            columns = list(zip(*(row for _, row in chunk), strict=True))
+            rows = np.array([line for line, _ in chunk], dtype=np.int64)
+            yield rows, {name: columns[place] for name, place in places.items()}
+
+
+def _text(path: Path) -> TextIO:
+    if path.name.lower().endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _parquet_chunks(path: Path, asked: list[tuple[str, str]]) -> Iterator[Chunk]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{path}: parquet needs pyarrow; pip install 'vrnn-lightning[tables]'") from None
+    start = 0
+    with path.open("rb") as source:
+        try:
+            file = parquet.ParquetFile(source, pre_buffer=False)
+            header = list(file.schema_arrow.names)
+            names = list(_find(path, header, asked))
+            # no threads: reading processes are forked from this one
+            for batch in file.iter_batches(CHUNK, columns=names, use_threads=False):
+                rows = np.arange(start, start + len(batch))
+                start += len(batch)
+                yield rows, {name: _array(batch.column(name), _Place(path, name, rows)) for name in names}
+        except pyarrow.ArrowException as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path}: can't be read as parquet ({reason}); write it anew") from None
+
+
+def _array(array: Any, place: _Place) -> Cells:
+    """Return an arrow array as text or as a numpy array."""
+    import pyarrow
+    from pyarrow import types
+
+    kind = array.type
+    if types.is_dictionary(kind):
+        array, kind = array.dictionary_decode(), kind.value_type
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return array.to_pylist()
+    if types.is_timestamp(kind) or types.is_date(kind):
+        return array.cast(pyarrow.timestamp("us"), safe=False).to_numpy(zero_copy_only=False)
+    if types.is_integer(kind) and array.null_count == 0:
+        return array.cast(pyarrow.int64()).to_numpy(zero_copy_only=False)
+    numeric = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
+    if numeric or types.is_boolean(kind) or types.is_null(kind):
+        bits = array.cast(pyarrow.uint8()) if types.is_boolean(kind) else array
+        return bits.cast(pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False)
+    raise UserError(f"{place.path}: column {place.column!r} is of type {kind}; expected numbers, text or dates")
+
+
+def _find(path: Path, header: list[str], asked: list[tuple[str, str]], delimiter: str = "") -> dict[str, int]:
+    """Return where the wanted columns stand."""
+    for name, option in asked:
+        count = header.count(name)
+        if count == 1:
+            continue
+        if count:
+            raise UserError(f"{path}: has {count} columns called {name!r} (--data.{option}); rename one")
+        near = difflib.get_close_matches(name.lower(), by_lower := {h.lower(): h for h in header}, n=1, cutoff=0.6)
+        hint = f" Did you mean {by_lower[near[0]]!r}?" if near else ""
+        more = f" and {len(header) - SHOWN} more" if len(header) > SHOWN else ""
+        other = next((d for d in ";\t|" if delimiter and len(header) == 1 and d in header[0]), "")
+        cure = f"; is --data.delimiter {other!r}?" if other else ""
+        listed = ", ".join(header[:SHOWN]) + more
+        raise UserError(f"{path}: has no column {name!r} (--data.{option}).{hint} It has {listed}{cure}")
+    return {name: header.index(name) for name, _ in asked}
+
+
+def _numbers(cells: Cells, place: _Place) -> NDArray[np.float64]:
+    """Return numbers, NaN where one is missing."""
+    if isinstance(cells, np.ndarray):
+        if cells.dtype.kind == "M":
+            raise place.error(0, "is a date; expected a number")
+        return cells.astype(np.float64)
+    try:
+        return np.array([float(cell) for cell in cells])
+    except (TypeError, ValueError):
+        return np.array([_number(cells, i, place) for i in range(len(cells))])
+
+
+def _number(cells: SequenceOf[str | None], index: int, place: _Place) -> float:
+    cell = (cells[index] or "").strip()
+    if cell.lower() in MISSING:
+        return np.nan
+    try:
+        return float(cell)
+    except ValueError:
+        cure = "write a decimal point" if "," in cell else "mend it, or leave the cell empty where nothing was measured"
+        raise place.error(index, f"{cell!r} is no number; {cure}") from None
+
+
+def _words(cells: Cells, place: _Place) -> list[str]:
+    """Return ids as text."""
+    listed = cells.tolist() if isinstance(cells, np.ndarray) else cells
+    words = ["" if cell is None or cell != cell else str(cell).strip() for cell in listed]  # NaN is not itself
+    if "" in words:
+        raise place.error(words.index(""), "is empty; each row needs its id")
+    return words
+
+
+def _times(cells: Cells, dated: bool | None, place: _Place) -> tuple[NDArray[Any], bool]:
+    """Return numbers, or microseconds since 1970, and whether they are dates; the file's first cell decides."""
+    if isinstance(cells, np.ndarray):
+        dated = cells.dtype.kind == "M"
+        missing = np.isnat(cells) if dated else np.isnan(cells)
+        if missing.any():
+            raise place.error(int(missing.argmax()), "is empty; each row needs its time")
+        times = cells.astype("datetime64[us]").astype(np.int64) if dated else cells
+    else:
+        if dated is None:
+            dated = not _is_number(cells[0])
+        times = _dates(cells, place) if dated else _ticks(cells, place)
+    if not np.isfinite(times).all():
+        raise place.error(int((~np.isfinite(times)).argmax()), "is infinite; expected a time")
+    return times, dated
+
+
+def _is_number(cell: str | None) -> bool:
+    try:
+        float(cell or "")
+    except ValueError:
+        return False
+    return True
+
+
+def _ticks(cells: SequenceOf[str | None], place: _Place) -> NDArray[Any]:
+    """Return times that are numbers, whole ones exactly."""
+    try:
+        return np.array([int(cell or "") for cell in cells], dtype=np.int64)
+    except (OverflowError, ValueError):
+        ticks = _numbers(cells, place)
+    missing = np.isnan(ticks)
+    if missing.any():
+        raise place.error(int(missing.argmax()), "is empty; each row needs its time")
+    return ticks
+
+
+def _dates(cells: SequenceOf[str | None], place: _Place) -> NDArray[np.int64]:
+    dates = []
+    for i, cell in enumerate(cells):
+        word = (cell or "").strip()
+        if word.lower() in MISSING:
+            raise place.error(i, "is empty; each row needs its time")
+        try:
+            date = datetime.fromisoformat(word)
+        except ValueError:
+            raise place.error(i, f"{word!r} is no time; write a number or an ISO date, 2016-07-01 13:00") from None
+        dates.append((date.replace(tzinfo=date.tzinfo or UTC) - EPOCH) // MICROSECOND)
+    return np.array(dates, dtype=np.int64)
