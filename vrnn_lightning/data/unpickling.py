@@ -1,0 +1,155 @@
+"""Pickles of plain data, read without running anything that they name."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["UnsafePickleError", "unpickle"]
+
+
+class UnsafePickleError(pickle.UnpicklingError):
+    """A pickle names something else than plain data and numpy arrays; the message says what."""
+
+
+def unpickle(file: BinaryIO) -> Any:
+    """Read a pickle of numbers, words, lists, tuples, dicts and numpy arrays of these, and nothing else.
+
+    No name in the pickle is ever looked up: stand-ins of ours take the place of what numpy writes, and check it.
+    Strings of Python 2 are read as Latin-1.
+
+    Args:
+        file: Opened for reading in binary mode, at the pickle's start.
+
+    Raises:
+        UnsafePickleError: It names a class or function that is no part of numpy's arrays.
+        pickle.UnpicklingError: It is no pickle, is damaged, or an array in it does not add up.
+    """
+    try:
+        return _plain(_PlainUnpickler(file, encoding="latin1").load())
+    except pickle.UnpicklingError:
+        raise
+    except (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError) as error:
+        # what Python's unpickler raises on bytes that are no pickle
+        raise pickle.UnpicklingError(f"no pickle, or a damaged one ({error})") from None
+    except RecursionError:
+        raise pickle.UnpicklingError("nested too deeply") from None
+
+
+class _Type:
+    """Stands in for ``numpy.dtype``: numbers of a fixed size, or objects."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        dtype = np.dtype(str(code)) if str(code)[:1] in set("biufO") else None
+        if dtype is None or dtype.fields is not None or dtype.shape:
+            raise pickle.UnpicklingError(f"an array of type {code!r}, expected numbers")
+        self.dtype: np.dtype[Any] = dtype
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        order = state[1]
+        if order in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(order)
+
+
+class _Array:
+    """Stands in for ``numpy.ndarray``."""
+
+    array: NDArray[Any]
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, *given = state
+        self.array = self._built(*given)
+
+    @staticmethod
+    def _built(shape: Any, kind: Any, fortran: Any, content: Any) -> NDArray[Any]:
+        if not isinstance(kind, _Type) or not all(isinstance(n, int) and n >= 0 for n in shape):
+            raise pickle.UnpicklingError("an array without a type or shape")
+        size = math.prod(shape)
+        if kind.dtype.kind == "O":
+            if not isinstance(content, list) or len(content) != size:
+                raise pickle.UnpicklingError("an array of objects that are not there")
+            flat = np.empty(size, dtype=object)
+            for i, item in enumerate(content):
+                flat[i] = _plain(item)
+        else:
+            raw = content.encode("latin1") if isinstance(content, str) else content
+            if not isinstance(raw, bytes) or len(raw) != size * kind.dtype.itemsize:
+                raise pickle.UnpicklingError(f"an array of shape {tuple(shape)} whose bytes do not add up")
+            flat = np.frombuffer(raw, dtype=kind.dtype).copy()
+        result: NDArray[Any] = flat.reshape(shape, order="F" if fortran else "C")
+        return result
+
+    @classmethod
+    def of_buffer(cls, content: Any, kind: Any, shape: Any, order: Any) -> _Array:
+        """Stand in for numpy's function of this name, which protocol 5 writes."""
+        self = cls()
+        self.array = cls._built(shape, kind, order == "F", bytes(content))
+        return self
+
+
+def _array(*_: Any) -> _Array:
+    return _Array()
+
+
+def _scalar(kind: _Type, raw: bytes | str) -> Any:
+    content = raw.encode("latin1") if isinstance(raw, str) else raw
+    if kind.dtype.kind == "O" or len(content) != kind.dtype.itemsize:
+        raise pickle.UnpicklingError("a number whose bytes do not add up")
+    return np.frombuffer(content, dtype=kind.dtype)[0]
+
+
+def _bytes(text: str, encoding: str = "latin1") -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}")
+    return text.encode("latin1")
+
+
+def _no_bytes() -> bytes:
+    return b""
+
+
+STAND_INS: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Type,
+    ("_codecs", "encode"): _bytes,  # how protocols 0 to 2 write bytes
+    ("__builtin__", "bytes"): _no_bytes,  # and none
+    ("builtins", "bytes"): _no_bytes,
+}
+for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+    STAND_INS[_module, "_reconstruct"] = _array
+    STAND_INS[_module, "scalar"] = _scalar
+    STAND_INS[_module.replace("multiarray", "numeric"), "_frombuffer"] = _Array.of_buffer
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str, /) -> Any:
+        try:
+            return STAND_INS[module, name]
+        except KeyError:
+            raise UnsafePickleError(f"it names {module}.{name}, which is never loaded") from None
+
+    def persistent_load(self, pid: Any, /) -> Any:
+        raise UnsafePickleError("it refers to something outside the file")
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with numpy's arrays in the place of stand-ins."""
+    if isinstance(value, _Array):
+        if not hasattr(value, "array"):
+            raise pickle.UnpicklingError("an array without content")
+        return value.array
+    if isinstance(value, (_Type, type)) or callable(value):
+        raise pickle.UnpicklingError("a type where data is expected")
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
+    return value
