@@ -169,8 +169,9 @@ class TestBatchSampler:
         assert order(3, 1) != order(3, 2)
         assert order(3, 1) != order(4, 1)
 
-    def test_without_shuffle_the_order_is_the_data_s(self):
-        assert list(sampler_of(ragged([5, 1, 3]), shuffle=False)) == [[0, 1], [2]]
+    def test_without_shuffle_like_lengths_share_a_batch_in_the_data_s_order(self):
+        assert list(sampler_of(ragged([5, 1, 3]), shuffle=False)) == [[0, 2], [1]]
+        assert list(sampler_of(ragged([4, 4, 4, 4, 4]), shuffle=False)) == [[0, 1], [2, 3], [4]]
 
     def test_like_lengths_share_a_batch(self):
         lengths = torch.randperm(400, generator=torch.Generator().manual_seed(0)) + 1

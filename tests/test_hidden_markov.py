@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from datamodule_contract import CHECKS
 from scipy.stats import bernoulli, norm
 
 from datamodules.hidden_markov import HiddenMarkov
 from vrnn_lightning import UserError
 from vrnn_lightning.batch import Sequence, SequenceBatch, pad
+from vrnn_lightning.testing import CHECKS
 
 SMALL = {"train_size": 21, "val_size": 9, "test_size": 7, "steps": 5, "min_steps": 1, "batch_size": 4, "channels": 3}
 EMISSIONS = ["bernoulli", "gaussian"]

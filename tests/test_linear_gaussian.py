@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from datamodule_contract import CHECKS
 from scipy.linalg import solve_discrete_lyapunov
 from scipy.stats import multivariate_normal
 from torch.distributions import MultivariateNormal
@@ -13,6 +12,7 @@ from torch.distributions import MultivariateNormal
 from datamodules.linear_gaussian import LinearGaussian
 from vrnn_lightning import UserError
 from vrnn_lightning.batch import Sequence, SequenceBatch, pad
+from vrnn_lightning.testing import CHECKS
 
 SMALL = {"train_size": 21, "val_size": 9, "test_size": 7, "steps": 9, "min_steps": 1, "batch_size": 4}
 SYSTEMS = [{}, {"state_size": 1}, {"state_size": 3, "channels": 2}, {"state_size": 5, "memory": 0.0, "loading": 0.7}]

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datamodule_contract import CHECKS
 
 from datamodules.mnist_rows import MNISTRows
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads import Bernoulli, DiscretisedLogisticMixture
+from vrnn_lightning.testing import CHECKS
 
 SIZES = {"train": 17, "valid": 6, "test": 7}
 TRAIN, TEST = "train-images-idx3-ubyte", "t10k-images-idx3-ubyte"

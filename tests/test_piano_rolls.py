@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datamodule_contract import CHECKS
 
 from datamodules.piano_rolls import PianoRolls
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.testing import CHECKS
 
 SIZES = {"train": 17, "valid": 6, "test": 7}
 

@@ -77,6 +77,13 @@ def test_the_datamodule_has_twenty_lines():
     assert len(code) <= 20
 
 
+def test_the_datamodule_keeps_every_promise(here):
+    Path("test_walks.py").write_text(block("python", "# tests/test_walks.py"))
+    found = runpy.run_path("test_walks.py")
+    for check in found["CHECKS"]:
+        found["test_walks"](check)
+
+
 def test_files_it_names_are_there():
     for name in re.findall(r"\]\(((?!http)[^)]+)\)", README) + re.findall(r"configs/\w+\.yaml", README):
         assert (ROOT / name).is_file(), name

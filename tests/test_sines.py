@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from datamodule_contract import check_datamodule
 from torch.distributions import MultivariateNormal
 
 from datamodules.sines import Sines
 from vrnn_lightning import UserError
 from vrnn_lightning.batch import pad
+from vrnn_lightning.testing import check_datamodule
 
 
 def small(**options):

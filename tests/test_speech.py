@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from datamodule_contract import CHECKS, check_datamodule
 from lightning.pytorch import Trainer
 
 from datamodules.speech import PATTERNS, Speech
 from vrnn_lightning import VRNNLightningModule
 from vrnn_lightning.callbacks import Samples
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.testing import CHECKS, check_datamodule
 
 RATE = 8000
 FRAME = 20

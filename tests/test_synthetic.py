@@ -9,7 +9,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from datamodule_contract import CHECKS
 from scipy.integrate import solve_ivp
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
@@ -23,6 +22,7 @@ from datamodules.stochastic_volatility import StochasticVolatility
 from vrnn_lightning import UserError
 from vrnn_lightning.batch import SequenceBatch, pad
 from vrnn_lightning.heads import Pen
+from vrnn_lightning.testing import CHECKS
 
 CLASSES = (BouncingBall, DoublePendulum, Jumps, Lorenz, Spirals, StochasticVolatility)
 SMALL = {"train_size": 17, "val_size": 6, "test_size": 7, "steps": 9, "min_steps": 2, "batch_size": 4}

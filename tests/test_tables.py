@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from datamodule_contract import CHECKS
 from pyarrow import parquet
 
 from datamodules.tables import Tables
 from vrnn_lightning.data import read_columns
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.testing import CHECKS
 
 SPLITS = ("train", "val", "test")
 START = datetime(2024, 2, 28)

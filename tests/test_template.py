@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datamodule_contract import CHECKS
 from scipy.stats import multivariate_normal
 
 import datamodules
 from datamodules._template import MyData
+from vrnn_lightning.testing import CHECKS
 
 SOURCE = Path(datamodules.__file__).with_name("_template.py")
 

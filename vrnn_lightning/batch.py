@@ -49,6 +49,8 @@ class SequenceBatch:
             of a stream and nothing is carried.
         names: One name per sequence for messages, or ``None``.
         start: The step of its sequence at which each row begins, shape (batch,), int64; ``None`` means 0 everywhere.
+        index: Which sequence of its split each row is, shape (batch,), int64, -1 for none; ``None`` where unknown. What
+            is written of sequences is written in this order.
     """
 
     x: Tensor
@@ -58,6 +60,7 @@ class SequenceBatch:
     reset: Tensor | None = None
     names: list[str] | None = None
     start: Tensor | None = None
+    index: Tensor | None = None
 
     def __len__(self) -> int:
         """Return the number of sequences."""
@@ -81,9 +84,9 @@ class SequenceBatch:
         cut = [None if v is None else v[chosen, :steps] for v in (self.x, self.observed, self.inputs)]
         x, observed, inputs = cut
         assert x is not None
-        reset, start = (None if v is None else v[chosen] for v in (self.reset, self.start))
+        reset, start, places = (None if v is None else v[chosen] for v in (self.reset, self.start, self.index))
         names = None if self.names is None else [self.names[i] for i in chosen]
-        return SequenceBatch(x, self.lengths[chosen], observed, inputs, reset, names, start)
+        return SequenceBatch(x, self.lengths[chosen], observed, inputs, reset, names, start, places)
 
     def window(self, first: int, last: int) -> SequenceBatch:
         """Return steps ``first`` to ``last - 1`` of every row; a row that ended before has length 0 there.
@@ -102,7 +105,7 @@ class SequenceBatch:
         lengths = (self.lengths - first).clamp(0, max(0, last - first))
         start = (torch.zeros_like(self.lengths) if self.start is None else self.start) + first
         reset = self.reset if self.reset is None or first == 0 else torch.zeros_like(self.reset)
-        return SequenceBatch(x, lengths, observed, inputs, reset, self.names, start)
+        return SequenceBatch(x, lengths, observed, inputs, reset, self.names, start, self.index)
 
     def pin_memory(self) -> SequenceBatch:
         """Return the same batch in page-locked memory."""

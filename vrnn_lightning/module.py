@@ -238,6 +238,7 @@ class VRNNLightningModule(LightningModule):
         loss: Tensor = -value * self.trainer.world_size / all_sequences.clamp(min=1).to(value)
         self._stop_unless_finite(total, "the loss", batch)
         self.log("train/beta", self.beta, prog_bar=True)
+        self.log("train/padding", 1 - steps / batch.x[..., 0].numel())
         self.batch_kl = all_kl / all_steps if all_steps else None
         if not all_steps:
             return loss

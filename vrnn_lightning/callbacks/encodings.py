@@ -9,7 +9,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.callbacks.archives import archive_path, write_archive
+from vrnn_lightning.callbacks.archives import archive_path, described, write_archive
 from vrnn_lightning.vrnn import Trace
 
 __all__ = ["Encodings"]
@@ -54,10 +54,9 @@ class Encodings(Callback):
         self._parts.append(
             {
                 "values": means[batch.mask].float().cpu().numpy(),
-                "lengths": batch.lengths[real].cpu().numpy(),
                 "elbo": elbo[real].double().cpu().numpy(),
-                "names": np.array([n for n, r in zip(batch.names or [""] * len(batch), real, strict=True) if r], str),
             }
+            | described(batch)
         )
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

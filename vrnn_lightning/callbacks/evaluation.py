@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.callbacks.archives import archive_path, write_archive
+from vrnn_lightning.callbacks.archives import archive_path, described, write_archive
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.metrics import Estimate
@@ -165,8 +165,7 @@ class Evaluation(Callback):
         real = (batch.lengths > 0).cpu()
         self._kl.append(trace.kl.double().sum((0, 1)).cpu())
         columns = {name: values.double().cpu()[real].numpy() for name, values in figures.items()}
-        names = [n for n, r in zip(batch.names or [""] * len(batch), real, strict=True) if r]
-        self._parts.append(columns | {"lengths": batch.lengths.cpu()[real].numpy(), "names": np.array(names, str)})
+        self._parts.append(columns | described(batch))
 
     def _bounds(self, module: VRNNLightningModule, batch: SequenceBatch, batch_idx: int) -> dict[str, Tensor]:
         """Return the bounds of each sequence in nats, and effective samples: of a trajectory, and summed over steps."""

@@ -18,6 +18,9 @@ from vrnn_lightning.errors import UserError
 
 __all__ = ["BatchSampler", "ScaledSequences", "SequenceLoader", "Window"]
 
+POOL = 50
+"""Training batches whose sequences are sorted by length together: more of them pad less, and mix less."""
+
 
 class Window(NamedTuple):
     """Steps ``first`` to ``last - 1`` of a sequence, as a row of a batch.
@@ -63,12 +66,13 @@ class BatchSampler(DistributedSampler[list[int] | list[Window]]):
     can be carried row by row. A window ends where its sequence ends, and a stretch begins where a window does. The
     stretches are equal in windows, give or take one: so only in an epoch's last batch can a row be empty.
 
-    With ``window`` alone, whole sequences of like length share a batch of at most ``batch_size`` times ``window`` steps
-    a process, padding included, or one longer sequence; batches, and the rows in them, keep the order of the data.
+    Without ``shuffle``, whole sequences of like length share a batch; with ``window``, one of at most ``batch_size``
+    times ``window`` steps a process, padding included, or one longer sequence. Batches come in the order of their first
+    sequences, and the rows in them in that of the data.
 
     Args:
         lengths: Steps of each sequence. With ``shuffle``, sequences of like length share a batch.
-        batch_size: Sequences, or streams, per batch and process; at most so many with ``window`` alone.
+        batch_size: Sequences, or streams, per batch and process; at most so many with ``window`` but not ``shuffle``.
         shuffle: Shuffle anew in each epoch.
         seed: Seed of the order.
         num_replicas: Number of processes.
@@ -98,7 +102,7 @@ class BatchSampler(DistributedSampler[list[int] | list[Window]]):
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
-        if self.window is not None and not self.shuffle:
+        if not self.shuffle:
             return len(self._groups)
         return -(-int(self.pieces.sum()) // self.global_batch)
 
@@ -131,26 +135,25 @@ class BatchSampler(DistributedSampler[list[int] | list[Window]]):
 
     @cached_property
     def _groups(self) -> list[list[int]]:
-        """Global batches of like length, each as many sequences as its steps' budget holds."""
-        assert self.window is not None
+        """Global batches of like length in a fixed order, each as many sequences as its steps' budget holds."""
         longest_first = self.kept[self.lengths[self.kept].argsort(descending=True, stable=True)].tolist()
         groups: list[list[int]] = []
         while longest_first:
-            rows = min(self.batch_size, self.batch_size * self.window // int(self.lengths[longest_first[0]]))
+            rows = self.batch_size
+            if self.window is not None:
+                rows = min(rows, self.batch_size * self.window // int(self.lengths[longest_first[0]]))
             size = max(1, rows) * self.num_replicas
             groups.append(sorted(longest_first[:size]))
             longest_first = longest_first[size:]
         return sorted(groups)
 
     def _global_batches(self) -> list[list[int]]:
-        size = self.global_batch
-        if self.window is not None:
-            return self._groups
         if not self.shuffle:
-            return [chunk.tolist() for chunk in self.kept.split(size)]
+            return self._groups
+        size = self.global_batch
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = self.kept[torch.randperm(len(self.kept), generator=generator)]
-        pools = [pool[self.lengths[pool].argsort(stable=True)] for pool in order.split(size * 20)]
+        pools = [pool[self.lengths[pool].argsort(stable=True)] for pool in order.split(size * POOL)]
         batches = [chunk.tolist() for pool in pools for chunk in pool.split(size)]
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
@@ -201,6 +204,7 @@ class ScaledSequences(Dataset[SequenceBatch]):
         batch.x = batch.x.float()
         if batch.inputs is not None:
             batch.inputs = batch.inputs.float()
+        batch.index = torch.tensor([item.sequence if isinstance(item, Window) else item for item in items])
         if windows:
             batch.reset = torch.tensor([window.reset for window in windows])
             batch.start = torch.tensor([window.first for window in windows], dtype=torch.int64)
