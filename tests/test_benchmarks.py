@@ -51,3 +51,15 @@ def test_startup(capsys):
     del benchmark["COMMANDS"]["`lightning fit --help`"]
     benchmark["main"](["--repeats", "1"])
     assert "synthetic.yaml`, one step" in capsys.readouterr().out
+
+
+def test_loading(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import loading
+
+    words = ["--data", "Sines", "--data.train_size", "40", "--data.batch_size", "4", "--model.hidden_size", "4"]
+    loading.main(["--batches", "2", "--threads", "1", *words])
+    cells = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    assert cells[1:3] == ["4 x 50 x 3", "0.0 %"]
+    assert all(float(cell.strip("| ")) > 0 for cell in cells[3:])

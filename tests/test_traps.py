@@ -200,7 +200,7 @@ TRAPS = {
         "return self._groups[:-1]", test_sines.test_contract,
     ),
     "data scaled twice": Trap(
-        "data.loading:ScaledSequences.read", "self.scaler.scale(s.x.double())", "self.scaler.scale(self.scaler.scale(s.x.double()))",
+        "data.loading:ScaledSequences._scaled", "self.scaler.scale(batch.x)", "self.scaler.scale(self.scaler.scale(batch.x))",
         loader_scales_once,
     ),
     "grey values scored with a Bernoulli": Trap(

@@ -114,13 +114,14 @@ class SequenceBatch:
         return SequenceBatch(**pinned)
 
 
-def pad(sequences: SequenceOf[Sequence]) -> SequenceBatch:
+def pad(sequences: SequenceOf[Sequence], dtype: torch.dtype | None = None) -> SequenceBatch:
     """Stack sequences of different lengths into one batch, zeros behind their ends.
 
     A sequence of no steps is allowed and counts nothing. The batch is at least one step long.
 
     Args:
         sequences: At least one, all with the same number of features.
+        dtype: Of ``x``; by default the first sequence's.
 
     Returns:
         The padded batch; ``observed`` and ``inputs`` are there when at least one sequence has them.
@@ -139,17 +140,17 @@ def pad(sequences: SequenceOf[Sequence]) -> SequenceBatch:
     lengths = torch.tensor([len(s.x) for s in sequences], dtype=torch.int64)
     steps = max(1, int(lengths.max()))
 
-    def stack(values: list[Tensor | None], fill: float) -> Tensor | None:
+    def stack(values: list[Tensor | None], fill: float, dtype: torch.dtype | None = None) -> Tensor | None:
         given = next((v for v in values if v is not None), None)
         if given is None:
             return None
-        out = given.new_full((len(values), steps, given.shape[1]), fill)
+        out = given.new_full((len(values), steps, given.shape[1]), fill, dtype=dtype)
         for row, value, length in zip(out, values, lengths.tolist(), strict=True):
             if value is not None:
                 row[:length] = value
         return out
 
-    x = stack([s.x for s in sequences], 0.0)
+    x = stack([s.x for s in sequences], 0.0, dtype)
     assert x is not None
     return SequenceBatch(
         x=x,

@@ -147,9 +147,9 @@ class SequenceDataModule(LightningDataModule):
         mean, deviation = torch.zeros_like(count), torch.zeros_like(count)
         reader = ScaledSequences(self.split("train"), scaler or Scaler(), self.num_features)
         pieces = (reader.pieces(i, steps, PIECE) for i, steps in enumerate(self.lengths("train")))
-        for s in chain.from_iterable(pieces):
-            real = torch.ones_like(s.x) if s.observed is None else s.observed.to(s.x)
-            x, real = (s.x.reshape(-1, 1), real.reshape(-1, 1)) if shared else (s.x, real)
+        for piece in chain.from_iterable(pieces):
+            x, real = piece.x[0], piece.counted[0].to(piece.x)
+            x, real = (x.reshape(-1, 1), real.reshape(-1, 1)) if shared else (x, real)
             here = real.sum(0)
             center = (x * real).sum(0) / here.clamp(min=1)
             total = (count + here).clamp(min=1)

@@ -200,7 +200,7 @@ class ScaledSequences(Dataset[SequenceBatch]):
             self._take(self._changing.in_epoch(epoch))
         windows = [item for item in items if isinstance(item, Window)]
         self._keep({window.sequence for window in windows})
-        batch = pad([self.read(item) for item in items])
+        batch = self._scaled(items)
         batch.x = batch.x.float()
         if batch.inputs is not None:
             batch.inputs = batch.inputs.float()
@@ -210,22 +210,35 @@ class ScaledSequences(Dataset[SequenceBatch]):
             batch.start = torch.tensor([window.first for window in windows], dtype=torch.int64)
         return batch
 
-    def pieces(self, index: int, length: int, steps: int) -> Iterator[Sequence]:
-        """Yield a sequence of so many steps in scaled units, in windows of at most ``steps``."""
+    def pieces(self, index: int, length: int, steps: int) -> Iterator[SequenceBatch]:
+        """Yield a sequence of so many steps in scaled units and float64, in windows of at most ``steps``."""
         self._keep({index})
         for first in range(0, length, steps):
-            yield self.read(Window(index, first, min(first + steps, length), first == 0))
+            yield self._scaled([Window(index, first, min(first + steps, length), first == 0)])
 
-    def read(self, item: int | Window) -> Sequence:
-        """Return one sequence in scaled units, in float64: a large offset is gone before precision is."""
+    def _scaled(self, items: SequenceOf[int] | SequenceOf[Window]) -> SequenceBatch:
+        """Return sequences padded and in scaled units, in float64: a large offset is gone before precision is."""
+        batch = pad([self._read(item) for item in items], torch.float64)
+        counted = batch.counted
+        self._refuse(batch, ~torch.isfinite(batch.x) & counted, "values")
+        if batch.inputs is not None and self.num_inputs:
+            self._refuse(batch, ~torch.isfinite(batch.inputs), "inputs")
+        batch.x = self.scaler.scale(batch.x).masked_fill(~counted, 0.0)
+        return batch
+
+    @staticmethod
+    def _refuse(batch: SequenceBatch, wrong: Tensor, what: str) -> None:
+        if wrong.any():
+            assert batch.names is not None
+            name = batch.names[int(wrong.flatten(1).any(1).nonzero()[0])]
+            raise UserError(f"{name}: holds NaN or infinite {what}; remove it or mend it")
+
+    def _read(self, item: int | Window) -> Sequence:
+        """Return one sequence in data units."""
         index = item.sequence if isinstance(item, Window) else item
         if index < 0:
             return self._nothing
-        s = self._window(item) if isinstance(item, Window) else self._checked(index, self.sequences[index])
-        scaled = self.scaler.scale(s.x.double())
-        if s.observed is not None:
-            scaled = scaled.masked_fill(~s.observed, 0.0)
-        return Sequence(scaled, s.observed, s.inputs, s.name)
+        return self._window(item) if isinstance(item, Window) else self._checked(index, self.sequences[index])
 
     def _window(self, window: Window) -> Sequence:
         """Return a window in data units."""
@@ -260,9 +273,6 @@ class ScaledSequences(Dataset[SequenceBatch]):
             raise UserError(f"{name}: shape {tuple(s.x.shape)}, expected (time, {self.num_features})")
         if s.observed is not None:
             self._check_observed(s, name)
-        real = s.x if s.observed is None else s.x[s.observed]
-        if not torch.isfinite(real).all():
-            raise UserError(f"{name}: holds NaN or infinite values; remove it or mend it")
         if self.num_inputs:
             self._check_inputs(s, name)
         return Sequence(s.x, s.observed, s.inputs, name)
@@ -281,15 +291,13 @@ class ScaledSequences(Dataset[SequenceBatch]):
             raise UserError(f"{name}: has no inputs, expected shape {expected}")
         if s.inputs.shape != expected:
             raise UserError(f"{name}: inputs of shape {tuple(s.inputs.shape)}, expected {expected}")
-        if not torch.isfinite(s.inputs).all():
-            raise UserError(f"{name}: holds NaN or infinite inputs; remove it or mend it")
 
     @cached_property
     def _nothing(self) -> Sequence:
         """No steps of what a sequence is made of, so that a batch of it still has its covariates."""
         s = self._part(0, 0, 1) or self._checked(0, self.sequences[0])
         observed, inputs = (None if v is None else v[:0].clone() for v in (s.observed, s.inputs))
-        return Sequence(s.x[:0].double(), observed, inputs, "(none)")
+        return Sequence(s.x[:0], observed, inputs, "(none)")
 
 
 class SequenceLoader:
