@@ -10,12 +10,13 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Generator
 
 from vrnn_lightning.batch import Sequence
 from vrnn_lightning.data import SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
 
-__all__ = ["Draw", "Floats", "SyntheticDataModule", "integrate", "require"]
+__all__ = ["Draw", "Floats", "Redrawn", "SyntheticDataModule", "integrate", "opening", "require"]
 
 Floats = NDArray[np.float64]
 Draw = Callable[[NDArray[np.int64], np.random.Generator], Floats]
@@ -88,6 +89,16 @@ class Redrawn(list[Sequence]):
     def in_epoch(self, epoch: int) -> list[Sequence]:
         """Return the sequences of an epoch."""
         return self.draw(epoch) if epoch else self
+
+
+def opening(split: Split, size: int, shortest: int, longest: int, seed: int, epoch: int) -> tuple[list[int], Generator]:
+    """Return the lengths of a split's sequences, the same in all epochs, and an epoch's stream of random numbers."""
+    generator = torch.Generator().manual_seed(seed * 3 + ("train", "val", "test").index(split))
+    lengths: list[int] = torch.randint(shortest, longest + 1, (size,), generator=generator).tolist()
+    if epoch:
+        (own,) = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64).tolist()
+        generator.manual_seed(own >> 1)
+    return lengths, generator
 
 
 def _sequences(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Normal
 
+from datamodules._synthetic import Redrawn, opening
 from vrnn_lightning.batch import Sequence, SequenceBatch, pad
 from vrnn_lightning.data import Modality, SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
@@ -43,6 +45,7 @@ class HiddenMarkov(SequenceDataModule):
         stay: Probability that the state stays, kappa, in (0, 1).
         contrast: How far the state moves a channel's logit or mean, c.
         missing_rate: Probability of each value to be missing, independent of all else, in [0, 1).
+        fresh: Draw the training sequences anew in each epoch, in the same lengths.
         train_size: Training sequences.
         val_size: Validation sequences.
         test_size: Test sequences.
@@ -67,6 +70,7 @@ class HiddenMarkov(SequenceDataModule):
         stay: float = 0.6,
         contrast: float = 2.0,
         missing_rate: float = 0.0,
+        fresh: bool = False,
         train_size: int = 4096,
         val_size: int = 512,
         test_size: int = 512,
@@ -99,6 +103,7 @@ class HiddenMarkov(SequenceDataModule):
         self.emission = emission
         self.steps = steps
         self.min_steps = steps if min_steps is None else min_steps
+        self.fresh = fresh
         self.missing_rate = missing_rate
         self.missing = missing_rate > 0
         self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
@@ -114,25 +119,19 @@ class HiddenMarkov(SequenceDataModule):
 
     def sequences(self, split: Split) -> list[Sequence]:
         """Draw a split's sequences, each split from a stream of its own."""
-        stream = {"train": 0, "val": 1, "test": 2}[split]
-        generator = torch.Generator().manual_seed(self.seed * 3 + stream)
-        size = self.sizes[split]
-        lengths = torch.randint(self.min_steps, self.steps + 1, (size,), generator=generator).tolist()
-        state = self.initial.multinomial(size, replacement=True, generator=generator)
-        path = [state]
-        for _ in range(self.steps - 1):
-            state = self.transition[state].multinomial(1, generator=generator)[:, 0]
-            path.append(state)
-        response = self.responses[torch.stack(path, 1)]
-        if self.emission == "bernoulli":
-            x = torch.bernoulli(response.sigmoid(), generator=generator)
-        else:
-            x = response + torch.randn(response.shape, generator=generator, dtype=response.dtype)
-        names = [f"{split} chain {i}" for i in range(size)]
-        if not self.missing:
-            return [Sequence(x[i, :n].float(), name=names[i]) for i, n in enumerate(lengths)]
-        seen = torch.rand(x.shape, generator=generator) >= self.missing_rate
-        return [Sequence(x[i, :n].float(), seen[i, :n], name=names[i]) for i, n in enumerate(lengths)]
+        lengths = (self.min_steps, self.steps)
+        chain = (self.initial, self.transition, self.responses)
+        draw = partial(
+            _chains,
+            split,
+            self.sizes[split],
+            lengths,
+            self.seed,
+            chain,
+            self.emission == "bernoulli",
+            self.missing_rate,
+        )
+        return Redrawn(draw) if self.fresh and split == "train" else draw(0)
 
     def exact_log_likelihood(self, batch: SequenceBatch) -> Tensor:
         r"""Return log p(x) of the measured values of each sequence in nats, shape (batch,), on the CPU in float64.
@@ -181,3 +180,44 @@ class HiddenMarkov(SequenceDataModule):
             filtered = joint - evidence[-1][:, None]
             state = (filtered[..., None] + log_transition).logsumexp(1)
         return torch.stack(evidence, 1), torch.stack(predicted, 1)
+
+
+def _chains(
+    split: Split,
+    size: int,
+    between: tuple[int, int],
+    seed: int,
+    chain: tuple[Tensor, Tensor, Tensor],
+    binary: bool,
+    missing_rate: float,
+    epoch: int,
+) -> list[Sequence]:
+    """Draw an epoch's sequences.
+
+    Args:
+        split: Of which split.
+        size: How many.
+        between: The shortest and the longest length.
+        seed: The data's.
+        chain: Probabilities of the first state and of the next, and the channels' responses.
+        binary: Channels of 0 and 1.
+        missing_rate: Probability of each value to be missing.
+        epoch: When.
+    """
+    initial, transition, responses = chain
+    lengths, generator = opening(split, size, *between, seed, epoch)
+    state = initial.multinomial(size, replacement=True, generator=generator)
+    path = [state]
+    for _ in range(between[1] - 1):
+        state = transition[state].multinomial(1, generator=generator)[:, 0]
+        path.append(state)
+    response = responses[torch.stack(path, 1)]
+    if binary:
+        x = torch.bernoulli(response.sigmoid(), generator=generator)
+    else:
+        x = response + torch.randn(response.shape, generator=generator, dtype=response.dtype)
+    names = [f"{split} chain {i}" for i in range(size)]
+    if not missing_rate:
+        return [Sequence(x[i, :n].float(), name=names[i]) for i, n in enumerate(lengths)]
+    seen = torch.rand(x.shape, generator=generator) >= missing_rate
+    return [Sequence(x[i, :n].float(), seen[i, :n], name=names[i]) for i, n in enumerate(lengths)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from datamodules._synthetic import Redrawn, opening
 from vrnn_lightning.batch import Sequence, SequenceBatch
 from vrnn_lightning.data import Modality, SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
@@ -45,6 +47,7 @@ class LinearGaussian(SequenceDataModule):
         observation_noise: Standard deviation of the channels' noise, r.
         loading: Norm of each row of C.
         missing_rate: Probability of each value to be missing, independent of all else, in [0, 1).
+        fresh: Draw the training sequences anew in each epoch, in the same lengths.
         train_size: Training sequences.
         val_size: Validation sequences.
         test_size: Test sequences.
@@ -70,6 +73,7 @@ class LinearGaussian(SequenceDataModule):
         observation_noise: float = 0.3,
         loading: float = 1.0,
         missing_rate: float = 0.0,
+        fresh: bool = False,
         train_size: int = 4096,
         val_size: int = 512,
         test_size: int = 512,
@@ -109,6 +113,7 @@ class LinearGaussian(SequenceDataModule):
             )
         self.steps = steps
         self.min_steps = steps if min_steps is None else min_steps
+        self.fresh = fresh
         self.missing_rate = missing_rate
         self.missing = missing_rate > 0
         self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
@@ -126,23 +131,12 @@ class LinearGaussian(SequenceDataModule):
 
     def sequences(self, split: Split) -> list[Sequence]:
         """Draw a split's sequences, each split from a stream of its own."""
-        stream = {"train": 0, "val": 1, "test": 2}[split]
-        generator = torch.Generator().manual_seed(self.seed * 3 + stream)
-        size, states, channels = self.sizes[split], len(self.transition), self.num_features
-        lengths = torch.randint(self.min_steps, self.steps + 1, (size,), generator=generator).tolist()
-        noise = torch.randn(size, self.steps, states + channels, generator=generator, dtype=torch.float64)
-        driving, measuring = noise.split([states, channels], -1)
-        state = driving[:, 0] @ torch.linalg.cholesky(self.initial_covariance).mT
-        path = [state]
-        for w in (driving @ torch.linalg.cholesky(self.state_covariance).mT).unbind(1)[1:]:
-            state = state @ self.transition.mT + w
-            path.append(state)
-        x = torch.stack(path, 1) @ self.observation.mT + measuring @ self.observation_covariance.sqrt()
-        names = [f"{split} path {i}" for i in range(size)]
-        if not self.missing:
-            return [Sequence(x[i, :n].float(), name=names[i]) for i, n in enumerate(lengths)]
-        seen = torch.rand(x.shape, generator=generator) >= self.missing_rate
-        return [Sequence(x[i, :n].float(), seen[i, :n], name=names[i]) for i, n in enumerate(lengths)]
+        roots = [torch.linalg.cholesky(c) for c in (self.initial_covariance, self.state_covariance)]
+        scale = self.observation_covariance.sqrt()
+        system = (self.transition, self.observation, *roots, scale)
+        lengths = (self.min_steps, self.steps)
+        draw = partial(_paths, split, self.sizes[split], lengths, self.seed, system, self.missing_rate)
+        return Redrawn(draw) if self.fresh and split == "train" else draw(0)
 
     def exact_log_likelihood(self, batch: SequenceBatch) -> Tensor:
         r"""Return log p(x) of the measured values of each sequence in nats, shape (batch,), on the CPU in float64.
@@ -219,3 +213,41 @@ def _directions(channels: int, states: int) -> Tensor:
     pairs = torch.stack([(turn * pair).cos(), (turn * pair).sin()], -1).flatten(1)
     rows = torch.cat([pairs, alone], 1)
     return rows / math.sqrt(len(pair) + states % 2)
+
+
+def _paths(
+    split: Split,
+    size: int,
+    between: tuple[int, int],
+    seed: int,
+    system: tuple[Tensor, ...],
+    missing_rate: float,
+    epoch: int,
+) -> list[Sequence]:
+    """Draw an epoch's sequences.
+
+    Args:
+        split: Of which split.
+        size: How many.
+        between: The shortest and the longest length.
+        seed: The data's.
+        system: A, C and roots of the covariances of the first state, of the state's noise and of the channels'.
+        missing_rate: Probability of each value to be missing.
+        epoch: When.
+    """
+    transition, observation, first_root, state_root, channel_root = system
+    lengths, generator = opening(split, size, *between, seed, epoch)
+    states, channels = len(transition), len(observation)
+    noise = torch.randn(size, between[1], states + channels, generator=generator, dtype=torch.float64)
+    driving, measuring = noise.split([states, channels], -1)
+    state = driving[:, 0] @ first_root.mT
+    path = [state]
+    for w in (driving @ state_root.mT).unbind(1)[1:]:
+        state = state @ transition.mT + w
+        path.append(state)
+    x = torch.stack(path, 1) @ observation.mT + measuring @ channel_root
+    names = [f"{split} path {i}" for i in range(size)]
+    if not missing_rate:
+        return [Sequence(x[i, :n].float(), name=names[i]) for i, n in enumerate(lengths)]
+    seen = torch.rand(x.shape, generator=generator) >= missing_rate
+    return [Sequence(x[i, :n].float(), seen[i, :n], name=names[i]) for i, n in enumerate(lengths)]

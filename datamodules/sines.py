@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from datamodules._synthetic import Redrawn, opening
 from vrnn_lightning.batch import Sequence, SequenceBatch
 from vrnn_lightning.data import Modality, SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
@@ -38,6 +40,7 @@ class Sines(SequenceDataModule):
         amplitude: Standard deviation of the coefficients, alpha.
         noise: Standard deviation of the noise, sigma.
         correlation: Correlation of the noise between channels, rho, in [0, 1).
+        fresh: Draw the training sequences anew in each epoch, in the same lengths.
         train_size: Training sequences.
         val_size: Validation sequences.
         test_size: Test sequences.
@@ -61,6 +64,7 @@ class Sines(SequenceDataModule):
         amplitude: float = 1.0,
         noise: float = 0.5,
         correlation: float = 0.9,
+        fresh: bool = False,
         train_size: int = 4096,
         val_size: int = 512,
         test_size: int = 512,
@@ -92,6 +96,7 @@ class Sines(SequenceDataModule):
         self.steps = steps
         self.min_steps = steps if min_steps is None else min_steps
         self.amplitude = amplitude
+        self.fresh = fresh
         self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
         self.omegas = torch.arange(1, frequencies + 1, dtype=torch.float64) * (math.pi / 2 / (frequencies + 1))
         identity = torch.eye(channels, dtype=torch.float64)
@@ -103,22 +108,11 @@ class Sines(SequenceDataModule):
 
     def sequences(self, split: Split) -> list[Sequence]:
         """Draw a split's sequences, each split from a stream of its own."""
-        stream = {"train": 0, "val": 1, "test": 2}[split]
-        generator = torch.Generator().manual_seed(self.seed * 3 + stream)
-        size, channels = self.sizes[split], self.num_features
-        lengths = torch.randint(self.min_steps, self.steps + 1, (size,), generator=generator).tolist()
-        omega = self.omegas[torch.randint(len(self.omegas), (size,), generator=generator)]
-        draw = torch.randn(size, channels, 2 + self.steps, generator=generator, dtype=torch.float64)
-        waves = self.amplitude * draw[..., :2] @ self._basis(omega, self.steps)
-        noise = torch.linalg.cholesky(self.noise_covariance) @ draw[..., 2:]
-        x = (waves + noise).transpose(1, 2).float()
-        return [Sequence(x[i, :length], name=f"{split} sine {i}") for i, length in enumerate(lengths)]
-
-    @staticmethod
-    def _basis(omega: Tensor, steps: int) -> Tensor:
-        """Return cosine and sine, shape (frequencies, 2, steps)."""
-        phase = omega[:, None] * torch.arange(steps, dtype=omega.dtype)
-        return torch.stack([phase.cos(), phase.sin()], 1)
+        lengths = (self.min_steps, self.steps)
+        draw = partial(
+            _sines, split, self.sizes[split], lengths, self.seed, self.omegas, self.amplitude, self.noise_covariance
+        )
+        return Redrawn(draw) if self.fresh and split == "train" else draw(0)
 
     def exact_log_likelihood(self, batch: SequenceBatch) -> Tensor:
         r"""Return log p(x) of each sequence in nats, shape (batch,).
@@ -134,7 +128,7 @@ class Sines(SequenceDataModule):
         x = batch.x.double() * batch.mask[..., None]
         size, steps, channels = x.shape
         precision = torch.linalg.inv(self.noise_covariance)
-        basis = self._basis(self.omegas, steps) * batch.mask[:, None, None]  # (batch, frequencies, 2, time)
+        basis = _basis(self.omegas, steps) * batch.mask[:, None, None]  # (batch, frequencies, 2, time)
         gram = basis @ basis.mT
         whitened = x @ precision
         b = (basis @ whitened[:, None]).mT.flatten(2)  # ordered by channel, then cosine and sine
@@ -148,3 +142,29 @@ class Sines(SequenceDataModule):
         given_frequency = -0.5 * (batch.lengths[:, None].to(x) * constant + log_det + quadratic)
         density: Tensor = given_frequency.logsumexp(1) - math.log(len(self.omegas))
         return density
+
+
+def _basis(omega: Tensor, steps: int) -> Tensor:
+    """Return cosine and sine, shape (frequencies, 2, steps)."""
+    phase = omega[:, None] * torch.arange(steps, dtype=omega.dtype)
+    return torch.stack([phase.cos(), phase.sin()], 1)
+
+
+def _sines(
+    split: Split,
+    size: int,
+    between: tuple[int, int],
+    seed: int,
+    omegas: Tensor,
+    amplitude: float,
+    covariance: Tensor,
+    epoch: int,
+) -> list[Sequence]:
+    """Draw an epoch's sequences; ``between`` are the shortest and the longest length."""
+    lengths, generator = opening(split, size, *between, seed, epoch)
+    omega = omegas[torch.randint(len(omegas), (size,), generator=generator)]
+    draw = torch.randn(size, len(covariance), 2 + between[1], generator=generator, dtype=torch.float64)
+    waves = amplitude * draw[..., :2] @ _basis(omega, between[1])
+    noise = torch.linalg.cholesky(covariance) @ draw[..., 2:]
+    x = (waves + noise).transpose(1, 2).float()
+    return [Sequence(x[i, :length], name=f"{split} sine {i}") for i, length in enumerate(lengths)]

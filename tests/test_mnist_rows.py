@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from datamodules.mnist_rows import MNISTRows
-from vrnn_lightning.errors import UserError
+from vrnn_lightning import UserError, VRNNLightningModule
+from vrnn_lightning.callbacks import Samples
 from vrnn_lightning.heads import Bernoulli, DiscretisedLogisticMixture
 from vrnn_lightning.testing import CHECKS
 
@@ -141,6 +142,15 @@ def test_pixels_are_the_rows_end_to_end(folder_of_idx):
         assert rows.split("train")[3].x.shape == (28, 28)
         assert single.split("train")[3].x.shape == (784, 1)
         assert torch.equal(pixels(rows), pixels(single))
+
+
+def test_pictures_show_whole_images_of_pixels(folder_of_idx):
+    data = of(folder_of_idx, read="pixels", batch_size=2)
+    model = VRNNLightningModule(1, latent_size=0, hidden_size=2, emission=Bernoulli)
+    batch = next(iter(data.val_dataloader()))
+    for rows, shown in ((400, 784), (10, 280)):
+        found = Samples(count=1, max_steps=rows)._rows(model, batch, data.image_width)
+        assert {name: [len(x) for x in xs] for name, xs in found.items()} == {name: [shown] for name in found}
 
 
 def test_dynamic_pixels_have_the_grey_value_as_their_mean(folder_of_idx):

@@ -15,16 +15,20 @@ from scipy.stats import multivariate_normal
 
 from datamodules.bouncing_ball import BouncingBall
 from datamodules.double_pendulum import DoublePendulum
+from datamodules.hidden_markov import HiddenMarkov
 from datamodules.jumps import Jumps
+from datamodules.linear_gaussian import LinearGaussian
 from datamodules.lorenz import Lorenz
+from datamodules.sines import Sines
 from datamodules.spirals import Spirals
 from datamodules.stochastic_volatility import StochasticVolatility
 from vrnn_lightning import UserError
 from vrnn_lightning.batch import SequenceBatch, pad
 from vrnn_lightning.heads import Pen
-from vrnn_lightning.testing import CHECKS
+from vrnn_lightning.testing import CHECKS, changes_with_the_epoch_alone, pickles
 
 CLASSES = (BouncingBall, DoublePendulum, Jumps, Lorenz, Spirals, StochasticVolatility)
+EXACT = (Sines, LinearGaussian, HiddenMarkov)
 SMALL = {"train_size": 17, "val_size": 6, "test_size": 7, "steps": 9, "min_steps": 2, "batch_size": 4}
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
@@ -56,7 +60,7 @@ def test_a_seed_fixes_every_number(cls):
     assert max(one.lengths("train")) > min(one.lengths("train"))
 
 
-@every_class
+@pytest.mark.parametrize("cls", [*CLASSES, *EXACT], ids=lambda cls: cls.__name__)
 def test_only_training_is_fresh_and_begins_as_the_fixed_set(cls):
     fixed, fresh = cls(**SMALL), cls(**SMALL, fresh=True)
     for split in ("train", "val", "test"):
@@ -65,6 +69,23 @@ def test_only_training_is_fresh_and_begins_as_the_fixed_set(cls):
     later = [fresh.split("train").in_epoch(epoch)[0].x for epoch in (1, 2, 1)]
     assert torch.equal(later[0], later[2])
     assert not torch.equal(later[0], later[1])
+
+
+@pytest.mark.parametrize("check", [changes_with_the_epoch_alone, pickles])
+@pytest.mark.parametrize("cls", EXACT, ids=lambda cls: cls.__name__)
+def test_contract_of_those_that_know_their_likelihood_where_each_epoch_is_fresh(cls, check):
+    check(lambda: cls(**SMALL, fresh=True, **({} if cls is Sines else {"missing_rate": 0.2})))
+
+
+@pytest.mark.parametrize("cls", [Jumps, *EXACT], ids=lambda cls: cls.__name__)
+def test_fresh_sequences_have_the_same_law(cls):
+    """Their mean log-likelihood is that of epoch 0, within errors; and they are other sequences."""
+    data = cls(train_size=2000, val_size=1, test_size=1, steps=8, fresh=True)
+    train = data.split("train")
+    first, later = (data.exact_log_likelihood(pad(list(epoch))) for epoch in (train, train.in_epoch(3)))
+    error = math.sqrt((first.var() + later.var()) / 2000)
+    assert abs(first.mean() - later.mean()) < 4 * error
+    assert abs(np.corrcoef(first, later)[0, 1]) < 0.1
 
 
 @every_class

@@ -32,7 +32,7 @@ class Samples(Callback):
     Args:
         every_n_validations: Show after every so many validations; 0 never.
         count: Sequences per row.
-        max_steps: Show no more than the first so many steps of a sequence.
+        max_steps: Show no more than the first so many steps of a sequence, or rows of an image.
     """
 
     def __init__(self, every_n_validations: int = 1, count: int = 4, max_steps: int = 400) -> None:
@@ -79,14 +79,14 @@ class Samples(Callback):
             return
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"  # a collective: every process asks
         module = cast(VRNNLightningModule, pl_module)
+        data = getattr(trainer, "datamodule", None)
+        width = getattr(data, "image_width", None)
         with module.whole_parameters():  # likewise
-            found = self._rows(module, batch) if trainer.is_global_zero and batch is not None else None
+            found = self._rows(module, batch, width) if trainer.is_global_zero and batch is not None else None
         if found is None:
             return
-        data = getattr(trainer, "datamodule", None)
         modality, rate = getattr(data, "modality", "series"), getattr(data, "sample_rate", None)
         loudest = getattr(data, "full_scale", 1.0)
-        width = getattr(data, "image_width", None)
         rows = {name: [_in_rows(x / loudest, width) for x in sequences] for name, sequences in found.items()}
         figure = draw_rows(rows, modality, rate)
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,10 +96,11 @@ class Samples(Callback):
         for logger in trainer.loggers:
             _log_media(logger, figure, folder / f"{name}.png", waves, trainer.global_step)
 
-    def _rows(self, pl_module: VRNNLightningModule, batch: SequenceBatch) -> dict[str, list[Tensor]]:
+    def _rows(self, pl_module: VRNNLightningModule, batch: SequenceBatch, width: int | None) -> dict[str, list[Tensor]]:
         """Return the rows of the picture, in data units."""
         head = batch.rows((batch.lengths > 0).nonzero().flatten()[: self.count].tolist())
-        lengths = head.lengths.clamp(max=self.max_steps).tolist()
+        pieces = 1 if width is None else width // head.x.shape[2]  # of a row
+        lengths = head.lengths.clamp(max=self.max_steps * pieces).tolist()
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():
             torch.manual_seed(0)
