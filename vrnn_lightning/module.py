@@ -23,6 +23,7 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads import Gaussian, Head
+from vrnn_lightning.inference import Inference
 from vrnn_lightning.metrics import ActiveUnits, Bound, Estimate
 from vrnn_lightning.nn import Layers
 from vrnn_lightning.noise import Noise
@@ -33,7 +34,7 @@ from vrnn_lightning.vrnn import VRNN, Particles, Trace
 __all__ = ["VRNNLightningModule"]
 
 
-class VRNNLightningModule(LightningModule):
+class VRNNLightningModule(Inference, LightningModule):
     """Trains a VRNN on the ELBO and reports it, split into reconstruction and KL.
 
     Every argument is a hyperparameter: it travels in the checkpoint, and ``load_from_checkpoint`` needs nothing else.

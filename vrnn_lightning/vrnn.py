@@ -52,6 +52,8 @@ class Trace:
         prior: p(z_t | x_<t, z_<t), or ``None`` without a latent.
         z: The latents drawn, shape (batch, time, latent).
         state: State after the last real step of each sequence.
+        hidden: h_{t-1} of the top layer before each step, shape (batch, time, hidden); ``None`` if a long pass did not
+            keep it.
     """
 
     log_px: Tensor
@@ -63,6 +65,7 @@ class Trace:
     prior: Factorised | None
     z: Tensor
     state: State
+    hidden: Tensor | None = None
 
     @property
     def emission(self) -> Distribution:
@@ -435,11 +438,13 @@ class VRNN(nn.Module):
         future: Tensor | None,
     ) -> Trace:
         steps, mask, features, log_px, kl, posterior, prior = self._infer(batch, noise, state, masks, samples, future)
-        z, features = steps.z.transpose(0, 1), features.transpose(0, 1)
+        z, features, hidden = (part.transpose(0, 1) for part in (steps.z, features, steps.hidden))
         if kl is None or posterior is None or prior is None:
-            return Trace(log_px.t(), z, mask.t(), features, self.decoder.head, None, None, z, steps.state)
+            return Trace(log_px.t(), z, mask.t(), features, self.decoder.head, None, None, z, steps.state, hidden)
         q, p = (Factorised(_batch_first(normal)) for normal in (posterior, prior))
-        return Trace(log_px.t(), kl.transpose(0, 1), mask.t(), features, self.decoder.head, q, p, z, steps.state)
+        return Trace(
+            log_px.t(), kl.transpose(0, 1), mask.t(), features, self.decoder.head, q, p, z, steps.state, hidden
+        )
 
     def terms(
         self,

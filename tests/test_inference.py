@@ -1,0 +1,308 @@
+"""What a trained model is for, in data units, against brute force and against the batch."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from vrnn_lightning import SequenceBatch, UserError, VRNNLightningModule
+from vrnn_lightning.batch import Sequence, pad
+from vrnn_lightning.heads import Bernoulli, GaussianMixture, Pen
+from vrnn_lightning.inference import _completed
+from vrnn_lightning.noise import Noise
+
+NAN = float("nan")
+VARIANTS = [
+    {},
+    {"latent_size": 0},
+    {"cell": "lstm", "layers": 2, "residual_posterior": True},
+    {"emission": partial(GaussianMixture, components=3)},
+    {"prior": None},
+    {"missing": True},
+    {"smoothing": True},
+    {"dropout": 0.5},
+]
+variants = pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "-".join(options) or "plain")
+
+
+def model(features=3, **options) -> VRNNLightningModule:
+    torch.manual_seed(0)
+    module = VRNNLightningModule(features, **{"latent_size": 2, "hidden_size": 6} | options).double()
+    module.scale_mean.copy_(torch.linspace(1, 3, features))
+    module.scale_std.copy_(torch.linspace(0.5, 2, features))
+    return module
+
+
+def sequences(*lengths, features=3):
+    generator = torch.Generator().manual_seed(5)
+    return [2 + torch.randn(n, features, generator=generator, dtype=torch.float64) for n in lengths]
+
+
+@variants
+def test_shapes_and_seeds(options):
+    """Each call is a function of its seed, and leaves generators, mode and data as they were."""
+    module, xs = model(**options), sequences(6, 1, 4)
+    module.train()
+    holes = [x.clone() for x in xs]
+    holes[0][2:4] = NAN
+    calls = {
+        "sample": lambda seed: [module.sample(2, 5, seed=seed)],
+        "reconstruct": lambda seed: module.reconstruct(xs, seed=seed),
+        "score": lambda seed: module.score(xs, seed=seed),
+        "encode": lambda seed: [part for found in module.encode(xs, seed=seed) for part in found],
+        "forecast": lambda seed: [module.forecast(xs, 5, samples=3, seed=seed)],
+        "impute": lambda seed: module.impute(holes, samples=3, seed=seed),
+    }
+    for name, call in calls.items():
+        before = torch.get_rng_state()
+        one, same, other = call(1), call(1), call(2)
+        assert torch.equal(torch.get_rng_state(), before), name
+        assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True)), name
+        latent = module.vrnn.latent_size
+        differs = any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        assert differs == (bool(latent) or name in ("sample", "forecast", "impute")), name
+    assert module.training
+    assert module.vrnn.training
+    assert module.sample(2, 5).shape == (2, 5, 3)
+    assert [tuple(x.shape) for x in module.reconstruct(xs)] == [(6, 3), (1, 3), (4, 3)]
+    assert [tuple(x.shape) for x in module.score(xs)] == [(6,), (1,), (4,)]
+    encoded = module.encode(xs)
+    assert [tuple(e.mean.shape) for e in encoded] == [(n, module.vrnn.latent_size) for n in (6, 1, 4)]
+    assert [tuple(e.hidden.shape) for e in encoded] == [(n, 6) for n in (6, 1, 4)]
+    assert module.forecast(xs, 5, samples=4).shape == (4, 3, 5, 3)
+    assert [tuple(x.shape) for x in module.impute(holes, samples=4)] == [(4, 6, 3), (4, 1, 3), (4, 4, 3)]
+
+
+@variants
+def test_scores_add_up_to_the_elbo_in_data_units(options):
+    module, xs = model(**options).eval(), sequences(6, 1, 4)
+    batch = pad([Sequence(module.scaler.scale(x), name=f"sequence {i}") for i, x in enumerate(xs)])
+    trace = module.vrnn(batch, Noise.named(batch, 3).over_time(module.vrnn.latent_size))
+    jacobian = module.scale_std.log().sum() * batch.lengths
+    elbo = trace.log_px.sum(1) - trace.kl.sum((1, 2)) - jacobian
+    scores = torch.stack([nats.sum() for nats in module.score(xs, seed=3)])
+    torch.testing.assert_close(scores, elbo)
+    torch.testing.assert_close(torch.stack([s.sum() for s in module.score(batch, seed=3)]), elbo)
+
+
+@variants
+def test_encodings_hold_the_states(options):
+    """h_t after a step is where a pass over the first t steps ends."""
+    module, (x, y) = model(**options).eval(), sequences(5, 3)
+    whole = module.encode([x, y], seed=2)
+    if module.vrnn.backward_rnn is None:
+        for t in (1, 3, 5):
+            part = module.encode([x[:t]], seed=2)[0]
+            torch.testing.assert_close(part.hidden, whole[0].hidden[:t])
+            torch.testing.assert_close(part.mean, whole[0].mean[:t])
+    batch = pad([Sequence(module.scaler.scale(v), name=f"sequence {i}") for i, v in enumerate((x, y))])
+    trace = module.vrnn(batch, Noise.named(batch, 2).over_time(module.vrnn.latent_size))
+    for i in (0, 1):
+        torch.testing.assert_close(whole[i].hidden[-1], trace.state.h[i, -1])
+
+
+def test_long_sequences_are_read_in_windows_without_a_difference():
+    module = model().eval()
+    (x,) = sequences(2500)
+    batch = pad([Sequence(module.scaler.scale(x), name="sequence 0")])
+    trace = module.vrnn(batch, Noise.named(batch, 1).over_time(2))
+    (nats,), (encoded,), (mean,) = (
+        module.score([x], seed=1),
+        module.encode([x], seed=1),
+        module.reconstruct([x], seed=1),
+    )
+    torch.testing.assert_close(nats.sum(), (trace.log_px.sum() - trace.kl.sum() - 2500 * module.scale_std.log().sum()))
+    torch.testing.assert_close(encoded.hidden[:-1], trace.hidden[0, 1:])
+    torch.testing.assert_close(mean, module.scaler.unscale(trace.emission.mean)[0])
+
+
+@pytest.mark.parametrize("options", [o for o in VARIANTS if "smoothing" not in o])
+def test_a_session_is_the_batch(options):
+    """With one particle and the same noise its steps add up to the sampled bound, and its state is the batch's."""
+    module, xs = model(**options).eval(), torch.stack(sequences(5, 5))
+    noise = torch.randn(2, 5, module.vrnn.latent_size, dtype=torch.float64)
+    session = module.session(batch_size=2)
+    steps = torch.stack([session.step(xs[:, t], noise=noise[:, t]) for t in range(5)], 1)
+    batch = SequenceBatch(module.scaler.scale(xs), torch.tensor([5, 5]))
+    trace = module.vrnn(batch, noise)
+    torch.testing.assert_close(steps, trace.log_px + trace.log_ratio - module.scale_std.log().sum())
+    torch.testing.assert_close(session.state.h, trace.state.h)
+    assert session.predict(draws=7).shape == (7, 2, 3)
+
+
+def test_a_session_with_gaps_scores_what_is_there():
+    module, (x,) = model(missing=True).eval(), sequences(4)
+    x[1] = NAN
+    x[2, 0] = NAN
+    session = module.session(samples=3)
+    nats = [session.step(frame[None]) for frame in x]
+    assert all(torch.isfinite(n) for n in nats)
+
+
+@torch.no_grad()
+def joint(module, x, draws):
+    """Draw latents and what is missing of x from the model, weighted by what is there: x of shape (T, 1)."""
+    vrnn, scaler = module.vrnn, module.scaler
+    h = torch.zeros(draws, vrnn.hidden_size, dtype=torch.float64)
+    log_weight, frames = torch.zeros(draws, dtype=torch.float64), []
+    for value in scaler.scale(x)[:, 0]:
+        z = vrnn.prior(h).sample()
+        emission = vrnn.decoder(torch.cat([vrnn.phi_z(z), h], -1))
+        frame = emission.sample() if value.isnan() else value.expand(draws, 1)
+        if not value.isnan():
+            log_weight = log_weight + emission.log_prob(frame)
+        frames.append(frame)
+        h = vrnn.cells[0](torch.cat([vrnn.phi_x(vrnn.look(frame, None)), vrnn.phi_z(z)], -1), h)
+    weights = log_weight.softmax(0)
+    return scaler.unscale(torch.stack(frames, 1))[..., 0], weights
+
+
+def sharp(**options):
+    """A model of one feature whose gaps depend on both sides."""
+    module = model(1, residual_posterior=True, **options)
+    with torch.no_grad():
+        for parameter in module.vrnn.parameters():
+            parameter.mul_(2.5)
+        module.vrnn.decoder.head.linear.bias[1] -= 1.5  # little noise: neighbours of a gap say more
+        linear = module.vrnn.encoder.head.linear  # wider than the prior: weights of a small variance
+        linear.weight.zero_()
+        linear.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    return module.eval()
+
+
+@pytest.mark.parametrize("gap", [(1, 2), (1, 3), (0, 1)])
+def test_imputed_draws_have_the_moments_of_the_posterior(gap):
+    """Against brute-force importance sampling, to five standard errors."""
+    module = sharp()
+    x = 1 + torch.tensor([[0.8], [-0.5], [0.4], [1.0]], dtype=torch.float64)
+    x[gap[0] : gap[1]] = NAN
+    frames, weights = joint(module, x, 100_000)
+    effective = 1 / weights.square().sum()
+    assert effective > 300
+    drawn = module.impute([x], samples=4_000, particles=10_000, seed=0)[0][..., 0]
+    for t in range(*gap):
+        mean = (weights * frames[:, t]).sum()
+        std = (weights * (frames[:, t] - mean).square()).sum().sqrt()
+        error = std * math.sqrt(1 / effective + 4 / 4_000)
+        assert abs(drawn[:, t].mean() - mean) < 5 * error
+        assert abs(drawn[:, t].std() - std) < 5 * error / math.sqrt(2)
+        alone = frames[:, t].mean()  # of the past alone, without weights
+        if t == gap[0]:
+            assert abs(alone - mean) > 5 * error, "the observed part says nothing: the test can't fail"
+
+
+def test_a_missing_end_is_a_forecast():
+    module, x = sharp(), torch.tensor([[0.8], [-0.5], [0.4]], dtype=torch.float64)
+    paths = module.forecast([x], 3, samples=5_000, seed=1)[:, 0, :, 0]
+    open_end = torch.cat([x, torch.full((3, 1), NAN, dtype=torch.float64)])
+    drawn = module.impute([open_end], samples=5_000, particles=5_000, seed=2)[0][:, 3:, 0]
+    error = paths.std(0) * math.sqrt(4 / 5_000)
+    assert ((paths.mean(0) - drawn.mean(0)).abs() < 5 * error).all()
+    torch.testing.assert_close(paths.std(0), drawn.std(0), rtol=0.05, atol=0)
+    free = module.sample(5_000, 3, seed=3)[..., 0]
+    assert ((free.mean(0) - paths.mean(0)).abs() > 5 * error).any(), "the prefix says nothing: the test can't fail"
+
+
+@variants
+def test_what_is_observed_stays(options):
+    module, xs = model(**options).eval(), sequences(6, 3)
+    xs[0][2:4] = NAN
+    xs[1][:, 1] = NAN
+    for x, drawn in zip(xs, module.impute(xs, samples=5), strict=True):
+        there = ~x.isnan()
+        assert torch.isfinite(drawn).all()
+        torch.testing.assert_close(drawn[:, there], x[there].expand(5, -1))
+        assert (drawn[:, ~there].std(0) > 0).all()
+    (whole,) = module.impute(sequences(4), samples=2)
+    torch.testing.assert_close(whole, torch.stack(sequences(4) * 2))
+
+
+def test_a_part_of_a_frame_is_drawn_given_the_other():
+    """Of a mixture the component depends on what is there."""
+    head = GaussianMixture(1, 2, components=2).double().requires_grad_(False)
+    with torch.no_grad():
+        for p in head.parameters():
+            p.zero_()
+        head.gaussians.linear.bias[:4] = torch.tensor([-3.0, -1.0, 3.0, 1.0])  # means of two components
+    emission = head(torch.zeros(5_000, 1, dtype=torch.float64))
+    x = torch.tensor([[1.0, NAN]], dtype=torch.float64).expand(5_000, 2)
+    drawn = _completed(emission, x.nan_to_num(), ~x.isnan())
+    assert (drawn[:, 0] == 1).all()
+    std = head.gaussians.moments(head.gaussians.linear.bias)[1][0]
+    fits = torch.stack([Normal(m, std).log_prob(torch.tensor(1.0)) for m in (-3.0, 3.0)]).softmax(0).double()
+    assert drawn[:, 1].mean().item() == pytest.approx(float(fits @ torch.tensor([-1.0, 1.0]).double()), abs=0.03)
+
+
+def test_binary_frames():
+    module = VRNNLightningModule(4, latent_size=2, hidden_size=5, emission=Bernoulli)
+    x = torch.bernoulli(torch.full((5, 4), 0.5))
+    x[3] = NAN
+    (drawn,) = module.impute([x], samples=6)
+    assert set(drawn.unique().tolist()) <= {0.0, 1.0}
+    assert set(module.forecast([x], 3, samples=2).unique().tolist()) <= {0.0, 1.0}
+
+
+def test_covariates():
+    module, xs = model(num_inputs=2), sequences(5, 3)
+    us = [torch.randn(len(x), 2, dtype=torch.float64) for x in xs]
+    assert [len(s) for s in module.score(xs, inputs=us)] == [5, 3]
+    assert [len(s) for s in module.score(xs, samples=4, inputs=us)] == [5, 3]
+    one, two = (module.forecast(xs, 2, 3, inputs=us, future_inputs=k * torch.ones(2, 2, 2), seed=0) for k in (0, 5))
+    assert not torch.equal(one, two)
+    assert module.sample(2, 4, inputs=torch.zeros(2, 4, 2)).shape == (2, 4, 3)
+    with pytest.raises(UserError, match="covariates"):
+        module.forecast(xs, 2, 3, inputs=us)
+    with pytest.raises(UserError, match="covariates"):
+        module.score(xs)
+    with pytest.raises(UserError, match="of 1 sequences, but 2"):
+        module.score(xs, inputs=us[:1])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.sample(0), "count 0: must be at least 1"),
+        (lambda m: m.sample(1, 0), "steps 0: must be at least 1"),
+        (lambda m: m.sample(1, 3, temperature=0.0), "temperature 0"),
+        (
+            lambda m: m.forecast([torch.zeros(0, 3)], 2),
+            "sequence 0: has shape (0, 3), expected (time, 3) with at least",
+        ),
+        (lambda m: m.forecast([torch.zeros(4, 2)], 2), "sequence 0: has shape (4, 2), expected (time, 3)"),
+        (lambda m: m.forecast(torch.zeros(1, 4, 3), 0), "steps 0"),
+        (lambda m: m.score([]), "no sequence is given"),
+        (lambda m: m.score([torch.full((2, 3), math.inf)]), "sequence 0: holds infinite values"),
+        (lambda m: m.impute([torch.zeros(2, 3)], samples=5, particles=4), "particles 4: must be at least 5"),
+        (lambda m: m.impute([torch.zeros(2, 3)], lag=-1), "lag -1: must be at least 0"),
+        (lambda m: m.session().predict(0), "draws 0"),
+        (lambda m: model(smoothing=True).session(), "smooth"),
+    ],
+)
+def test_bad_input_is_one_line(call, message):
+    with pytest.raises(UserError) as said:
+        call(model())
+    assert message in str(said.value)
+    assert "\n" not in str(said.value)
+
+
+def test_a_stroke_is_filled_whole_or_not_at_all():
+    module = VRNNLightningModule(3, latent_size=2, hidden_size=5, emission=Pen)
+    x = torch.tensor([[1.0, 2.0, 0.0], [0.5, 0.1, 1.0], [0.3, -0.2, 0.0]])
+    x[1] = NAN
+    assert torch.isfinite(module.impute([x], samples=3)[0]).all()
+    x[1, 0] = 0.3
+    with pytest.raises(UserError, match="can't fill a part of a frame"):
+        module.impute([x], samples=3)
+
+
+def test_all_missing_is_a_sample():
+    module = sharp()
+    x = torch.full((3, 1), NAN, dtype=torch.float64)
+    drawn, free = module.impute([x], samples=5_000, particles=5_000)[0][..., 0], module.sample(5_000, 3)[..., 0]
+    error = free.std(0) * math.sqrt(4 / 5_000)
+    assert ((drawn.mean(0) - free.mean(0)).abs() < 5 * error).all()
+    assert float(sum(module.score([x])[0])) <= 0

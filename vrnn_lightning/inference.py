@@ -1,0 +1,532 @@
+"""What a trained model is for: samples, reconstructions, forecasts, imputations, scores, encodings, streams.
+
+All of it in data units, and without a Trainer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution
+
+from vrnn_lightning.batch import Sequence, SequenceBatch, pad
+from vrnn_lightning.data import Scaler
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.filtering import Resampling, Weights
+from vrnn_lightning.heads import Factorised, Mixture, log_prob
+from vrnn_lightning.noise import Noise
+from vrnn_lightning.recurrence import State, Stream, log_ratio, repeat_rows
+from vrnn_lightning.vrnn import VRNN, Trace
+
+__all__ = ["Encoding", "Given", "Inference", "Session"]
+
+Given = Tensor | SequenceOf[Tensor] | SequenceBatch
+"""Sequences in data units: one tensor of shape (batch, time, features), or tensors of shape (time, features), NaN where
+a value is missing; or a datamodule's batch, which is in scaled units."""
+RESAMPLING = Resampling()
+
+
+class Encoding(NamedTuple):
+    """What a model makes of one sequence.
+
+    Args:
+        mean: Posterior mean of z_t, shape (time, latent).
+        std: Posterior standard deviation of z_t, shape (time, latent).
+        hidden: h_t, the top layer's state after each step, shape (time, hidden).
+    """
+
+    mean: Tensor
+    std: Tensor
+    hidden: Tensor
+
+
+class Session:
+    """Sequences followed frame by frame, in data units.
+
+    Args:
+        stream: Where they are, in scaled units.
+        model: The model.
+        scaler: Between the two.
+
+    >>> from vrnn_lightning import VRNNLightningModule
+    >>> session = VRNNLightningModule(num_features=3).session(batch_size=2, samples=4)
+    >>> session.step(torch.zeros(2, 3)).shape, session.predict(draws=5).shape
+    (torch.Size([2]), torch.Size([5, 2, 3]))
+    """
+
+    def __init__(self, stream: Stream, model: VRNN, scaler: Scaler) -> None:
+        self._stream, self._model, self._scaler = stream, model, scaler
+
+    @property
+    def state(self) -> State:
+        """State after the last step, of samples * batch rows."""
+        return self._stream.state
+
+    def step(
+        self, x: Tensor, observed: Tensor | None = None, inputs: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """Take the next frame of each sequence.
+
+        Args:
+            x: Frames in data units, shape (batch, features).
+            observed: True at measured values, shape (batch, features); where x is no NaN if not given.
+            inputs: Covariates, shape (batch, covariates), if the model reads any.
+            noise: Standard normal noise, shape (samples * batch, latent); torch's generator decides if not given.
+
+        Returns:
+            An estimate of log p(x_t | x_<t) in nats and data units, shape (batch,).
+
+        Raises:
+            UserError: Something is missing or has another shape.
+        """
+        if observed is None and x.isnan().any():
+            observed = ~x.isnan()
+        nats = self._stream.step(self._scaler.scale(x), observed, inputs, noise)
+        counted = torch.ones_like(x, dtype=torch.bool) if observed is None else observed
+        return nats - _log_std(self._scaler, counted).to(nats)
+
+    @torch.no_grad()
+    def predict(self, draws: int = 1, inputs: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+        """Draw what may come next, x_{t+1} given all steps so far.
+
+        Args:
+            draws: How many.
+            inputs: Covariates of that step, shape (batch, covariates), if the model reads any.
+            temperature: Of the emission.
+
+        Returns:
+            Frames in data units, shape (draws, batch, features).
+        """
+        _require("draws", draws)
+        batch = self._stream.batch
+        state = _choose(self._stream.log_weights, self.state, draws)
+        covariates = None if inputs is None else repeat_rows(inputs, draws)[:, None]
+        drawn = self._model.generate(1, state=state, inputs=covariates, temperature=temperature).x
+        frames: Tensor = self._scaler.unscale(drawn[:, 0]).unflatten(0, (draws, batch))
+        return frames
+
+
+class Inference:
+    """What a model with a VRNN and a scaler can do; every method leaves the model in the mode that it was in.
+
+    Sequences are given as :data:`Given` says. ``seed`` makes a call repeatable and leaves torch's generators as they
+    were; ``None`` draws from them.
+    """
+
+    vrnn: VRNN
+
+    @property
+    def scaler(self) -> Scaler:
+        """The affine map between data units and the model's."""
+        raise NotImplementedError
+
+    def sample(
+        self,
+        count: int = 1,
+        steps: int = 100,
+        temperature: float = 1.0,
+        inputs: Tensor | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Draw sequences from the model.
+
+        Args:
+            count: How many.
+            steps: Their length.
+            temperature: Of the emission; below 1 for the more likely frames.
+            inputs: Covariates, shape (count, steps, covariates), for a model that reads them.
+            seed: Decides the draws.
+
+        Returns:
+            Data units, shape (count, steps, features).
+
+        Raises:
+            UserError: No sequences or steps, or not the covariates that the model reads.
+        """
+        _require("count", count)
+        _require("steps", steps)
+        with self._at_work(seed):
+            drawn = self.vrnn.generate(steps, count, inputs=self._to_model(inputs), temperature=temperature).x
+            return self.scaler.unscale(drawn)
+
+    def reconstruct(self, sequences: Given, inputs: Given | None = None, seed: int | None = None) -> list[Tensor]:
+        """Return the emission's mean at each step, with the latents inferred from the sequence itself.
+
+        Args:
+            sequences: At least one.
+            inputs: Covariates of theirs, for a model that reads them.
+            seed: Decides the latents.
+
+        Returns:
+            Of each sequence, data units, shape (time, features).
+        """
+        with self._at_work(seed):
+            batch = self._batch(sequences, inputs)
+            (mean,), _ = self.vrnn.terms(batch, _noise(batch, seed), lambda trace: (trace.emission.mean,))
+            return _cut(self.scaler.unscale(mean), batch.lengths)
+
+    def score(
+        self, sequences: Given, samples: int = 1, inputs: Given | None = None, seed: int | None = None
+    ) -> list[Tensor]:
+        """Return what each step adds to a lower bound on the sequence's log-likelihood.
+
+        Args:
+            sequences: At least one.
+            samples: Particles: 1 for the terms of the ELBO, more for a particle filter's estimates of
+                log p(x_t | x_<t).
+            inputs: Covariates of theirs, for a model that reads them.
+            seed: Decides the draws.
+
+        Returns:
+            Of each sequence, nats in data units, shape (time,).
+
+        Raises:
+            UserError: More than one particle of a model that smooths.
+        """
+        _require("samples", samples)
+        with self._at_work(seed):
+            batch = self._batch(sequences, inputs)
+            if samples == 1:
+                noise = _noise(batch, seed)
+                (nats,), _ = self.vrnn.terms(batch, noise, lambda trace: (trace.log_px - trace.kl.sum(-1),))
+            else:
+                stream = self.vrnn.stream(len(batch), samples, resampling=RESAMPLING)
+                us = [None] * batch.x.shape[1] if batch.inputs is None else batch.inputs.unbind(1)
+                frames = zip(batch.x.unbind(1), batch.counted.unbind(1), us, strict=True)
+                nats = torch.stack([stream.step(x, seen, u) for x, seen, u in frames], 1)
+            nats = nats - _log_std(self.scaler, batch.counted).to(nats)
+            return _cut(nats, batch.lengths)
+
+    def encode(self, sequences: Given, inputs: Given | None = None, seed: int | None = None) -> list[Encoding]:
+        """Return what the model makes of each sequence: posterior moments and states.
+
+        Args:
+            sequences: At least one.
+            inputs: Covariates of theirs, for a model that reads them.
+            seed: Decides the latents, which later moments depend on.
+
+        Returns:
+            One for each sequence; latent parts have width 0 without a latent.
+        """
+        with self._at_work(seed):
+            batch = self._batch(sequences, inputs)
+            latent = self.vrnn.latent_size
+
+            def of(trace: Trace) -> tuple[Tensor, ...]:
+                assert trace.hidden is not None
+                if trace.posterior is None:
+                    return trace.z, trace.z, trace.hidden
+                return trace.posterior.mean, trace.posterior.stddev, trace.hidden
+
+            (mean, std, before), state = self.vrnn.terms(batch, _noise(batch, seed), of)
+            last = (torch.arange(before.shape[1], device=before.device) == batch.lengths[:, None] - 1)[..., None]
+            hidden = torch.where(last, state.h[:, -1:], before.roll(-1, 1))
+            parts = (_cut(part, batch.lengths) for part in (mean[..., :latent], std[..., :latent], hidden))
+            return [Encoding(*found) for found in zip(*parts, strict=True)]
+
+    def forecast(
+        self,
+        prefix: Given,
+        steps: int,
+        samples: int = 100,
+        temperature: float = 1.0,
+        inputs: Given | None = None,
+        future_inputs: Tensor | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Draw how sequences may go on.
+
+        Particles follow each prefix, weighted by how well they explain it; those drawn by their weights at its end go
+        on from there.
+
+        Args:
+            prefix: What is known of each, at least one step.
+            steps: How far to go.
+            samples: Paths of each, and particles.
+            temperature: Of the emission.
+            inputs: Covariates of the prefixes, for a model that reads them.
+            future_inputs: Covariates of the steps to come, shape (batch, steps, covariates).
+            seed: Decides the draws.
+
+        Returns:
+            Paths in data units, shape (samples, batch, steps, features).
+
+        Raises:
+            UserError: No steps or samples, an empty prefix, or not the covariates that the model reads.
+        """
+        _require("steps", steps)
+        _require("samples", samples)
+        with self._at_work(seed):
+            batch = self._batch(prefix, inputs)
+            filtered = self.vrnn.filter(batch, samples, RESAMPLING)
+            state = _choose(filtered.log_weights, State(*filtered.states), samples)
+            known = None if future_inputs is None else repeat_rows(cast(Tensor, self._to_model(future_inputs)), samples)
+            drawn = self.vrnn.generate(steps, state=state, inputs=known, temperature=temperature).x
+            paths: Tensor = self.scaler.unscale(drawn).unflatten(0, (samples, len(batch)))
+            return paths
+
+    def impute(
+        self,
+        sequences: Given,
+        samples: int = 100,
+        particles: int | None = None,
+        lag: int = 32,
+        inputs: Given | None = None,
+        seed: int | None = None,
+    ) -> list[Tensor]:
+        r"""Draw what is missing, given all that is observed.
+
+        A particle filter: :math:`z_t` comes from the posterior where a step has data and from the prior where it has
+        none, what is missing of :math:`x_t` from the emission given what is there, and the weights are those of the
+        observed part. A gap is drawn from the particles' ancestry ``lag`` steps behind it (Kitagawa and Sato 2001):
+        what comes later hardly says more of it, while ever fewer ancestors are left. Draws of one number in different
+        gaps do not belong together.
+
+        A model that was told of missing values (``missing``) goes on with what it saw; any other with what was drawn.
+
+        Args:
+            sequences: At least one, NaN where a value is missing.
+            samples: Draws of each.
+            particles: At least as many; by default 4 times the samples.
+            lag: Steps behind a gap.
+            inputs: Covariates, for a model that reads them.
+            seed: Decides the draws.
+
+        Returns:
+            Of each sequence, data units, shape (samples, time, features); what was observed is as it was.
+
+        Raises:
+            UserError: No samples, fewer particles, or a frame that is partly missing under an emission that can't be
+                conditioned on the other part.
+        """
+        _require("samples", samples)
+        _require("lag", lag, 0)
+        count = 4 * samples if particles is None else particles
+        _require("particles", count, samples)
+        with self._at_work(seed):
+            batch = self._batch(sequences, inputs)
+            found = _Imputer(self.vrnn, batch, count).run()
+            drawn = [found.draws(row, samples, lag) for row in range(len(batch))]
+            whole: list[Tensor] = []
+            for row, paths in enumerate(drawn):
+                length = int(batch.lengths[row])
+                kept = self.scaler.unscale(batch.x[row, :length])
+                seen = batch.counted[row, :length]
+                whole.append(torch.where(seen, kept, self.scaler.unscale(paths).to(kept)))
+            return whole
+
+    def session(self, batch_size: int = 1, samples: int = 1, state: State | None = None) -> Session:
+        """Follow sequences frame by frame.
+
+        Args:
+            batch_size: Number of sequences.
+            samples: Particles per sequence; more of them make scores and predictions better.
+            state: State before the first step, of samples * batch_size rows; zero if not given.
+
+        Raises:
+            UserError: The model smooths, or the state has other rows.
+        """
+        resampling = RESAMPLING if samples > 1 else None
+        return Session(self.vrnn.stream(batch_size, samples, state, resampling), self.vrnn, self.scaler)
+
+    @contextmanager
+    def _at_work(self, seed: int | None) -> Iterator[None]:
+        """Evaluate without gradient and, with a seed, with generators of its own."""
+        training = self.vrnn.training
+        device = self.vrnn.input_mean.device
+        self.vrnn.eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else [], seed is not None):
+                if seed is not None:
+                    torch.manual_seed(seed)
+                yield
+        finally:
+            self.vrnn.train(training)
+
+    def _to_model(self, inputs: Tensor | None) -> Tensor | None:
+        return None if inputs is None else inputs.to(self.vrnn.input_mean)
+
+    def _batch(self, sequences: Given, inputs: Given | None) -> SequenceBatch:
+        """Return sequences as a batch in scaled units, on the model's device."""
+        like = self.vrnn.input_mean
+        if isinstance(sequences, SequenceBatch):
+            batch = sequences
+        else:
+            xs = list(sequences)
+            if not xs:
+                raise UserError("no sequence is given")
+            us: list[Tensor | None] = [None] * len(xs) if inputs is None else list(cast("SequenceOf[Tensor]", inputs))
+            if len(us) != len(xs):
+                raise UserError(f"inputs: of {len(us)} sequences, but {len(xs)} are given")
+            batch = pad([self._sequence(i, x, u) for i, (x, u) in enumerate(zip(xs, us, strict=True))])
+            batch.x = self.scaler.scale(batch.x.double()).masked_fill(~batch.counted, 0.0)
+        moved = {name: value.to(like.device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
+        batch = SequenceBatch(**{**vars(batch), **moved})
+        batch.x = batch.x.to(like)
+        return batch
+
+    def _sequence(self, index: int, x: Tensor, inputs: Tensor | None) -> Sequence:
+        if x.ndim != 2 or x.shape[1] != self.vrnn.num_features or len(x) == 0:
+            expected = f"(time, {self.vrnn.num_features}) with at least one step"
+            raise UserError(f"sequence {index}: has shape {tuple(x.shape)}, expected {expected}")
+        if x.isinf().any():
+            raise UserError(f"sequence {index}: holds infinite values; mend it, or NaN says that they are missing")
+        missing = x.isnan()
+        observed = ~missing if missing.any() else None
+        return Sequence(x.double().masked_fill(missing, 0.0), observed, inputs, f"sequence {index}")
+
+
+class _Imputer:
+    """Particles that follow sequences with gaps, and remember what they drew.
+
+    Args:
+        model: The networks.
+        batch: Sequences in scaled units.
+        particles: Per sequence, K.
+    """
+
+    def __init__(self, model: VRNN, batch: SequenceBatch, particles: int) -> None:
+        self.model, self.particles = model, particles
+        self.batch = model._clean(batch)
+        size = len(batch)
+        self.weights = Weights(batch.lengths, batch.x.new_full((particles, size), -math.log(particles)), RESAMPLING)
+        self.frames: list[Tensor] = []  # as drawn, each (particles, batch, features)
+        self.ancestors: list[Tensor | None] = []  # of the particles after a step, each (particles, batch)
+        self.log_weights: list[Tensor] = []
+
+    def run(self) -> _Imputer:
+        """Follow the sequences to their ends."""
+        model, batch, count = self.model, self.batch, self.particles
+        state = model.initial_state(count * len(batch))
+        states, layers = list(state.layers()), len(model.cells)
+        future = model._future(batch, None)
+        for t in range(batch.x.shape[1]):
+            x, counted = (repeat_rows(part[:, t], count) for part in (batch.x, batch.counted))
+            u = [] if batch.inputs is None else [repeat_rows(batch.inputs[:, t], count)]
+            ahead = [] if future is None else [repeat_rows(future[t], count)]
+            known = torch.cat([states[layers - 1], *u], -1)
+            increments, phi_z = self._latent(x, counted, known, [*u, *ahead, states[layers - 1]])
+            emission = model.decoder(torch.cat([phi_z, known], -1))
+            increments = increments + log_prob(emission, x, None if counted.all() else counted)
+            frame = _completed(emission, x, counted)
+            seen = model.look(x, counted) if model.missing else model.look(frame, None)
+            states = _advanced(model, torch.cat([model.phi_x(seen), *u, phi_z], -1), states)
+            draws = torch.rand(RESAMPLING.draws(count), len(batch), device=x.device)
+            source = self.weights.advance(t, increments.unflatten(0, (count, -1)), draws)
+            self.frames.append(frame.unflatten(0, (count, -1)))
+            self.log_weights.append(self.weights.log_weights)
+            if source is not None:
+                states = [part[source] for part in states]
+            self.ancestors.append(None if source is None else source.unflatten(0, (count, -1)) // len(batch))
+        return self
+
+    def _latent(self, x: Tensor, counted: Tensor, known: Tensor, rest: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Draw z_t; return what it adds to the log-weights, shape (rows,), and phi_z(z_t)."""
+        model = self.model
+        if model.prior is None or model.encoder is None or model.phi_z is None:
+            return x.new_zeros(len(x)), x.new_zeros(len(x), 0)
+        prior = model.prior(known)
+        posterior = cast(Factorised, model.encoder(torch.cat([model.phi_x(model.look(x, counted)), *rest], -1)))
+        mean, std = posterior.base_dist.loc, posterior.base_dist.scale
+        if model.residual_posterior:
+            mean = mean + prior.mean
+        posterior = Factorised(torch.distributions.Normal(mean, std, validate_args=False))
+        there = counted.any(-1)
+        z = torch.where(there[:, None], posterior.sample(), prior.sample())
+        return torch.where(there, log_ratio(prior, posterior, z), 0.0), model.phi_z(z)
+
+    def draws(self, row: int, samples: int, lag: int) -> Tensor:
+        """Return a sequence with its gaps filled, shape (samples, time, features), in scaled units."""
+        length = int(self.batch.lengths[row])
+        paths = self.batch.x[row, :length].expand(samples, -1, -1).clone()
+        open_steps = (~self.batch.counted[row, :length]).any(-1).tolist()
+        end = 0
+        for first in range(length):
+            if not open_steps[first] or first < end:
+                continue
+            end = next((t for t in range(first, length) if not open_steps[t]), length)
+            last = min(end - 1 + lag, length - 1)
+            chosen = _drawn(self.log_weights[last][:, row : row + 1], samples)[:, 0]
+            for t in range(last, first - 1, -1):
+                ancestors = self.ancestors[t]
+                chosen = chosen if ancestors is None else ancestors[chosen, row]
+                if t < end:
+                    paths[:, t] = self.frames[t][chosen, row]
+        return paths
+
+
+def _completed(emission: Distribution, x: Tensor, counted: Tensor) -> Tensor:
+    """Return frames with what is missing drawn from the emission, given what is there."""
+    if counted.all():
+        return x
+    partly = counted.any(-1) & ~counted.all(-1)
+    if isinstance(emission, Mixture) and partly.any():
+        components = cast(Factorised, emission.component_distribution)
+        fits = components.marginal_log_prob(x[:, None], counted[:, None])
+        logits = emission.mixture_distribution.logits.log_softmax(-1) + fits
+        which = Categorical(logits=logits).sample()[:, None, None]
+        drawn = components.sample()
+        drawn = drawn.gather(1, which.expand(-1, 1, drawn.shape[-1]))[:, 0]
+    elif isinstance(emission, (Factorised, Mixture)) or not partly.any():
+        drawn = emission.sample()
+    else:
+        raise UserError(
+            f"{type(emission).__name__}: can't fill a part of a frame; let whole steps be missing, or choose an "
+            "emission with independent features"
+        )
+    return torch.where(counted, x, drawn.to(x))
+
+
+def _advanced(model: VRNN, reads: Tensor, states: list[Tensor]) -> list[Tensor]:
+    """Return h of each layer, then c of each layer, a step later."""
+    states, layers = list(states), len(model.cells)
+    for layer, cell in enumerate(model.cells):
+        if isinstance(cell, nn.LSTMCell):
+            states[layer], states[layers + layer] = cell(reads, (states[layer], states[layers + layer]))
+        else:
+            states[layer] = cell(reads, states[layer])
+        reads = states[layer]
+    return states
+
+
+def _noise(batch: SequenceBatch, seed: int | None) -> Noise:
+    return Noise(batch) if seed is None else Noise.named(batch, seed)
+
+
+def _require(name: str, value: int, least: int = 1) -> None:
+    if value < least:
+        raise UserError(f"{name} {value}: must be at least {least}")
+
+
+def _cut(values: Tensor, lengths: Tensor) -> list[Tensor]:
+    return [value[:length] for value, length in zip(values, lengths.tolist(), strict=True)]
+
+
+def _log_std(scaler: Scaler, counted: Tensor) -> Tensor:
+    """Return the logarithm of the scaler's Jacobian at counted values, shape (...)."""
+    jacobian: Tensor = (scaler.std.to(counted.device).double().log() * counted).sum(-1)
+    return jacobian
+
+
+def _drawn(log_weights: Tensor, count: int) -> Tensor:
+    """Return indices drawn by weights of shape (particles, batch), systematically and in no order: (count, batch)."""
+    uniform = torch.rand(1, log_weights.shape[1], device=log_weights.device)
+    places = (uniform + torch.arange(count, device=uniform.device)[:, None]) / count
+    chosen = torch.searchsorted(
+        log_weights.double().softmax(0).cumsum(0).t().contiguous(), places.double().t().contiguous()
+    )
+    chosen = chosen.clamp(max=len(log_weights) - 1).t()
+    return chosen.gather(0, torch.rand(chosen.shape, device=chosen.device).argsort(0))
+
+
+def _choose(log_weights: Tensor, state: State, count: int) -> State:
+    """Return states of particles drawn by their weights, shape (samples, batch), as ``count * batch`` rows."""
+    batch = log_weights.shape[1]
+    rows = (_drawn(log_weights, count) * batch + torch.arange(batch, device=log_weights.device)).flatten()
+    return State(state.h[rows], None if state.c is None else state.c[rows])
