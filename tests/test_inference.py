@@ -191,7 +191,7 @@ def test_imputed_draws_have_the_moments_of_the_posterior(gap):
         assert abs(drawn[:, t].mean() - mean) < 5 * error
         assert abs(drawn[:, t].std() - std) < 5 * error / math.sqrt(2)
         alone = frames[:, t].mean()  # of the past alone, without weights
-        if t == gap[0]:
+        if t == gap[0] > 0:
             assert abs(alone - mean) > 5 * error, "the observed part says nothing: the test can't fail"
 
 
