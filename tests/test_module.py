@@ -23,8 +23,8 @@ from vrnn_lightning.callbacks import (
     CosineKLAnnealing,
     CyclicalKLAnnealing,
     Diagnostics,
-    Encodings,
     LinearKLAnnealing,
+    Predictions,
     Samples,
     SigmoidKLAnnealing,
 )
@@ -494,7 +494,7 @@ def test_samples_are_drawn_and_training_is_untouched(tmp_path):
 def test_prediction_writes_scores_and_posterior_means(tmp_path, latent):
     """Scores add up to the test ELBO, and the means lie one after the other, without padding."""
     model, source = module(latent_size=latent), data()
-    runner = trainer(tmp_path, Encodings())
+    runner = trainer(tmp_path, Predictions())
     runner.predict(model, source, return_predictions=False)
     with np.load(tmp_path / "encodings.npz") as archive:
         written = dict(archive)

@@ -124,6 +124,8 @@ class VRNNLightningModule(Inference, LightningModule):
         self.lr_interval = lr_interval
         self.beta = 1.0
         """Weight of the KL in training; a callback may set it."""
+        self.traced = True
+        """Whether ``predict_step`` infers latents; a callback may set it."""
         self._first_epoch = 0
         self._carried: Carried | None = None
         self._resumed: list[list[Tensor]] | None = None
@@ -383,9 +385,9 @@ class VRNNLightningModule(Inference, LightningModule):
             )
         return figures[f"{stage}/elbo"]
 
-    def predict_step(self, batch: SequenceBatch, batch_idx: int) -> Trace:
-        """Return the trace of a batch."""
-        return self.trace(batch, batch_idx)
+    def predict_step(self, batch: SequenceBatch, batch_idx: int) -> Trace | tuple[()]:
+        """Return the trace of a batch, or nothing where a callback makes something else of it."""
+        return self.trace(batch, batch_idx) if self.traced else ()
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser, and the schedule of its learning rate where there is one."""

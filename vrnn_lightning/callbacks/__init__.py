@@ -1,4 +1,4 @@
-"""Callbacks: KL annealing, diagnostics, pictures and encodings of what was learned; they work with every logger."""
+"""Callbacks: KL annealing, diagnostics, pictures and predictions of what was learned; they work with every logger."""
 
 from vrnn_lightning.callbacks.annealing import (
     ConstantKLWeight,
@@ -10,9 +10,9 @@ from vrnn_lightning.callbacks.annealing import (
     SigmoidKLAnnealing,
 )
 from vrnn_lightning.callbacks.diagnostics import Diagnostics
-from vrnn_lightning.callbacks.encodings import Encodings
 from vrnn_lightning.callbacks.evaluation import Evaluation
 from vrnn_lightning.callbacks.loop import Loop
+from vrnn_lightning.callbacks.predictions import Predictions
 from vrnn_lightning.callbacks.samples import Samples
 
 __all__ = [
@@ -21,11 +21,11 @@ __all__ = [
     "CosineKLAnnealing",
     "CyclicalKLAnnealing",
     "Diagnostics",
-    "Encodings",
     "Evaluation",
     "KLAnnealing",
     "LinearKLAnnealing",
     "Loop",
+    "Predictions",
     "Samples",
     "SigmoidKLAnnealing",
 ]

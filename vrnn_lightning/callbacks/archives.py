@@ -1,16 +1,24 @@
-"""Writing flat archives: arrays by name in one .npz file, never pickled."""
+"""Writing flat archives: arrays by name in one .npz file, never pickled, whole or not at all."""
 
 from __future__ import annotations
 
+import errno
+import shutil
+import zipfile
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
 
 from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.errors import UserError
 
-__all__ = ["archive_path", "described", "write_archive"]
+__all__ = ["ArchiveWriter", "archive_path", "described", "replacing", "write_archive"]
 
 
 def archive_path(trainer: Trainer, name: str) -> Path:
@@ -36,21 +44,166 @@ def write_archive(path: Path, parts: list[dict[str, np.ndarray]], split: str, **
 
     Args:
         path: The file.
-        parts: Arrays by name, each part of the same names; of an array called "values" each sequence has as many rows
-            as "lengths" says, of others one. "index", which is not written, says which sequence of the split each one
-            is: they are written in this order.
+        parts: Arrays by name, each part of the same names, with one row for each sequence. "index", which is not
+            written, says which sequence of the split each one is: they are written in this order.
         split: Goes before the names.
         more: Arrays that are no sequence of parts.
+
+    Raises:
+        UserError: The disk is full, or the folder can't be written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     columns = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     order = columns.pop("index").argsort(kind="stable")
-    values = columns.get("values")
-    columns = {key: column[order] for key, column in columns.items() if key != "values"}
-    if values is not None:
-        pieces = np.split(values, np.concatenate([part["lengths"] for part in parts]).cumsum()[:-1])
-        columns["values"] = np.concatenate([pieces[i] for i in order])
-    temporary = path.with_suffix(".part.npz")
+    columns = {key: column[order] for key, column in columns.items()}
     named = {f"{split}_{key}": value for key, value in (columns | more).items()}
-    np.savez(temporary, **named)  # type: ignore[arg-type]  # the stub takes them for allow_pickle
-    temporary.replace(path)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **named)  # type: ignore[arg-type]  # the stub takes them for allow_pickle
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write to a temporary file beside a file, whose place it takes at the end; removed where that fails.
+
+    Raises:
+        UserError: The disk is full, or the folder can't be written to.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    with _told(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Say in one line what the system has against a file.
+
+    Raises:
+        UserError: Instead of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cure = "make room" if full else "give a folder that can be written to by --trainer.default_root_dir"
+        raise UserError(
+            f"{path}: can't be written ({error.strerror or error}); nothing of it is kept; {cure}"
+        ) from error
+
+
+class ArchiveWriter:
+    """Writes the archive of a corpus that comes sequence by sequence in any order, in memory that does not grow.
+
+    What comes lies in a hidden folder beside the archive, a file for each array; :meth:`finish` joins the files in the
+    order of the sequences. In memory are 8 bytes for each sequence, and 16 for each array of it. While the files are
+    joined, the disk holds everything twice.
+
+    Args:
+        path: The archive.
+        split: Goes before the names of its arrays.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     writer = ArchiveWriter(Path(folder) / "a.npz", "test")
+    ...     writer.add(1, values=np.ones((2, 1)), names=np.array(["b"]))
+    ...     writer.add(0, values=np.zeros((1, 1)), names=np.array(["alpha"]))
+    ...     writer.finish()
+    ...     archive = np.load(Path(folder) / "a.npz")
+    ...     archive["test_names"].tolist(), archive["test_values"].ravel().tolist()
+    (['alpha', 'b'], [0.0, 1.0, 1.0])
+    """
+
+    def __init__(self, path: Path, split: str) -> None:
+        self.path, self.split = path, split
+        self._folder = path.with_name(f".{path.name}.parts")
+        self._index = array("q")
+        self._files: dict[str, IO[bytes]] = {}
+        self._empty: dict[str, np.ndarray] = {}  # of each array's type and width
+        self._rows: dict[str, array[int]] = {}
+        self._sizes: dict[str, array[int]] = {}  # bytes of a row: names differ
+        with _told(path):
+            shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
+            self._folder.mkdir(parents=True)
+
+    def __len__(self) -> int:
+        """Return the number of sequences so far."""
+        return len(self._index)
+
+    def add(self, index: int, **arrays: np.ndarray) -> None:
+        """Add a sequence.
+
+        Args:
+            index: Its place among the sequences.
+            arrays: By name, the same names for each sequence, and the same type and shape but for the number of rows.
+
+        Raises:
+            UserError: The disk is full, or the folder can't be written to.
+        """
+        with _told(self.path):
+            for name, values in arrays.items():
+                if name not in self._files:
+                    self._files[name] = (self._folder / name).open("w+b")
+                    self._rows[name], self._sizes[name] = array("q"), array("q")
+                    self._empty[name] = values[:0]
+                if values.dtype.itemsize > self._empty[name].dtype.itemsize:
+                    self._empty[name] = values[:0]
+                self._files[name].write(np.ascontiguousarray(values).tobytes())
+                self._rows[name].append(len(values))
+                self._sizes[name].append(values.dtype.itemsize)
+        self._index.append(index)
+
+    def sequences(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
+        """Yield arrays of each sequence, in the order of the sequences.
+
+        Args:
+            names: Of the arrays.
+        """
+        order = np.argsort(np.array(self._index), kind="stable")
+        starts = {name: np.concatenate([[0], np.cumsum(self._nbytes(name))]) for name in names}
+        for i in order.tolist():
+            found = {}
+            for name in names:
+                empty, file = self._empty[name], self._files[name]
+                kind = np.dtype(f"<U{self._sizes[name][i] // 4}") if empty.dtype.kind == "U" else empty.dtype
+                file.seek(int(starts[name][i]))
+                raw = file.read(int(starts[name][i + 1] - starts[name][i]))
+                shape = (self._rows[name][i], *empty.shape[1:])
+                found[name] = np.frombuffer(raw, kind).reshape(shape).astype(empty.dtype, copy=False)
+            yield found
+
+    def _nbytes(self, name: str) -> np.ndarray:
+        width = int(np.prod(self._empty[name].shape[1:]))
+        nbytes: np.ndarray = np.array(self._rows[name]) * np.array(self._sizes[name]) * width
+        return nbytes
+
+    def finish(self) -> None:
+        """Write the archive and let go of the parts.
+
+        Raises:
+            UserError: The disk is full, or the folder can't be written to.
+        """
+        try:
+            with replacing(self.path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+                for name, empty in self._empty.items():
+                    with archive.open(f"{self.split}_{name}.npy", "w", force_zip64=True) as file:
+                        header = np.lib.format.header_data_from_array_1_0(empty)
+                        header["shape"] = (sum(self._rows[name]), *empty.shape[1:])
+                        header["fortran_order"] = False
+                        np.lib.format.write_array_header_1_0(file, header)
+                        for sequence in self.sequences(name):
+                            file.write(sequence[name].tobytes())
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Let go of the parts."""
+        for file in self._files.values():
+            try:
+                file.close()
+            except OSError:  # what it still held has no room either
+                file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)

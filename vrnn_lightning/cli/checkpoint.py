@@ -31,6 +31,7 @@ class Checkpoint:
         model: The model's options.
         data: The datamodule's options, empty where it keeps none.
         data_class: Import path of the datamodule, or ``None``.
+        data_state: What the datamodule keeps besides its options.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class Checkpoint:
     model: dict[str, Any]
     data: dict[str, Any]
     data_class: str | None
+    data_state: dict[str, Any]
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
@@ -59,8 +61,17 @@ class Checkpoint:
         if not isinstance(model, dict) or "num_features" not in model:
             raise UserError(f"--ckpt_path {path}: is no checkpoint that `lightning fit` of vrnn-lightning wrote")
         data = dict(content.get("datamodule_hyper_parameters") or {})
+        if "scale_mean" not in content.get("state_dict", {}):
+            raise UserError(f"--ckpt_path {path}: holds no scaler, so it is none that `lightning fit` wrote")
+        data_class = data.get("_class_path")
         return cls(
-            path, content["global_step"], content["epoch"], _options(model), _options(data), data.get("_class_path")
+            path,
+            content["global_step"],
+            content["epoch"],
+            _options(model),
+            _options(data),
+            data_class,
+            content.get((data_class or "").rpartition(".")[2]) or {},
         )
 
     @property

@@ -18,7 +18,8 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from vrnn_lightning import discovery
-from vrnn_lightning.callbacks import Diagnostics, Encodings, Evaluation, Loop, Samples
+from vrnn_lightning.callbacks import Diagnostics, Evaluation, Loop, Predictions, Samples
+from vrnn_lightning.callbacks.predictions import Draws
 from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint
 from vrnn_lightning.cli.parser import Parser
 from vrnn_lightning.cli.words import mentions, with_configs
@@ -160,6 +161,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(Diagnostics, "diagnostics")
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(Loop, "loop")
+        parser.add_lightning_class_args(Predictions, "prediction")
         parser.link_arguments("data", "model.num_features", compute_fn=self.num_features, apply_on="instantiate")
         parser.link_arguments("data", "model.num_inputs", compute_fn=_num_inputs, apply_on="instantiate")
         parser.link_arguments("data", "model.missing", compute_fn=_missing, apply_on="instantiate")
@@ -222,8 +224,6 @@ class CLI(LightningCLI):
         callbacks = list(options.get("callbacks") or [])
         if options.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(ElboBar())
-        if self.subcommand == "predict":
-            callbacks.append(Encodings())
         if options.get("enable_checkpointing") is False or options.get("fast_dev_run"):
             keys = self._parser(self.subcommand).callback_keys
             keys[:] = [key for key in keys if key not in CHECKPOINTS]  # refused, or would leave an empty folder
@@ -279,11 +279,34 @@ class CLI(LightningCLI):
 
     after_validate = after_test
 
+    def predict(self, model: VRNNLightningModule, datamodule: LightningDataModule, **options: Any) -> None:
+        """Predict; to draw samples the datamodule only says how to show them, and is never set up."""
+        task = self._predictions
+        if task.task != "sample":
+            self.trainer.predict(model, datamodule=datamodule, **options)
+            return
+        if self.checkpoint and self.checkpoint.data_state:
+            datamodule.load_state_dict(self.checkpoint.data_state)
+        task.data = datamodule
+        loader = Draws(task.options["count"], model.vrnn.num_features, self.trainer)
+        self.trainer.predict(model, dataloaders=loader, **options)
+
+    @property
+    def _predictions(self) -> Predictions:
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
+        return next(callback for callback in callbacks if isinstance(callback, Predictions))
+
     def after_predict(self) -> None:
-        """Print where the encodings are."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # a connector sets it
-            if isinstance(callback, Encodings) and self.trainer.is_global_zero:
-                print(f"encodings and scores: {_short(str(callback.path))}")
+        """Print where the predictions are, and how good where that is known."""
+        found = self._predictions
+        if not self.trainer.is_global_zero or found.path is None:
+            return
+        if found.skipped:
+            print(f"{found.skipped} sequences left out: too short, or nothing observed to start from")
+        if found.figures:
+            print(", ".join(f"{name} {value:.4g}" for name, value in found.figures.items()))
+        what = "encodings and scores" if found.task == "encode" else found.task
+        print(f"{what}: {_short(str(found.path))}")
 
     def before_fit(self) -> None:
         """Refuse to resume what has more epochs behind it than it is to have.

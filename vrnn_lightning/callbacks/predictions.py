@@ -1,0 +1,461 @@
+"""What a prediction leaves behind: samples, reconstructions, forecasts, imputations, scores or encodings, as files."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.callbacks.archives import ArchiveWriter, archive_path, replacing
+from vrnn_lightning.callbacks.pictures import draw_rows
+from vrnn_lightning.callbacks.samples import _in_rows, _write_waves
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.module import VRNNLightningModule
+from vrnn_lightning.vrnn import Trace
+
+__all__ = ["Draws", "Predictions"]
+
+Task = Literal["encode", "sample", "reconstruct", "forecast", "impute", "score"]
+COMMON: dict[str, Any] = {"seed": 0, "shown": 4}
+OPTIONS: dict[str, dict[str, Any]] = {  # of each task, with their defaults
+    "encode": {},
+    "sample": {"count": 16, "steps": 100, "temperature": 1.0, **COMMON},
+    "reconstruct": COMMON,
+    "forecast": {"prefix": None, "steps": None, "samples": 100, "temperature": 1.0, **COMMON},
+    "impute": {"samples": 100, "particles": None, "lag": 32, "hide": 0.0, "gap": 1, **COMMON},
+    "score": {"samples": 1, "seed": 0},
+}
+GROUP = 64  # sequences drawn at a time
+QUANTILES = (0.05, 0.5, 0.95)
+ROWS = 3  # paths of a forecast or an imputation that a picture shows
+
+
+class _Found(NamedTuple):
+    """What was made of one sequence.
+
+    Args:
+        place: Which sequence of the split it is.
+        arrays: What the archive holds of it.
+        rows: What a picture shows of it: sequences in data units, each of shape (time, features).
+    """
+
+    place: int
+    arrays: dict[str, NDArray[Any]]
+    rows: dict[str, Tensor]
+
+
+class Draws:
+    """Batches that say how many sequences to draw, in groups that depend neither on the batch size nor on processes.
+
+    Args:
+        count: Of all processes together.
+        num_features: Of a frame.
+        trainer: Knows which process this is.
+    """
+
+    def __init__(self, count: int, num_features: int, trainer: Trainer) -> None:
+        self.count, self.num_features, self.trainer = count, num_features, trainer
+
+    def __len__(self) -> int:
+        """Return the number of batches of each process."""
+        return -(-self.count // (GROUP * self.trainer.world_size))
+
+    def __iter__(self) -> Iterator[SequenceBatch]:
+        """Yield empty frames, one for each sequence."""
+        for batch in range(len(self)):
+            first = (batch * self.trainer.world_size + self.trainer.global_rank) * GROUP
+            index = torch.arange(first, max(first, min(first + GROUP, self.count)))
+            lengths, frames = torch.ones_like(index), torch.zeros(len(index), 1, self.num_features)
+            yield SequenceBatch(frames, lengths, names=[f"sample {i}" for i in index.tolist()], index=index)
+
+
+class Predictions(Callback):
+    """Writes what ``lightning predict`` makes of the test sequences, in data units, into the run's folder.
+
+    ``encode``
+        ``encodings.npz``: ``test_values``, means of the posteriors q(z_t | x_<=t, z_<t), shape (total steps, latent),
+        sequence after sequence; ``test_elbo``, the single-sample ELBO of each in nats, in scaled units, with the
+        noise that evaluation draws.
+    ``sample``
+        ``predictions/sample/test.npz``: sequences drawn from the model. Needs the checkpoint and no data.
+    ``reconstruct``
+        ``predictions/reconstruct/test.npz``: the emission's mean at each step, with the latents inferred.
+    ``score``
+        ``predictions/score/test.npz``: nats of each step in data units, shape (total steps, 1).
+    ``forecast``
+        ``predictions/forecast/test.npz``: ``samples`` paths of each sequence, one after another; ``test_start``, the
+        step that each path begins at; ``test_truth``, what came, NaN where that is not known, of shape (total steps of
+        one path each, features).
+    ``impute``
+        ``predictions/impute/test.npz``: ``samples`` copies of each sequence, one after another, with what was missing
+        drawn; ``test_drawn``, True where it was; ``test_truth``, the data, NaN where they miss a value.
+
+    Every archive is a flat one: ``test_values``, ``test_lengths`` and ``test_names``. Beside it lie ``test.csv`` (of
+    series, and of scores: a line for each step, with mean and quantiles where there are draws) and, of the first
+    ``shown`` sequences, ``test.png`` and wav files of audio. Each of several processes writes ``test_0.npz`` and so
+    on. Archives and tables are written whole or not at all, from parts on the disk: memory does not grow with the
+    corpus.
+
+    Draws depend on ``seed`` and on a sequence's name alone: neither on the batch size nor on the number of
+    processes. Those of ``sample`` depend on ``seed``, ``count`` and ``steps``.
+
+    Args:
+        task: What to make.
+        count: Sequences that ``sample`` draws; default 16.
+        steps: Length of a sample, default 100; how far a forecast goes, by default to the sequence's end.
+        prefix: Steps that a forecast is given; -24 for all but the last 24; default: the whole sequence.
+        samples: Paths of a forecast or draws of an imputation, default 100; particles that score, default 1.
+        particles: That impute, default 4 times the samples.
+        lag: Steps behind a gap from which it is imputed, default 32.
+        hide: Share of the steps that ``impute`` hides, so that it can be judged; default 0.
+        gap: Steps in a row that are hidden together; default 1.
+        temperature: Of the emission in ``sample`` and ``forecast``, default 1.
+        seed: Of the draws; default 0.
+        shown: Sequences in the picture and as sound, default 4; 0 for none.
+
+    Raises:
+        UserError: An option outside its range, or of another task.
+    """
+
+    def __init__(
+        self,
+        task: Task = "encode",
+        count: int | None = None,
+        steps: int | None = None,
+        prefix: int | None = None,
+        samples: int | None = None,
+        particles: int | None = None,
+        lag: int | None = None,
+        hide: float | None = None,
+        gap: int | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
+        shown: int | None = None,
+    ) -> None:
+        given = {key: value for key, value in locals().items() if key not in ("self", "task") and value is not None}
+        given.pop("__class__", None)
+        if task not in OPTIONS:
+            raise UserError(f"prediction.task {task}: choose {', '.join(OPTIONS)}")
+        for key, value in given.items():
+            if key not in OPTIONS[task]:
+                owners = " or ".join(name for name, options in OPTIONS.items() if key in options)
+                raise UserError(f"prediction.{key} {value}: is no option of the task {task}, but of {owners}")
+        self.task = task
+        self.options = OPTIONS[task] | given
+        self._check()
+        self.data: Any = None
+        """The datamodule, where the trainer knows none: it says how to show a sequence."""
+        self.path: Path | None = None
+        self.figures: dict[str, float] = {}
+        """Of what the truth is known of: root mean square error of the mean, coverage of the 90 % interval."""
+        self.skipped = 0
+        self._writer: ArchiveWriter | None = None
+        self._shown: list[_Found] = []
+        self._longest = 0
+        self._sums = np.zeros(3)  # squared errors, values in their interval, values
+
+    def _check(self) -> None:
+        least = {"count": 1, "samples": 1, "particles": 1, "lag": 0, "gap": 1, "shown": 0, "seed": 0, "steps": 1}
+        for key, low in least.items():
+            value = self.options.get(key)
+            if value is not None and value < low:
+                raise UserError(f"prediction.{key} {value}: must be at least {low}")
+        if not self.options.get("temperature", 1.0) > 0:
+            raise UserError(f"prediction.temperature {self.options['temperature']}: must be above 0")
+        if not 0 <= self.options.get("hide", 0.0) < 1:
+            raise UserError(f"prediction.hide {self.options['hide']}: must be at least 0 and below 1")
+        particles, samples = self.options.get("particles"), self.options.get("samples")
+        if particles is not None and particles < samples:
+            raise UserError(f"prediction.particles {particles}: must be at least prediction.samples {samples}")
+        if self.options.get("prefix") == 0:
+            raise UserError("prediction.prefix 0: an empty prefix; the task sample starts from nothing")
+        if self.task == "forecast" and self.options["steps"] is None and self.options["prefix"] is None:
+            raise UserError(
+                "prediction.steps: how far is the forecast to go? Or give prediction.prefix to forecast what follows it"
+            )
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Settle the archive's name; every process takes part.
+
+        Raises:
+            UserError: The folder can't be written to, or the model can't do the task.
+        """
+        module = cast(VRNNLightningModule, pl_module)
+        name = "encodings" if self.task == "encode" else f"predictions/{self.task}/test"
+        self.path = archive_path(trainer, name)
+        if self.task == "sample" and not module.prepared:
+            raise UserError(
+                "prediction.task sample: this model has no scaler, as it was never trained; give --ckpt_path"
+            )
+        if self.task == "sample" and module.vrnn.num_inputs:
+            raise UserError(
+                f"prediction.task sample: the model reads {module.vrnn.num_inputs} covariates at each step, which are "
+                "not known here; choose the task forecast, or call `module.sample(inputs=…)`"
+            )
+        module.traced = self.task == "encode"
+        self.data = getattr(trainer, "datamodule", None) or self.data
+        self._shown, self._longest, self.skipped, self._sums = [], 0, 0, np.zeros(3)
+        self.figures = {}
+        self._writer = ArchiveWriter(self.path, "test")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: SequenceBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Make what is asked for of a batch and put it on the disk."""
+        module = cast(VRNNLightningModule, pl_module)
+        assert self._writer is not None
+        real = (batch.lengths > 0).nonzero().flatten().tolist()
+        with module.whole_parameters():
+            found = getattr(self, f"_{self.task}")(module, batch, real, outputs)
+            for piece in found:
+                self._writer.add(piece.place, **piece.arrays)
+                if trainer.is_global_zero and len(self._shown) < self.options.get("shown", 0):
+                    self._shown.append(piece)
+
+    def _encode(
+        self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], trace: Trace
+    ) -> Iterator[_Found]:
+        means = trace.z if trace.posterior is None else trace.posterior.mean
+        elbo = trace.log_px.sum(1) - trace.kl.sum((1, 2))
+        for i in real:
+            yield self._one(batch, i, means[i, : batch.lengths[i]], {}, elbo=elbo[i : i + 1].double().cpu().numpy())
+
+    def _sample(self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], _: Any) -> Iterator[_Found]:
+        if real:
+            seed = self._seed(batch, 0)
+            drawn = module.sample(len(real), self.options["steps"], self.options["temperature"], seed=seed)
+            for i in real:
+                yield self._one(batch, i, drawn[i], {"sampled": drawn[i]})
+
+    def _reconstruct(
+        self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], _: Any
+    ) -> Iterator[_Found]:
+        if real:
+            seen = "reconstructed" if module.vrnn.latent_size else "predicted"
+            for i, mean in zip(real, module.reconstruct(batch.rows(real), seed=self.options["seed"]), strict=True):
+                yield self._one(batch, i, mean, {"real": self._truth(module, batch, i), seen: mean})
+
+    def _score(self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], _: Any) -> Iterator[_Found]:
+        if self.options["samples"] == 1 and real:
+            scores = module.score(batch.rows(real), seed=self.options["seed"])
+        else:  # particles draw together: one sequence at a time
+            scores = [
+                module.score(batch.rows([i]), self.options["samples"], seed=self._seed(batch, i))[0] for i in real
+            ]
+        for i, nats in zip(real, scores, strict=True):
+            yield self._one(batch, i, nats[:, None], {})
+
+    def _forecast(self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], _: Any) -> Iterator[_Found]:
+        prefix, samples = self.options["prefix"], self.options["samples"]
+        for i in real:
+            length = int(batch.lengths[i])
+            self._longest = max(self._longest, length)
+            start = length if prefix is None else prefix if prefix > 0 else length + prefix
+            steps = self.options["steps"] or length - start
+            row = batch.rows([i])
+            if not 0 < start <= length or steps < 1 or not row.window(0, start).counted.any():
+                self.skipped += 1
+                continue
+            ahead = None
+            if module.vrnn.num_inputs:
+                assert row.inputs is not None
+                ahead = row.inputs[:, start : start + steps]
+                if ahead.shape[1] < steps:
+                    raise UserError(
+                        f"{self._name(batch, i)}: the model reads covariates, which the data hold for {length} steps; "
+                        f"{steps} steps after {start} need more; give a smaller prediction.steps or prediction.prefix"
+                    )
+            temperature, seed = self.options["temperature"], self._seed(batch, i)
+            given = row.window(0, start)
+            paths = module.forecast(given, steps, samples, temperature, future_inputs=ahead, seed=seed)[:, 0]
+            known = self._truth(module, batch, i)
+            truth = torch.full_like(paths[0], torch.nan)
+            truth[: length - start] = known[start : start + steps].to(truth)
+            self._judge(paths, truth)
+            shown = {f"path {k + 1}": torch.cat([known[:start].to(paths), p]) for k, p in enumerate(paths[:ROWS])}
+            more = {"truth": _numbers(truth), "start": np.full(samples, start)}
+            yield self._one(batch, i, paths, {"real": known[: start + steps], **shown}, **more)
+
+    def _impute(self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], _: Any) -> Iterator[_Found]:
+        samples, particles, lag = (self.options[key] for key in ("samples", "particles", "lag"))
+        for i in real:
+            row = batch.rows([i])
+            truth = self._truth(module, batch, i)
+            seen = row.counted & ~self._hidden(self._seed(batch, i), row.x.shape[1]).to(row.x.device)[None, :, None]
+            self._longest = max(self._longest, row.x.shape[1])
+            if not seen.any():
+                self.skipped += 1
+                continue
+            row.x, row.observed = row.x.masked_fill(~seen, 0.0), seen
+            drawn = module.impute(row, samples, particles, lag, seed=self._seed(batch, i))[0]
+            open_ = ~seen[0]
+            self._judge(drawn, truth.to(drawn).masked_fill(~open_, torch.nan))
+            shown = {f"imputed {k + 1}": path for k, path in enumerate(drawn[:ROWS])}
+            given = truth.masked_fill(open_, torch.nan)
+            more = {"truth": _numbers(truth), "drawn": open_.cpu().numpy()}
+            yield self._one(batch, i, drawn, {"real": truth, "given": given, **shown}, **more)
+
+    def _hidden(self, seed: int, steps: int) -> Tensor:
+        """Return which steps of a sequence are hidden, shape (steps,): the share that was asked for, in whole gaps."""
+        gap = self.options["gap"]
+        blocks = -(-steps // gap)
+        count = round(self.options["hide"] * steps / gap)
+        count = min(max(count, 1), blocks - 1) if self.options["hide"] else 0
+        chosen = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)) < count
+        return chosen.repeat_interleave(gap)[:steps]
+
+    def _judge(self, draws: Tensor, truth: Tensor) -> None:
+        """Add to the totals what is known of draws of shape (samples, time, features)."""
+        known = ~truth.isnan()
+        if known.any():
+            wide, right = draws.double()[:, known], truth.double()[known]
+            low, high = wide.quantile(QUANTILES[0], 0), wide.quantile(QUANTILES[-1], 0)
+            error = (wide.mean(0) - right).square().sum().item()
+            inside = ((low <= right) & (right <= high)).sum().item()
+            self._sums += (error, inside, len(right))
+
+    def _one(
+        self, batch: SequenceBatch, i: int, values: Tensor, rows: dict[str, Tensor], **more: NDArray[Any]
+    ) -> _Found:
+        """Return what was made of a sequence: values of shape (time, features), or draws with one dimension before."""
+        draws = values[None] if values.ndim == 2 else values
+        index = 0 if batch.index is None else int(batch.index[i])
+        arrays = {
+            "values": _numbers(draws.flatten(0, 1)),
+            "lengths": np.full(len(draws), draws.shape[1]),
+            "names": np.array([self._name(batch, i)] * len(draws), str),
+        }
+        return _Found(index, arrays | more, rows)
+
+    @staticmethod
+    def _name(batch: SequenceBatch, i: int) -> str:
+        return batch.names[i] if batch.names else ""
+
+    def _seed(self, batch: SequenceBatch, i: int) -> int:
+        """Return the seed of a sequence's draws."""
+        words = f"{self.options['seed']} {self.task} {self._name(batch, i)}"
+        return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest())
+
+    @staticmethod
+    def _truth(module: VRNNLightningModule, batch: SequenceBatch, i: int) -> Tensor:
+        """Return a sequence in data units, NaN where a value is missing, shape (time, features)."""
+        length = int(batch.lengths[i])
+        return module.scaler.unscale(batch.x[i, :length]).masked_fill(~batch.counted[i, :length], torch.nan)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write archive, table and media.
+
+        Raises:
+            UserError: There is nothing to write, or it can't be written.
+        """
+        cast(VRNNLightningModule, pl_module).traced = True
+        writer = self._writer
+        assert writer is not None
+        assert self.path is not None
+        totals = torch.tensor([len(writer), self.skipped, *self._sums], dtype=torch.float64, device=pl_module.device)
+        totals = cast(Tensor, trainer.strategy.reduce(totals, reduce_op="sum"))
+        written, skipped, error, inside, known = totals.tolist()
+        self.skipped = int(skipped)
+        if known:
+            self.figures = {"RMSE": (error / known) ** 0.5, "coverage of the 90 % interval": inside / known}
+        if not written:
+            raise UserError(self._nothing())
+        if getattr(trainer, "fast_dev_run", False) or not len(writer):  # the first leaves nothing behind
+            writer.discard()
+            self.path = None
+            return
+        if self.task == "score" or (self.task != "encode" and self._modality == "series"):
+            self._write_table(writer, self.path.with_suffix(".csv"))
+        writer.finish()
+        self._writer = None
+        if self._shown and self._shown[0].rows:
+            self._show(self.path.with_suffix(".png"))
+
+    def _nothing(self) -> str:
+        if self.task == "forecast" and self.options["prefix"] is not None:
+            prefix = self.options["prefix"]
+            return (
+                f"prediction.prefix {prefix}: no test sequence has something to forecast from and to, the longest has "
+                f"{self._longest} steps; give another prefix, or prediction.steps"
+            )
+        return f"prediction.task {self.task}: no test sequence has an observed value to start from"
+
+    @property
+    def _modality(self) -> str:
+        return str(getattr(self.data, "modality", "series"))
+
+    def _write_table(self, writer: ArchiveWriter, path: Path) -> None:
+        """Write a line for each step, sequence after sequence."""
+        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            judged = self.task in ("forecast", "impute")
+            wanted = [
+                "values",
+                "lengths",
+                "names",
+                *(["truth"] if judged else []),
+                *(["start"] * (self.task == "forecast")),
+            ]
+            for k, piece in enumerate(writer.sequences("values", "lengths", "names", *more)):
+                draws = piece["values"].reshape(len(piece["lengths"]), -1, piece["values"].shape[1])
+                columns = self._columns(draws.shape[2])
+                if judged:
+                    marks = [f"q{100 * q:02.0f}" for q in QUANTILES]
+                    parts = [draws.mean(0), *np.quantile(draws, QUANTILES, axis=0), piece["truth"]]
+                    header = [f"{column}_{mark}" for column in columns for mark in ("mean", *marks, "true")]
+                    cells = np.stack(parts, -1).reshape(draws.shape[1], -1)
+                else:
+                    header, cells = columns, draws[0]
+                if k == 0:
+                    table.writerow(["sequence", "step", *header])
+                first = int(piece["start"][0]) if "start" in piece else 0
+                for t, line in enumerate(cells.tolist(), first):
+                    table.writerow([piece["names"][0], t, *("" if x != x else f"{x:.7g}" for x in line)])
+
+    def _columns(self, width: int) -> list[str]:
+        if self.task == "score":
+            return ["nats"]
+        names = [str(name) for name in getattr(self.data, "columns", None) or []]
+        return names if len(names) == width else [f"x{i}" for i in range(width)]
+
+    def _show(self, path: Path) -> None:
+        """Draw the first sequences, and write those of audio as sound."""
+        width, rate = getattr(self.data, "image_width", None), getattr(self.data, "sample_rate", None)
+        loudest = getattr(self.data, "full_scale", 1.0)
+        rows: dict[str, list[Tensor]] = {}
+        for piece in self._shown:
+            for name, x in piece.rows.items():
+                x = x if self._modality == "series" else x.nan_to_num(0.0)  # what is missing is silent, or blank
+                rows.setdefault(name, []).append(_in_rows(x / loudest, width))
+        figure = draw_rows(rows, self._modality, rate)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=100)
+        if self._modality == "audio" and rate:
+            _write_waves(rows, path.parent, path.stem, int(rate))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing behind."""
+        if isinstance(pl_module, VRNNLightningModule):
+            pl_module.traced = True
+        if self._writer is not None:
+            self._writer.discard()
+            self._writer = None
+
+
+def _numbers(x: Tensor) -> NDArray[Any]:
+    return x.detach().float().cpu().numpy()
