@@ -404,13 +404,7 @@ class Predictions(Callback):
         with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             judged = self.task in ("forecast", "impute")
-            wanted = [
-                "values",
-                "lengths",
-                "names",
-                *(["truth"] if judged else []),
-                *(["start"] * (self.task == "forecast")),
-            ]
+            more = {"forecast": ["truth", "start"], "impute": ["truth"]}.get(self.task, [])
             for k, piece in enumerate(writer.sequences("values", "lengths", "names", *more)):
                 draws = piece["values"].reshape(len(piece["lengths"]), -1, piece["values"].shape[1])
                 columns = self._columns(draws.shape[2])
