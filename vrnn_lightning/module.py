@@ -144,6 +144,29 @@ class VRNNLightningModule(Inference, LightningModule):
         """The affine map between data units and the model's, as it was when training began."""
         return Scaler(self.scale_mean, self.scale_std)
 
+    def init_from(self, state_dict: dict[str, Tensor]) -> None:
+        """Start from the weights of another training: its VRNN, and nothing else of it.
+
+        The scaler is that of the data to come, which it brings to the units that the weights know: mean 0 and standard
+        deviation 1 where data are scaled at all. ``input_mean``, ``input_std`` and the emission's bias are kept and not
+        taken from the new data: phi_x's weights were learned behind that centring, so that with another one, the same
+        scaled frame would mean another thing to them. They are part of the function that was learned.
+
+        Args:
+            state_dict: A checkpoint's ``state_dict``.
+
+        Raises:
+            UserError: It is of another architecture.
+        """
+        own = self.vrnn.state_dict()
+        given = {key.removeprefix("vrnn."): x for key, x in state_dict.items() if key.startswith("vrnn.")}
+        for key in [*own, *given]:
+            here, there = (f"shape {tuple(part[key].shape)}" if key in part else "none" for part in (own, given))
+            if here != there:
+                raise UserError(f"vrnn.{key}: {there} there, {here} here; give the architecture it was trained with")
+        self.vrnn.load_state_dict(given)
+        self.prepared.fill_(True)
+
     def setup(self, stage: str) -> None:
         """Refuse what can't work.
 

@@ -32,6 +32,7 @@ class Checkpoint:
         data: The datamodule's options, empty where it keeps none.
         data_class: Import path of the datamodule, or ``None``.
         data_state: What the datamodule keeps besides its options.
+        weights: The model's ``state_dict``.
     """
 
     path: Path
@@ -41,28 +42,33 @@ class Checkpoint:
     data: dict[str, Any]
     data_class: str | None
     data_state: dict[str, Any]
+    weights: dict[str, torch.Tensor]
 
     @classmethod
-    def read(cls, path: Path) -> Checkpoint:
+    def read(cls, path: Path, option: str = "--ckpt_path") -> Checkpoint:
         """Read a file.
+
+        Args:
+            path: The file.
+            option: That names it.
 
         Raises:
             UserError: It is missing, damaged or not a checkpoint of this framework.
         """
         if not path.is_file():
-            raise UserError(f"--ckpt_path {path}: no such file")
+            raise UserError(f"{option} {path}: no such file")
         if not zipfile.is_zipfile(path):
-            raise UserError(f"--ckpt_path {path}: is damaged or no checkpoint")
+            raise UserError(f"{option} {path}: is damaged or no checkpoint")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-            raise UserError(f"--ckpt_path {path}: is damaged, or holds more than weights and options") from error
+            raise UserError(f"{option} {path}: is damaged, or holds more than weights and options") from error
         model = content.get("hyper_parameters") if isinstance(content, dict) else None
         if not isinstance(model, dict) or "num_features" not in model:
-            raise UserError(f"--ckpt_path {path}: is no checkpoint that `lightning fit` of vrnn-lightning wrote")
+            raise UserError(f"{option} {path}: is no checkpoint that `lightning fit` of vrnn-lightning wrote")
         data = dict(content.get("datamodule_hyper_parameters") or {})
         if "scale_mean" not in content.get("state_dict", {}):
-            raise UserError(f"--ckpt_path {path}: holds no scaler, so it is none that `lightning fit` wrote")
+            raise UserError(f"{option} {path}: holds no scaler, so it is none that `lightning fit` wrote")
         data_class = data.get("_class_path")
         return cls(
             path,
@@ -72,6 +78,7 @@ class Checkpoint:
             _options(data),
             data_class,
             content.get((data_class or "").rpartition(".")[2]) or {},
+            content["state_dict"],
         )
 
     @property
@@ -79,6 +86,11 @@ class Checkpoint:
         """The folder of its run, or ``None`` if it does not lie in one."""
         folder = self.path.resolve().parent.parent
         return folder if (folder / "config.yaml").is_file() else None
+
+    def architecture(self) -> dict[str, Any]:
+        """Return what its weights fit, as a parser's defaults."""
+        skipped = (*FROM_DATA, *NOT_ARCHITECTURE, "lr_interval")
+        return {f"model.{key}": value for key, value in self.model.items() if key not in skipped}
 
     def defaults(self) -> dict[str, Any]:
         """Return its options as a parser's defaults, beneath whatever the user states."""

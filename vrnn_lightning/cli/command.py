@@ -122,6 +122,7 @@ class CLI(LightningCLI):
         ]
         classes = [discovery.load(name) for name in names if name]
         self.checkpoint = self._read_checkpoint(classes)
+        self.origin = self._read_origin()
         if self.checkpoint and self.checkpoint.folder and not _has_config(self.words) and "fit" in self.words:
             self.words.insert(self.words.index("fit") + 1, f"--config={self.checkpoint.folder / 'config.yaml'}")
         epilog = f"Datamodules: {', '.join(discovery.known()) or 'none'}. `--data.help NAME` shows one's options."
@@ -152,6 +153,17 @@ class CLI(LightningCLI):
                 raise UserError(f"--data {data.__name__}: {path} was trained on {own}; leave --data out or give {own}")
         return checkpoint
 
+    def _read_origin(self) -> Checkpoint | None:
+        """Return the checkpoint whose weights a fit starts from; one that is resumed has its own."""
+        paths = [path for path in mentions(self.words, "init_from") if path]
+        if not paths or "fit" not in self.words or {"-h", "--help"} & set(self.words):
+            return None
+        if self.checkpoint and any(word.partition("=")[0] == "--init_from" for word in self.words):
+            raise UserError(
+                f"--init_from {paths[-1]}: --ckpt_path goes on with a run, which has its weights; give one of the two"
+            )
+        return None if self.checkpoint else Checkpoint.read(Path(paths[-1]), "--init_from")
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what every run has, and put the checkpoint's options beneath the user's."""
         for group, defaults in CHECKPOINTS.items():
@@ -165,8 +177,16 @@ class CLI(LightningCLI):
         parser.link_arguments("data", "model.num_features", compute_fn=self.num_features, apply_on="instantiate")
         parser.link_arguments("data", "model.num_inputs", compute_fn=_num_inputs, apply_on="instantiate")
         parser.link_arguments("data", "model.missing", compute_fn=_missing, apply_on="instantiate")
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="Fit: a checkpoint whose weights to start from, on any data, with a new optimiser, at step 0.",
+        )
         if self.checkpoint:
             parser.set_defaults(self.checkpoint.defaults())
+        elif self.origin:
+            parser.set_defaults(self.origin.architecture())
 
     def num_features(self, data: LightningDataModule) -> int:
         """Return the data's width, which is the model's.
@@ -309,11 +329,16 @@ class CLI(LightningCLI):
         print(f"{what}: {_short(str(found.path))}")
 
     def before_fit(self) -> None:
-        """Refuse to resume what has more epochs behind it than it is to have.
+        """Take the weights to start from; refuse to resume what has more epochs behind it than it is to have.
 
         Raises:
-            UserError: It has.
+            UserError: It has, or the weights are those of another architecture.
         """
+        if self.origin:
+            try:
+                self.model.init_from(self.origin.weights)
+            except UserError as error:
+                raise UserError(f"--init_from {self.origin.path}: {error}") from None
         wanted = self.trainer.max_epochs
         if self.checkpoint and wanted is not None and -1 < wanted <= self.checkpoint.epoch:
             done = f"{self.checkpoint.path} has {self.checkpoint.epoch + 1} epochs behind it"
