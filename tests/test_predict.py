@@ -1,0 +1,509 @@
+"""Tasks of `lightning predict`, what they leave on the disk, and fits that start from weights alone."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from lightning.pytorch import Trainer
+
+from vrnn_lightning import Sequence, SequenceDataModule, UserError, VRNNLightningModule
+from vrnn_lightning.callbacks import Predictions, archives
+from vrnn_lightning.callbacks.archives import ArchiveWriter, write_archive
+from vrnn_lightning.callbacks.predictions import GROUP, Draws
+from vrnn_lightning.data import read_archive
+from vrnn_lightning.nn import Layers
+
+LENGTHS = (9, 4, 12, 7)
+
+
+class Ramps(SequenceDataModule):
+    """Two features far from zero, sequences of different lengths, some values missing."""
+
+    scaling = "per_feature"
+    missing = True
+    columns = ("up", "down")
+
+    def __init__(self, batch_size: int = 3, gaps: bool = False, nothing: bool = False, num_inputs: int = 0) -> None:
+        super().__init__(2, batch_size=batch_size)
+        self.gaps, self.nothing, self.num_inputs = gaps, nothing, num_inputs
+
+    def sequences(self, split):
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        for i, length in enumerate(LENGTHS):
+            t = torch.arange(length, dtype=torch.float64)
+            x = torch.stack([1000 + t, -50 - 2 * t], 1) + torch.rand(length, 2, generator=generator)
+            observed = torch.ones_like(x, dtype=torch.bool)
+            if self.gaps:
+                observed[1:3] = False
+            if self.nothing and split == "test":
+                observed[:] = False
+            inputs = torch.zeros(length, self.num_inputs) if self.num_inputs else None
+            found.append(Sequence(x.masked_fill(~observed, 0.0), observed, inputs, f"{split} {'ramp' * i}{i}"))
+        return found
+
+
+def model(**options) -> VRNNLightningModule:
+    torch.manual_seed(0)
+    small = {"latent_size": 2, "hidden_size": 4, "missing": True}
+    return VRNNLightningModule(num_features=2, **small | options)
+
+
+def predict(folder: Path, data=None, module=None, **options) -> tuple[dict[str, np.ndarray], Predictions]:
+    """Return what a prediction wrote, and the callback; pictures only where they are asked for."""
+    options = options if options["task"] in ("encode", "score") else {"shown": 0} | options
+    callback = Predictions(**options)
+    trainer = Trainer(
+        default_root_dir=folder,
+        callbacks=[callback],
+        logger=False,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+    )
+    module, data = module or model(), data or Ramps()
+    if callback.task == "sample":
+        module.prepared.fill_(True)
+        trainer.predict(module, dataloaders=Draws(callback.options["count"], 2, trainer), return_predictions=False)
+    else:
+        trainer.predict(module, datamodule=data, return_predictions=False)
+    with np.load(callback.path) as archive:
+        return dict(archive), callback
+
+
+def pieces(found: dict[str, np.ndarray], name: str = "test_values", copies: int = 1) -> list[np.ndarray]:
+    lengths = found["test_lengths"].reshape(-1, copies)
+    return np.split(found[name], (lengths.sum(1) if name == "test_values" else lengths[:, 0]).cumsum()[:-1])
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_writer_orders_what_comes_in_any_order(tmp_path):
+    writer = ArchiveWriter(tmp_path / "a.npz", "test")
+    for index, name in ((2, "c"), (0, "a long name"), (1, "")):
+        rows = np.full((index + 1, 2), float(index), np.float32)
+        writer.add(index, values=rows, names=np.array([name]), there=rows[:, 0] > 0)
+    assert len(writer) == 3
+    writer.finish()
+    with np.load(tmp_path / "a.npz") as found:
+        assert found["test_values"].tolist() == [[0.0] * 2] + [[1.0] * 2] * 2 + [[2.0] * 2] * 3
+        assert found["test_values"].dtype == np.float32
+        assert found["test_names"].tolist() == ["a long name", "", "c"]
+        assert found["test_there"].tolist() == [False] + [True] * 5
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """64 MB go through less than 2 MB."""
+    piece = np.ones((500, 128), np.float32)
+    tracemalloc.start()
+    try:
+        writer = ArchiveWriter(tmp_path / "a.npz", "test")
+        for index in range(256):
+            writer.add(255 - index, values=piece, names=np.array([f"sequence {index}"]))
+        writer.finish()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "a.npz").stat().st_size > 64 * 1000**2
+    assert peak < 2 * 1000**2
+
+
+class Full(io.FileIO):
+    """A file on a disk that has room for so many bytes, and no more, of all such files."""
+
+    room = 0
+
+    def write(self, data):
+        Full.room -= len(data)
+        if Full.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Give the disk so much room."""
+    plain = Path.open
+
+    def opened(path, mode="r", *args, **options):
+        raw = {"w+b": "w+", "wb": "w"}.get(mode)
+        if raw is None:
+            return plain(path, mode, *args, **options)
+        file = Full(str(path), raw)
+        return io.BufferedRandom(file, 16) if "+" in raw else io.BufferedWriter(file, 16)
+
+    def fill(room):
+        Full.room = room
+        monkeypatch.setattr(Path, "open", opened)
+
+    return fill
+
+
+@pytest.mark.parametrize("room", [0, 100, 700, 1500])
+def test_full_disk_leaves_nothing(tmp_path, disk, room):
+    """While parts are written, and while they are joined."""
+    disk(room)
+    with pytest.raises(UserError, match=r"test.npz: can't be written \(No space left on device\).*make room"):
+        predict(tmp_path, task="forecast", prefix=3, samples=20)
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".csv"] == []
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_full_disk_while_the_archive_is_joined(tmp_path, monkeypatch):
+    writer = ArchiveWriter(tmp_path / "a.npz", "test")
+    writer.add(0, values=np.ones((3, 1)))
+    (tmp_path / "a.npz").write_text("of an earlier run")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
+    with pytest.raises(UserError, match="No space left"):
+        writer.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+    assert (tmp_path / "a.npz").read_text() == "of an earlier run"
+
+
+def test_evaluations_on_a_full_disk(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(archives.np, "savez", full)
+    with pytest.raises(UserError, match="No space left"):
+        write_archive(tmp_path / "a.npz", [{"index": np.arange(2), "elbo": np.ones(2)}], "test")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_permission_is_said_before_anything_is_computed(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(VRNNLightningModule, "forecast", lambda *_, **__: pytest.fail("computed"))
+    with pytest.raises(UserError, match=r"Permission denied.*--trainer.default_root_dir"):
+        predict(tmp_path, task="forecast", prefix=3)
+
+
+def test_a_file_where_the_folder_should_be(tmp_path):
+    (tmp_path / "predictions").write_text("")
+    with pytest.raises(UserError, match="can't be written"):
+        predict(tmp_path, task="score")
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"task": "encode"},
+        {"task": "reconstruct"},
+        {"task": "score"},
+        {"task": "score", "samples": 3},
+        {"task": "forecast", "prefix": 3, "samples": 4},
+        {"task": "impute", "samples": 3, "hide": 0.3},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_batch_size_changes_nothing_and_the_seed_does(tmp_path, options, batch_size):
+    expected, _ = predict(tmp_path / "a", Ramps(batch_size=3, gaps=True), **options)
+    found, _ = predict(tmp_path / "b", Ramps(batch_size=batch_size, gaps=True), **options)
+    assert list(found) == list(expected)
+    for name, values in expected.items():
+        if values.dtype.kind in "Ub":
+            assert (found[name] == values).all()
+        else:
+            np.testing.assert_allclose(found[name], values, rtol=2e-5, atol=2e-5)
+    if options["task"] != "encode" and batch_size == 1:
+        other, _ = predict(tmp_path / "c", Ramps(gaps=True), seed=1, **options)
+        assert not np.allclose(other["test_values"], expected["test_values"], rtol=1e-6)
+
+
+def test_reconstructions_and_scores_are_those_of_the_model(tmp_path):
+    module, data = model(), Ramps()
+    found, _ = predict(tmp_path, data, module, task="reconstruct")
+    scores, _ = predict(tmp_path, data, module, task="score")
+    sequences = data.split("test")
+    for s, mean, nats in zip(sequences, pieces(found), pieces(scores), strict=True):
+        batch = next(b for b in data.test_dataloader() if s.name in b.names)
+        row = batch.rows([batch.names.index(s.name)])
+        np.testing.assert_allclose(mean, module.reconstruct(row, seed=0)[0], rtol=1e-6)
+        np.testing.assert_allclose(nats[:, 0], module.score(row, seed=0)[0], rtol=1e-5)
+        assert abs(mean[:, 0].mean() - 1000) < 50, "data units"
+    assert found["test_names"].tolist() == [s.name for s in sequences]
+    split = read_archive(tmp_path / "predictions/reconstruct/test.npz", "test", 2)
+    assert split.lengths == list(LENGTHS)
+    rows = table(tmp_path / "predictions/score/test.csv")
+    assert [row["nats"] for row in rows] == [f"{x:.7g}" for x in scores["test_values"][:, 0]]
+    assert list(table(tmp_path / "predictions/reconstruct/test.csv")[0]) == ["sequence", "step", "up", "down"]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "steps", "starts"), [(3, None, [3] * 4), (-2, None, [7, 2, 10, 5]), (5, 4, [5] * 3)]
+)
+def test_forecasts_begin_where_they_are_told_to(tmp_path, prefix, steps, starts):
+    found, callback = predict(tmp_path, task="forecast", prefix=prefix, steps=steps, samples=5)
+    sequences = [s for s in Ramps().split("test") if len(s.x) >= (prefix if prefix > 0 else 0)]
+    assert callback.skipped == 4 - len(sequences)
+    assert found["test_start"].tolist() == [start for start in starts for _ in range(5)]
+    rows = iter(table(tmp_path / "predictions/forecast/test.csv"))
+    paths, truths = pieces(found, copies=5), pieces(found, "test_truth", 5)
+    error, inside = [], []
+    for s, start, path, truth in zip(sequences, starts, paths, truths, strict=True):
+        ahead = steps or len(s.x) - start
+        drawn = path.reshape(5, ahead, 2)
+        known = s.x[start : start + ahead].numpy()
+        np.testing.assert_allclose(truth[: len(known)], known, rtol=1e-6)
+        assert np.isnan(truth[len(known) :]).all()
+        error.append(drawn.mean(0)[: len(known)] - known)
+        low, high = np.quantile(drawn, 0.05, axis=0), np.quantile(drawn, 0.95, axis=0)
+        inside.append(((low <= truth) & (truth <= high))[: len(known)])
+        for t in range(ahead):
+            row = next(rows)
+            assert (row["sequence"], row["step"]) == (s.name, str(start + t))
+            assert float(row["up_mean"]) == pytest.approx(drawn[:, t, 0].mean(), rel=1e-5)
+            assert float(row["down_q95"]) == pytest.approx(high[t, 1], rel=1e-5)
+            assert (row["down_true"] == "") == (t >= len(known))
+    assert not list(rows)
+    assert callback.figures["RMSE"] == pytest.approx(np.sqrt(np.square(np.concatenate(error)).mean()), rel=1e-4)
+    assert callback.figures["coverage of the 90 % interval"] == pytest.approx(np.concatenate(inside).mean())
+
+
+def test_forecasts_beyond_the_data(tmp_path):
+    found, callback = predict(tmp_path, task="forecast", steps=3, samples=2)
+    assert found["test_lengths"].tolist() == [3] * 8
+    assert found["test_start"].tolist() == [length for length in LENGTHS for _ in range(2)]
+    assert np.isnan(found["test_truth"]).all()
+    assert callback.figures == {}
+
+
+@pytest.mark.parametrize("hide", [None, 0.5])
+def test_imputations_keep_what_was_observed(tmp_path, hide):
+    found, callback = predict(tmp_path, Ramps(gaps=True), task="impute", samples=4, hide=hide, gap=2)
+    every = zip(pieces(found, copies=4), pieces(found, "test_drawn", 4), pieces(found, "test_truth", 4), strict=True)
+    for s, (copies, drawn, truth) in zip(Ramps(gaps=True).split("test"), every, strict=True):
+        draws = copies.reshape(4, len(s.x), 2)
+        assert (np.isnan(truth) == ~s.observed.numpy()).all()
+        assert drawn[~s.observed.numpy()].all()
+        np.testing.assert_allclose(
+            draws[:, ~drawn], np.broadcast_to(s.x.numpy()[~drawn], (4, (~drawn).sum())), rtol=1e-6
+        )
+        assert np.isfinite(draws).all()
+        assert (draws.std(0)[drawn] > 0).all()
+        if hide is None:
+            assert (drawn == ~s.observed.numpy()).all()
+        else:
+            pairs = [drawn[t : t + 2].all() for t in range(0, len(s.x), 2)]
+            assert sum(pairs) >= round(hide * len(s.x) / 2), "whole gaps"
+    assert (callback.figures == {}) == (hide is None)
+
+
+def test_samples_need_no_data_and_are_the_same_in_any_number_of_processes(tmp_path):
+    found, _ = predict(tmp_path, task="sample", count=GROUP + 2, steps=6, shown=1)
+    assert found["test_lengths"].tolist() == [6] * (GROUP + 2)
+    assert found["test_names"][-1] == f"sample {GROUP + 1}"
+    assert (tmp_path / "predictions/sample/test.png").stat().st_size > 1000
+    again, _ = predict(tmp_path, task="sample", count=GROUP + 2, steps=6)
+    assert (again["test_values"] == found["test_values"]).all()
+    wholes = list(Draws(GROUP + 2, 2, SimpleNamespace(world_size=1, global_rank=0)))
+    shares = [list(Draws(GROUP + 2, 2, SimpleNamespace(world_size=2, global_rank=rank))) for rank in range(2)]
+    assert [batch.names for share in shares for batch in share] == [batch.names for batch in wholes]
+    uneven = [list(Draws(1, 2, SimpleNamespace(world_size=2, global_rank=rank))) for rank in range(2)]
+    assert [len(batch) for share in uneven for batch in share] == [1, 0], "as many batches in each process"
+
+
+def test_sound_is_written_as_sound(tmp_path):
+    class Tones(Ramps):
+        modality = "audio"
+        sample_rate = 8000
+        full_scale = 2000.0
+
+    predict(tmp_path, Tones(gaps=True), task="reconstruct", shown=2)
+    folder = tmp_path / "predictions/reconstruct"
+    names = [f"test_{row}_{i}.wav" for row in ("real", "reconstructed") for i in range(2)]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "test.npz", "test.png"])
+    wave, rate = soundfile.read(folder / "test_real_0.wav")
+    assert rate == 8000
+    assert wave[:2] == pytest.approx(Ramps().split("test")[0].x[0].numpy() / 2000, abs=1e-3)
+    assert (wave[2:6] == 0).all(), "what is missing is silent"
+
+
+def test_a_sequence_with_nothing_observed_is_left_out(tmp_path):
+    class Partly(Ramps):
+        def sequences(self, split):
+            found = super().sequences(split)
+            found[1].observed[:] = False
+            return found
+
+    found, callback = predict(tmp_path, Partly(), task="impute", samples=2, hide=0.3)
+    assert callback.skipped == 1
+    assert len(found["test_names"]) == 6
+
+
+def test_a_debugging_run_leaves_nothing(tmp_path):
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        callbacks=[Predictions("reconstruct")],
+        fast_dev_run=True,
+        logger=False,
+        accelerator="cpu",
+        enable_progress_bar=False,
+    )
+    trainer.predict(model(), datamodule=Ramps(), return_predictions=False)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"task": "smple"}, "prediction.task smple: choose encode, sample"),
+        ({"task": "sample", "count": 0}, "prediction.count 0"),
+        ({"task": "sample", "steps": 0}, "prediction.steps 0"),
+        ({"task": "sample", "temperature": 0.0}, "prediction.temperature 0"),
+        ({"task": "sample", "seed": -1}, "prediction.seed -1"),
+        ({"task": "sample", "prefix": 3}, "prediction.prefix 3: is no option of the task sample, but of forecast"),
+        ({"task": "encode", "seed": 3}, "prediction.seed 3: is no option of the task encode"),
+        ({"task": "forecast"}, "prediction.steps: how far"),
+        ({"task": "forecast", "prefix": 0}, "prediction.prefix 0: an empty prefix"),
+        ({"task": "forecast", "prefix": 3, "samples": 0}, "prediction.samples 0"),
+        ({"task": "impute", "hide": 1.0}, "prediction.hide 1.0"),
+        ({"task": "impute", "gap": 0}, "prediction.gap 0"),
+        ({"task": "impute", "lag": -1}, "prediction.lag -1"),
+        ({"task": "impute", "particles": 7}, "prediction.particles 7: must be at least prediction.samples 100"),
+    ],
+)
+def test_bad_options(options, line):
+    with pytest.raises(UserError) as error:
+        Predictions(**options)
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "line"),
+    [
+        (Ramps, {"task": "forecast", "prefix": 12}, "prefix 12: no test sequence .* the longest has 12 steps"),
+        (Ramps, {"task": "forecast", "prefix": -12}, "prefix -12: no test sequence"),
+        (lambda: Ramps(nothing=True), {"task": "forecast", "steps": 2}, "forecast: no test sequence has an observed"),
+        (lambda: Ramps(nothing=True), {"task": "impute"}, "impute: no test sequence has an observed value"),
+    ],
+)
+def test_data_that_a_task_can_make_nothing_of(tmp_path, data, options, line):
+    with pytest.raises(UserError, match=line):
+        predict(tmp_path, data(), **options)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_covariates_that_nobody_knows(tmp_path):
+    with pytest.raises(UserError, match=r"sample: the model reads 1 covariates"):
+        predict(tmp_path, module=model(num_inputs=1), task="sample")
+    reads = model(num_inputs=1)
+    with pytest.raises(UserError, match=r"ramp.*covariates, which the data hold for .* steps"):
+        predict(tmp_path, Ramps(num_inputs=1), reads, task="forecast", prefix=3, steps=9)
+    found, _ = predict(tmp_path, Ramps(num_inputs=1), reads, task="forecast", prefix=3, samples=2)
+    assert found["test_lengths"].tolist() == [6, 6, 1, 1, 9, 9, 4, 4]
+
+
+def test_an_untrained_model_can_not_sample(tmp_path):
+    trainer = Trainer(default_root_dir=tmp_path, callbacks=[Predictions("sample")], logger=False, accelerator="cpu")
+    with pytest.raises(UserError, match="no scaler, as it was never trained"):
+        trainer.predict(model(), dataloaders=Draws(2, 2, trainer), return_predictions=False)
+
+
+def test_weights_of_another_training():
+    old = model()
+    old.vrnn.start_from(torch.tensor([3.0, 4.0]), torch.tensor([5.0, 6.0]))
+    old.scale_mean.fill_(7.0)
+    new = VRNNLightningModule(num_features=2, latent_size=2, hidden_size=4, missing=True)
+    new.init_from(old.state_dict())
+    pairs = zip(new.vrnn.state_dict().values(), old.vrnn.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert new.vrnn.input_mean.tolist() == [3.0, 4.0]
+    assert new.scale_mean.tolist() == [0.0, 0.0], "the new data bring their own scaler"
+    with pytest.raises(UserError, match=r"^vrnn.phi_x.0.weight: shape .* there, shape .* here"):
+        model(phi_x=Layers(width=3)).init_from(old.state_dict())
+    with pytest.raises(UserError, match=r"^vrnn.cells.1.* none there, shape .* here"):
+        model(layers=2).init_from(old.state_dict())
+
+
+PLUGIN = """
+from pathlib import Path
+
+import torch
+from vrnn_lightning import Sequence, SequenceDataModule, UserError
+
+
+class Numbered(SequenceDataModule):
+    scaling = "per_feature"
+
+    def __init__(self, root: str = "numbers.txt", batch_size: int = 2, offset: float = 0.0) -> None:
+        super().__init__(1, batch_size=batch_size)
+        self.root, self.offset = root, offset
+
+    def sequences(self, split):
+        if not Path(self.root).is_file():
+            raise UserError(f"--data.root {self.root}: no such file")
+        draws = torch.randn(4, 6, 1, generator=torch.Generator().manual_seed(0))
+        return [Sequence(100.0 + self.offset + x, name=f"{split} {i}") for i, x in enumerate(draws)]
+"""
+QUICK = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
+
+
+def test_command_line(lightning, folder):
+    """Samples without data, a forecast from another path, and a fit that starts from weights alone."""
+    (folder / "datamodules").mkdir()
+    (folder / "datamodules" / "numbered.py").write_text(PLUGIN)
+    numbers = folder / "numbers.txt"
+    numbers.write_text("")
+    fit = ("fit", "--data=Numbered", *QUICK, "--trainer.max_epochs=1", "--samples.every_n_validations=0")
+    assert lightning(*fit, "--model.hidden_size=4", "--model.latent_size=2").code == 0
+    best = "runs/numbered/version_0/checkpoints/best.ckpt"
+    numbers.rename("moved.txt")
+    said = lightning("predict", "--ckpt_path", best, "--prediction.task=sample", "--prediction.count=3", *QUICK)
+    assert said.code == 0, said.err
+    written = Path("runs/numbered/version_0/predictions/sample")
+    assert f"sample: {written}/test.npz" in said.out
+    with np.load(written / "test.npz") as found:
+        assert found["test_values"].shape == (300, 1)
+        assert abs(found["test_values"].mean() - 100) < 10, "data units"
+    task = ("predict", "--ckpt_path", best, "--prediction.task=forecast", "--prediction.prefix=4", *QUICK)
+    assert "no such file" in lightning(*task).err
+    said = lightning(*task, "--data=Numbered", "--data.root=moved.txt")
+    assert said.code == 0, said.err
+    assert "RMSE" in said.out
+
+    start = (*fit, "--data.root=moved.txt", "--data.offset=50", "--init_from", best)
+    said = lightning(*start, "--model.optimizer.lr=0")
+    assert said.code == 0, said.err
+    old, new = (torch.load(f"runs/numbered/version_{i}/checkpoints/last.ckpt", weights_only=True) for i in (0, 1))
+    for name, value in new["state_dict"].items():
+        if name.startswith("vrnn."):
+            assert torch.equal(value, old["state_dict"][name]), name
+    assert new["state_dict"]["scale_mean"] - old["state_dict"]["scale_mean"] == pytest.approx(50, abs=1e-3)
+    assert new["global_step"] == 2
+    for words, line in (
+        (["--model.hidden_size=5"], f"error: --init_from {best}: vrnn."),
+        (["--init_from=gone.ckpt"], "error: --init_from gone.ckpt: no such file"),
+        (["--ckpt_path", best], f"error: --init_from {best}: --ckpt_path goes on"),
+    ):
+        said = lightning(*start, *words)
+        assert said.code == 1
+        assert said.err.strip().splitlines()[-1].startswith(line)
+
+    torch.save({**old, "state_dict": {k: v for k, v in old["state_dict"].items() if k != "scale_mean"}}, "bare.ckpt")
+    said = lightning("predict", "--ckpt_path=bare.ckpt", "--prediction.task=sample", *QUICK)
+    assert said.err.strip().splitlines()[-1].startswith("error: --ckpt_path bare.ckpt: holds no scaler")
+    said = lightning("predict", "--ckpt_path", best, "--prediction.task=smple", *QUICK)
+    assert said.code == 2
+    assert said.err.strip().splitlines()[-1].startswith("error: --prediction.task smple: expected one of")
