@@ -17,7 +17,9 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()]
-FITS = [c.partition("lightning ")[2] for c in COMMANDS if "lightning fit" in c and "ddp" not in c]
+FITS = [
+    c.partition("lightning ")[2] for c in COMMANDS if "lightning fit" in c and "ddp" not in c and "init_from" not in c
+]
 TINY = [
     "--trainer.limit_train_batches=1",
     "--trainer.limit_val_batches=1",
@@ -59,6 +61,15 @@ def test_fit_commands(command, here):
     for test in (c for c in COMMANDS if c.startswith("lightning test") and data and data in c):
         quick = ["--trainer.limit_test_batches=1", "--trainer.enable_progress_bar=false"]
         assert cli.main([*shlex.split(test)[1:], *quick]) == 0
+
+
+def test_what_is_done_with_a_run(here):
+    assert cli.main(["fit", "-c", "configs/synthetic.yaml", *TINY]) == 0
+    then = [c for c in COMMANDS if c.startswith("lightning predict") or "init_from" in c]
+    assert len(then) == 4
+    for command in then:
+        tiny = TINY if "fit" in command else [TINY[-1], "--trainer.limit_predict_batches=1"]
+        assert cli.main([*shlex.split(command)[1:], *tiny]) == 0
 
 
 def test_yaml(here):

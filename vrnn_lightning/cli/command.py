@@ -293,11 +293,13 @@ class CLI(LightningCLI):
                         "no latent: all three are the exact log-likelihood; errors are standard errors over sequences"
                     )
                 if callback.path is not None:
-                    name = _short(str(callback.path))
-                    every = name.replace("_0.npz", "_*.npz") if self.trainer.world_size > 1 else name
-                    print(f"figures of each sequence: {every}")
+                    print(f"figures of each sequence: {self._of_every_process(callback.path)}")
 
     after_validate = after_test
+
+    def _of_every_process(self, path: Path) -> str:
+        name = _short(str(path))
+        return name.replace("_0.npz", "_*.npz") if self.trainer.world_size > 1 else name
 
     def predict(self, model: VRNNLightningModule, datamodule: LightningDataModule, **options: Any) -> None:
         """Predict; to draw samples the datamodule only says how to show them, and is never set up."""
@@ -326,7 +328,7 @@ class CLI(LightningCLI):
         if found.figures:
             print(", ".join(f"{name} {value:.4g}" for name, value in found.figures.items()))
         what = "encodings and scores" if found.task == "encode" else found.task
-        print(f"{what}: {_short(str(found.path))}")
+        print(f"{what}: {self._of_every_process(found.path)}")
 
     def before_fit(self) -> None:
         """Take the weights to start from; refuse to resume what has more epochs behind it than it is to have.
