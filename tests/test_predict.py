@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import io
+import math
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from vrnn_lightning.callbacks import Predictions, archives
 from vrnn_lightning.callbacks.archives import ArchiveWriter, write_archive
 from vrnn_lightning.callbacks.predictions import GROUP, Draws
 from vrnn_lightning.data import read_archive
+from vrnn_lightning.metrics import DrawScores, seasonal_naive
 from vrnn_lightning.nn import Layers
 
 LENGTHS = (9, 4, 12, 7)
@@ -276,8 +278,67 @@ def test_forecasts_begin_where_they_are_told_to(tmp_path, prefix, steps, starts)
             assert float(row["down_q95"]) == pytest.approx(high[t, 1], rel=1e-5)
             assert (row["down_true"] == "") == (t >= len(known))
     assert not list(rows)
-    assert callback.figures["RMSE"] == pytest.approx(np.sqrt(np.square(np.concatenate(error)).mean()), rel=1e-4)
-    assert callback.figures["coverage of the 90 % interval"] == pytest.approx(np.concatenate(inside).mean())
+    assert callback.figures["forecast"]["RMSE"] == pytest.approx(
+        np.sqrt(np.square(np.concatenate(error)).mean()), rel=1e-4
+    )
+    assert callback.figures["forecast"]["coverage"] == pytest.approx(np.concatenate(inside).mean())
+
+
+def test_draws_of_a_gaussian_score_as_the_closed_form():
+    """CRPS of N(m, s^2) at y: s (u (2 Phi(u) - 1) + 2 phi(u) - 1 / sqrt(pi)), u = (y - m) / s (Gneiting 2005)."""
+    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
+    truth = torch.tensor([[2.0, -1.0], [4.5, 0.0]], dtype=torch.float64)
+    mean, std = torch.tensor([2.0, 1.0]), torch.tensor([0.5, 3.0])
+    u = (truth - mean) / std
+    exact = std * (u * (2 * normal.cdf(u) - 1) + 2 * normal.log_prob(u).exp() - math.pi**-0.5)
+    levels = (torch.arange(100000, dtype=torch.float64) + 0.5) / 100000
+    draws = mean + std * normal.icdf(levels)[:, None, None].expand(-1, 2, 2)
+    score = DrawScores()
+    score.update(draws, truth)
+    assert score.compute()["CRPS"].item() == pytest.approx(exact.mean().item(), rel=1e-3)
+    assert score.compute()["coverage"].item() == pytest.approx(((u.abs() < 1.6448).double().mean()).item())
+
+
+def test_the_score_of_few_draws_is_unbiased():
+    """Four draws give on average what the closed form says: E|X - y| - E|X - X'| / 2."""
+    torch.manual_seed(0)
+    truth = torch.full((20000, 1), 0.7, dtype=torch.float64)
+    score = DrawScores()
+    score.update(torch.randn(4, 20000, 1, dtype=torch.float64), truth)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    u = torch.tensor(0.7)
+    exact = u * (2 * normal.cdf(u) - 1) + 2 * normal.log_prob(u).exp() - math.pi**-0.5
+    assert score.compute()["CRPS"].item() == pytest.approx(exact.item(), abs=0.01)
+
+
+def test_figures_of_known_values():
+    """A point forecast, by hand; what is not known counts nowhere; batches add up."""
+    whole, parts = DrawScores(), DrawScores()
+    truth = torch.tensor([[1.0, 10.0], [torch.nan, 30.0]])
+    point = torch.tensor([[[2.0, 12.0], [99.0, 26.0]]])
+    whole.update(point, truth, torch.tensor([2.0, 6.0]))
+    found = {name: value.item() for name, value in whole.compute().items()}
+    assert found == pytest.approx(
+        {"RMSE": math.sqrt(7), "CRPS": 7 / 3, "wQL": 7 / 41, "MASE": (1 / 2 + (2 + 4) / 2 / 6) / 2}
+    )
+    for t in range(2):
+        parts.update(point[:, t : t + 1], truth[t : t + 1])
+    assert parts.compute()["CRPS"].item() == pytest.approx(7 / 3)
+    constant = DrawScores()
+    constant.update(point, truth, torch.tensor([0.0, torch.nan]))
+    assert "MASE" not in constant.compute(), "a past that never changes scales nothing"
+
+
+def test_seasonal_naive_repeats_what_was(tmp_path):
+    naive, error = seasonal_naive(torch.arange(6.0)[:, None], steps=4, season=3)
+    assert naive.ravel().tolist() == [3.0, 4.0, 5.0, 3.0]
+    assert error.tolist() == [3.0]
+    naive, error = seasonal_naive(torch.zeros(2, 1), steps=4, season=3)
+    assert naive.isnan().all()
+    assert error.isnan().all()
+    _, callback = predict(tmp_path, task="forecast", prefix=3, samples=2, season=2)
+    errors = [abs(x[t] - x[1 + (t - 3) % 2]) for x in (s.x for s in Ramps().split("test")) for t in range(3, len(x))]
+    assert callback.figures["seasonal naive"]["CRPS"] == pytest.approx(torch.stack(errors).mean().item(), rel=1e-4)
 
 
 def test_forecasts_beyond_the_data(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["ActiveUnits", "Bound", "Estimate"]
+__all__ = ["ActiveUnits", "Bound", "DrawScores", "Estimate", "seasonal_naive"]
 
 
 WIDE = torch.float32 if torch.backends.mps.is_available() else torch.float64  # Apple GPUs have no float64
@@ -129,6 +129,115 @@ class ActiveUnits(Metric):
         """Return the number of active units."""
         variance = self.squares / self.count - (self.sums / self.count).square()
         return (variance > self.threshold).sum()
+
+
+class DrawScores(Metric):
+    r"""How good draws of values are, now that the values are known; in data units, totals over all values.
+
+    ``RMSE``
+        root mean square error of the draws' mean.
+    ``CRPS``
+        continuous ranked probability score :math:`E|X - y| - \tfrac12 E|X - X'|`, its unbiased estimate from the draws
+        (Gneiting and Raftery 2007); of a single draw the absolute error.
+    ``wQL``
+        weighted quantile loss: twice the pinball losses of the quantiles 0.1, …, 0.9, averaged over them, over the sum
+        of :math:`|y|`.
+    ``coverage``
+        share of the values in the central 90 % interval of their draws; none of a single draw.
+    ``MASE``
+        absolute error of the median over that of a naive forecast within the past (Hyndman and Koehler 2006), mean
+        over sequences and features; where a past is known.
+
+    >>> draws = DrawScores()
+    >>> draws.update(torch.tensor([[[1.0]], [[3.0]]]), torch.tensor([[2.0]]))
+    >>> {name: round(value.item(), 3) for name, value in draws.compute().items()}
+    {'RMSE': 0.0, 'CRPS': 0.0, 'wQL': 0.089, 'coverage': 1.0}
+    """
+
+    full_state_update = False
+    values: Tensor
+    squares: Tensor
+    crps: Tensor
+    pinball: Tensor
+    size: Tensor
+    inside: Tensor
+    intervals: Tensor
+    scaled: Tensor
+    series: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("values", "squares", "crps", "pinball", "size", "inside", "intervals", "scaled", "series"):
+            self.add_state(name, torch.zeros((), dtype=WIDE), dist_reduce_fx="sum")
+        self.set_dtype(WIDE)
+
+    def update(self, draws: Tensor, truth: Tensor, scale: Tensor | None = None) -> None:
+        """Add a sequence.
+
+        Args:
+            draws: Shape (samples, time, features).
+            truth: NaN where it is not known, shape (time, features).
+            scale: Absolute error of a naive forecast within the past, NaN where it is not known, shape (features,).
+        """
+        known = truth.isfinite()
+        if not known.any():
+            return
+        x, y = draws.detach().to(WIDE)[:, known], truth.to(WIDE)[known]
+        count = len(x)
+        levels = torch.arange(1, 10, device=x.device, dtype=WIDE) / 10
+        excess = y - x.quantile(levels, 0)
+        ranks = 2 * torch.arange(1, count + 1, device=x.device, dtype=WIDE) - count - 1
+        spread = (ranks[:, None] * x.sort(0).values).sum(0) / max(1, count * (count - 1))
+        self.values = self.values + len(y)
+        self.squares = self.squares + (x.mean(0) - y).square().sum()
+        self.crps = self.crps + ((x - y).abs().mean(0) - spread).sum()
+        self.pinball = (
+            self.pinball + 2 * torch.maximum(levels[:, None] * excess, (levels[:, None] - 1) * excess).mean(0).sum()
+        )
+        self.size = self.size + y.abs().sum()
+        if count > 1:
+            low, high = x.quantile(0.05, 0), x.quantile(0.95, 0)
+            self.inside = self.inside + ((low <= y) & (y <= high)).sum()
+            self.intervals = self.intervals + len(y)
+        if scale is not None:
+            error = (draws.detach().to(WIDE).quantile(0.5, 0) - truth).abs().nanmean(0) / scale
+            self.scaled = self.scaled + error[error.isfinite()].sum()
+            self.series = self.series + error.isfinite().sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the figures by name; none before the first value."""
+        if not self.values:
+            return {}
+        figures = {"RMSE": (self.squares / self.values).sqrt(), "CRPS": self.crps / self.values}
+        if self.size:
+            figures["wQL"] = self.pinball / self.size
+        if self.intervals:
+            figures["coverage"] = self.inside / self.intervals
+        if self.series:
+            figures["MASE"] = self.scaled / self.series
+        return figures
+
+
+def seasonal_naive(past: Tensor, steps: int, season: int = 1) -> tuple[Tensor, Tensor]:
+    """Return the forecast that the last season comes again, and its mean absolute error within the past.
+
+    Args:
+        past: NaN where a value is missing, shape (time, features).
+        steps: How far to go.
+        season: Steps of a season.
+
+    Returns:
+        The forecast, shape (steps, features), and the error, shape (features,), which scales a MASE; NaN where the past
+        is too short.
+
+    >>> forecast, error = seasonal_naive(torch.tensor([[1.0], [5.0], [2.0], [7.0]]), steps=3, season=2)
+    >>> forecast.ravel().tolist(), error.tolist()
+    ([2.0, 7.0, 2.0], [1.5])
+    """
+    if len(past) < season:
+        return past.new_full((steps, past.shape[1]), torch.nan), past.new_full((past.shape[1],), torch.nan)
+    places = len(past) - season + torch.arange(steps, device=past.device) % season
+    return past[places], (past[season:] - past[:-season]).abs().nanmean(0)
 
 
 class Estimate(Metric):

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vrnn_lightning import metrics
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.archives import ArchiveWriter, archive_path, replacing
 from vrnn_lightning.callbacks.pictures import draw_rows
@@ -30,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of each task, with their defaults
     "encode": {},
     "sample": {"count": 16, "steps": 100, "temperature": 1.0, **COMMON},
     "reconstruct": COMMON,
-    "forecast": {"prefix": None, "steps": None, "samples": 100, "temperature": 1.0, **COMMON},
+    "forecast": {"prefix": None, "steps": None, "samples": 100, "temperature": 1.0, "season": 1, **COMMON},
     "impute": {"samples": 100, "particles": None, "lag": 32, "hide": 0.0, "gap": 1, **COMMON},
     "score": {"samples": 1, "seed": 0},
 }
@@ -118,6 +119,7 @@ class Predictions(Callback):
         lag: Steps behind a gap from which it is imputed, default 32.
         hide: Share of the steps that ``impute`` hides, so that it can be judged; default 0.
         gap: Steps in a row that are hidden together; default 1.
+        season: Steps of a season, for the seasonal naive forecast that a forecast is compared with; default 1.
         temperature: Of the emission in ``sample`` and ``forecast``, default 1.
         seed: Of the draws; default 0.
         shown: Sequences in the picture and as sound, default 4; 0 for none.
@@ -137,6 +139,7 @@ class Predictions(Callback):
         lag: int | None = None,
         hide: float | None = None,
         gap: int | None = None,
+        season: int | None = None,
         temperature: float | None = None,
         seed: int | None = None,
         shown: int | None = None,
@@ -155,16 +158,26 @@ class Predictions(Callback):
         self.data: Any = None
         """The datamodule, where the trainer knows none: it says how to show a sequence."""
         self.path: Path | None = None
-        self.figures: dict[str, float] = {}
-        """Of what the truth is known of: root mean square error of the mean, coverage of the 90 % interval."""
+        self.figures: dict[str, dict[str, float]] = {}
+        """What :class:`~vrnn_lightning.metrics.DrawScores` says of draws, and of a baseline, where the truth is known."""
         self.skipped = 0
         self._writer: ArchiveWriter | None = None
         self._shown: list[_Found] = []
         self._longest = 0
-        self._sums = np.zeros(3)  # squared errors, values in their interval, values
+        self._judges: dict[str, metrics.DrawScores] = {}
 
     def _check(self) -> None:
-        least = {"count": 1, "samples": 1, "particles": 1, "lag": 0, "gap": 1, "shown": 0, "seed": 0, "steps": 1}
+        least = {
+            "count": 1,
+            "samples": 1,
+            "particles": 1,
+            "lag": 0,
+            "gap": 1,
+            "season": 1,
+            "shown": 0,
+            "seed": 0,
+            "steps": 1,
+        }
         for key, low in least.items():
             value = self.options.get(key)
             if value is not None and value < low:
@@ -203,8 +216,9 @@ class Predictions(Callback):
             )
         module.traced = self.task == "encode"
         self.data = getattr(trainer, "datamodule", None) or self.data
-        self._shown, self._longest, self.skipped, self._sums = [], 0, 0, np.zeros(3)
-        self.figures = {}
+        self._shown, self._longest, self.skipped, self.figures = [], 0, 0, {}
+        judged = {"forecast": ("forecast", "seasonal naive"), "impute": ("imputation",)}.get(self.task, ())
+        self._judges = {name: metrics.DrawScores().to(module.device) for name in judged}
         self._writer = ArchiveWriter(self.path, "test")
 
     def on_predict_batch_end(
@@ -286,8 +300,10 @@ class Predictions(Callback):
             known = self._truth(module, batch, i)
             truth = torch.full_like(paths[0], torch.nan)
             truth[: length - start] = known[start : start + steps].to(truth)
-            self._judge(paths, truth)
-            shown = {f"path {k + 1}": torch.cat([known[:start].to(paths), p]) for k, p in enumerate(paths[:ROWS])}
+            naive, scale = metrics.seasonal_naive(known[:start].to(paths), steps, self.options["season"])
+            self._judges["forecast"].update(paths, truth, scale)
+            self._judges["seasonal naive"].update(naive[None], truth.masked_fill(naive.isnan(), torch.nan), scale)
+            shown = {f"path_{k + 1}": torch.cat([known[:start].to(paths), p]) for k, p in enumerate(paths[:ROWS])}
             more = {"truth": _numbers(truth), "start": np.full(samples, start)}
             yield self._one(batch, i, paths, {"real": known[: start + steps], **shown}, **more)
 
@@ -304,8 +320,8 @@ class Predictions(Callback):
             row.x, row.observed = row.x.masked_fill(~seen, 0.0), seen
             drawn = module.impute(row, samples, particles, lag, seed=self._seed(batch, i))[0]
             open_ = ~seen[0]
-            self._judge(drawn, truth.to(drawn).masked_fill(~open_, torch.nan))
-            shown = {f"imputed {k + 1}": path for k, path in enumerate(drawn[:ROWS])}
+            self._judges["imputation"].update(drawn, truth.to(drawn).masked_fill(~open_, torch.nan))
+            shown = {f"imputed_{k + 1}": path for k, path in enumerate(drawn[:ROWS])}
             given = truth.masked_fill(open_, torch.nan)
             more = {"truth": _numbers(truth), "drawn": open_.cpu().numpy()}
             yield self._one(batch, i, drawn, {"real": truth, "given": given, **shown}, **more)
@@ -318,16 +334,6 @@ class Predictions(Callback):
         count = min(max(count, 1), blocks - 1) if self.options["hide"] else 0
         chosen = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)) < count
         return chosen.repeat_interleave(gap)[:steps]
-
-    def _judge(self, draws: Tensor, truth: Tensor) -> None:
-        """Add to the totals what is known of draws of shape (samples, time, features)."""
-        known = ~truth.isnan()
-        if known.any():
-            wide, right = draws.double()[:, known], truth.double()[known]
-            low, high = wide.quantile(QUANTILES[0], 0), wide.quantile(QUANTILES[-1], 0)
-            error = (wide.mean(0) - right).square().sum().item()
-            inside = ((low <= right) & (right <= high)).sum().item()
-            self._sums += (error, inside, len(right))
 
     def _one(
         self, batch: SequenceBatch, i: int, values: Tensor, rows: dict[str, Tensor], **more: NDArray[Any]
@@ -367,14 +373,12 @@ class Predictions(Callback):
         writer = self._writer
         assert writer is not None
         assert self.path is not None
-        totals = torch.tensor([len(writer), self.skipped, *self._sums], dtype=torch.float64, device=pl_module.device)
-        totals = cast(Tensor, trainer.strategy.reduce(totals, reduce_op="sum"))
-        written, skipped, error, inside, known = totals.tolist()
-        self.skipped = int(skipped)
-        if known:
-            self.figures = {"RMSE": (error / known) ** 0.5, "coverage of the 90 % interval": inside / known}
+        totals = torch.tensor([len(writer), self.skipped], device=pl_module.device)
+        written, self.skipped = cast(Tensor, trainer.strategy.reduce(totals, reduce_op="sum")).tolist()
         if not written:
             raise UserError(self._nothing())
+        figures = {name: judge.compute() for name, judge in self._judges.items()}  # of all processes
+        self.figures = {name: {key: x.item() for key, x in found.items()} for name, found in figures.items() if found}
         if getattr(trainer, "fast_dev_run", False) or not len(writer):  # the first leaves nothing behind
             writer.discard()
             self.path = None

@@ -325,8 +325,8 @@ class CLI(LightningCLI):
             return
         if found.skipped:
             print(f"{found.skipped} sequences left out: too short, or nothing observed to start from")
-        if found.figures:
-            print(", ".join(f"{name} {value:.4g}" for name, value in found.figures.items()))
+        for name, figures in found.figures.items():
+            print(f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in figures.items())}")
         what = "encodings and scores" if found.task == "encode" else found.task
         print(f"{what}: {self._of_every_process(found.path)}")
 
