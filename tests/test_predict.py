@@ -50,7 +50,7 @@ class Ramps(SequenceDataModule):
             if self.nothing and split == "test":
                 observed[:] = False
             inputs = torch.zeros(length, self.num_inputs) if self.num_inputs else None
-            found.append(Sequence(x.masked_fill(~observed, 0.0), observed, inputs, f"{split} {'ramp' * i}{i}"))
+            found.append(Sequence(x.masked_fill(~observed, 0.0), observed, inputs, f'{split}, {"ramp" * i}"{i}"'))
         return found
 
 
@@ -470,7 +470,7 @@ def test_covariates_that_nobody_knows(tmp_path):
     with pytest.raises(UserError, match=r"sample: the model reads 1 covariates"):
         predict(tmp_path, module=model(num_inputs=1), task="sample")
     reads = model(num_inputs=1)
-    with pytest.raises(UserError, match=r"test .*covariates, which the data hold for .* steps"):
+    with pytest.raises(UserError, match=r"test, .*covariates, which the data hold for .* steps"):
         predict(tmp_path, Ramps(num_inputs=1), reads, task="forecast", prefix=3, steps=9)
     found, _ = predict(tmp_path, Ramps(num_inputs=1), reads, task="forecast", prefix=3, samples=2)
     assert found["test_lengths"].tolist() == [6, 6, 1, 1, 9, 9, 4, 4]

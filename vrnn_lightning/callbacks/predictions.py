@@ -159,7 +159,7 @@ class Predictions(Callback):
         """The datamodule, where the trainer knows none: it says how to show a sequence."""
         self.path: Path | None = None
         self.figures: dict[str, dict[str, float]] = {}
-        """What :class:`~vrnn_lightning.metrics.DrawScores` says of draws, and of a baseline, where the truth is known."""
+        """What :class:`~vrnn_lightning.metrics.DrawScores` says, where the truth is known, of draws and a baseline."""
         self.skipped = 0
         self._writer: ArchiveWriter | None = None
         self._shown: list[_Found] = []
@@ -406,7 +406,6 @@ class Predictions(Callback):
     def _write_table(self, writer: ArchiveWriter, path: Path) -> None:
         """Write a line for each step, sequence after sequence."""
         with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
             judged = self.task in ("forecast", "impute")
             more = {"forecast": ["truth", "start"], "impute": ["truth"]}.get(self.task, [])
             for k, piece in enumerate(writer.sequences("values", "lengths", "names", *more)):
@@ -420,10 +419,16 @@ class Predictions(Callback):
                 else:
                     header, cells = columns, draws[0]
                 if k == 0:
-                    table.writerow(["sequence", "step", *header])
+                    csv.writer(file, lineterminator="\n").writerow(["sequence", "step", *header])
+                name = str(piece["names"][0])
+                if set(name) & set(',"\r\n'):
+                    name = '"' + name.replace('"', '""') + '"'
                 first = int(piece["start"][0]) if "start" in piece else 0
-                for t, line in enumerate(cells.tolist(), first):
-                    table.writerow([piece["names"][0], t, *("" if x != x else f"{x:.7g}" for x in line)])
+                form = ",".join(["%.7g"] * cells.shape[1])
+                numbers = [form % tuple(line) for line in cells.tolist()]
+                if np.isnan(cells).any():
+                    numbers = [line.replace("nan", "") for line in numbers]
+                file.writelines(f"{name},{t},{line}\n" for t, line in enumerate(numbers, first))
 
     def _columns(self, width: int) -> list[str]:
         if self.task == "score":
