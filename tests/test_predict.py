@@ -21,7 +21,7 @@ from vrnn_lightning.callbacks import Predictions, archives
 from vrnn_lightning.callbacks.archives import ArchiveWriter, write_archive
 from vrnn_lightning.callbacks.predictions import GROUP, Draws
 from vrnn_lightning.data import read_archive
-from vrnn_lightning.metrics import DrawScores, seasonal_naive
+from vrnn_lightning.metrics import Detection, DrawScores, seasonal_naive
 from vrnn_lightning.nn import Layers
 
 LENGTHS = (9, 4, 12, 7)
@@ -329,6 +329,49 @@ def test_figures_of_known_values():
     assert "MASE" not in constant.compute(), "a past that never changes scales nothing"
 
 
+def test_detection_is_that_of_all_pairs():
+    torch.manual_seed(0)
+    nats, faulty = torch.randint(-8, 0, (60,)).double(), torch.rand(60) < 0.3
+    detection = Detection()
+    for part in range(3):
+        detection.update(nats[part::3], faulty[part::3], threshold=-5.0)
+    found = detection.compute()
+    bad, good = nats[faulty][:, None], nats[~faulty]
+    assert found["AUROC"].item() == pytest.approx(((bad < good).double() + (bad == good) / 2).mean().item())
+    assert found["precision"].item() == pytest.approx(faulty[nats < -5].double().mean().item())
+    assert found["recall"].item() == pytest.approx((nats[faulty] < -5).double().mean().item())
+    none = Detection()
+    none.update(nats, torch.zeros(60, dtype=torch.bool), threshold=-99.0)
+    assert none.compute() == {}
+
+
+def test_planted_faults_are_flagged(tmp_path):
+    """Faults far from all else have the lowest scores; the threshold is the quantile of validation."""
+
+    class Faulty(Ramps):
+        def sequences(self, split):
+            found = super().sequences(split)
+            if split == "test":
+                for s in found:
+                    s.x[2] += 500.0
+            return found
+
+        def anomalies(self, batch):
+            return (torch.arange(batch.x.shape[1]) == 2).expand(len(batch), -1)
+
+    module = model()
+    found, callback = predict(tmp_path, Faulty(), module, task="score", quantile=0.1)
+    val = [nats for b in Faulty().val_dataloader() for nats in module.score(b, seed=0)]
+    assert callback.threshold == pytest.approx(np.quantile(torch.cat(val).numpy(), 0.1), rel=1e-5)
+    assert (found["test_flagged"] == (found["test_values"][:, 0] < callback.threshold)).all()
+    firsts = np.cumsum([0, *LENGTHS[:-1]])
+    assert found["test_flagged"][firsts + 2].all()
+    assert callback.figures["detection"]["recall"] == 1.0
+    assert callback.figures["detection"]["AUROC"] > 0.9
+    rows = table(tmp_path / "predictions/score/test.csv")
+    assert [row["flagged"] == "1" for row in rows] == found["test_flagged"].tolist()
+
+
 def test_seasonal_naive_repeats_what_was(tmp_path):
     naive, error = seasonal_naive(torch.arange(6.0)[:, None], steps=4, season=3)
     assert naive.ravel().tolist() == [3.0, 4.0, 5.0, 3.0]
@@ -439,6 +482,7 @@ def test_a_debugging_run_leaves_nothing(tmp_path):
         ({"task": "forecast", "prefix": 0}, "prediction.prefix 0: an empty prefix"),
         ({"task": "forecast", "prefix": 3, "samples": 0}, "prediction.samples 0"),
         ({"task": "impute", "hide": 1.0}, "prediction.hide 1.0"),
+        ({"task": "score", "quantile": 1.0}, "prediction.quantile 1.0"),
         ({"task": "impute", "gap": 0}, "prediction.gap 0"),
         ({"task": "impute", "lag": -1}, "prediction.lag -1"),
         ({"task": "impute", "particles": 7}, "prediction.particles 7: must be at least prediction.samples 100"),

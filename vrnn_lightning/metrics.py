@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
-__all__ = ["ActiveUnits", "Bound", "DrawScores", "Estimate", "seasonal_naive"]
+__all__ = ["ActiveUnits", "Bound", "Detection", "DrawScores", "Estimate", "seasonal_naive"]
 
 
 WIDE = torch.float32 if torch.backends.mps.is_available() else torch.float64  # Apple GPUs have no float64
@@ -129,6 +130,57 @@ class ActiveUnits(Metric):
         """Return the number of active units."""
         variance = self.squares / self.count - (self.sums / self.count).square()
         return (variance > self.threshold).sum()
+
+
+class Detection(Metric):
+    """How well steps that are known to be faulty are told from others: ``precision``, ``recall`` and ``AUROC``.
+
+    The last is the chance that a faulty step looks worse than another, half of it where they look the same. The scores
+    of all steps are kept.
+
+    >>> detection = Detection()
+    >>> detection.update(torch.tensor([-9.0, -1.0, -2.0]), torch.tensor([True, False, True]), threshold=-1.5)
+    >>> {name: round(value.item(), 3) for name, value in detection.compute().items()}
+    {'precision': 1.0, 'recall': 1.0, 'AUROC': 1.0}
+    """
+
+    full_state_update = False
+    nats: list[Tensor]
+    faulty: list[Tensor]
+    flagged: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("nats", "faulty", "flagged"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, nats: Tensor, faulty: Tensor, threshold: float) -> None:
+        """Add steps.
+
+        Args:
+            nats: Log-likelihood of each, shape (steps,).
+            faulty: True at those that are, shape (steps,).
+            threshold: Steps below it are flagged.
+        """
+        self.nats.append(nats.detach().to(WIDE))
+        self.faulty.append(faulty.to(nats.device))
+        self.flagged.append(nats < threshold)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the figures by name, those that are defined."""
+        nats, faulty, flagged = (dim_zero_cat(part) for part in (self.nats, self.faulty, self.flagged))
+        right = (faulty & flagged).sum()
+        bad, good = faulty.sum(), (~faulty).sum()
+        figures = {}
+        if flagged.any():
+            figures["precision"] = right / flagged.sum()
+        if bad:
+            figures["recall"] = right / bad
+        if bad and good:
+            _, place, ties = (-nats).unique(return_inverse=True, return_counts=True)
+            ranks = (ties.cumsum(0) - (ties - 1) / 2)[place].to(WIDE)  # of ties, their mean
+            figures["AUROC"] = (ranks[faulty].sum() - bad * (bad + 1) / 2) / (bad * good)
+        return figures
 
 
 class DrawScores(Metric):

@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of each task, with their defaults
     "reconstruct": COMMON,
     "forecast": {"prefix": None, "steps": None, "samples": 100, "temperature": 1.0, "season": 1, **COMMON},
     "impute": {"samples": 100, "particles": None, "lag": 32, "hide": 0.0, "gap": 1, **COMMON},
-    "score": {"samples": 1, "seed": 0},
+    "score": {"samples": 1, "quantile": None, "seed": 0},
 }
 GROUP = 64  # sequences drawn at a time
 QUANTILES = (0.05, 0.5, 0.95)
@@ -91,7 +91,8 @@ class Predictions(Callback):
     ``reconstruct``
         ``predictions/reconstruct/test.npz``: the emission's mean at each step, with the latents inferred.
     ``score``
-        ``predictions/score/test.npz``: nats of each step in data units, shape (total steps, 1).
+        ``predictions/score/test.npz``: nats of each step in data units, shape (total steps, 1); with ``quantile`` also
+        ``test_flagged``, True at steps below that quantile of the validation steps' scores, shape (total steps,).
     ``forecast``
         ``predictions/forecast/test.npz``: ``samples`` paths of each sequence, one after another; ``test_start``, the
         step that each path begins at; ``test_truth``, what came, NaN where that is not known, of shape (total steps of
@@ -119,6 +120,8 @@ class Predictions(Callback):
         lag: Steps behind a gap from which it is imputed, default 32.
         hide: Share of the steps that ``impute`` hides, so that it can be judged; default 0.
         gap: Steps in a row that are hidden together; default 1.
+        quantile: Of the validation steps' scores, 0.01 for example: steps of the test that score below it are flagged.
+            A datamodule that knows faulty steps (``anomalies``) has precision, recall and AUROC reported.
         season: Steps of a season, for the seasonal naive forecast that a forecast is compared with; default 1.
         temperature: Of the emission in ``sample`` and ``forecast``, default 1.
         seed: Of the draws; default 0.
@@ -139,6 +142,7 @@ class Predictions(Callback):
         lag: int | None = None,
         hide: float | None = None,
         gap: int | None = None,
+        quantile: float | None = None,
         season: int | None = None,
         temperature: float | None = None,
         seed: int | None = None,
@@ -164,7 +168,10 @@ class Predictions(Callback):
         self._writer: ArchiveWriter | None = None
         self._shown: list[_Found] = []
         self._longest = 0
+        self.threshold: float | None = None
+        """Nats below which steps are flagged."""
         self._judges: dict[str, metrics.DrawScores] = {}
+        self._detection: metrics.Detection | None = None
 
     def _check(self) -> None:
         least = {
@@ -184,6 +191,9 @@ class Predictions(Callback):
                 raise UserError(f"prediction.{key} {value}: must be at least {low}")
         if not self.options.get("temperature", 1.0) > 0:
             raise UserError(f"prediction.temperature {self.options['temperature']}: must be above 0")
+        quantile = self.options.get("quantile")
+        if quantile is not None and not 0 < quantile < 1:
+            raise UserError(f"prediction.quantile {quantile}: must lie between 0 and 1")
         if not 0 <= self.options.get("hide", 0.0) < 1:
             raise UserError(f"prediction.hide {self.options['hide']}: must be at least 0 and below 1")
         particles, samples = self.options.get("particles"), self.options.get("samples")
@@ -221,6 +231,25 @@ class Predictions(Callback):
         self._judges = {name: metrics.DrawScores().to(module.device) for name in judged}
         self._writer = ArchiveWriter(self.path, "test")
 
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the scores below which steps are flagged, where that is asked for; every process takes part."""
+        self.threshold = self._detection = None
+        if self.options.get("quantile") is None:
+            return
+        module = cast(VRNNLightningModule, pl_module)
+        self.data.setup("validate")
+        with module.whole_parameters():
+            batches = (
+                (batch, (batch.lengths > 0).nonzero().flatten().tolist()) for batch in self.data.val_dataloader()
+            )
+            scores = [nats.cpu() for batch, real in batches for nats in self._scores(module, batch, real)]
+        shares: list[Any] = [scores]
+        if trainer.world_size > 1:
+            shares = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, scores)
+        every = torch.cat([nats for share in shares for nats in share]).double().numpy()
+        self.threshold = float(np.quantile(every, self.options["quantile"]))
+
     def on_predict_batch_end(
         self,
         trainer: Trainer,
@@ -233,7 +262,7 @@ class Predictions(Callback):
         """Make what is asked for of a batch and put it on the disk."""
         module = cast(VRNNLightningModule, pl_module)
         assert self._writer is not None
-        real = (batch.lengths > 0).nonzero().flatten().tolist()
+        real = _real(batch)
         with module.whole_parameters():
             found = getattr(self, f"_{self.task}")(module, batch, real, outputs)
             for piece in found:
@@ -264,15 +293,21 @@ class Predictions(Callback):
             for i, mean in zip(real, module.reconstruct(batch.rows(real), seed=self.options["seed"]), strict=True):
                 yield self._one(batch, i, mean, {"real": self._truth(module, batch, i), seen: mean})
 
-    def _score(self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], _: Any) -> Iterator[_Found]:
+    def _scores(self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int]) -> list[Tensor]:
         if self.options["samples"] == 1 and real:
-            scores = module.score(batch.rows(real), seed=self.options["seed"])
-        else:  # particles draw together: one sequence at a time
-            scores = [
-                module.score(batch.rows([i]), self.options["samples"], seed=self._seed(batch, i))[0] for i in real
-            ]
-        for i, nats in zip(real, scores, strict=True):
-            yield self._one(batch, i, nats[:, None], {})
+            return module.score(batch.rows(real), seed=self.options["seed"])
+        # particles draw together: one sequence at a time
+        return [module.score(batch.rows([i]), self.options["samples"], seed=self._seed(batch, i))[0] for i in real]
+
+    def _score(self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], _: Any) -> Iterator[_Found]:
+        known = getattr(self.data, "anomalies", None)
+        faulty = known(batch) if known is not None and self.threshold is not None else None
+        for i, nats in zip(real, self._scores(module, batch, real), strict=True):
+            more = {} if self.threshold is None else {"flagged": (nats < self.threshold).cpu().numpy()}
+            if faulty is not None and self.threshold is not None:
+                self._detection = self._detection or metrics.Detection().to(nats.device)
+                self._detection.update(nats, faulty[i, : len(nats)], self.threshold)
+            yield self._one(batch, i, nats[:, None], {}, **more)
 
     def _forecast(self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], _: Any) -> Iterator[_Found]:
         prefix, samples = self.options["prefix"], self.options["samples"]
@@ -379,6 +414,8 @@ class Predictions(Callback):
             raise UserError(self._nothing())
         figures = {name: judge.compute() for name, judge in self._judges.items()}  # of all processes
         self.figures = {name: {key: x.item() for key, x in found.items()} for name, found in figures.items() if found}
+        if self._detection is not None:
+            self.figures["detection"] = {key: x.item() for key, x in self._detection.compute().items()}
         if getattr(trainer, "fast_dev_run", False) or not len(writer):  # the first leaves nothing behind
             writer.discard()
             self.path = None
@@ -408,6 +445,8 @@ class Predictions(Callback):
         with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             judged = self.task in ("forecast", "impute")
             more = {"forecast": ["truth", "start"], "impute": ["truth"]}.get(self.task, [])
+            if self.threshold is not None:
+                more = ["flagged"]
             for k, piece in enumerate(writer.sequences("values", "lengths", "names", *more)):
                 draws = piece["values"].reshape(len(piece["lengths"]), -1, piece["values"].shape[1])
                 columns = self._columns(draws.shape[2])
@@ -418,6 +457,8 @@ class Predictions(Callback):
                     cells = np.stack(parts, -1).reshape(draws.shape[1], -1)
                 else:
                     header, cells = columns, draws[0]
+                if "flagged" in piece:
+                    header, cells = [*header, "flagged"], np.column_stack([cells, piece["flagged"]])
                 if k == 0:
                     csv.writer(file, lineterminator="\n").writerow(["sequence", "step", *header])
                 name = str(piece["names"][0])
@@ -458,6 +499,12 @@ class Predictions(Callback):
         if self._writer is not None:
             self._writer.discard()
             self._writer = None
+
+
+def _real(batch: SequenceBatch) -> list[int]:
+    """Return the rows of a batch that have a step."""
+    rows: list[int] = (batch.lengths > 0).nonzero().flatten().tolist()
+    return rows
 
 
 def _numbers(x: Tensor) -> NDArray[Any]:

@@ -325,6 +325,8 @@ class CLI(LightningCLI):
             return
         if found.skipped:
             print(f"{found.skipped} sequences left out: too short, or nothing observed to start from")
+        if found.threshold is not None:
+            print(f"flagged are steps below {found.threshold:.4g} nats")
         for name, figures in found.figures.items():
             print(f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in figures.items())}")
         what = "encodings and scores" if found.task == "encode" else found.task

@@ -107,6 +107,13 @@ class SequenceDataModule(LightningDataModule):
         """Return the true log p(x) of each sequence in nats, in scaled units, shape (batch,), where it is known."""
         return None
 
+    def anomalies(self, batch: SequenceBatch) -> Tensor | None:
+        """Return True at steps that are known to be faulty, shape (batch, time), where that is known.
+
+        ``batch.names`` and ``batch.index`` say which sequences they are. A detection by score is judged by it.
+        """
+        return None
+
     def input_statistics(self) -> tuple[Tensor, Tensor]:
         """Return mean and std of each scaled feature over the training split, each of shape (features,)."""
         mean, std = self._moments(self.scaler)
