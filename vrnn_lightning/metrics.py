@@ -138,6 +138,9 @@ class Detection(Metric):
     The last is the chance that a faulty step looks worse than another, half of it where they look the same. The scores
     of all steps are kept.
 
+    Args:
+        sync_on_compute: Whether ``compute`` joins the steps of all processes.
+
     >>> detection = Detection()
     >>> detection.update(torch.tensor([-9.0, -1.0, -2.0]), torch.tensor([True, False, True]), threshold=-1.5)
     >>> {name: round(value.item(), 3) for name, value in detection.compute().items()}
@@ -149,8 +152,8 @@ class Detection(Metric):
     faulty: list[Tensor]
     flagged: list[Tensor]
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         for name in ("nats", "faulty", "flagged"):
             self.add_state(name, [], dist_reduce_fx="cat")
 

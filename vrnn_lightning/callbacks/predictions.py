@@ -171,7 +171,7 @@ class Predictions(Callback):
         self.threshold: float | None = None
         """Nats below which steps are flagged."""
         self._judges: dict[str, metrics.DrawScores] = {}
-        self._detection: metrics.Detection | None = None
+        self._labelled: list[tuple[Tensor, Tensor]] = []  # nats of steps, and which are known to be faulty
 
     def _check(self) -> None:
         least = {
@@ -233,7 +233,7 @@ class Predictions(Callback):
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the scores below which steps are flagged, where that is asked for; every process takes part."""
-        self.threshold = self._detection = None
+        self.threshold, self._labelled = None, []
         if self.options.get("quantile") is None:
             return
         module = cast(VRNNLightningModule, pl_module)
@@ -243,11 +243,7 @@ class Predictions(Callback):
                 (batch, (batch.lengths > 0).nonzero().flatten().tolist()) for batch in self.data.val_dataloader()
             )
             scores = [nats.cpu() for batch, real in batches for nats in self._scores(module, batch, real)]
-        shares: list[Any] = [scores]
-        if trainer.world_size > 1:
-            shares = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, scores)
-        every = torch.cat([nats for share in shares for nats in share]).double().numpy()
+        every = torch.cat(_gathered(trainer, scores)).double().numpy()
         self.threshold = float(np.quantile(every, self.options["quantile"]))
 
     def on_predict_batch_end(
@@ -305,8 +301,7 @@ class Predictions(Callback):
         for i, nats in zip(real, self._scores(module, batch, real), strict=True):
             more = {} if self.threshold is None else {"flagged": (nats < self.threshold).cpu().numpy()}
             if faulty is not None and self.threshold is not None:
-                self._detection = self._detection or metrics.Detection().to(nats.device)
-                self._detection.update(nats, faulty[i, : len(nats)], self.threshold)
+                self._labelled.append((nats.cpu(), faulty[i, : len(nats)].cpu()))
             yield self._one(batch, i, nats[:, None], {}, **more)
 
     def _forecast(self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], _: Any) -> Iterator[_Found]:
@@ -414,8 +409,12 @@ class Predictions(Callback):
             raise UserError(self._nothing())
         figures = {name: judge.compute() for name, judge in self._judges.items()}  # of all processes
         self.figures = {name: {key: x.item() for key, x in found.items()} for name, found in figures.items() if found}
-        if self._detection is not None:
-            self.figures["detection"] = {key: x.item() for key, x in self._detection.compute().items()}
+        labelled = [] if self.threshold is None else _gathered(trainer, self._labelled)
+        if self.threshold is not None and labelled:
+            detection = metrics.Detection(sync_on_compute=False)
+            for nats, faulty in labelled:
+                detection.update(nats, faulty, self.threshold)
+            self.figures["detection"] = {key: x.item() for key, x in detection.compute().items()}
         if getattr(trainer, "fast_dev_run", False) or not len(writer):  # the first leaves nothing behind
             writer.discard()
             self.path = None
@@ -505,6 +504,15 @@ def _real(batch: SequenceBatch) -> list[int]:
     """Return the rows of a batch that have a step."""
     rows: list[int] = (batch.lengths > 0).nonzero().flatten().tolist()
     return rows
+
+
+def _gathered(trainer: Trainer, mine: list[Any]) -> list[Any]:
+    """Return what all processes have."""
+    if trainer.world_size == 1:
+        return mine
+    shares: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(shares, mine)
+    return [item for share in shares for item in share]
 
 
 def _numbers(x: Tensor) -> NDArray[Any]:
