@@ -46,8 +46,8 @@ def write_archive(path: Path, parts: list[dict[str, np.ndarray]], split: str, **
     columns = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     order = columns.pop("index").argsort(kind="stable")
     values = columns.get("values")
-    columns = {key: column[order] for key, column in columns.items() if key != "values"}
-    if values is not None:
+    columns = {key: column if key == "values" else column[order] for key, column in columns.items()}
+    if values is not None and len(order):
         pieces = np.split(values, np.concatenate([part["lengths"] for part in parts]).cumsum()[:-1])
         columns["values"] = np.concatenate([pieces[i] for i in order])
     temporary = path.with_suffix(".part.npz")

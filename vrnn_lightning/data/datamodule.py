@@ -66,8 +66,8 @@ class SequenceDataModule(LightningDataModule):
             ("num_workers", num_workers, 0),
             ("window", window, 1),
         ):
-            if value is not None and value < least:
-                raise UserError(f"--data.{option} {value}: must be at least {least}")
+            if value is not None and not least <= value < 2**31:
+                raise UserError(f"--data.{option} {value}: must be at least {least} and below 2^31")
         if not 0 <= seed < 2**60:
             raise UserError(f"--data.seed {seed}: must lie between 0 and 2^60")
         self.save_hyperparameters(logger=False)
