@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from itertools import chain
 from pathlib import PurePath
@@ -140,13 +141,18 @@ class SequenceDataModule(LightningDataModule):
         varies = std > 1e-12 * mean.abs()  # what is below is rounding: a constant feature is only centred
         return Scaler(mean, torch.where(varies, std, 1.0))
 
+    def fitted_on(self) -> tuple[Sequences, Iterable[int]]:
+        """Return what means and stds are taken over, and the steps of each: the training split, unless overridden."""
+        return self.split("train"), self.lengths("train")
+
     def _moments(self, scaler: Scaler | None) -> tuple[Tensor, Tensor]:
         """Return mean and std of the training split, in one pass that large means do not harm (Chan et al. 1983)."""
         shared = scaler is None and self.scaling == "scalar"
         count = torch.zeros(1 if shared else self.num_features, dtype=torch.float64)
         mean, deviation = torch.zeros_like(count), torch.zeros_like(count)
-        reader = ScaledSequences(self.split("train"), scaler or Scaler(), self.num_features)
-        pieces = (reader.pieces(i, steps, PIECE) for i, steps in enumerate(self.lengths("train")))
+        sequences, lengths = self.fitted_on()
+        reader = ScaledSequences(sequences, scaler or Scaler(), self.num_features)
+        pieces = (reader.pieces(i, steps, PIECE) for i, steps in enumerate(lengths))
         for s in chain.from_iterable(pieces):
             real = torch.ones_like(s.x) if s.observed is None else s.observed.to(s.x)
             x, real = (s.x.reshape(-1, 1), real.reshape(-1, 1)) if shared else (s.x, real)
