@@ -8,6 +8,7 @@ import posixpath
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -194,7 +195,9 @@ def _manifest(path: Path, bad: BadFiles) -> list[Recording]:
     found: dict[str, tuple[int, Recording]] = {}
     for number, row in enumerate(rows[1:], start=2):
         if any(cell.strip() for cell in row):
-            recording = _row(path, number, dict(zip(header, (cell.strip() for cell in row), strict=False)))
+            recording = _row(
+                path, number, dict(zip_longest(header, (cell.strip() for cell in row[: len(header)]), fillvalue=""))
+            )
             if recording.name in found:
                 raise UserError(f"{path}: row {number} names {recording.name} again, after row "
                                 f"{found[recording.name][0]}; keep one of them")  # fmt: skip
