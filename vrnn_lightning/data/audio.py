@@ -150,7 +150,7 @@ def read_samples(
     samples = file.read(end - begin, dtype="float32", always_2d=True)
     if len(samples) < end - begin:
         raise _unreadable(path, "it breaks off")
-    mono: NDArray[np.float32] = samples.mean(axis=1)
+    mono: NDArray[np.float32] = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
     if not math.isfinite(mono.sum(dtype="float64")):
         raise UserError(f"{path}: holds NaN or infinite samples; remove it or mend it")
     if up == down:

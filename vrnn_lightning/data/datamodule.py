@@ -19,7 +19,7 @@ from vrnn_lightning.errors import UserError
 
 __all__ = ["SequenceDataModule"]
 
-PIECE = 4096
+PIECE = 512
 """Steps of a sequence that are in memory at once while moments are taken."""
 
 
@@ -154,13 +154,19 @@ class SequenceDataModule(LightningDataModule):
         reader = ScaledSequences(sequences, scaler or Scaler(), self.num_features)
         pieces = (reader.pieces(i, steps, PIECE) for i, steps in enumerate(lengths))
         for s in chain.from_iterable(pieces):
-            real = torch.ones_like(s.x) if s.observed is None else s.observed.to(s.x)
-            x, real = (s.x.reshape(-1, 1), real.reshape(-1, 1)) if shared else (s.x, real)
-            here = real.sum(0)
-            center = (x * real).sum(0) / here.clamp(min=1)
+            x = s.x.reshape(-1, 1) if shared else s.x
+            if s.observed is None:
+                here = torch.full_like(count, len(x))
+                center = x.mean(0)
+                around = (x - center).square_().sum(0)
+            else:
+                real = s.observed.to(x).reshape(x.shape)
+                here = real.sum(0)
+                center = (x * real).sum(0) / here.clamp(min=1)
+                around = ((x - center).square() * real).sum(0)
             total = (count + here).clamp(min=1)
             shift = center - mean
-            deviation += ((x - center).square() * real).sum(0) + shift.square() * count * here / total
+            deviation += around + shift.square() * count * here / total
             mean += shift * here / total
             count += here
         std = (deviation / count.clamp(min=1)).sqrt()
