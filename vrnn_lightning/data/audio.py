@@ -99,8 +99,13 @@ def check_samples(path: Path) -> None:
         UserError: It is damaged, or holds NaN or infinite samples.
     """
     with opened(path) as file:
-        for start in range(0, file.frames, BLOCK):
-            read_samples(path, file, file.samplerate, start, start + BLOCK)
+        left = file.frames
+        while left:
+            samples = file.read(min(BLOCK, left), dtype="float32", always_2d=True)
+            if len(samples) == 0:
+                raise _unreadable(path, "it breaks off")
+            _refuse_infinite(path, samples)
+            left -= len(samples)
 
 
 @contextmanager
@@ -151,8 +156,7 @@ def read_samples(
     if len(samples) < end - begin:
         raise _unreadable(path, "it breaks off")
     mono: NDArray[np.float32] = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
-    if not math.isfinite(mono.sum(dtype="float64")):
-        raise UserError(f"{path}: holds NaN or infinite samples; remove it or mend it")
+    _refuse_infinite(path, mono)
     if up == down:
         return mono
     from scipy.signal import resample_poly
@@ -170,6 +174,11 @@ def resampled(samples: int, rate: int, wanted: int) -> int:
     """
     up, down = _ratio(rate, wanted)
     return -(-samples * up // down)
+
+
+def _refuse_infinite(path: Path, samples: NDArray[np.float32]) -> None:
+    if not math.isfinite(samples.sum(dtype="float64")):
+        raise UserError(f"{path}: holds NaN or infinite samples; remove it or mend it")
 
 
 def _reach(start: int, stop: int, up: int, down: int, length: int) -> tuple[int, int]:
