@@ -72,7 +72,11 @@ def find_recordings(root: Path, layout: Layout, bad: BadFiles) -> list[Recording
         UserError: There is no such folder or file, nothing in it is of the layout, a manifest is damaged, or files are
             missing that are not to be skipped.
     """
-    if not root.exists():
+    try:
+        there = root.exists()
+    except OSError as error:
+        raise UserError(f"--data.root {root}: cannot be opened ({error.strerror})") from None
+    if not there:
         raise UserError(f"--data.root {root}: no such {'file' if layout == 'manifest' else 'folder'}")
     if layout == "manifest":
         return _manifest(root, bad)
@@ -130,7 +134,7 @@ def _ljspeech(root: Path, names: list[str], bad: BadFiles) -> list[Recording]:
     clips = [name for name in names if re.search(r"(?:^|/)wavs/[^/]+$", name)]
     for folder in sorted({posixpath.dirname(posixpath.dirname(name)) for name in clips}):
         table = root / folder / "metadata.csv"
-        if table.is_file():
+        if _is_file(table):
             there = {posixpath.splitext(name)[0] for name in clips}
             rows = _text(table).splitlines()
             named = [posixpath.join(folder, "wavs", row.partition("|")[0].strip()) for row in rows if row.strip()]
@@ -183,7 +187,7 @@ SHAPES = {
 
 def _manifest(path: Path, bad: BadFiles) -> list[Recording]:
     """Read a csv file with the columns path (below the manifest's folder) and, if wanted, split and speaker."""
-    if not path.is_file():
+    if not _is_file(path):
         raise UserError(f"--data.root {path}: is a folder; --data.layout manifest takes the csv file itself")
     try:
         rows = list(csv.reader(_text(path).splitlines(), strict=True))

@@ -76,7 +76,7 @@ def index_audio(root: Path, names: SequenceOf[str], bad: BadFiles) -> dict[str, 
                 if bad.skip:
                     check_samples(root / name)
                 known[name] = IndexedFile(header, size, modified, bad.skip)
-        there = {name: numbers for name, numbers in remembered.items() if (root / name).exists()}
+        there = {name: numbers for name, numbers in remembered.items() if _is_there(root / name)}
         remember(key, there | {name: file.packed() for name, file in known.items()})
     return {name: known[name] for name in names if name in known}
 
@@ -88,3 +88,11 @@ def _stamp(path: Path) -> tuple[int, int]:
     except OSError as error:
         raise UserError(f"{path}: cannot be opened ({error.strerror}); remove it or mend it") from None
     return found.st_size, found.st_mtime_ns
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        _stamp(path)
+    except UserError:
+        return False
+    return True
