@@ -19,7 +19,7 @@ from vrnn_lightning.errors import UserError
 
 __all__ = ["SequenceDataModule"]
 
-PIECE = 512
+PIECE = 1024
 """Steps of a sequence that are in memory at once while moments are taken."""
 
 
