@@ -36,7 +36,8 @@ __all__ = ["SOURCES", "Source", "content_sum", "fetch"]
 GITHUB, RAW = "https://github.com", "https://raw.githubusercontent.com"
 TIMEOUT = 30
 """Seconds for which a server may be silent."""
-CHUNK = 2**16
+CHUNK = 2**14
+"""Bytes that are written at once; of those that are not full, none where a transfer breaks off."""
 LARGEST = 2**28
 """Bytes that an archive may unpack to."""
 SPLITS: dict[Split, str] = {"train": "train", "val": "valid", "test": "test"}
@@ -196,8 +197,7 @@ def _retrieve(address: str, path: Path, known: str | None) -> None:
     except requests.Timeout:
         reason = f"the server was silent for {TIMEOUT} s; the next run goes on"
     except requests.RequestException:
-        broken = downloader.part.is_file() and downloader.part.stat().st_size > 0
-        reason = "it broke off; the next run goes on" if broken else "no connection"
+        reason = "it broke off; the next run goes on" if downloader.answered else "no connection"
     except ValueError:
         reason = "it has another checksum than the published one and was removed"
     else:
@@ -214,6 +214,7 @@ class _Resuming:
 
     def __init__(self, part: Path) -> None:
         self.part = part
+        self.answered = False
 
     def __call__(self, url: str, output_file: str, pooch: Any) -> None:
         import requests
@@ -238,6 +239,7 @@ class _Resuming:
             length = response.headers.get("Content-Length", "")
             start = start if resumed else 0
             total = start + int(length) if length.isdigit() and not encoded else None
+            self.answered = True
             self._write(response, start, total)
         if total is not None and self.part.stat().st_size != total:
             raise requests.ConnectionError("the connection ended early")

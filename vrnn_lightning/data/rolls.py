@@ -81,8 +81,10 @@ def read_midi(path: Path, resolution: int, sustain: bool = False) -> Notes:
     if file.type == 2:
         raise UserError(f"{path}: is of format 2, several pieces in one file; export each as a file of its own")
 
+    beat = int(file.ticks_per_beat)
+
     def step(tick: int) -> int:
-        return (2 * tick * resolution + file.ticks_per_beat) // (2 * file.ticks_per_beat)
+        return (2 * tick * resolution + beat) // (2 * beat)
 
     sounded, end = _sounded(file.tracks, sustain)
     spans = [(note, step(on), max(step(off), step(on) + 1)) for note, on, off in sounded]
