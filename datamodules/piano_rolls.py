@@ -68,7 +68,7 @@ class PianoRolls(SequenceDataModule):
             is a tenth. Where the data bring their splits it must be ``None``.
         val: Fraction for validation of the files outside the test split, likewise.
         skip_bad: Skip and count MIDI files that can't be used instead of stopping at the first.
-        download: Fetch the JSB chorales in quarter notes (0.6 MB), where there is no ``root`` yet, as an archive.
+        download: Fetch the JSB chorales in quarter notes (less than 1 MB) as an archive, where there is no ``root`` yet.
         batch_size: Sequences per batch and process.
         num_workers: Processes that read ahead; 0 reads in the main process.
         seed: Seed of the order of the training batches, of the splits and of the shifts.

@@ -173,6 +173,28 @@ def test_the_chorales(chorales, tmp_path):
     assert not data.hparams["download"], "a checkpoint does not ask for downloads"
 
 
+def test_the_command(chorales, lightning, tiny, folder):
+    """A run may ask for a download; what is made of its checkpoint does not."""
+    words = ("--data", "PianoRolls", "--data.root", "data/jsb.npz", "--data.download", "true")
+    said = lightning("fit", "-c", tiny, "--model.emission", "Bernoulli", *words)
+    assert said.code == 0, said.err
+    assert len(chorales.asked) == 1
+    (folder / "data" / "jsb.npz").unlink()
+    said = lightning("test", "--ckpt_path", "last", "--data", "PianoRolls", "--data.root", "data/jsb.npz")
+    assert said.code != 0
+    assert "data/jsb.npz: no such file or folder; --data.download true puts the JSB chorales there" in said.err
+    assert len(chorales.asked) == 1
+    said = lightning("test", "--ckpt_path", "last", *words)
+    assert said.code == 0, said.err
+    assert len(chorales.asked) == 2
+    (folder / "data" / "jsb.npz").unlink()
+    chorales.files.clear()
+    said = lightning("test", "--ckpt_path", "last", *words)
+    assert said.code != 0
+    assert len(said.err.strip().splitlines()) == 1
+    assert "404 Not Found); by hand: fetch http" in said.err
+
+
 def test_nothing_is_fetched_unasked(chorales, tmp_path):
     PianoRolls(tmp_path / "jsb.npz").prepare_data()
     assert not chorales.asked
@@ -378,6 +400,14 @@ def test_a_part_of_another_file_is_removed(chorales, tmp_path):
     refused("jsb", tmp_path / "jsb.npz", "was downloaded and removed")
     assert left(tmp_path) == []
     fetch("jsb", tmp_path / "jsb.npz")
+
+
+def test_the_progress_is_shown(chorales, monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, to rich
+    fetch("jsb", tmp_path / "jsb.npz")
+    shown = capfd.readouterr().err
+    assert "chorales.json" in shown
+    assert f"{len(JSON)}/{len(JSON)} bytes" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
 
 
 def test_a_server_that_tells_no_length(chorales, tmp_path):
