@@ -68,7 +68,7 @@ class PianoRolls(SequenceDataModule):
             is a tenth. Where the data bring their splits it must be ``None``.
         val: Fraction for validation of the files outside the test split, likewise.
         skip_bad: Skip and count MIDI files that can't be used instead of stopping at the first.
-        download: Fetch the JSB chorales in quarter notes (less than 1 MB) as an archive, where there is no ``root`` yet.
+        download: Fetch the JSB chorales in quarter notes (under 1 MB) as an archive, where there is no ``root`` yet.
         batch_size: Sequences per batch and process.
         num_workers: Processes that read ahead; 0 reads in the main process.
         seed: Seed of the order of the training batches, of the splits and of the shifts.
@@ -197,6 +197,12 @@ class PianoRolls(SequenceDataModule):
     def _songs(self, split: Split) -> _Songs:
         """Read the MIDI files of a split."""
         names, bad = self._members_of(split), BadFiles(self.skip_bad)
+        if not names:
+            count = len(set(self._digests.values()))
+            raise UserError(
+                f"--data.root {self.root}: the {split} split is empty: it has {count} different MIDI files; "
+                "add some, or change --data.test and --data.val"
+            )
         songs: dict[str, Notes] = {}
         for name in names:
             with bad.tolerated():

@@ -337,7 +337,7 @@ def test_content_that_is_not_what_it_was(name, content, server, monkeypatch, tmp
     """It is removed, and one line says so; what a pickle names is never run."""
     monkeypatch.chdir(tmp_path)
     publish(server, monkeypatch, name, content)
-    root = tmp_path / "data" / ("x" if name == "fsdd" else "x.npz")
+    root = tmp_path / ("x" if name == "fsdd" else "x.npz")
     refused(name, root, f"{server.address}/", "was downloaded and removed", "by hand: fetch", str(root))
     assert left(tmp_path) == []
 
@@ -420,7 +420,7 @@ def test_a_server_that_tells_no_length(chorales, tmp_path):
 def test_a_file_that_is_gone(name, server, monkeypatch, tmp_path):
     publish(server, monkeypatch, name, *[b""] * len(SOURCES[name].files))
     server.files.clear()
-    root = tmp_path / "new" / ("x.npz" if SOURCES[name].holds is None else "x")
+    root = tmp_path / ("x.npz" if SOURCES[name].holds is None else "x")
     refused(
         name, root, "the server answers 404 Not Found", server.address, f"by hand: fetch {server.address}", str(root)
     )

@@ -646,7 +646,8 @@ def test_roots_that_are_no_music(archive, tmp_path):
     folder_of_midi(tmp_path / "both", train=2, val=1, valid=1)
     assert "has both valid and val; rename one of them" in complaint(tmp_path / "both")
     folder_of_midi(tmp_path / "two", _=2)
-    assert "the train split is empty" in complaint(tmp_path / "two")
+    assert "the train split is empty: it has 2 different MIDI files; add some" in complaint(tmp_path / "two")
+    assert "the val split is empty" in complaint(folder_of_midi(tmp_path / "five", _=5), val=0.0)
 
 
 # Transposition

@@ -161,7 +161,6 @@ def _alone(staging: Path) -> Iterator[None]:
     """Hold a folder for this process, waiting for others; leave nothing but what the next call can go on with."""
     from filelock import FileLock, Timeout
 
-    made = [folder for folder in staging.parents if not folder.exists()]
     staging.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(staging.with_name(f"{staging.name}.lock"))
     try:
@@ -177,9 +176,6 @@ def _alone(staging: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # while it is held, so that nobody else holds what is removed
             Path(lock.lock_file).unlink()
         lock.release()
-        for folder in made:
-            with contextlib.suppress(OSError):  # others than an empty one
-                folder.rmdir()
 
 
 def _retrieve(address: str, path: Path, known: str | None) -> None:
