@@ -184,15 +184,12 @@ def test_the_command(chorales, lightning, tiny, folder):
     assert said.code != 0
     assert "data/jsb.npz: no such file or folder; --data.download true puts the JSB chorales there" in said.err
     assert len(chorales.asked) == 1
-    said = lightning("test", "--ckpt_path", "last", *words)
-    assert said.code == 0, said.err
-    assert len(chorales.asked) == 2
-    (folder / "data" / "jsb.npz").unlink()
     chorales.files.clear()
     said = lightning("test", "--ckpt_path", "last", *words)
     assert said.code != 0
     assert len(said.err.strip().splitlines()) == 1
     assert "404 Not Found); by hand: fetch http" in said.err
+    assert len(chorales.asked) == 2
 
 
 def test_nothing_is_fetched_unasked(chorales, tmp_path):
@@ -553,10 +550,18 @@ def test_data_that_are_there_are_left_alone(server, monkeypatch, tmp_path):
     assert not server.asked
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written(chorales, tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    refused("jsb", tmp_path / "locked" / "jsb.npz", "can't be written (Permission denied)")
+def test_a_folder_that_may_not_be_written(chorales, monkeypatch, tmp_path):
+    def locked(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", locked)
+    refused("jsb", tmp_path / "jsb.npz", f"{tmp_path}: can't be written (Permission denied)")
+
+
+def test_a_folder_that_is_a_file(chorales, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refused("jsb", tmp_path / "file" / "jsb.npz", "can't be written")
+    assert left(tmp_path) == ["file"]
 
 
 def test_a_full_disk(chorales, monkeypatch, tmp_path):

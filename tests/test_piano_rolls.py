@@ -479,11 +479,34 @@ def test_all_bad(tmp_path):
     assert "none of 4 files can be used" in complaint(tmp_path, skip_bad=True, test=0.0)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_without_permission(tmp_path):
-    good(tmp_path / "train" / "a.mid").chmod(0)
+@pytest.mark.parametrize("name", ["a.mid", "a.json", "a.pickle"])
+def test_a_file_without_permission(name, tmp_path, monkeypatch):
+    """Refused by a stand-in for the system's answer, for tests may run as root."""
+    good(tmp_path / "train" / "a.mid")
     good(tmp_path / "valid" / "b.mid", 61)
-    assert "may not be read by you" in complaint(tmp_path)
+    real = Path.open
+
+    def locked(self, *rest, **more):
+        if self.name == name:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *rest, **more)
+
+    monkeypatch.setattr(Path, "open", locked)
+    root = tmp_path
+    if name != "a.mid":
+        root = tmp_path / name
+        root.touch()
+    assert f"{name}: may not be read by you; give yourself the permission" in complaint(root)
+
+
+def test_a_folder_without_permission(tmp_path, monkeypatch):
+    good(tmp_path / "train" / "a.mid")
+
+    def locked(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", locked)
+    assert f"{tmp_path}: may not be read by you; give yourself the permission" in complaint(tmp_path)
 
 
 def test_without_mido(tmp_path, monkeypatch):
