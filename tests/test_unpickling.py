@@ -2,6 +2,7 @@ import contextlib
 import io
 import os
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -96,3 +97,22 @@ def test_damaged_pickles_raise_nothing_else():
             content[place] = generator.integers(256)
         with contextlib.suppress(pickle.UnpicklingError):
             read(bytes(content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02]r\x00\x00\x00\x7f.",
+        b"(lp2000000000\n.",
+        b"\x80\x05\x96\x00\x00\x00\x00\x10\x00\x00\x00ab.",
+        b"\x8b\x00\x00\x00\x7fab.",
+    ],
+)
+def test_large_numbers_in_a_damaged_file_take_no_memory(content):
+    """A memo's place, a length of bytes and a length of digits."""
+    tracemalloc.start()
+    with contextlib.suppress(pickle.UnpicklingError):
+        assert read(content) == []
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10**6

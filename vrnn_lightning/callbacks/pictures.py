@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from vrnn_lightning.data.rolls import KEYS, LOWEST
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -82,8 +84,17 @@ def _spectrogram(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
     axes.tick_params(labelsize=7)
 
 
-def _heat(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
-    axes.imshow(x.T, origin="lower", aspect="auto", cmap="gray_r", interpolation="nearest")
+def _roll(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
+    """Draw time to the right and keys upward, black where one surely sounds; a piano's with the C of each octave."""
+    steps, keys = x.shape
+    lowest = LOWEST if keys == KEYS else 0
+    extent = (-0.5, steps - 0.5, lowest - 0.5, lowest + keys - 0.5)
+    axes.imshow(
+        x.T, origin="lower", aspect="auto", cmap="gray_r", interpolation="nearest", extent=extent, vmin=0, vmax=1
+    )
+    if keys == KEYS:
+        axes.set_yticks(range(24, LOWEST + KEYS, 12), [f"C{octave}" for octave in range(1, 9)])
+        axes.grid(axis="y", linewidth=0.3, alpha=0.5)
     axes.tick_params(labelsize=7)
 
 
@@ -107,7 +118,7 @@ def _strokes(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
 _PANELS: dict[str, list[Callable[[Axes, np.ndarray, int | None], None]]] = {
     "audio": [_waveform, _spectrogram],
     "image": [_image],
-    "roll": [_heat],
+    "roll": [_roll],
     "series": [_series],
     "strokes": [_strokes],
 }

@@ -4,6 +4,7 @@ from vrnn_lightning.data.archives import ArchiveSplit, read_archive
 from vrnn_lightning.data.bad import BadFiles
 from vrnn_lightning.data.columns import TABLE_SUFFIXES, Columns, read_columns
 from vrnn_lightning.data.datamodule import SequenceDataModule
+from vrnn_lightning.data.downloads import fetch
 from vrnn_lightning.data.loading import BatchSampler, SequenceLoader, Window
 from vrnn_lightning.data.sequences import ChangingSequences, Modality, Scaler, Sequences, Split, WindowedSequences
 from vrnn_lightning.data.unpickling import UnsafePickleError, unpickle
@@ -24,6 +25,7 @@ __all__ = [
     "UnsafePickleError",
     "Window",
     "WindowedSequences",
+    "fetch",
     "read_archive",
     "read_columns",
     "unpickle",

@@ -68,7 +68,8 @@ class SequenceDataModule(LightningDataModule):
             ("window", window, 1),
         ):
             if value is not None and not least <= value < 2**31:
-                raise UserError(f"--data.{option} {value}: must be at least {least} and below 2^31")
+                bound = f"at least {least}" if value < least else "below 2^31"
+                raise UserError(f"--data.{option} {value}: must be {bound}")
         if not 0 <= seed < 2**60:
             raise UserError(f"--data.seed {seed}: must lie between 0 and 2^60")
         self.save_hyperparameters(logger=False)
