@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,10 @@ class ArchiveSplit:
         values: The sequences' rows one after another, shape (total steps, features), in the archive's type.
         bounds: Where each sequence begins and ends, shape (sequences, 2).
         numbers: Which sequence of the archive each one is, shape (sequences,).
+        names: What to call each sequence of the archive, by its number; ``None`` calls it after the split and its
+            number.
+        begins: At which step of the archive's sequence each one begins, shape (sequences,); ``None`` where they are
+            whole.
     """
 
     path: Path
@@ -40,13 +45,15 @@ class ArchiveSplit:
     values: NDArray[Any]
     bounds: NDArray[np.int64]
     numbers: NDArray[np.int64]
+    names: SequenceOf[str] | None = None
+    begins: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         """Return the number of sequences."""
         return len(self.bounds)
 
     def __getitem__(self, index: int, /) -> Sequence:
-        """Return one sequence, named after the split and its number in the archive, in float32 where that is exact."""
+        """Return one sequence, in float32 where that is exact."""
         return self._cut(index, *self.bounds[index])
 
     def window(self, index: int, first: int, last: int, /) -> Sequence:
@@ -57,7 +64,14 @@ class ArchiveSplit:
     def _cut(self, index: int, start: int, end: int) -> Sequence:
         exact = np.result_type(self.values.dtype, np.float32)
         x = torch.from_numpy(self.values[start:end].astype(exact))
-        return Sequence(x, name=f"{self.word} {self.numbers[index]}")
+        return Sequence(x, name=self.name(index))
+
+    def name(self, index: int) -> str:
+        """Return what a sequence is called."""
+        number = self.numbers[index]
+        whole = f"{self.word} {number}" if self.names is None else self.names[number]
+        begin = 0 if self.begins is None else self.begins[index]
+        return f"{whole} from step {begin}" if begin else whole
 
     @property
     def lengths(self) -> list[int]:
@@ -67,8 +81,24 @@ class ArchiveSplit:
 
     def no_longer_than(self, steps: int) -> ArchiveSplit:
         """Return the sequences of at most so many steps."""
-        kept = np.array(self.lengths, dtype=np.int64) <= steps
-        return replace(self, bounds=self.bounds[kept], numbers=self.numbers[kept])
+        return self.take(np.array(self.lengths, dtype=np.int64) <= steps)
+
+    def take(self, index: NDArray[Any]) -> ArchiveSplit:
+        """Return some of the sequences, by their places or by True at them."""
+        begins = None if self.begins is None else self.begins[index]
+        return replace(self, bounds=self.bounds[index], numbers=self.numbers[index], begins=begins)
+
+    def in_pieces(self, steps: int) -> ArchiveSplit:
+        """Return the sequences, longer ones cut into as few pieces of at most so many steps, of like length."""
+        lengths = np.array(self.lengths, dtype=np.int64)
+        counts = np.maximum(1, -(-lengths // steps))
+        which = np.repeat(np.arange(len(self)), counts)
+        piece = np.arange(len(which)) - np.repeat(counts.cumsum() - counts, counts)
+        begin, end = (lengths[which] * k // counts[which] for k in (piece, piece + 1))
+        whole = self.take(which)
+        before = 0 if whole.begins is None else whole.begins
+        starts = whole.bounds[:, :1]
+        return replace(whole, bounds=starts + np.stack([begin, end], axis=1), begins=before + begin)
 
     def rows(self) -> NDArray[Any]:
         """Return the rows of all sequences, shape (steps, features)."""
@@ -90,7 +120,7 @@ class ArchiveSplit:
             return
         row, feature = np.unravel_index(wrong.argmax(), wrong.shape)
         i = int(np.searchsorted(self.bounds[:, 1], row, side="right"))
-        place = f"{self.word} {self.numbers[i]}, step {row - self.bounds[i, 0]}, feature {feature}"
+        place = f"{self.name(i)}, step {row - self.bounds[i, 0]}, feature {feature}"
         raise UserError(f"{self.path}: {self.array} holds {self.values[row, feature]} at {place}; {cure}")
 
 
