@@ -468,7 +468,8 @@ class _Stretched:
 def _checked(place: str, drawing: Any) -> NDArray[Any]:
     """Return a drawing of sketch-rnn, if it is one."""
     try:
-        rows = np.asarray(drawing.tolist() if getattr(drawing, "dtype", None) == object else drawing)
+        rows = np.asarray(drawing)
+        rows = np.array(rows.tolist()) if rows.dtype.hasobject else rows
     except ValueError:
         rows = np.empty(0, dtype=object)
     if rows.dtype.kind not in "iuf" or rows.dtype.itemsize > 8 or rows.ndim != 2 or rows.shape[1] != 3:
