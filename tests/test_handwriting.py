@@ -402,10 +402,10 @@ class TestOptions:
             assert not any(torch.equal(sequences[i].x, other[i].x) for i in range(17))
             factors[epoch] = []
             for s in (sequences[i] for i in range(17)):
-                x = plain[s.name]
-                assert np.array_equal(s.x[:, 2], x[:, 2])
-                total = [float(np.abs(s.x[:, axis]).sum() / np.abs(x[:, axis]).sum()) for axis in (0, 1)]
-                np.testing.assert_allclose(s.x[:, :2], x[:, :2] * np.array(total), rtol=1e-5)
+                stretched, x = s.x.numpy(), plain[s.name]
+                np.testing.assert_array_equal(stretched[:, 2], x[:, 2])
+                total = np.abs(stretched[:, :2]).sum(0) / np.abs(x[:, :2]).sum(0)
+                np.testing.assert_allclose(stretched[:, :2], x[:, :2] * total, rtol=1e-5)
                 factors[epoch].append(total)
         drawn = np.array(list(factors.values()))
         assert drawn.min() >= 0.75
@@ -500,3 +500,144 @@ class TestCheckpoints:
     def test_checkpoints_of_archives_hold_a_scaler_alone(self, archive, iam_tree):
         for root in (archive, iam_tree):
             assert set(Handwriting(str(root)).state_dict()) == {"mean", "std"}
+
+
+class TestBadInput:
+    """One line each, or skipped and counted."""
+
+    def test_lists(self, iam_tree):
+        lists = iam_tree / "task1"
+        forms = " ".join(f"z{i:02}-000" for i in range(7))
+        (lists / "trainset.txt").write_text(f"a01-000u {forms}")
+        message = (
+            f"{lists / 'trainset.txt'}: 7 of 8 forms have no file below {iam_tree} and are left out: "
+            "z00-000, z01-000, z02-000, z03-000, z04-000, ..."
+        )
+        with pytest.warns(UserWarning, match=re.escape(message)):
+            assert len(found(iam_tree)) == 2
+        (lists / "trainset.txt").write_text(forms)
+        refused(
+            iam_tree, r"trainset\.txt: names 7 forms, of none of which is a file below", r"z04-000, \.\.\.; expected"
+        )
+        (lists / "trainset.txt").write_text(" \n\n")
+        refused(iam_tree, r"trainset\.txt: names no form; expected a form per line")
+        (lists / "trainset.txt").write_text("a01-000u c03-011")
+        refused(iam_tree, r"testset_f\.txt: names c03-011, as .*trainset\.txt does; keep it in one of them")
+        (lists / "trainset.txt").write_bytes(b"\xff\xfe\x00")
+        refused(iam_tree, r"trainset\.txt: is no text")
+        (lists / "trainset.txt").unlink()
+        refused(iam_tree, r"no trainset\.txt in it; put the lists of IAM-OnDB's task t1 into a folder below")
+
+    def test_lists_of_two_tasks(self, iam_tree):
+        (iam_tree / "task2").mkdir()
+        (iam_tree / "task2" / "trainset.txt").write_text("c03-011")
+        assert len(found(iam_tree)) == 6  # those in task1
+        (iam_tree / "task1").rename(iam_tree / "lists")
+        refused(iam_tree, r"both .*trainset\.txt and .*trainset\.txt; keep the list of task t1")
+
+    @pytest.mark.parametrize("layout", ["iam", "inkml"])
+    def test_bad_files(self, layout, sources):
+        files = sorted((sources[layout] / ("lineStrokes" if layout == "iam" else "")).rglob("*.*ml"))
+        text = files[0].read_text()
+        files[0].write_text(text[: len(text) // 2])
+        files[1].write_text("")
+        part = {"val": 0.0, "test": 0.0} if layout == "inkml" else {}
+        if layout == "iam":
+            (sources["iam"] / "task1" / "trainset.txt").write_text("a01-000x a01-000u a01-001")
+            (sources["iam"] / "task1" / "testset_t.txt").write_text("")
+            files = [file for file in files if file.stem[:-3] in ("a01-000x", "a01-000u", "a01-001")]
+            files[0].write_text(text[: len(text) // 2])
+        with pytest.raises(UserError, match=r"ml: line \d+: is no whole XML \(.*\); copy the file anew"):
+            found(sources[layout], **part)
+        with pytest.warns(UserWarning, match=r"\d of \d+ files are skipped \(--data.skip_bad true\): .*no whole XML"):
+            kept = found(sources[layout], skip_bad=True, **part)
+        assert files[0].relative_to(sources[layout]).as_posix() not in kept
+        assert files[-1].relative_to(sources[layout]).as_posix() in kept
+        for file in files:
+            file.write_text("")
+        with pytest.raises(UserError, match=r"none of \d+ files can be used"):
+            found(sources[layout], skip_bad=True, **part)
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ('{"drawing": [[[1, 2], [3', "is no whole JSON object"),
+            ("\x00\x01", "is no whole JSON object"),
+            ("[" * 100_000, "is no whole JSON object"),
+            ("[1, 2]", 'has no list "drawing"'),
+            ('{"drawing": 3}', 'has no list "drawing"'),
+            ('{"word": "cat"}', 'has no list "drawing"'),
+            ('{"drawing": [[1, 2]]}', r"stroke 0 is something else; expected \[xs, ys\]"),
+            ('{"drawing": [[[1], [2]], {"x": 1}]}', "stroke 1 is something else"),
+            ('{"drawing": [[[1, 2], [3]]]}', "stroke 0 has lists of 2 and 1"),
+            ('{"drawing": [[[1, "2"], [3, 4]]]}', "stroke 0 holds something else than numbers"),
+            ('{"drawing": [[[1, true], [3, 4]]]}', "stroke 0 holds something else than numbers"),
+            ('{"drawing": [[[1, null], [3, 4]]]}', "stroke 0 holds something else than numbers"),
+            ('{"drawing": [[[1, NaN], [3, 4]]]}', "holds coordinates that are no finite numbers"),
+            ('{"drawing": [[[1, 1e300], [3, 4]]]}', "holds coordinates that are no finite numbers"),
+            ('{"drawing": [[[1, 1%s], [3, 4]]]}' % ("0" * 400), "stroke 0 holds a number that is too large"),
+            ('{"drawing": [[[1, 1%s], [3, 4]]]}' % ("0" * 5000), "is no whole JSON object"),
+        ],
+    )
+    def test_bad_drawings(self, line, message, sources):
+        path = sources["quickdraw"] / "cat.ndjson"
+        path.write_text(path.read_text() + "\n" + line + "\n")
+        refused(sources["quickdraw"], rf"cat\.ndjson: line 13: {message}")
+        with pytest.warns(UserWarning, match=r"1 of 17 drawings are skipped \(--data.skip_bad true\): .*line 13"):
+            assert len(found(sources["quickdraw"], skip_bad=True, val=0, test=0)) == 16
+
+    @pytest.mark.parametrize(
+        ("bad", "message"),
+        [
+            (np.array([[1, 2, 3]]), "lift is 3 at step 0"),
+            (np.array([[1, 2, 0], [1, np.nan, 0]]), "no finite numbers"),
+            (np.array([[1, 2], [3, 4]]), r"of type int64 and shape \(2, 2\), expected numbers of shape \(steps, 3\)"),
+            (np.array(["a", "b"], dtype=object), "expected numbers"),
+            ([[1, 2, 0], [1]], "expected numbers"),
+            (None, "expected numbers"),
+        ],
+    )
+    def test_bad_sketches(self, bad, message, tmp_path):
+        good = [rows_of(drawing(i)) for i in range(3)]
+        path = sketch_rnn(tmp_path / "a.npz", train=[*good, bad], valid=good, test=good)
+        refused(path, rf"a\.npz: train 3: .*{message}")
+        with pytest.warns(UserWarning, match=r"1 of 4 drawings of train are skipped"):
+            assert list(found(path, skip_bad=True)) == ["train 0", "train 1", "train 2"]
+        with pytest.raises(UserError, match="none of 2 drawings of train can be used"):
+            found(sketch_rnn(tmp_path / "b.npz", train=[bad, bad]), skip_bad=True)
+
+    def test_roots(self, tmp_path, sources):
+        refused(tmp_path / "nowhere", "--data.root .*nowhere: no such file or folder")
+        (tmp_path / "empty").mkdir()
+        refused(tmp_path / "empty", "no handwriting in it; looked for an .npz archive .* lineStrokes")
+        (tmp_path / "a.txt").write_text("")
+        refused(tmp_path / "a.txt", "is no handwriting; looked for")
+        refused(tmp_path, "holds iam and quickdraw and inkml; choose one with --data.layout")
+        assert len(found(tmp_path, layout="inkml", val=0, test=0)) == 14
+        refused(sources["inkml"], r"no \*.ndjson in it, which --data.layout quickdraw reads", layout="quickdraw")
+        refused(sources["inkml"], r"no lineStrokes/\*\*/\*.xml in it", layout="iam")
+        refused(tmp_path / "a.txt", "is a file; give the folder that holds lineStrokes", layout="iam")
+        refused(sources["inkml"], "is no file; give the .npz archive itself", layout="archive")
+        refused(sources["inkml"], "train can't be read", layout="sketch-rnn")
+
+    def test_folders_without_permission(self, sources, monkeypatch):
+        walked = os.walk
+
+        def refuse(top, onerror):
+            onerror(PermissionError(13, "Permission denied", str(Path(top) / "writer1")))
+            return walked(top)
+
+        monkeypatch.setattr(os, "walk", refuse)
+        refused(sources["inkml"], "writer1: may not be read by you")
+
+    @pytest.mark.parametrize("layout", ["iam", "inkml", "quickdraw"])
+    def test_files_without_permission(self, layout, sources, monkeypatch):
+        opened = Path.open
+
+        def refuse(path, mode="r", *options, **named):
+            if path.suffix in (".xml", ".inkml", ".ndjson"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return opened(path, mode, *options, **named)
+
+        monkeypatch.setattr(Path, "open", refuse)
+        refused(sources[layout], "ml|ndjson: may not be read by you")
