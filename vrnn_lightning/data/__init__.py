@@ -1,6 +1,6 @@
 """Data for the model: sequences, flat archives, tables, batches, and the base class of datamodules."""
 
-from vrnn_lightning.data.archives import ArchiveSplit, read_archive
+from vrnn_lightning.data.archives import ArchiveSplit, archive_holds, read_archive
 from vrnn_lightning.data.bad import BadFiles
 from vrnn_lightning.data.columns import TABLE_SUFFIXES, Columns, read_columns
 from vrnn_lightning.data.datamodule import SequenceDataModule
@@ -29,6 +29,7 @@ __all__ = [
     "UnsafePickleError",
     "Window",
     "WindowedSequences",
+    "archive_holds",
     "files_below",
     "quickdraw_lines",
     "read_archive",

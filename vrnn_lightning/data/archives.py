@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,7 @@ from vrnn_lightning.errors import UserError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["ArchiveSplit", "read_archive"]
+__all__ = ["ArchiveSplit", "archive_holds", "read_archive"]
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,17 @@ class ArchiveSplit:
         raise UserError(f"{self.path}: {self.array} holds {self.values[row, feature]} at {place}; {cure}")
 
 
-def read_archive(path: Path, split: Split, width: int, stacked: str | None = None) -> ArchiveSplit:
+def archive_holds(path: Path, split: Split) -> bool:
+    """Return True where a flat archive has a split of its own.
+
+    Raises:
+        UserError: There is no such file, or it is no archive.
+    """
+    with _opened(path) as archive:
+        return f"{_word(split)}_values" in archive.files
+
+
+def read_archive(path: Path, split: Split, width: int, stacked: str | None = None, cure: str = "") -> ArchiveSplit:
     """Read one split of a flat archive, and of the file nothing else.
 
     A flat archive is an ``.npz`` file, never pickled, with two arrays for each split, "train", "valid" and "test":
@@ -137,19 +149,20 @@ def read_archive(path: Path, split: Split, width: int, stacked: str | None = Non
         width: Features that a row must have.
         stacked: What sequences of one length may be called: with "images" an array ``{split}_images`` of shape
             (sequences, steps, features) is read where there is no ``{split}_values``.
+        cure: What to do about another number of features, for that message's end.
 
     Raises:
         UserError: There is no such file, it is no such archive, or its arrays don't fit together or hold values that
             are no finite numbers.
     """
-    word = "valid" if split == "val" else split
+    word = _word(split)
     name, stack = f"{word}_values", f"{word}_{stacked}"
     values, *rest = _arrays(path, name, f"{word}_lengths", instead=stack if stacked else None)
     name, shape = (name, "total steps") if rest else (stack, "sequences, steps")
     if values.dtype.kind not in "buif" or values.dtype.itemsize > 8:
         raise UserError(f"{path}: {name} is of type {values.dtype}; save it as integers, float32 or float64")
     if values.ndim != (2 if rest else 3) or values.shape[-1] != width:
-        raise UserError(f"{path}: {name} has shape {values.shape}, expected ({shape}, {width})")
+        raise UserError(f"{path}: {name} has shape {values.shape}, expected ({shape}, {width}){cure}")
     lengths = rest[0] if rest else np.full(len(values), values.shape[1])
     values = values.reshape(-1, width)
     if (lengths.size and lengths.dtype.kind not in "ui") or lengths.ndim != 1:
@@ -172,8 +185,22 @@ def read_archive(path: Path, split: Split, width: int, stacked: str | None = Non
     return found
 
 
+def _word(split: Split) -> str:
+    """Return what archives call a split."""
+    return "valid" if split == "val" else split
+
+
 def _arrays(path: Path, *names: str, instead: str | None = None) -> list[NDArray[Any]]:
     """Return arrays of an npz file, or another one where the first of them is not there but that one is."""
+    with _opened(path) as archive:
+        if instead in archive.files and names[0] not in archive.files:
+            return [_array(path, archive, str(instead))]
+        return [_array(path, archive, name) for name in names]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
+    """Open an npz file; whatever goes wrong with it is the user's to mend."""
     if not path.exists():
         raise UserError(f"--data.root {path}: no such file")
     if not path.is_file():
@@ -183,9 +210,7 @@ def _arrays(path: Path, *names: str, instead: str | None = None) -> list[NDArray
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise UserError(f"{path}: is a single array, no .npz archive; write it with numpy.savez")
-            if instead in archive.files and names[0] not in archive.files:
-                return [_array(path, archive, str(instead))]
-            return [_array(path, archive, name) for name in names]
+            yield archive
     except (BadZipFile, EOFError, OSError, ValueError):
         raise UserError(f"{path}: can't be read as an .npz archive; write it with numpy.savez") from None
 
