@@ -24,6 +24,9 @@ from vrnn_lightning.errors import UserError
 
 __all__ = ["Archive"]
 
+STILL = 1e-9
+"""Range of a column, next to the widest, below which it holds nothing but what rounding left."""
+
 
 class Archive(SequenceDataModule):
     r"""A flat archive of real-valued sequences: joint angles, cepstra, pen velocities, and whatever else.
@@ -36,7 +39,8 @@ class Archive(SequenceDataModule):
         root: The ``.npz`` file: ``{split}_values`` (total steps, features) and ``{split}_lengths`` (sequences,) for the
             splits train, valid and test. It may lie elsewhere when a checkpoint is used again.
         features: Columns of the archive, the width of ``train_values``.
-        exclude: Columns to leave out, counted from 0. A column that never changes has no density.
+        exclude: Columns to leave out, counted from 0. A column that never changes has no density,
+            and a warning names it.
         val: Fraction of the training sequences for validation, where the archive has no ``valid``; at least one.
         test: Fraction of them for the test, where it has no ``test``; at least one unless it is 0.
         batch_size: Sequences per batch and process.
@@ -133,13 +137,13 @@ class Archive(SequenceDataModule):
     def _train(self) -> ArchiveSplit:
         """The archive's training sequences, those that are drawn for other splits included."""
         found = self._read("train")
-        first = found.values[:1]
-        left = [self.kept[i] for i in np.flatnonzero((found.values == first).all(0))] if len(first) else []
+        spread = np.ptp(found.values.astype(np.float64), axis=0) if len(found.values) else np.ones(self.num_features)
+        left = [self.kept[i] for i in np.flatnonzero(spread <= STILL * spread.max())]
         if left:
             out = sorted({*range(self.features)} - {*self.kept} | {*left})
             rank_zero_warn(
-                f"{self.root}: columns {', '.join(map(str, left))} never change in training, so that their density has "
-                f"no upper bound; leave them out: --data.exclude '{out}'"
+                f"{self.root}: columns {', '.join(map(str, left))} hardly change in training, so that their density "
+                f"has no upper bound; leave them out: --data.exclude '{out}'"
             )
         return found
 

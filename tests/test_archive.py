@@ -57,9 +57,9 @@ def test_construction_opens_no_file():
 
 
 def test_columns_that_are_left_out(archive):
-    arrays = np.load(archive)
+    with np.load(archive) as arrays:
+        kept = arrays["train_values"][:, [1, 3]]
     data = Archive(str(archive), WIDTH, exclude=[2, 0])
-    kept = arrays["train_values"][:, [1, 3]]
     np.testing.assert_array_equal(np.concatenate([s.x for s in data.split("train")]), kept)
     np.testing.assert_allclose(data.scaler.mean, kept.mean(0, dtype=np.float64))
     np.testing.assert_allclose(data.scaler.std, kept.std(0, dtype=np.float64))
@@ -92,7 +92,7 @@ def test_splits_that_are_drawn_from_training(test, tmp_path):
 
 def test_columns_that_never_change_are_named(tmp_path):
     path = write(tmp_path / "a.npz", *SIZES, still=2)
-    message = "columns 2 never change in training, so that .*; leave them out: --data.exclude '\\[0, 2\\]'"
+    message = "columns 2 hardly change in training, so that .*; leave them out: --data.exclude '\\[0, 2\\]'"
     with pytest.warns(UserWarning, match=message):
         Archive(str(path), WIDTH, exclude=[0]).setup("fit")
     Archive(str(path), WIDTH, exclude=[0, 2]).setup("fit")
