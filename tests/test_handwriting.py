@@ -13,9 +13,14 @@ import numpy as np
 import pytest
 import torch
 from datamodule_contract import CHECKS
+from lightning.pytorch import Trainer
 
 from datamodules.handwriting import Handwriting
+from vrnn_lightning import VRNNLightningModule
+from vrnn_lightning.callbacks import Samples
+from vrnn_lightning.callbacks.pictures import on_paper, strokes_svg
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.heads import Pen
 
 SIZES = {"train": 17, "valid": 6, "test": 7}
 SPLITS = ("train", "val", "test")
@@ -441,6 +446,32 @@ class TestOptions:
     def test_fractions_that_leave_nothing(self):
         with pytest.raises(UserError, match=r"--data.val 0.5 and --data.test 0.5: add up to 1 or more"):
             Handwriting("nowhere.npz", val=0.5, test=0.5)
+
+
+@pytest.mark.parametrize("layout", ["quickdraw", "sketch-rnn"])
+def test_samples_are_drawn(layout, sources, tmp_path):
+    """As svg files too, whose first line begins at the origin where the data's rows begin with a line."""
+    data = Handwriting(str(sources[layout]), val=0.3, batch_size=4)
+    module = VRNNLightningModule(num_features=3, latent_size=2, hidden_size=4, emission=Pen)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    Trainer(
+        default_root_dir=tmp_path,
+        max_epochs=1,
+        limit_train_batches=1,
+        callbacks=[Samples(count=2)],
+        enable_model_summary=False,
+        accelerator="cpu",
+        **options,
+    ).fit(module, data)
+    pictures = sorted(p.name for p in (tmp_path / "samples").iterdir())
+    rows = [f"step_0000001_{row}_{i}.svg" for row in ("real", "reconstructed", "sampled") for i in (0, 1)]
+    assert pictures == sorted(["step_0000001.png", *rows])
+    batch = next(iter(data.val_dataloader()))
+    for i in (0, 1):
+        x = data.scaler.unscale(batch.x[i])[: batch.lengths[i]]
+        svg = (tmp_path / "samples" / f"step_0000001_real_{i}.svg").read_text()
+        assert svg == strokes_svg(on_paper(x) if layout == "quickdraw" else x)
+        assert ("M0 0L" in svg) == (layout == "quickdraw")
 
 
 class TestCheckpoints:
