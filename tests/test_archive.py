@@ -42,7 +42,7 @@ def named(data: Archive, split: str) -> list[str]:
     return [sequences[i].name for i in range(len(sequences))]
 
 
-@pytest.mark.parametrize("splits", [("train", "valid", "test"), ("train", "test"), ("train",)], ids="-".join)
+@pytest.mark.parametrize("splits", [("train", "valid", "test"), ("train",)], ids="-".join)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_contract(check, splits, tmp_path):
     path = write(tmp_path / "a.npz", *splits)
