@@ -29,6 +29,13 @@ def test_plain_data_and_arrays_come_back(protocol):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_arrays_by_columns(protocol):
+    for kind in (np.int16, object):
+        array = np.asfortranarray(np.arange(24).reshape(2, 4, 3).astype(kind))
+        np.testing.assert_array_equal(read(pickle.dumps(array, protocol)), array)
+
+
 def test_a_pickle_of_python_2():
     content = (
         b"cnumpy.core.multiarray\n_reconstruct\np0\n(cnumpy\nndarray\np1\n(I0\ntp2\nS'b'\np3\ntp4\nRp5\n"

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.callbacks.pictures import draw_rows
+from vrnn_lightning.callbacks.pictures import draw_rows, on_paper, strokes_svg
 from vrnn_lightning.data.rolls import KEYS, write_midi
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
@@ -28,7 +28,7 @@ class Samples(Callback):
 
     After a validation it writes one picture with a row each of real sequences, of their reconstructions (the
     emission's mean with the latents inferred) and of sequences drawn from the model; for audio wav files as well, for
-    piano rolls MIDI files, where mido is installed (``pip install 'vrnn-lightning[music]'``).
+    pen strokes svg files, for piano rolls MIDI files where mido is installed (``pip install 'vrnn-lightning[music]'``).
     Loggers that can show pictures or play audio get the same.
 
     The draws have a random stream of their own: training is the same with and without this callback.
@@ -93,10 +93,14 @@ class Samples(Callback):
         modality, rate = getattr(data, "modality", "series"), getattr(data, "sample_rate", None)
         loudest = getattr(data, "full_scale", 1.0)
         rows = {name: [_in_rows(x / loudest, width) for x in sequences] for name, sequences in found.items()}
+        if modality == "strokes" and getattr(data, "pen_starts_down", False):
+            rows = {name: [on_paper(x) for x in sequences] for name, sequences in rows.items()}
         figure = draw_rows(rows, modality, rate)
         folder.mkdir(parents=True, exist_ok=True)
         name = f"step_{trainer.global_step:07d}"
         figure.savefig(folder / f"{name}.png", dpi=100)
+        if modality == "strokes":
+            _write_drawings(rows, folder, name)
         waves = _write_waves(rows, folder, name, int(rate)) if modality == "audio" and rate else {}
         if modality == "roll":
             self._write_midi(rows, folder, name, int(getattr(data, "resolution", 4)))
@@ -154,6 +158,14 @@ def _write_waves(rows: dict[str, list[Tensor]], folder: Path, name: str, rate: i
             soundfile.write(path, x.flatten().clamp(-1, 1).float().cpu().numpy(), rate)
             written.setdefault(row, []).append(path)
     return written
+
+
+def _write_drawings(rows: dict[str, list[Tensor]], folder: Path, name: str) -> None:
+    """Write each sequence of strokes as an svg file; a model that has lost its numbers draws none."""
+    for row, sequences in rows.items():
+        for i, x in enumerate(sequences):
+            if torch.isfinite(x).all():
+                (folder / f"{name}_{row}_{i}.svg").write_text(strokes_svg(x))
 
 
 def _log_media(logger: Any, figure: Figure, picture: Path, waves: dict[str, list[Path]], step: int) -> None:

@@ -98,7 +98,8 @@ class _Array:
             if not isinstance(raw, bytes) or len(raw) != size * kind.dtype.itemsize:
                 raise pickle.UnpicklingError(f"an array of shape {tuple(shape)} whose bytes do not add up")
             flat = np.frombuffer(raw, dtype=kind.dtype).copy()
-        result: NDArray[Any] = flat.reshape(shape, order="F" if fortran else "C")
+        rows_first = kind.dtype.kind == "O" or not fortran  # numpy lists objects by rows, however they lie in memory
+        result: NDArray[Any] = flat.reshape(shape, order="C" if rows_first else "F")
         return result
 
     @classmethod
