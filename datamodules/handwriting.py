@@ -24,6 +24,7 @@ from vrnn_lightning.data import (
     SequenceDataModule,
     Sequences,
     Split,
+    fetch,
     files_below,
     quickdraw_lines,
     read_archive,
@@ -105,6 +106,7 @@ class Handwriting(SequenceDataModule):
         num_workers: Processes that read ahead; 0 reads in the main process.
         seed: Seed of drawn splits, of the stretching and of the order of the training batches.
         window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+        download: Fetch Omniglot's strokes as an archive, where there is no ``root`` yet.
 
     Raises:
         UserError: An option outside its range. From ``setup`` on: the data are not there, are none of these formats or
@@ -116,7 +118,7 @@ class Handwriting(SequenceDataModule):
     """
 
     modality: ClassVar[Modality] = "strokes"
-    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {"layout", "skip_bad"}
+    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {"layout", "skip_bad", "download"}
 
     def __init__(
         self,
@@ -136,8 +138,11 @@ class Handwriting(SequenceDataModule):
         num_workers: int = 0,
         seed: int = 0,
         window: int | None = None,
+        download: bool = False,
     ) -> None:
         super().__init__(num_features=3, batch_size=batch_size, num_workers=num_workers, seed=seed, window=window)
+        self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
+        self.download = download
         _among("too_long", too_long, ("drop", "split"))
         _among("layout", layout, ("auto", "archive", "sketch-rnn", "quickdraw", "inkml", "iam"))
         _among("testset_t", testset_t, ("none", "train", "val", "test"))
@@ -166,6 +171,11 @@ class Handwriting(SequenceDataModule):
     def pen_starts_down(self) -> bool:
         """True where the pen touches the paper at the origin, so that the first row draws a line."""
         return self._layout not in ("archive", "sketch-rnn")
+
+    def prepare_data(self) -> None:
+        """Fetch Omniglot, if that is asked for."""
+        if self.download:
+            fetch("omniglot", self.root)
 
     def setup(self, stage: str) -> None:
         """Find the sequences of a stage early, so that what is wrong with them is said before training starts."""

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vrnn_lightning.batch import Sequence
-from vrnn_lightning.data import BadFiles, Modality, Scaler, SequenceDataModule, Sequences, Split
+from vrnn_lightning.data import BadFiles, Modality, Scaler, SequenceDataModule, Sequences, Split, fetch
 from vrnn_lightning.data.audio import AudioHeader, opened, read_samples, resampled, seekable
 from vrnn_lightning.data.cache import digest, recall, remember
 from vrnn_lightning.data.corpora import FSDD_TEST, Layout, Recording, find_recordings
@@ -112,6 +112,8 @@ class Speech(SequenceDataModule):
         num_workers: Processes that read ahead; 0 reads in the main process.
         seed: Seed of the splits, of the order of the training batches and of the crops.
         window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+        download: Fetch the spoken digits (16 MB; choose the layout "fsdd") into ``root``, where it is empty or not there
+            yet.
 
     Raises:
         UserError: An option is out of its range, is no regular expression or makes no sense beside another. From
@@ -124,7 +126,13 @@ class Speech(SequenceDataModule):
 
     modality: ClassVar[Modality] = "audio"
     scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "scalar"
-    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {"resample", "layout", "crop", "skip_bad"}
+    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {
+        "resample",
+        "layout",
+        "crop",
+        "skip_bad",
+        "download",
+    }
 
     def __init__(
         self,
@@ -147,6 +155,7 @@ class Speech(SequenceDataModule):
         mel_window: int | None = None,
         crop: int | None = None,
         skip_bad: bool = False,
+        download: bool = False,
     ) -> None:
         for option, value in (
             ("frame_size", frame_size),
@@ -159,6 +168,8 @@ class Speech(SequenceDataModule):
                 raise UserError(f"--data.{option} {value}: must be at least 1")
         mel = features == "log_mel"
         super().__init__(mel_bands or MEL_BANDS if mel else frame_size, batch_size, num_workers, seed, window)
+        self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
+        self.download = download
         self.root = Path(root).expanduser()
         self.frame_size = frame_size
         self.mel_window = mel_window or 4 * frame_size
@@ -232,7 +243,9 @@ class Speech(SequenceDataModule):
         return self._rate
 
     def prepare_data(self) -> None:
-        """Fill the cache on one process of each machine, so that the others find it there."""
+        """Fetch the digits, if that is asked for, and fill the cache, on one process of each machine."""
+        if self.download:
+            fetch("fsdd", self.root)
         with suppress(UserError):  # setup says it, on every process
             self._scan()
             trainer = self.trainer

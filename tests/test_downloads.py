@@ -21,8 +21,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from datamodules.handwriting import Handwriting
 from datamodules.mnist_rows import MNISTRows
 from datamodules.piano_rolls import PianoRolls
+from datamodules.speech import Speech
 from vrnn_lightning.data import downloads
 from vrnn_lightning.data.downloads import SOURCES, content_sum, fetch
 from vrnn_lightning.errors import UserError
@@ -259,8 +261,12 @@ def test_spoken_digits_are_unpacked_and_nothing_else(server, monkeypatch, tmp_pa
         "fsdd-1/evil.wav": sound(b""),
     }
     publish(server, monkeypatch, "fsdd", packed(**evil), content=digits_sum(tmp_path_factory.mktemp("sum")))
-    fetch("fsdd", tmp_path / "digits")
+    data = Speech(str(tmp_path / "digits"), frame_size=1, layout="fsdd", download=True)
+    data.prepare_data()
     assert left(tmp_path) == ["digits", "digits/0_a_0.wav", "digits/1_a_0.wav"]
+    assert not data.hparams["download"]
+    Speech(str(tmp_path / "digits"), download=True).prepare_data()
+    assert len(server.asked) == 1
     assert (tmp_path / "digits" / "0_a_0.wav").read_bytes() == sound(b"\5\6")
 
 
@@ -291,7 +297,11 @@ def objects(drawings: dict) -> bytes:
 def test_omniglot(server, monkeypatch, tmp_path, tmp_path_factory):
     known = content_sum(flat(tmp_path_factory.mktemp("sum") / "x.npz", **DRAWINGS))
     publish(server, monkeypatch, "omniglot", objects(DRAWINGS), content=known)
-    fetch("omniglot", tmp_path / "omniglot.npz")
+    data = Handwriting(str(tmp_path / "omniglot.npz"), download=True)
+    data.prepare_data()
+    data.setup("fit")
+    assert data.lengths("train") == [2, 1]
+    assert not data.hparams["download"]
     with np.load(tmp_path / "omniglot.npz") as archive:  # plain arrays
         assert archive["train_values"].dtype == np.int16
         assert archive["train_values"].tolist() == [[1, 2, 0], [-3, 4, 1], [5, 6, 1]]
