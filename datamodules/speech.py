@@ -112,7 +112,7 @@ class Speech(SequenceDataModule):
         num_workers: Processes that read ahead; 0 reads in the main process.
         seed: Seed of the splits, of the order of the training batches and of the crops.
         window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
-        download: Fetch the spoken digits (16 MB; choose the layout "fsdd") into ``root``, where it is empty or not there
+        download: Fetch the spoken digits (16 MB; for the layout "fsdd") into ``root``, where it is empty or not there
             yet.
 
     Raises:
