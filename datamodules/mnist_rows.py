@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from vrnn_lightning.batch import Sequence
-from vrnn_lightning.data import ArchiveSplit, Modality, SequenceDataModule, Sequences, Split, read_archive
+from vrnn_lightning.data import ArchiveSplit, Modality, SequenceDataModule, Sequences, Split, fetch, read_archive
 from vrnn_lightning.errors import UserError
 
 __all__ = ["MNISTRows"]
@@ -45,6 +45,7 @@ class MNISTRows(SequenceDataModule):
         read: "rows" for 28 steps of 28 pixels, "pixels" for 784 steps of one.
         binarise: "static", "dynamic" or "none".
         val_size: The last so many training images of the idx files are for validation; an archive brings its own.
+        download: Fetch MNIST's files (12 MB) into ``root``, where it is empty or not there yet.
         batch_size: Sequences per batch and process.
         num_workers: Processes that read ahead; 0 reads in the main process.
         seed: Seed of the order of the training batches and of the dynamic draws.
@@ -59,6 +60,7 @@ class MNISTRows(SequenceDataModule):
 
     modality: ClassVar[Modality] = "image"
     image_width: ClassVar[int] = SIDE
+    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {"download"}
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class MNISTRows(SequenceDataModule):
         read: Read = "rows",
         binarise: Binarise = "static",
         val_size: int = 10_000,
+        download: bool = False,
         batch_size: int = 128,
         num_workers: int = 0,
         seed: int = 0,
@@ -77,10 +80,17 @@ class MNISTRows(SequenceDataModule):
         if val_size < 1:
             raise UserError(f"--data.val_size {val_size}: must be at least 1")
         super().__init__(SIDE if read == "rows" else 1, batch_size, num_workers, seed, window)
+        self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
         self.root = Path(root).expanduser()
         self.binarise = binarise
         self.val_size = val_size
+        self.download = download
         self._warned = False
+
+    def prepare_data(self) -> None:
+        """Fetch the files, if that is asked for."""
+        if self.download:
+            fetch("mnist", self.root)
 
     def sequences(self, split: Split) -> Sequences:
         """Return the images of a split."""

@@ -2,55 +2,390 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from vrnn_lightning.data import ArchiveSplit, Modality, SequenceDataModule, Split, read_archive
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from vrnn_lightning.batch import Sequence
+from vrnn_lightning.data import (
+    ArchiveSplit,
+    BadFiles,
+    Modality,
+    SequenceDataModule,
+    Sequences,
+    Split,
+    fetch,
+    read_archive,
+)
+from vrnn_lightning.data.rolls import KEYS, NOTE_LISTS, Notes, read_midi, read_note_lists
+from vrnn_lightning.errors import UserError
 
 __all__ = ["PianoRolls"]
 
-KEYS = 88
+MIDI = (".mid", ".midi")
+FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
+"""What a folder of each split may be called."""
+FRACTION = 0.1
+"""Files for validation, and for the test, where nothing else is said."""
 
 
 class PianoRolls(SequenceDataModule):
-    """A flat archive of piano rolls: 88 columns of 0 and 1, a row per time step; column c is the MIDI note 21 + c.
+    """Piano rolls: 88 columns of 0 and 1, a row per time step; column c is the MIDI note 21 + c.
 
-    The values are discrete, so the scaler is the identity, and the emission to choose is ``Bernoulli``. Splits are
-    the archive's, as those of the polyphonic music of Boulanger-Lewandowski, Bengio and Vincent (ICML 2012,
-    arXiv 1206.6392).
+    The values are discrete, so the scaler is the identity, and the emission to choose is ``Bernoulli``. What ``root``
+    may be:
+
+    - a flat archive (``.npz``): ``{split}_values`` (total steps, 88) and ``{split}_lengths`` (sequences,) for the
+      splits train, valid and test;
+    - a pickle (``.pickle``, ``.pkl``) or JSON (``.json``) of the polyphonic music of Boulanger-Lewandowski, Bengio and
+      Vincent (ICML 2012, arXiv 1206.6392): under "train", "valid" and "test" a list of sequences, each a list of
+      steps, each a list of MIDI notes. A pickle is read as plain data; nothing that it names is run;
+    - a folder of MIDI files, searched with its sub-folders (needs ``pip install 'vrnn-lightning[music]'``); hidden
+      files are passed over. Each file is a sequence, all instruments but drums together; a note begins and ends at the
+      nearest step, lasts at least one, and where a key is struck again at once it sounds on. Tempo does not matter.
+      Folders train, valid (or val) and test right below the root split the files; without them they are drawn.
+
+    A checkpoint keeps which MIDI file was in which split, by what is in it: so no file that was trained on is ever
+    tested, under whatever name or folder, and copies of one file share a split. Files that the checkpoint does not know
+    are left out, unless none of its test files is there: then the folder is another corpus, and they are the test
+    split.
 
     Args:
-        root: The ``.npz`` file: ``{split}_values`` (total steps, 88) and ``{split}_lengths`` (sequences,) for the
-            splits train, valid and test. It may lie elsewhere when a checkpoint is used again.
+        root: The file or folder. It may lie elsewhere when a checkpoint is used again.
+        resolution: Steps per quarter note: how finely MIDI files are read, and how fast samples of the model play that
+            are written as MIDI.
+        sustain: Let notes of MIDI files sound for as long as the sustain pedal is down; else it is ignored.
+        transpose: Shift each training sequence by up to so many semitones, up or down, drawn anew in each epoch from
+            those shifts that leave every note of the sequence on the keyboard, each as likely.
+        test: Fraction of the MIDI files that is drawn with ``seed`` for the test, at least one unless it is 0; ``None``
+            is a tenth. Where the data bring their splits it must be ``None``.
+        val: Fraction for validation of the files outside the test split, likewise.
+        skip_bad: Skip and count MIDI files that can't be used instead of stopping at the first.
+        download: Fetch the JSB chorales in quarter notes (under 1 MB) as an archive, where there is no ``root`` yet.
         batch_size: Sequences per batch and process.
         num_workers: Processes that read ahead; 0 reads in the main process.
-        seed: Seed of the order of the training batches.
+        seed: Seed of the order of the training batches, of the splits and of the shifts.
         window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
 
     Raises:
-        UserError: An option outside its range. From ``setup`` on: the file is missing or no such archive, or a value
-            is neither 0 nor 1.
+        UserError: An option outside its range, or one that the data at ``root`` have no use for. From ``setup`` on:
+            there is no such file or folder, it can't be read, or holds something else than 0 and 1 or keys of a piano.
 
     >>> PianoRolls("jsb.npz").num_features
     88
     """
 
     modality: ClassVar[Modality] = "roll"
+    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {"skip_bad", "download"}
 
     def __init__(
-        self, root: str, batch_size: int = 16, num_workers: int = 0, seed: int = 0, window: int | None = None
+        self,
+        root: str,
+        resolution: int = 4,
+        sustain: bool = False,
+        transpose: int = 0,
+        test: float | None = None,
+        val: float | None = None,
+        skip_bad: bool = False,
+        download: bool = False,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+        window: int | None = None,
     ) -> None:
         super().__init__(num_features=KEYS, batch_size=batch_size, num_workers=num_workers, seed=seed, window=window)
+        self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
+        for option, value, most in (("resolution", resolution, 960), ("transpose", transpose, KEYS - 1)):
+            least = 1 if option == "resolution" else 0
+            if not least <= value <= most:
+                raise UserError(f"--data.{option} {value}: must lie between {least} and {most}")
+        for option, fraction in (("test", test), ("val", val)):
+            if fraction is not None and not 0 <= fraction < 1:
+                raise UserError(f"--data.{option} {fraction}: a fraction of the files must be at least 0 and below 1")
         self.root = Path(root).expanduser()
+        self.resolution = resolution
+        self.sustain = sustain
+        self.transpose = transpose
+        self.test = test
+        self.val = val
+        self.skip_bad = skip_bad
+        self.download = download
+        self._members: dict[Split, list[str]] | None = None
+        self._read: dict[str, Notes | UserError] = {}
+        self._warned: set[str] = set()
 
-    def sequences(self, split: Split) -> ArchiveSplit:
+    def prepare_data(self) -> None:
+        """Fetch the chorales, if that is asked for."""
+        if self.download:
+            fetch("jsb", self.root)
+
+    def setup(self, stage: str) -> None:
+        """Look at the data early, so that what is wrong with them is said before training starts."""
+        if stage == "fit":
+            self._refuse_idle_options()
+            super().setup(stage)
+        elif self.root.is_dir():
+            self._names()  # splits may be a checkpoint's, which is loaded after setup
+        else:
+            super().setup(stage)
+
+    def sequences(self, split: Split) -> Sequences:
         """Return the rolls of a split, each of shape (steps, 88)."""
-        found = read_archive(self.root, split, KEYS)
-        found.refuse((found.values != 0) & (found.values != 1), "a roll holds 0 and 1: binarise it")
-        return found
+        found = self._rolls(split)
+        if split != "train" or not self.transpose:
+            return found
+        reach = [_reach(found[i]) for i in range(len(found))]
+        return _Transposed(found, self.transpose, self.seed, reach)
 
     def lengths(self, split: Split) -> list[int]:
         """Return the steps of each roll of a split."""
         found = self.split(split)
-        assert isinstance(found, ArchiveSplit)
+        assert isinstance(found, (ArchiveSplit, _Songs, _Transposed))
         return found.lengths
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scaler and which MIDI files are in which split, by the digests of their contents."""
+        members = self._drawn() if self.root.is_dir() else self._members or {}
+        if self.root.is_dir() and self._folders:  # more may have come since the checkpoint that training went on from
+            here = {split: [self._digests[name] for name in self._in_folder(split)] for split in FOLDERS}
+            members = {split: list(dict.fromkeys([*members[split], *here[split]])) for split in FOLDERS}
+        return super().state_dict() | {"members": dict(members)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the checkpoint's splits: MIDI files that it does not know, it was not trained on."""
+        super().load_state_dict(state_dict)
+        members = state_dict.get("members") or {}
+        self._members = {split: list(members.get(split, ())) for split in FOLDERS}
+        self._splits.clear()  # those that setup found were drawn anew
+
+    def _rolls(self, split: Split) -> ArchiveSplit | _Songs:
+        suffix = self.root.suffix.lower()
+        if not self.root.exists():
+            raise UserError(
+                f"--data.root {self.root}: no such file or folder; --data.download true puts the JSB chorales there"
+            )
+        if self.root.is_dir():
+            return self._songs(split)
+        if suffix in MIDI:
+            raise UserError(f"--data.root {self.root}: is a single MIDI file; give the folder that holds it and others")
+        if suffix in NOTE_LISTS:
+            return read_note_lists(self.root, split)
+        found = read_archive(self.root, split, KEYS)
+        found.refuse((found.values != 0) & (found.values != 1), "a roll holds 0 and 1: binarise it")
+        return found
+
+    def _refuse_idle_options(self) -> None:
+        """Refuse options that would do nothing; only in training, for a checkpoint brings its own."""
+        midi = self.root.is_dir()
+        if not midi:
+            idle, reason = {"sustain": self.sustain, "skip_bad": self.skip_bad}, "is no folder of MIDI files"
+        else:
+            idle, reason = {}, f"has folders that split it ({', '.join(self._folders)})"
+        if not midi or self._folders:
+            idle |= {"test": self.test is not None, "val": self.val is not None}
+        for option, asked in idle.items():
+            if asked and self.root.exists():
+                raise UserError(f"--data.{option}: does nothing, {self.root} {reason}; leave the option out")
+
+    def _songs(self, split: Split) -> _Songs:
+        """Read the MIDI files of a split."""
+        names, bad = self._members_of(split), BadFiles(self.skip_bad)
+        if not names:
+            count = len(set(self._digests.values()))
+            raise UserError(
+                f"--data.root {self.root}: the {split} split is empty: it has {count} different MIDI files; "
+                "add some, or change --data.test and --data.val"
+            )
+        songs: dict[str, Notes] = {}
+        for name in names:
+            with bad.tolerated():
+                songs[name] = self._song(name)
+        bad.report(len(names), self.root)
+        return _Songs(list(songs), list(songs.values()))
+
+    def _song(self, name: str) -> Notes:
+        """Read a MIDI file once."""
+        if name not in self._read:
+            try:
+                self._read[name] = read_midi(self.root / name, self.resolution, self.sustain)
+            except UserError as error:
+                self._read[name] = error
+        found = self._read[name]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def _members_of(self, split: Split) -> list[str]:
+        """Return the files of a split that are in the folder."""
+        drawn, digests = self._drawn(), self._digests
+        if self._folders:
+            names = self._in_folder(split)
+            if not names:
+                raise UserError(
+                    f"--data.root {self.root}: its folders {' and '.join(self._folders)} split it, but no MIDI file is "
+                    f"in {' or '.join(FOLDERS[split])}; put some there"
+                )
+            trained = {*drawn["train"], *drawn["val"]} if split == "test" else set()
+            for name in names:
+                if digests[name] in trained:
+                    raise UserError(f"{self.root / name}: is a copy of a file outside the test split; remove it")
+            return names
+        known = {digest for members in drawn.values() for digest in members}
+        unknown = [name for name in digests if digests[name] not in known]
+        if unknown and not set(digests.values()).intersection(drawn["test"]):
+            drawn, unknown = {**drawn, "test": [digests[name] for name in unknown]}, []
+        if unknown:
+            self._warn(f"{self.root}: {len(unknown)} files that are in no split of the checkpoint are left out")
+        wanted = set(drawn[split])
+        return [name for name in digests if digests[name] in wanted]
+
+    def _drawn(self) -> dict[Split, list[str]]:
+        """Return the digests of each split's files as the checkpoint has them, or draw them once."""
+        if self._members is None:
+            digests = self._digests
+            if self._folders:
+                self._members = {split: [digests[name] for name in self._in_folder(split)] for split in FOLDERS}
+            else:
+                generator = torch.Generator().manual_seed(self.seed)
+                test, rest = _taken(self.test, list(dict.fromkeys(digests.values())), generator)
+                val, train = _taken(self.val, rest, generator)
+                self._members = {"train": train, "val": val, "test": test}
+        return self._members
+
+    @cached_property
+    def _folders(self) -> list[str]:
+        """The folders that split the files, if there are any."""
+        return [name for names in FOLDERS.values() for name in names if (self.root / name).is_dir()]
+
+    def _in_folder(self, split: Split) -> list[str]:
+        """Return the files of a split that folders make."""
+        folders = [name for name in FOLDERS[split] if name in self._folders]
+        if len(folders) > 1:
+            raise UserError(f"--data.root {self.root}: has both {' and '.join(folders)}; rename one of them")
+        return [name for name in self._digests if name.partition("/")[0] in folders]
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        """What tells MIDI files apart, by their paths below the root, in the order of these."""
+        names = self._names()
+        if self._folders:
+            outside = [name for name in names if name.partition("/")[0] not in self._folders]
+            if outside:
+                self._warn(f"{self.root}: {len(outside)} files outside {', '.join(self._folders)} are left out")
+            names = [name for name in names if name not in set(outside)]
+        found: dict[str, str] = {}
+        for name in names:
+            try:
+                found[name] = hashlib.sha256((self.root / name).read_bytes()).hexdigest()[:32]
+            except OSError:
+                found[name] = f"unreadable {name}"  # reading its notes will say why
+        return found
+
+    def _names(self) -> list[str]:
+        """Return the paths of all MIDI files below the root, with forward slashes, sorted."""
+
+        def refuse(error: OSError) -> None:
+            raise UserError(f"{error.filename}: may not be read by you; give yourself the permission") from None
+
+        paths = (Path(folder, file) for folder, _, files in os.walk(self.root, onerror=refuse) for file in files)
+        found = [path for path in paths if path.suffix.lower() in MIDI and not path.name.startswith(".")]
+        if not found:
+            raise UserError(f"--data.root {self.root}: no MIDI files in it; expected {' or '.join(MIDI)}")
+        return sorted(path.relative_to(self.root).as_posix() for path in found)
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            rank_zero_warn(message)
+
+
+@dataclass(frozen=True)
+class _Songs:
+    """MIDI files as rolls.
+
+    Args:
+        names: Their paths below the root.
+        notes: What they hold.
+    """
+
+    names: list[str]
+    notes: list[Notes]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int, /) -> Sequence:
+        return self.window(index, 0, self.notes[index].steps)
+
+    def window(self, index: int, first: int, last: int, /) -> Sequence:
+        """Return steps ``first`` to ``last - 1`` of a roll."""
+        roll = self.notes[index].roll(first, last)
+        return Sequence(torch.from_numpy(roll.astype(np.float32)), name=self.names[index])
+
+    @property
+    def lengths(self) -> list[int]:
+        return [notes.steps for notes in self.notes]
+
+
+@dataclass(frozen=True)
+class _Transposed:
+    """Rolls that are shifted along the keyboard, by another interval in each epoch.
+
+    Args:
+        rolls: As they are written.
+        most: Semitones.
+        seed: Of the draws, which depend on it, the epoch and the roll's index alone.
+        reach: Lowest and highest key of each roll.
+        epoch: When.
+    """
+
+    rolls: ArchiveSplit | _Songs
+    most: int
+    seed: int
+    reach: list[tuple[int, int]]
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rolls)
+
+    def __getitem__(self, index: int, /) -> Sequence:
+        return self._shifted(index, self.rolls[index])
+
+    def window(self, index: int, first: int, last: int, /) -> Sequence:
+        """Return steps ``first`` to ``last - 1`` of a roll."""
+        return self._shifted(index, self.rolls.window(index, first, last))
+
+    def in_epoch(self, epoch: int, /) -> _Transposed:
+        """Return the rolls of an epoch."""
+        return replace(self, epoch=epoch)
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.rolls.lengths
+
+    def _shifted(self, index: int, roll: Sequence) -> Sequence:
+        low, high = self.reach[index]
+        random = np.random.default_rng((self.seed, self.epoch, index))
+        shift = int(random.integers(-min(self.most, low), min(self.most, KEYS - 1 - high), endpoint=True))
+        return replace(roll, x=roll.x.roll(shift, dims=1))  # nothing sounds beyond the reach, so nothing comes round
+
+
+def _reach(roll: Sequence) -> tuple[int, int]:
+    """Return the lowest and the highest key that sound, those of the whole keyboard where none does."""
+    keys = roll.x.any(0).nonzero().flatten().tolist()
+    return (keys[0], keys[-1]) if keys else (0, KEYS - 1)
+
+
+def _taken(fraction: float | None, digests: list[str], generator: torch.Generator) -> tuple[list[str], list[str]]:
+    """Draw a fraction, at least one unless it is 0, and return it and the rest."""
+    fraction = FRACTION if fraction is None else fraction
+    count = max(1, round(fraction * len(digests))) if fraction > 0 else 0
+    chosen = {digests[i] for i in torch.randperm(len(digests), generator=generator)[:count].tolist()}
+    return [d for d in digests if d in chosen], [d for d in digests if d not in chosen]

@@ -16,6 +16,7 @@ OVERLAYS = ("wandb",)
 BASES = sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem not in OVERLAYS)
 PAPER = sorted(p.stem for p in (CONFIGS / "paper").glob("*.yaml"))
 TINY = {
+    "archive": ["--data.root", "series.npz", "--data.features", "2"],
     "exact": ["--data.train_size", "8", "--data.val_size", "4", "--data.steps", "5"],
     "handwriting": ["--data.root", "strokes.npz"],
     "mnist": ["--data.root", "digits.npz"],
@@ -43,6 +44,8 @@ def folder(tmp_path, monkeypatch):
     for values in strokes.values():
         values[:, 2] = values[:, 2] > 5
     np.savez("strokes.npz", **strokes, **lengths)
+    series = {f"{split}_values": generator.standard_normal((16, 2)) for split in splits}
+    np.savez("series.npz", **series, **lengths)
     np.savez("digits.npz", **{f"{split}_images": generator.integers(0, 256, (5, 28, 28)) for split in splits})
     hours = [f"2024-01-0{1 + hour // 24} {hour % 24:02}:00" for hour in range(96)]
     measured = [",".join(f"{value:.3f}" for value in row) for row in generator.standard_normal((96, 7))]
@@ -85,6 +88,7 @@ def test_a_config_trains(base, folder):
     assert {"train/loss", "train/beta", "train/grad_norm", "val/elbo", "val/kl"} <= set(header.split(","))
     assert list((made / "samples").glob("*.png"))
     assert bool(list((made / "samples").glob("*.wav"))) == (base == "speech")
+    assert bool(list((made / "samples").glob("*.svg"))) == (base == "handwriting")
     assert classes(config["trainer"]["logger"]) == ["RunLogger"]
 
 

@@ -12,6 +12,7 @@ import torch
 
 from vrnn_lightning.batch import Sequence, SequenceBatch, pad
 from vrnn_lightning.data import BatchSampler, Scaler, SequenceDataModule, SequenceLoader, Window
+from vrnn_lightning.data.loading import ScaledSequences
 from vrnn_lightning.errors import UserError
 
 
@@ -243,7 +244,7 @@ class TestStreams:
     def test_resumes_within_an_epoch(self, lengths, window, read):
         sampler = streams_of(lengths, window)
         whole = list(sampler)
-        sampler.start = read
+        sampler.skipped = (sampler.epoch, read)
         assert list(sampler) == whole[read:]
         assert list(sampler) == whole, "only the first epoch is shortened"
 
@@ -484,12 +485,12 @@ class TestSequenceLoader:
         loader = self.loader(sequences)
         loader.load_state_dict({"batches_read": 2})
         next(iter(loader))
-        assert loader.state_dict() == {"batches_read": 3}
+        assert loader.state_dict()["batches_read"] == 3
 
     def test_an_epoch_read_to_its_end_leaves_nothing_to_skip(self):
         loader = self.loader(ragged([1] * 9))
         list(loader)
-        assert loader.state_dict() == {"batches_read": 0}
+        assert loader.state_dict()["batches_read"] == 0
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_a_user_s_mistake_is_one_line_from_any_process(self, workers, monkeypatch):
@@ -671,3 +672,52 @@ def test_a_path_among_the_options_is_stored_as_words():
             super().__init__(num_features=1)
 
     assert Rooted(Path("here")).hparams["root"] == "here"
+
+
+def test_covariates_keep_their_values_whatever_the_first_one_s_type():
+    first = Sequence(torch.zeros(2, 3), inputs=torch.tensor([[1], [2]]), name="a")
+    for value, refused in ((0.5, False), (float("nan"), True), (1e300, True)):
+        later = Sequence(torch.zeros(2, 3), inputs=torch.full((2, 1), value, dtype=torch.float64), name="b")
+        dataset = ScaledSequences([first, later], Scaler(), 3, 1)
+        if refused:
+            with pytest.raises(UserError, match=r"b: holds .*inputs"):
+                dataset[[0, 1]]
+        else:
+            assert dataset[[0, 1]].inputs[1].flatten().tolist() == [value] * 2
+
+
+def test_values_beyond_float32_are_refused():
+    dataset = ScaledSequences([Sequence(torch.full((2, 3), 1e300, dtype=torch.float64), name="a")], Scaler(), 3)
+    with pytest.raises(UserError, match="a: holds values too large for float32"):
+        dataset[[0]]
+
+
+def test_covariates_of_other_shapes_are_refused():
+    xs = [Sequence(torch.zeros(2, 3), inputs=torch.zeros(2, width)) for width in (1, 2)]
+    with pytest.raises(UserError, match=r"inputs of shape \(2, 2\), expected \(2, 1\)"):
+        pad(xs)
+
+
+def test_what_was_read_of_an_epoch_is_skipped_in_that_epoch_alone():
+    """A run with limit_train_batches ends its epochs in the middle of a loader's."""
+
+    def loader():
+        data = Given(ragged([3] * 9), batch_size=2)
+        data.setup("fit")
+        return data.train_dataloader()
+
+    stopped = loader()
+    batches = iter(stopped)
+    read = [next(batches).names for _ in range(2)]
+    state = stopped.state_dict()
+    for epoch, skipped in ((0, 2), (1, 0)):
+        whole, resumed = loader(), loader()
+        for each in (whole, resumed):
+            each.sampler.set_epoch(epoch)
+        resumed.load_state_dict(state)
+        assert [b.names for b in resumed] == [b.names for b in whole][skipped:]
+    assert len(read) == 2
+    other = Given(ragged([3] * 9), batch_size=4).train_dataloader()
+    with pytest.warns(UserWarning, match="the epoch begins anew"):
+        other.load_state_dict(state)
+    assert len(list(other)) == 3

@@ -28,6 +28,7 @@ from vrnn_lightning.callbacks import (
     Samples,
     SigmoidKLAnnealing,
 )
+from vrnn_lightning.callbacks.archives import write_archive
 from vrnn_lightning.heads import Bernoulli, Gaussian, Poisson
 from vrnn_lightning.metrics import ActiveUnits, Bound
 from vrnn_lightning.objectives import ELBO, FIVO, IWAE
@@ -615,3 +616,35 @@ def test_a_wrong_value_is_refused_in_whatever_batch_it_is(tmp_path, split):
     source.split(split)[-1].x[0, 1] = 0.25
     with pytest.raises(UserError, match="feature 1 has values from 0 to 1"):
         trainer(tmp_path, max_epochs=1).fit(module(emission=Bernoulli), source)
+
+
+def test_a_prediction_of_no_sequence_leaves_an_empty_archive(tmp_path):
+    """As a process has it for which nothing is left."""
+    part = {
+        "values": np.zeros((0, 2)),
+        "lengths": np.zeros(0, int),
+        "names": np.zeros(0, str),
+        "index": np.zeros(0, int),
+    }
+    write_archive(tmp_path / "a.npz", [part], "test")
+    with np.load(tmp_path / "a.npz") as archive:
+        assert {name: archive[name].shape for name in archive} == {
+            "test_values": (0, 2), "test_lengths": (0,), "test_names": (0,)
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_a_limited_epoch_resumes_at_the_beginning_of_the_next(tmp_path, window):
+    """A checkpoint of the validation that ends an epoch after two of the loader's batches."""
+
+    def run(folder, epochs, ckpt=None):
+        model = module()
+        saver = ModelCheckpoint(folder, "{epoch}", monitor="val/elbo", save_top_k=-1)
+        t = trainer(folder, saver, max_epochs=epochs, limit_train_batches=2)
+        t.fit(model, data(window=window), ckpt_path=ckpt)
+        return model
+
+    straight = run(tmp_path / "straight", 2)
+    resumed = run(tmp_path / "resumed", 2, tmp_path / "straight" / "epoch=0.ckpt")
+    for a, b in zip(straight.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
 import torch
+from matplotlib import image
 
-from vrnn_lightning.callbacks.pictures import draw_rows
+from vrnn_lightning.callbacks.pictures import draw_rows, on_paper, save_strokes, strokes_svg
+from vrnn_lightning.errors import UserError
 
 
 def lines(*rows: tuple[float, float, float]) -> list[list[list[float]]]:
@@ -52,3 +56,64 @@ def test_y_grows_downward_and_all_ink_is_inside(tmp_path, caplog):
 def test_series_share_the_limits_of_the_first_row():
     figure = draw_rows({"real": [torch.zeros(5, 1)], "sampled": [torch.full((5, 1), 9.0)]}, "series")
     np.testing.assert_array_equal(figure.axes[0].get_ylim(), figure.axes[1].get_ylim())
+
+
+DRAWING = torch.tensor([[1.0, 1, 0], [1, 0, 1], [0, 5, 1], [2, 0, 0], [0, -2.5, 1]])
+"""A line, a dot and another line."""
+
+
+def test_svg_lifts_the_pen_and_shows_dots():
+    root = ElementTree.fromstring(strokes_svg(DRAWING))
+    name = "{http://www.w3.org/2000/svg}"
+    assert [child.tag.removeprefix(name) for child in root] == ["path", "circle", "path"]
+    assert [child.get("d") for child in root.iter(f"{name}path")] == ["M1 1L2 1", "M4 6L4 3.5"]
+    (dot,) = root.iter(f"{name}circle")
+    assert (dot.get("cx"), dot.get("cy"), dot.get("fill")) == ("2", "6", "black")
+    assert float(dot.get("r")) > 0
+    x, y, width, height = map(float, root.get("viewBox").split())
+    assert x < 1 < 4 < x + width
+    assert y < 1 < 6 < y + height  # in svg, as in strokes, y grows downward
+    assert float(root.get("width")) / float(root.get("height")) == pytest.approx(width / height, abs=0.01)
+
+
+@pytest.mark.parametrize("strokes", [torch.zeros(0, 3), torch.zeros(1, 3), torch.full((3, 3), 1e-9), DRAWING * 1e6])
+def test_any_drawing_has_a_size(strokes, tmp_path):
+    root = ElementTree.fromstring(strokes_svg(strokes))
+    assert all(float(number) > 0 for number in (*root.get("viewBox").split()[2:], root.get("width")))
+    save_strokes(strokes, tmp_path / "a.png")
+
+
+def test_a_point_that_the_pen_stays_at_is_a_dot():
+    assert strokes_svg(torch.tensor([[3.0, 4, 0], [0, 0, 1]])).count("<circle") == 1
+    figure = draw_rows({"real": [torch.tensor([[3.0, 4, 0], [0, 0, 1]])]}, "strokes")
+    assert figure.axes[0].lines[0].get_marker() == "."
+
+
+def test_a_pen_that_starts_on_the_paper_draws_its_first_row():
+    assert '<path d="M0 0L1 1L2 1"/>' in strokes_svg(on_paper(DRAWING))
+
+
+def test_files_of_strokes(tmp_path):
+    save_strokes(DRAWING, tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").read_text() == strokes_svg(DRAWING)
+    save_strokes(DRAWING, str(tmp_path / "a.png"))
+    picture = image.imread(tmp_path / "a.png")
+    dark = picture[..., :3].max(2) < 0.5
+    rows = np.flatnonzero(dark.any(1))
+    top, bottom = dark[rows[0]], dark[rows[-1]]
+    assert np.flatnonzero(top).mean() < np.flatnonzero(bottom).mean()  # the first line is at the upper left
+
+
+@pytest.mark.parametrize(
+    ("strokes", "name", "message"),
+    [
+        (DRAWING, "a.jpg", r"a\.jpg: strokes are drawn as \.svg or \.png"),
+        (DRAWING[:, :2], "a.svg", r"strokes of shape \(5, 2\) can't be drawn, expected \(steps, 3\)"),
+        (DRAWING * float("nan"), "a.svg", "strokes that hold NaN or infinite values can't be drawn"),
+        (DRAWING * float("inf"), "a.png", "strokes that hold NaN or infinite values can't be drawn"),
+    ],
+)
+def test_what_is_no_drawing(strokes, name, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        save_strokes(strokes, tmp_path / name)
+    assert not (tmp_path / name).exists()

@@ -443,6 +443,22 @@ def test_sound_is_written_as_sound(tmp_path):
     assert (wave[2:6] == 0).all(), "what is missing is silent"
 
 
+@pytest.mark.parametrize(("modality", "width", "suffix"), [("strokes", 3, "svg"), ("roll", 88, "mid")])
+def test_strokes_are_drawn_and_rolls_can_be_played(tmp_path, modality, width, suffix):
+    if suffix == "mid":
+        pytest.importorskip("mido")
+    callback = Predictions("sample", steps=5, count=2)
+    callback.data = SimpleNamespace(modality=modality)
+    trainer = Trainer(
+        default_root_dir=tmp_path, callbacks=[callback], logger=False, accelerator="cpu", enable_progress_bar=False
+    )
+    module = VRNNLightningModule(num_features=width, latent_size=2, hidden_size=4)
+    module.prepared.fill_(True)
+    trainer.predict(module, dataloaders=Draws(2, width, trainer), return_predictions=False)
+    names = {path.name for path in (tmp_path / "predictions/sample").iterdir()}
+    assert names == {"test.npz", "test.png", f"test_sampled_0.{suffix}", f"test_sampled_1.{suffix}"}
+
+
 def test_a_sequence_with_nothing_observed_is_left_out(tmp_path):
     class Partly(Ramps):
         def sequences(self, split):

@@ -422,3 +422,122 @@ def test_layers_need_a_width_and_a_depth():
         Layers(4, 0)
     with pytest.raises(UserError, match="steps 0"):
         make_model().generate(0)
+
+
+NARROW = [
+    {"latent": 0, "dropout": 0.2},
+    {"latent": 0, "dropout": 0.2, "cell": "lstm"},
+    {"dropout": 0.3, "layers": 2, "cell": "lstm", "residual_posterior": True},
+    {"prior": None, "dropout": 0.2, "layers": 2},
+    {"smoothing": True},
+    {},
+]
+
+
+@pytest.mark.parametrize("options", NARROW, ids=lambda options: "-".join(options) or "plain")
+def test_gradients_of_a_narrow_pass_are_those_of_a_wide_one(options):
+    """To what bfloat16 can tell; what lay in memory before does not matter."""
+    model, batch = make_model(**options).float(), make_batch([30, 12, 30])
+    batch.x = batch.x.float()
+    noise, masks = draw_noise(model, batch), model.draw_masks(Noise(batch, [1, 2, 3]))
+    for value in (float("nan"), 1e6):
+        rubbish = [torch.full((n,), value) for n in (200, 5000, 40000) for _ in range(8)]
+        del rubbish
+        found = []
+        for narrow in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+                trace = model(batch, noise, masks=masks)
+                loss = trace.log_px.sum() - trace.kl.sum()
+            grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+            found.append(torch.cat([g.flatten() for g in grads if g is not None]))
+        assert torch.cosine_similarity(*found, dim=0) > 0.999
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it does itself
+def test_whoever_compiles_the_model_trains_the_same():
+    model, batch = make_model(), make_batch([6, 4, 1])
+    noise = draw_noise(model, batch)
+    found = []
+    for pass_over in (model, torch.compile(model, backend="aot_eager")):
+        trace = pass_over(batch, noise)
+        found.append((trace.log_px, trace.kl, gradients(model, trace.log_px, trace.kl)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_pruned_weights_are_those_that_count():
+    from torch.nn.utils import prune
+
+    model, batch = make_model(), make_batch([4, 3])
+    for module in (model.encoder.head.linear, next(model.phi_x.linears())):
+        prune.random_unstructured(module, "weight", 0.5)
+    noise = draw_noise(model, batch)
+    for _ in range(2):
+        fast, slow = model(batch, noise), textbook(model, batch, noise, model.initial_state(2))
+        torch.testing.assert_close(fast.log_px, slow.log_px)
+        (fast.log_px.sum() - fast.kl.sum()).backward()
+        with torch.no_grad():
+            model.encoder.head.linear.weight_orig.add_(0.1)
+
+
+def test_a_way_back_that_was_interrupted_can_be_gone_again():
+    model, batch = make_model(), make_batch([6, 4])
+    trace = model(batch, draw_noise(model, batch))
+    loss = trace.log_px.sum() - trace.kl.sum()
+    expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    (loop,) = {node for node in nodes(loss.grad_fn) if type(node).__name__ == "_LoopBackward"}
+    operation, calls = loop.tape.operations[-1], []
+    backward = type(operation).backward
+
+    def once(self, t):
+        calls.append(t)
+        if len(calls) == 3:
+            raise Stop
+        backward(self, t)
+
+    type(operation).backward = once
+    try:
+        with pytest.raises(Stop):
+            torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    finally:
+        type(operation).backward = backward
+    again = torch.autograd.grad(loss, list(model.parameters()))
+    for a, b in zip(expected, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def nodes(root):
+    found, left = set(), [root]
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            left += [child for child, _ in node.next_functions]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (lambda m: State(torch.zeros(2, 2, 10).double()), "state: h of shape (2, 2, 10) in torch.float64, the model's"),
+        (lambda m: State(torch.zeros(2, 1, 10)), "in torch.float32, the model's is (2, 1, 10) in torch.float64"),
+        (lambda m: State(torch.zeros(2, 1, 10).double(), torch.zeros(2, 1, 10).double()), "c is for an LSTM"),
+        (lambda m: m.initial_state(0), "has no rows"),
+    ],
+)
+def test_a_state_of_another_model_is_refused(state, message):
+    model = make_model()
+    with pytest.raises(UserError) as said:
+        model.generate(3, state=state(model))
+    assert message in str(said.value)
+    with pytest.raises(UserError, match="c is missing"):
+        make_model("lstm").generate(3, state=State(torch.zeros(2, 1, 10).double()))
+
+
+def test_a_batch_of_no_sequences_is_refused():
+    with pytest.raises(UserError, match="no sequences"):
+        make_model()(SequenceBatch(torch.zeros(0, 3, 3).double(), torch.zeros(0, dtype=torch.int64)))

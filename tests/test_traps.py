@@ -291,7 +291,7 @@ TRAPS = {
         "recurrence.tape:LSTM.backward", ".addcmul_(grad, self.through[i])", "", lambda: equals_textbook("lstm")
     ),
     "gradients left with the chosen particles": Trap(
-        "recurrence.tape:Tape.walk_back", "self._scatter(t + 1, self._sources[t])", "pass", filters_as_the_textbook
+        "recurrence.tape:Tape._walked_back", "self._scatter(t + 1, self._sources[t])", "pass", filters_as_the_textbook
     ),
     "resampled within a stretch": Trap(
         "filtering:evidence", "due[move.t + 1] = move.due", "due[move.t] = move.due", filters_as_the_textbook

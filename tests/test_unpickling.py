@@ -2,6 +2,7 @@ import contextlib
 import io
 import os
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -26,6 +27,13 @@ def test_plain_data_and_arrays_come_back(protocol):
     for one, other in zip(found["o"], objects, strict=True):
         assert one.dtype == np.int16
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_arrays_by_columns(protocol):
+    for kind in (np.int16, object):
+        array = np.asfortranarray(np.arange(24).reshape(2, 4, 3).astype(kind))
+        np.testing.assert_array_equal(read(pickle.dumps(array, protocol)), array)
 
 
 def test_a_pickle_of_python_2():
@@ -96,3 +104,22 @@ def test_damaged_pickles_raise_nothing_else():
             content[place] = generator.integers(256)
         with contextlib.suppress(pickle.UnpicklingError):
             read(bytes(content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02]r\x00\x00\x00\x7f.",
+        b"(lp2000000000\n.",
+        b"\x80\x05\x96\x00\x00\x00\x00\x10\x00\x00\x00ab.",
+        b"\x8b\x00\x00\x00\x7fab.",
+    ],
+)
+def test_large_numbers_in_a_damaged_file_take_no_memory(content):
+    """A memo's place, a length of bytes and a length of digits."""
+    tracemalloc.start()
+    with contextlib.suppress(pickle.UnpicklingError):
+        assert read(content) == []
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10**6

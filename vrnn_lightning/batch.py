@@ -121,13 +121,13 @@ def pad(sequences: SequenceOf[Sequence], dtype: torch.dtype | None = None) -> Se
 
     Args:
         sequences: At least one, all with the same number of features.
-        dtype: Of ``x``; by default the first sequence's.
+        dtype: Of ``x`` and of ``inputs``; by default the first sequence's.
 
     Returns:
         The padded batch; ``observed`` and ``inputs`` are there when at least one sequence has them.
 
     Raises:
-        UserError: A sequence is not (time, features) or its width differs from the first one's.
+        UserError: A sequence is not (time, features) or its width differs from the first one's; or its covariates do.
 
     >>> batch = pad([Sequence(torch.ones(2, 3)), Sequence(torch.ones(4, 3))])
     >>> tuple(batch.x.shape), batch.lengths.tolist()
@@ -137,6 +137,12 @@ def pad(sequences: SequenceOf[Sequence], dtype: torch.dtype | None = None) -> Se
     for s in sequences:
         if s.x.ndim != 2 or s.x.shape[1] != width:
             raise UserError(f"{s.name or 'a sequence'}: shape {tuple(s.x.shape)}, expected (time, {width})")
+    inputs = [s.inputs for s in sequences]
+    covariates = next((u.shape[-1] for u in inputs if u is not None), 0)
+    for s, u in zip(sequences, inputs, strict=True):
+        if u is not None and u.shape != (len(s.x), covariates):
+            expected = (len(s.x), covariates)
+            raise UserError(f"{s.name or 'a sequence'}: inputs of shape {tuple(u.shape)}, expected {expected}")
     lengths = torch.tensor([len(s.x) for s in sequences], dtype=torch.int64)
     steps = max(1, int(lengths.max()))
 
@@ -156,6 +162,6 @@ def pad(sequences: SequenceOf[Sequence], dtype: torch.dtype | None = None) -> Se
         x=x,
         lengths=lengths,
         observed=stack([s.observed for s in sequences], True),
-        inputs=stack([s.inputs for s in sequences], 0.0),
+        inputs=stack(inputs, 0.0, dtype),
         names=[s.name for s in sequences],
     )

@@ -132,7 +132,8 @@ class Weights:
         evidence = self.log_weights + torch.where(real, increments.to(self.log_weights.dtype), 0.0)
         gained = evidence.logsumexp(0)
         self.total = self.total + gained
-        self.log_weights = evidence - gained
+        possible = gained > -math.inf  # a frame that no particle can explain leaves them even
+        self.log_weights = torch.where(possible, evidence - gained, -math.log(self.particles))
         with torch.no_grad():
             self.effective = torch.where(real, effective_samples(self.log_weights), self.effective)
             self.effective_sum = self.effective_sum + torch.where(real, self.effective, 0.0)
@@ -193,7 +194,7 @@ def evidence(
     if not moves:
         final = log_weights + increments.sum(0)
         total = final.logsumexp(0)
-        return total, final - total
+        return total, torch.where(total > -math.inf, final - total, -math.log(len(final)))
     steps, particles, batch = increments.shape
     due = torch.zeros(steps + 1, batch, dtype=torch.int64, device=increments.device)
     for move in moves:
@@ -204,7 +205,8 @@ def evidence(
     start = torch.cat([log_weights[None], start[1:]])
     sums = start.scatter_add(0, stretch[:-1, None].expand_as(increments), increments)
     gained = sums.logsumexp(1)
-    total, weights = gained.sum(0), sums - gained[:, None]
+    total = gained.sum(0)
+    weights = torch.where(gained[:, None] > -math.inf, sums - gained[:, None], -math.log(particles))
     last = weights.gather(0, stretch[-1].expand(1, particles, batch))[0]
     if gradient:
         up_to = gained.detach().cumsum(0)

@@ -278,6 +278,9 @@ class VRNNLightningModule(Inference, LightningModule):
         """Return what goes on into a window of streams, anew where a sequence begins; ``None`` for whole sequences."""
         if batch.reset is None:
             return None
+        if batch.reset.all():  # nothing goes on
+            self._carried = self._resumed = None
+            return None
         if self._carried is None and self._resumed is not None:
             parts = [[x.to(batch.x.device) for x in part] for part in self._resumed]
             if all(len(x) == self.trainer.world_size for part in parts for x in part):

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal, kl_divergence
+from torch.nn.utils.prune import BasePruningMethod
 from torch.utils.checkpoint import checkpoint
 
 from vrnn_lightning.batch import SequenceBatch
@@ -307,6 +308,23 @@ class VRNN(nn.Module):
         zeros = self.input_mean.new_zeros(batch_size, len(self.cells), self.hidden_size)
         return State(zeros, zeros if isinstance(self.cells[0], nn.LSTMCell) else None)
 
+    def _require_state(self, state: State) -> None:
+        """Refuse a state that is not of this model."""
+        like = self.initial_state(len(state.h))
+        for name, given, own in zip("hc", state, like, strict=True):
+            if (given is None) != (own is None):
+                raise UserError(f"state: {name} is {'missing' if given is None else 'for an LSTM, and the cell a GRU'}")
+            if given is not None and own is not None and (given.shape != own.shape or given.dtype != own.dtype):
+                found, needed = (f"{tuple(part.shape)} in {part.dtype}" for part in (given, own))
+                raise UserError(f"state: {name} of shape {found}, the model's is {needed}")
+
+    def _prune(self) -> None:
+        """Make pruned weights of what is trained, as a module's call would: the loops read weights and call nothing."""
+        for module in self.modules():
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, BasePruningMethod):
+                    hook(module, ())
+
     def draw_masks(self, noise: Noise) -> Masks | None:
         """Draw the dropout of a pass; ``None`` in evaluation, or where the probability is 0."""
         if not self.training or not self.dropout:
@@ -320,8 +338,8 @@ class VRNN(nn.Module):
 
     def _clean(self, batch: SequenceBatch) -> SequenceBatch:
         """Return the batch with zeros wherever it does not count, whatever stood there."""
-        if batch.x.shape[1] == 0:
-            raise UserError("a batch of no time steps: pad it to one")
+        if 0 in batch.x.shape[:2]:
+            raise UserError("a batch of no sequences or no time steps: pad it to one")
         inputs = None
         if self.num_inputs:
             width = 0 if batch.inputs is None else batch.inputs.shape[-1]
@@ -409,6 +427,8 @@ class VRNN(nn.Module):
         """Infer the latents of a clean batch."""
         if len(state.h) != samples * len(batch):
             raise UserError(f"a state of {len(state.h)} rows, but {samples} x {len(batch)} trajectories are inferred")
+        self._require_state(state)
+        self._prune()
         reads = self._reads(batch, masks, future)
         lengths = repeat_rows(batch.lengths, samples)
         noise = noise.transpose(0, 1).contiguous()
@@ -685,6 +705,10 @@ class VRNN(nn.Module):
         if steps < 1 or batch_size < 1:
             raise UserError(f"steps {steps}, batch_size {batch_size}: both must be at least 1")
         state = self.initial_state(batch_size) if state is None else state
+        self._require_state(state)
+        if len(state.h) == 0:
+            raise UserError("state: has no rows; give at least one")
+        self._prune()
         if self.num_inputs:
             needed = (len(state.h), steps, self.num_inputs)
             if inputs is None or tuple(inputs.shape) != needed:
@@ -719,4 +743,6 @@ class VRNN(nn.Module):
         state = self.initial_state(samples * batch_size) if state is None else state
         if len(state.h) != samples * batch_size:
             raise UserError(f"state: {len(state.h)} rows, not {samples * batch_size} (samples * batch_size)")
+        self._require_state(state)
+        self._prune()
         return Stream(self, state, samples, self.num_inputs, resampling)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
+
+from vrnn_lightning.data import rows_to_strokes
+from vrnn_lightning.data.rolls import KEYS, LOWEST
+from vrnn_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_rows"]
+__all__ = ["draw_rows", "on_paper", "save_strokes", "strokes_svg"]
+
+SIDE = 400
+"""Longer side of a drawing, in pixels."""
 
 
 def draw_rows(rows: dict[str, list[Tensor]], modality: str, sample_rate: int | None = None) -> Figure:
@@ -40,6 +49,92 @@ def draw_rows(rows: dict[str, list[Tensor]], modality: str, sample_rate: int | N
                     axes.set_ylabel(f"{name}\n{label}" if label else name)
     _share_limits(grid, list(rows), len(panels))
     return figure
+
+
+def on_paper(strokes: Tensor) -> Tensor:
+    """Return rows (dx, dy, lift) with one more before them, by which the pen begins on the paper at the origin.
+
+    Datamodules with ``pen_starts_down`` need it to be drawn, for the first of their rows is a line already.
+
+    Args:
+        strokes: Shape (steps, 3).
+
+    >>> on_paper(torch.tensor([[2.0, 1.0, 1.0]])).tolist()
+    [[0.0, 0.0, 0.0], [2.0, 1.0, 1.0]]
+    """
+    return torch.cat([torch.zeros_like(strokes[:1]), strokes])
+
+
+def strokes_svg(strokes: Tensor) -> str:
+    """Return a drawing as the text of an SVG file.
+
+    Each stroke is a path and a single point a dot; the pen leaves the paper after a row whose lift is above 0.5. The
+    line's width is a hundredth of the longer side.
+
+    Args:
+        strokes: Rows (dx, dy, lift) of any scale, shape (steps, 3), y growing downward.
+
+    Raises:
+        UserError: These are no rows of three, or hold NaN or infinite values.
+
+    >>> strokes_svg(torch.tensor([[0.0, 0.0, 0.0], [10.0, 0.0, 1.0]])).splitlines()[1]
+    '<path d="M0 0L10 0"/>'
+    """
+    drawn = _checked_strokes(strokes)
+    points = np.concatenate(drawn) if drawn else np.zeros((1, 2))
+    low, high = points.min(0), points.max(0)
+    size = float((high - low).max()) or 1.0
+    pen, margin = 0.01 * size, 0.05 * size
+    x, y = low - margin
+    width, height = high - low + 2 * margin
+    scale = SIDE / max(width, height)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width * scale:.0f}" height="{height * scale:.0f}" '
+        f'viewBox="{x:.6g} {y:.6g} {width:.6g} {height:.6g}" fill="none" stroke="black" stroke-width="{pen:.6g}" '
+        'stroke-linecap="round" stroke-linejoin="round">'
+    ]
+    for stroke in drawn:
+        if (stroke == stroke[0]).all():
+            (x, y) = stroke[0]
+            lines.append(f'<circle cx="{x:.6g}" cy="{y:.6g}" r="{pen:.6g}" fill="black" stroke="none"/>')
+        else:
+            lines.append(f'<path d="M{"L".join(f"{x:.6g} {y:.6g}" for x, y in stroke)}"/>')
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def save_strokes(strokes: Tensor, path: str | Path) -> None:
+    """Write a drawing as a picture.
+
+    Args:
+        strokes: Rows (dx, dy, lift), shape (steps, 3), y growing downward.
+        path: A file whose name ends in ``.svg`` or ``.png``.
+
+    Raises:
+        UserError: It ends otherwise, or these are no strokes.
+    """
+    path = Path(path)
+    if path.suffix not in (".svg", ".png"):
+        raise UserError(f"{path}: strokes are drawn as .svg or .png; choose one of these")
+    if path.suffix == ".svg":
+        path.write_text(strokes_svg(strokes))
+        return
+    from matplotlib.figure import Figure
+
+    _checked_strokes(strokes)
+    figure = Figure(figsize=(SIDE / 100, SIDE / 100), layout="constrained")
+    axes = figure.subplots()
+    _strokes(axes, strokes.detach().cpu().double().numpy(), None)
+    axes.set_axis_off()
+    figure.savefig(path, dpi=100)
+
+
+def _checked_strokes(strokes: Tensor) -> list[np.ndarray]:
+    """Return the points of each stroke of something that can be drawn."""
+    if strokes.ndim != 2 or strokes.shape[1] != 3:
+        raise UserError(f"strokes of shape {tuple(strokes.shape)} can't be drawn, expected (steps, 3): dx, dy, lift")
+    if not torch.isfinite(strokes).all():
+        raise UserError("strokes that hold NaN or infinite values can't be drawn")
+    return list(rows_to_strokes(strokes.detach().cpu().double().numpy()))
 
 
 def _share_limits(grid: np.ndarray, names: list[str], panels: int) -> None:
@@ -82,8 +177,17 @@ def _spectrogram(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
     axes.tick_params(labelsize=7)
 
 
-def _heat(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
-    axes.imshow(x.T, origin="lower", aspect="auto", cmap="gray_r", interpolation="nearest")
+def _roll(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
+    """Draw time to the right and keys upward, black where one surely sounds; a piano's with the C of each octave."""
+    steps, keys = x.shape
+    lowest = LOWEST if keys == KEYS else 0
+    extent = (-0.5, steps - 0.5, lowest - 0.5, lowest + keys - 0.5)
+    axes.imshow(
+        x.T, origin="lower", aspect="auto", cmap="gray_r", interpolation="nearest", extent=extent, vmin=0, vmax=1
+    )
+    if keys == KEYS:
+        axes.set_yticks(range(24, LOWEST + KEYS, 12), [f"C{octave}" for octave in range(1, 9)])
+        axes.grid(axis="y", linewidth=0.3, alpha=0.5)
     axes.tick_params(labelsize=7)
 
 
@@ -95,9 +199,9 @@ def _image(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
 
 def _strokes(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
     """Draw (dx, dy, lift) rows: the pen leaves the paper after a row whose lift is 1, or more likely 1 than 0."""
-    path = x[:, :2].cumsum(0)
-    for stroke in np.split(path, np.flatnonzero(x[:-1, 2] > 0.5) + 1):
-        axes.plot(stroke[:, 0], stroke[:, 1], color="black", linewidth=1, marker="." if len(stroke) == 1 else None)
+    for stroke in rows_to_strokes(x):
+        dot = "." if (stroke == stroke[0]).all() else None
+        axes.plot(stroke[:, 0], stroke[:, 1], color="black", linewidth=1, marker=dot)
     axes.invert_yaxis()
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_xticks([])
@@ -107,7 +211,7 @@ def _strokes(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
 _PANELS: dict[str, list[Callable[[Axes, np.ndarray, int | None], None]]] = {
     "audio": [_waveform, _spectrogram],
     "image": [_image],
-    "roll": [_heat],
+    "roll": [_roll],
     "series": [_series],
     "strokes": [_strokes],
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -17,8 +18,9 @@ from torch import Tensor
 from vrnn_lightning import metrics
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.archives import ArchiveWriter, archive_path, replacing
-from vrnn_lightning.callbacks.pictures import draw_rows
-from vrnn_lightning.callbacks.samples import _in_rows, _write_waves
+from vrnn_lightning.callbacks.pictures import draw_rows, on_paper
+from vrnn_lightning.callbacks.samples import _in_rows, _write_drawings, _write_waves
+from vrnn_lightning.data.rolls import KEYS, write_midi
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.vrnn import Trace
@@ -103,9 +105,9 @@ class Predictions(Callback):
 
     Every archive is a flat one: ``test_values``, ``test_lengths`` and ``test_names``. Beside it lie ``test.csv`` (of
     series, and of scores: a line for each step, with mean and quantiles where there are draws) and, of the first
-    ``shown`` sequences, ``test.png`` and wav files of audio. Each of several processes writes ``test_0.npz`` and so
-    on. Archives and tables are written whole or not at all, from parts on the disk: memory does not grow with the
-    corpus.
+    ``shown`` sequences, ``test.png`` and files as the modality asks: wav of audio, svg of pen strokes, MIDI of piano
+    rolls (where mido is installed). Each of several processes writes ``test_0.npz`` and so on. Archives and tables are
+    written whole or not at all, from parts on the disk: memory does not grow with the corpus.
 
     Draws depend on ``seed`` and on a sequence's name alone: neither on the batch size nor on the number of
     processes. Those of ``sample`` depend on ``seed``, ``count`` and ``steps``.
@@ -477,7 +479,7 @@ class Predictions(Callback):
         return names if len(names) == width else [f"x{i}" for i in range(width)]
 
     def _show(self, path: Path) -> None:
-        """Draw the first sequences, and write those of audio as sound."""
+        """Draw the first sequences, and write them as the modality asks."""
         width, rate = getattr(self.data, "image_width", None), getattr(self.data, "sample_rate", None)
         loudest = getattr(self.data, "full_scale", 1.0)
         rows: dict[str, list[Tensor]] = {}
@@ -485,11 +487,20 @@ class Predictions(Callback):
             for name, x in piece.rows.items():
                 x = x if self._modality == "series" else x.nan_to_num(0.0)  # what is missing is silent, or blank
                 rows.setdefault(name, []).append(_in_rows(x / loudest, width))
+        if self._modality == "strokes" and getattr(self.data, "pen_starts_down", False):
+            rows = {name: [on_paper(x) for x in sequences] for name, sequences in rows.items()}
         figure = draw_rows(rows, self._modality, rate)
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=100)
         if self._modality == "audio" and rate:
             _write_waves(rows, path.parent, path.stem, int(rate))
+        if self._modality == "strokes":
+            _write_drawings(rows, path.parent, path.stem)
+        if self._modality == "roll" and importlib.util.find_spec("mido") is not None:
+            for name, sequences in rows.items():
+                for i, x in enumerate(x for x in sequences if x.shape[1] == KEYS):
+                    resolution = int(getattr(self.data, "resolution", 4))
+                    write_midi(path.with_name(f"{path.stem}_{name}_{i}.mid"), x.cpu().numpy(), resolution)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.callbacks.pictures import draw_rows
+from vrnn_lightning.callbacks.pictures import draw_rows, on_paper, strokes_svg
+from vrnn_lightning.data.rolls import KEYS, write_midi
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 
@@ -24,7 +27,8 @@ class Samples(Callback):
     """Shows what the model makes of validation sequences, in ``samples/`` of the run's folder.
 
     After a validation it writes one picture with a row each of real sequences, of their reconstructions (the
-    emission's mean with the latents inferred) and of sequences drawn from the model; for audio wav files as well.
+    emission's mean with the latents inferred) and of sequences drawn from the model; for audio wav files as well, for
+    pen strokes svg files, for piano rolls MIDI files where mido is installed (``pip install 'vrnn-lightning[music]'``).
     Loggers that can show pictures or play audio get the same.
 
     The draws have a random stream of their own: training is the same with and without this callback.
@@ -48,6 +52,7 @@ class Samples(Callback):
         self.max_steps = max_steps
         self.validations = 0
         self._batch: SequenceBatch | None = None
+        self._said = False
 
     def state_dict(self) -> dict[str, int]:
         """Return how many validations there were."""
@@ -88,13 +93,31 @@ class Samples(Callback):
         modality, rate = getattr(data, "modality", "series"), getattr(data, "sample_rate", None)
         loudest = getattr(data, "full_scale", 1.0)
         rows = {name: [_in_rows(x / loudest, width) for x in sequences] for name, sequences in found.items()}
+        if modality == "strokes" and getattr(data, "pen_starts_down", False):
+            rows = {name: [on_paper(x) for x in sequences] for name, sequences in rows.items()}
         figure = draw_rows(rows, modality, rate)
         folder.mkdir(parents=True, exist_ok=True)
         name = f"step_{trainer.global_step:07d}"
         figure.savefig(folder / f"{name}.png", dpi=100)
+        if modality == "strokes":
+            _write_drawings(rows, folder, name)
         waves = _write_waves(rows, folder, name, int(rate)) if modality == "audio" and rate else {}
+        if modality == "roll":
+            self._write_midi(rows, folder, name, int(getattr(data, "resolution", 4)))
         for logger in trainer.loggers:
             _log_media(logger, figure, folder / f"{name}.png", waves, trainer.global_step)
+
+    def _write_midi(self, rows: dict[str, list[Tensor]], folder: Path, name: str, resolution: int) -> None:
+        """Write each roll as a MIDI file of what sounds more likely than not; say once where that can't be done."""
+        if importlib.util.find_spec("mido") is None:
+            if not self._said:
+                rank_zero_warn("samples are written as pictures alone; for MIDI pip install 'vrnn-lightning[music]'")
+            self._said = True
+            return
+        for row, sequences in rows.items():
+            for i, x in enumerate(sequences):
+                if x.shape[1] == KEYS:
+                    write_midi(folder / f"{name}_{row}_{i}.mid", x.detach().cpu().numpy(), resolution)
 
     def _rows(self, pl_module: VRNNLightningModule, batch: SequenceBatch, width: int | None) -> dict[str, list[Tensor]]:
         """Return the rows of the picture, in data units."""
@@ -135,6 +158,14 @@ def _write_waves(rows: dict[str, list[Tensor]], folder: Path, name: str, rate: i
             soundfile.write(path, x.flatten().clamp(-1, 1).float().cpu().numpy(), rate)
             written.setdefault(row, []).append(path)
     return written
+
+
+def _write_drawings(rows: dict[str, list[Tensor]], folder: Path, name: str) -> None:
+    """Write each sequence of strokes as an svg file; a model that has lost its numbers draws none."""
+    for row, sequences in rows.items():
+        for i, x in enumerate(sequences):
+            if torch.isfinite(x).all():
+                (folder / f"{name}_{row}_{i}.svg").write_text(strokes_svg(x))
 
 
 def _log_media(logger: Any, figure: Figure, picture: Path, waves: dict[str, list[Path]], step: int) -> None:

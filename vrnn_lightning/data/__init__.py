@@ -1,11 +1,16 @@
 """Data for the model: sequences, flat archives, tables, batches, and the base class of datamodules."""
 
-from vrnn_lightning.data.archives import ArchiveSplit, read_archive
+from vrnn_lightning.data.archives import ArchiveSplit, archive_holds, read_archive
 from vrnn_lightning.data.bad import BadFiles
 from vrnn_lightning.data.columns import TABLE_SUFFIXES, Columns, read_columns
 from vrnn_lightning.data.datamodule import SequenceDataModule
+from vrnn_lightning.data.downloads import fetch
+from vrnn_lightning.data.drawn import DrawnSplits
+from vrnn_lightning.data.ink import files_below, quickdraw_lines, read_iam, read_inkml, read_quickdraw, read_sketch_rnn
 from vrnn_lightning.data.loading import BatchSampler, SequenceLoader, Window
+from vrnn_lightning.data.progress import tracked
 from vrnn_lightning.data.sequences import ChangingSequences, Modality, Scaler, Sequences, Split, WindowedSequences
+from vrnn_lightning.data.strokes import rows_to_strokes, smooth_rows, strokes_to_rows
 from vrnn_lightning.data.unpickling import UnsafePickleError, unpickle
 
 __all__ = [
@@ -15,6 +20,7 @@ __all__ = [
     "BatchSampler",
     "ChangingSequences",
     "Columns",
+    "DrawnSplits",
     "Modality",
     "Scaler",
     "SequenceDataModule",
@@ -24,7 +30,19 @@ __all__ = [
     "UnsafePickleError",
     "Window",
     "WindowedSequences",
+    "archive_holds",
+    "fetch",
+    "files_below",
+    "quickdraw_lines",
     "read_archive",
     "read_columns",
+    "read_iam",
+    "read_inkml",
+    "read_quickdraw",
+    "read_sketch_rnn",
+    "rows_to_strokes",
+    "smooth_rows",
+    "strokes_to_rows",
+    "tracked",
     "unpickle",
 ]

@@ -43,12 +43,13 @@ class BadFiles:
                 raise
             self.problems.append(str(error))
 
-    def report(self, total: int, where: object) -> None:
+    def report(self, total: int, where: object, noun: str = "files") -> None:
         """Warn of what was skipped, if anything was.
 
         Args:
             total: How many files there are, the skipped ones included.
             where: What they are files of: the folder.
+            noun: What to call them.
 
         Raises:
             UserError: Nothing is left.
@@ -58,7 +59,7 @@ class BadFiles:
         listed = "; ".join(self.problems[:SHOWN])
         more = "; ..." if len(self.problems) > SHOWN else ""
         if len(self.problems) >= total:
-            raise UserError(f"{where}: none of {total} files can be used: {listed}{more}")
+            raise UserError(f"{where}: none of {total} {noun} can be used: {listed}{more}")
         rank_zero_warn(
-            f"{where}: {len(self.problems)} of {total} files are skipped (--data.skip_bad true): {listed}{more}"
+            f"{where}: {len(self.problems)} of {total} {noun} are skipped (--data.skip_bad true): {listed}{more}"
         )

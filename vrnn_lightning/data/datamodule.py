@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from itertools import chain
 from pathlib import PurePath
@@ -18,7 +19,7 @@ from vrnn_lightning.errors import UserError
 
 __all__ = ["SequenceDataModule"]
 
-PIECE = 4096
+PIECE = 1024
 """Steps of a sequence that are in memory at once while moments are taken."""
 
 
@@ -66,8 +67,9 @@ class SequenceDataModule(LightningDataModule):
             ("num_workers", num_workers, 0),
             ("window", window, 1),
         ):
-            if value is not None and value < least:
-                raise UserError(f"--data.{option} {value}: must be at least {least}")
+            if value is not None and not least <= value < 2**31:
+                bound = f"at least {least}" if value < least else "below 2^31"
+                raise UserError(f"--data.{option} {value}: must be {bound}")
         if not 0 <= seed < 2**60:
             raise UserError(f"--data.seed {seed}: must lie between 0 and 2^60")
         self.save_hyperparameters(logger=False)
@@ -147,21 +149,32 @@ class SequenceDataModule(LightningDataModule):
         varies = std > 1e-12 * mean.abs()  # what is below is rounding: a constant feature is only centred
         return Scaler(mean, torch.where(varies, std, 1.0))
 
+    def fitted_on(self) -> tuple[Sequences, Iterable[int]]:
+        """Return what means and stds are taken over, and the steps of each: the training split, unless overridden."""
+        return self.split("train"), self.lengths("train")
+
     def _moments(self, scaler: Scaler | None) -> tuple[Tensor, Tensor]:
         """Return mean and std of the training split, in one pass that large means do not harm (Chan et al. 1983)."""
         shared = scaler is None and self.scaling == "scalar"
         count = torch.zeros(1 if shared else self.num_features, dtype=torch.float64)
         mean, deviation = torch.zeros_like(count), torch.zeros_like(count)
-        reader = ScaledSequences(self.split("train"), scaler or Scaler(), self.num_features)
-        pieces = (reader.pieces(i, steps, PIECE) for i, steps in enumerate(self.lengths("train")))
+        sequences, lengths = self.fitted_on()
+        reader = ScaledSequences(sequences, scaler or Scaler(), self.num_features)
+        pieces = (reader.pieces(i, steps, PIECE) for i, steps in enumerate(lengths))
         for piece in chain.from_iterable(pieces):
-            x, real = piece.x[0], piece.counted[0].to(piece.x)
-            x, real = (x.reshape(-1, 1), real.reshape(-1, 1)) if shared else (x, real)
-            here = real.sum(0)
-            center = (x * real).sum(0) / here.clamp(min=1)
+            x = piece.x[0].reshape(-1, 1) if shared else piece.x[0]
+            if piece.observed is None:
+                here = torch.full_like(count, len(x))
+                center = x.mean(0)
+                around = (x - center).square_().sum(0)
+            else:
+                real = piece.observed[0].to(x).reshape(x.shape)
+                here = real.sum(0)
+                center = (x * real).sum(0) / here.clamp(min=1)
+                around = ((x - center).square() * real).sum(0)
             total = (count + here).clamp(min=1)
             shift = center - mean
-            deviation += ((x - center).square() * real).sum(0) + shift.square() * count * here / total
+            deviation += around + shift.square() * count * here / total
             mean += shift * here / total
             count += here
         std = (deviation / count.clamp(min=1)).sqrt()

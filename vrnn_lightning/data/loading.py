@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
@@ -94,11 +95,16 @@ class BatchSampler(DistributedSampler[list[int] | list[Window]]):
         super().__init__(range(len(lengths)), num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]  # a range is sized
         self.lengths = torch.as_tensor(lengths)
         self.kept = self.lengths.nonzero().flatten()  # a sequence of no steps counts nowhere
-        self.batch_size = batch_size
-        self.global_batch = batch_size * num_replicas
         self.window = window
         self.pieces = self.lengths.sign() if window is None else -(-self.lengths // window)  # of each sequence
-        self.start = 0
+        self.batch_size = batch_size
+        self.global_batch = batch_size * num_replicas
+        self.skipped: tuple[int | None, int] = (None, 0)  # an epoch (or any), and how many of its first batches
+
+    @property
+    def cut(self) -> list[int]:
+        """What decides which sequences and steps share a batch, but for the epoch."""
+        return [self.seed, self.global_batch, self.window or 0, len(self.kept), int(self.lengths.sum())]
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -107,8 +113,9 @@ class BatchSampler(DistributedSampler[list[int] | list[Window]]):
         return -(-int(self.pieces.sum()) // self.global_batch)
 
     def __iter__(self) -> Iterator[list[int] | list[Window]]:
-        """Yield this process's batches, from ``start`` (which only the first pass heeds)."""
-        start, self.start = self.start, 0
+        """Yield this process's batches, in the first pass without those that are ``skipped`` in its epoch."""
+        (epoch, start), self.skipped = self.skipped, (None, 0)
+        start = start if epoch in (None, self.epoch) else 0
         if self.window is not None and self.shuffle:
             yield from self._streams(self.window, start)
             return
@@ -220,10 +227,12 @@ class ScaledSequences(Dataset[SequenceBatch]):
         """Return sequences padded and in scaled units, in float64: a large offset is gone before precision is."""
         batch = pad([self._read(item) for item in items], torch.float64)
         counted = batch.counted
-        self._refuse(batch, ~torch.isfinite(batch.x) & counted, "values")
-        if batch.inputs is not None and self.num_inputs:
-            self._refuse(batch, ~torch.isfinite(batch.inputs), "inputs")
+        self._refuse(batch, ~torch.isfinite(batch.x) & counted, "NaN or infinite values")
         batch.x = self.scaler.scale(batch.x).masked_fill(~counted, 0.0)
+        self._refuse(batch, ~torch.isfinite(batch.x.float()), "values too large for float32")
+        if batch.inputs is not None and self.num_inputs:
+            self._refuse(batch, ~torch.isfinite(batch.inputs), "NaN or infinite inputs")
+            self._refuse(batch, ~torch.isfinite(batch.inputs.float()), "inputs too large for float32")
         return batch
 
     @staticmethod
@@ -231,7 +240,7 @@ class ScaledSequences(Dataset[SequenceBatch]):
         if wrong.any():
             assert batch.names is not None
             name = batch.names[int(wrong.flatten(1).any(1).nonzero()[0])]
-            raise UserError(f"{name}: holds NaN or infinite {what}; remove it or mend it")
+            raise UserError(f"{name}: holds {what}; remove it or mend it")
 
     def _read(self, item: int | Window) -> Sequence:
         """Return one sequence in data units."""
@@ -337,7 +346,8 @@ class SequenceLoader:
 
     def __iter__(self) -> Iterator[SequenceBatch]:
         """Yield the epoch's batches and count them."""
-        self.batches_read = self.sampler.start
+        epoch, start = self.sampler.skipped
+        self.batches_read = start if epoch in (None, self.sampler.epoch) else 0
         try:
             for batch in self._loader:
                 self.batches_read += 1
@@ -346,10 +356,15 @@ class SequenceLoader:
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
         self.batches_read = 0
 
-    def state_dict(self) -> dict[str, int]:
-        """Return how many batches of the epoch were read."""
-        return {"batches_read": self.batches_read}
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many batches of the epoch were read, of which, and how it was cut into batches."""
+        read = self.batches_read % max(1, len(self))
+        return {"batches_read": read, "epoch": self.sampler.epoch, "cut": self.sampler.cut}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Skip the batches that were read before the checkpoint."""
-        self.sampler.start = state["batches_read"] % max(1, len(self))
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Skip the batches that were read before the checkpoint, should the rest of that epoch be read."""
+        start = state["batches_read"]
+        if start and state.get("cut", self.sampler.cut) != self.sampler.cut:
+            rank_zero_warn("the epoch begins anew: its batches were cut otherwise when the checkpoint was written")
+            start = 0
+        self.sampler.skipped = (state.get("epoch"), start)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import pickle
-from typing import TYPE_CHECKING, Any, BinaryIO
+import struct
+from collections.abc import Callable
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 import numpy as np
 
@@ -12,6 +15,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["UnsafePickleError", "unpickle"]
+
+
+DAMAGE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+"""What Python's unpickler raises on bytes that are no pickle."""
 
 
 class UnsafePickleError(pickle.UnpicklingError):
@@ -32,11 +49,10 @@ def unpickle(file: BinaryIO) -> Any:
         pickle.UnpicklingError: It is no pickle, is damaged, or an array in it does not add up.
     """
     try:
-        return _plain(_PlainUnpickler(file, encoding="latin1").load())
+        return _plain(_PlainUnpickler(BytesIO(file.read()), encoding="latin1").load())
     except pickle.UnpicklingError:
         raise
-    except (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError) as error:
-        # what Python's unpickler raises on bytes that are no pickle
+    except DAMAGE as error:
         raise pickle.UnpicklingError(f"no pickle, or a damaged one ({error})") from None
     except RecursionError:
         raise pickle.UnpicklingError("nested too deeply") from None
@@ -82,7 +98,8 @@ class _Array:
             if not isinstance(raw, bytes) or len(raw) != size * kind.dtype.itemsize:
                 raise pickle.UnpicklingError(f"an array of shape {tuple(shape)} whose bytes do not add up")
             flat = np.frombuffer(raw, dtype=kind.dtype).copy()
-        result: NDArray[Any] = flat.reshape(shape, order="F" if fortran else "C")
+        rows_first = kind.dtype.kind == "O" or not fortran  # numpy lists objects by rows, however they lie in memory
+        result: NDArray[Any] = flat.reshape(shape, order="C" if rows_first else "F")
         return result
 
     @classmethod
@@ -127,7 +144,12 @@ for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
     STAND_INS[_module.replace("multiarray", "numeric"), "_frombuffer"] = _Array.of_buffer
 
 
-class _PlainUnpickler(pickle.Unpickler):
+class _PlainUnpickler(pickle._Unpickler):
+    """Reads in Python: the one in C takes gigabytes where a damaged byte gives a memo a large number."""
+
+    read: Callable[[int], bytes]
+    append: Callable[[Any], None]
+
     def find_class(self, module: str, name: str, /) -> Any:
         try:
             return STAND_INS[module, name]
@@ -136,6 +158,19 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any, /) -> Any:
         raise UnsafePickleError("it refers to something outside the file")
+
+    def load_bytearray8(self) -> None:
+        """Read what is there before making room for what is said to be there."""
+        (size,) = struct.unpack("<Q", self.read(8))
+        content = self.read(size)
+        if len(content) < size:
+            raise pickle.UnpicklingError("truncated")
+        self.append(bytearray(content))
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {  # type: ignore[misc]  # a class variable there too
+        **pickle._Unpickler.dispatch,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+    }
 
 
 def _plain(value: Any) -> Any:

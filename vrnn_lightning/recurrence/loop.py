@@ -131,6 +131,7 @@ def latent_features(
     return z, features(tape, z, model.phi_z, mask)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # whoever compiles the model: the loop has its own gradient
 def unroll(
     model: Networks,
     reads: Reads,
@@ -172,8 +173,6 @@ def unroll(
     if masks is not None:
         hidden = tape.track(hs[-1].width, tape.wide)
         tape.add(Scale(hs[-1], dropped(masks.h[:, -1]), hidden))
-    read = own[-1] if masks is None else tape.cast(hidden, tape.narrow)
-
     # prior and encoder read the same h_{t-1}: one product serves both
     residual = model.residual_posterior and isinstance(model.prior, Network)
     readers = [
@@ -208,6 +207,7 @@ def unroll(
     for layer, h in zip(laid, own, strict=True):
         tape.add(Product(h, tape.weight(layer.weight_h.t()), layer.from_h))
     if weights:
+        read = own[-1] if masks is None else tape.cast(hidden, tape.narrow)
         tape.add(Product(read, tape.weight(torch.cat(weights).t()), front))
 
     outputs = [hidden]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -357,7 +358,7 @@ class Sample(Operation):
         self.mean, self.spread = raw.columns(0, latent), raw.columns(latent, 2 * latent)
         self.prior_mean = None if prior is None else prior.columns(0, latent)
         self.std = torch.empty_like(z.at[0])
-        self.least = torch.tensor(floor).to(self.std)  # to add a tensor takes less time than to add a number
+        self.least = self.std.new_tensor(floor)  # to add a tensor takes less time than to add a number
 
     def forward(self, t: int) -> None:
         """Draw."""
@@ -495,6 +496,7 @@ class Tape:
 
     def __init__(self, steps: int, rows: int, like: Tensor) -> None:
         self.steps, self.rows = steps, rows
+        self.lock = Lock()
         self.device, self.wide = like.device, like.dtype
         kind = like.device.type
         self.narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
@@ -629,7 +631,26 @@ class Tape:
                 found.release()
 
     def walk_back(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return the gradient of every tensor that was registered."""
+        """Return the gradient of every tensor that was registered.
+
+        The graph, which may live on, holds this tape: whatever happens, it is as before afterwards.
+        """
+        way = self.operations[::-1]
+        before = [vars(operation).copy() for operation in way]
+        try:
+            return self._walked_back(way, grads)
+        finally:
+            for operation, attributes in zip(way, before, strict=True):
+                vars(operation).clear()
+                vars(operation).update(attributes)
+            for weight in self._found:
+                if isinstance(weight, Weight):
+                    weight.grad = None
+            for track in self._tracks:
+                track.forget_grad()
+            self._release_values()
+
+    def _walked_back(self, way: list[Operation], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         for track, grad in zip(self._outputs, grads, strict=False):
             track.fill_grad(grad)
         for state, grad in zip(self.states, grads[len(self._outputs) :], strict=True):
@@ -637,8 +658,6 @@ class Tape:
                 state.fill_grad(None)
             if grad is not None:
                 state.grad.index_put_(self._last, grad.to(state.grad), accumulate=True)
-        way = self.operations[::-1]
-        before = [vars(operation).copy() for operation in way]
         for operation in way:
             operation.plan()
         backwards, prepares = _methods(way, "backward"), _methods(way, "prepare")
@@ -654,14 +673,7 @@ class Tape:
                     backward(t)
         for operation in way:
             operation.finish()
-        found = [_collect(each) for each in self._found]
-        for operation, attributes in zip(way, before, strict=True):  # the graph, which may live on, holds this tape
-            vars(operation).clear()
-            vars(operation).update(attributes)
-        for track in self._tracks:
-            track.forget_grad()
-        self._release_values()
-        return found
+        return [_collect(each) for each in self._found]
 
     def _scatter(self, t: int, source: Tensor) -> None:
         """Bring the gradients of the rows that went on back to where they came from."""
@@ -700,5 +712,7 @@ class _Loop(torch.autograd.Function):
                 "the fast time loop has no second derivative (create_graph=True): "
                 "use vrnn_lightning.recurrence.textbook for it"
             )
-        ctx.tape.restore(ctx.saved_tensors)
-        return None, None, *ctx.tape.walk_back(grads)
+        # one graph may be walked back by several threads, and within another autocast than it was laid in
+        with ctx.tape.lock, torch.autocast(ctx.tape.device.type, enabled=False):
+            ctx.tape.restore(ctx.saved_tensors)
+            return None, None, *ctx.tape.walk_back(grads)

@@ -1,0 +1,164 @@
+"""Any real-valued sequences: a flat archive of however many features per step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+
+from vrnn_lightning.data import (
+    ArchiveSplit,
+    DrawnSplits,
+    Modality,
+    SequenceDataModule,
+    Split,
+    archive_holds,
+    read_archive,
+)
+from vrnn_lightning.errors import UserError
+
+__all__ = ["Archive"]
+
+STILL = 1e-9
+"""Range of a column, next to the widest, below which it holds nothing but what rounding left."""
+
+
+class Archive(SequenceDataModule):
+    r"""A flat archive of real-valued sequences: joint angles, cepstra, pen velocities, and whatever else.
+
+    Splits are the archive's own. Where it has no ``valid``, or no ``test``, some of the training sequences are drawn
+    for it; which ones travels in the checkpoint. Each feature is scaled by its own mean and standard deviation, taken
+    over the training split.
+
+    Args:
+        root: The ``.npz`` file: ``{split}_values`` (total steps, features) and ``{split}_lengths`` (sequences,) for the
+            splits train, valid and test. It may lie elsewhere when a checkpoint is used again.
+        features: Columns of the archive, the width of ``train_values``.
+        exclude: Columns to leave out, counted from 0. A column that never changes has no density,
+            and a warning names it.
+        val: Fraction of the training sequences for validation, where the archive has no ``valid``; at least one.
+        test: Fraction of them for the test, where it has no ``test``; at least one unless it is 0.
+        batch_size: Sequences per batch and process.
+        num_workers: Processes that read ahead; 0 reads in the main process.
+        seed: Seed of splits that are drawn and of the order of the training batches.
+        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+
+    Raises:
+        UserError: An option outside its range. From ``setup`` on: the file is missing, no such archive or of another
+            width, or holds values that are no finite numbers.
+
+    >>> Archive("vowels.npz", features=12, exclude=[0]).num_features
+    11
+    """
+
+    modality: ClassVar[Modality] = "series"
+    scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "per_feature"
+
+    def __init__(
+        self,
+        root: str,
+        features: int,
+        exclude: list[int] | None = None,
+        val: float = 0.1,
+        test: float = 0.1,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        window: int | None = None,
+    ) -> None:
+        if features < 1:
+            raise UserError(f"--data.features {features}: must be at least 1")
+        out = _columns(exclude or [], features)
+        super().__init__(features - len(out), batch_size, num_workers, seed, window)
+        self.root = Path(root).expanduser()
+        self.features = features
+        self.kept = [column for column in range(features) if column not in out]
+        self._parts: dict[Split, float] = {"val": val, "test": test}
+        DrawnSplits(val, test, seed)  # refuses fractions early
+
+    def setup(self, stage: str) -> None:
+        """Find the sequences of a stage early, so that what is wrong with them is said before training starts."""
+        if stage == "fit" or not self._is_drawn:
+            super().setup(stage)
+        else:
+            self._sizes  # noqa: B018  # the splits may be a checkpoint's, which is loaded after setup
+
+    def sequences(self, split: Split) -> ArchiveSplit:
+        """Return the sequences of a split, each of shape (steps, features)."""
+        if not self._is_drawn or split in self._held:
+            return self._train if split == "train" else self._read(split)
+        names = self._draw.names(split, self._sizes, self.root)
+        places = {name: place for place, name in enumerate(self._sizes)}
+        return self._train.take(np.array([places[name] for name in names], dtype=np.int64))
+
+    def lengths(self, split: Split) -> list[int]:
+        """Return the steps of each sequence of a split."""
+        found = self.split(split)
+        assert isinstance(found, ArchiveSplit)
+        return found.lengths
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scaler and, where splits are drawn, what is in which."""
+        return super().state_dict() | (self._draw.state_dict(self._sizes) if self._is_drawn else {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the checkpoint's scaler and splits."""
+        super().load_state_dict(state_dict)
+        if "members" in state_dict:
+            self._draw.load_state_dict(state_dict)
+            self._splits.clear()  # those that setup found were drawn anew
+
+    @cached_property
+    def _held(self) -> set[Split]:
+        """The splits, but for training, that the archive has."""
+        splits: tuple[Split, ...] = ("val", "test")
+        return {split for split in splits if archive_holds(self.root, split)}
+
+    @property
+    def _is_drawn(self) -> bool:
+        return len(self._held) < 2
+
+    @cached_property
+    def _draw(self) -> DrawnSplits:
+        val, test = (0.0 if split in self._held else part for split, part in self._parts.items())
+        return DrawnSplits(val, test, self.seed)
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """The archive's training sequences by name, with their steps."""
+        return {self._train.name(i): steps for i, steps in enumerate(self._train.lengths)}
+
+    @cached_property
+    def _train(self) -> ArchiveSplit:
+        """The archive's training sequences, those that are drawn for other splits included."""
+        found = self._read("train")
+        spread = np.ptp(found.values.astype(np.float64), axis=0) if len(found.values) else np.ones(self.num_features)
+        left = [self.kept[i] for i in np.flatnonzero(spread <= STILL * spread.max())]
+        if left:
+            out = sorted({*range(self.features)} - {*self.kept} | {*left})
+            rank_zero_warn(
+                f"{self.root}: columns {', '.join(map(str, left))} hardly change in training, so that their density "
+                f"has no upper bound; leave them out: --data.exclude '{out}'"
+            )
+        return found
+
+    def _read(self, split: Split) -> ArchiveSplit:
+        """Return a split as the archive has it, without the excluded columns."""
+        cure = f"; give its width as --data.features, which is {self.features}"
+        found = read_archive(self.root, split, self.features, cure=cure)
+        return replace(found, values=found.values[:, self.kept])
+
+
+def _columns(exclude: SequenceOf[int], features: int) -> set[int]:
+    """Return checked columns."""
+    for column in exclude:
+        if not 0 <= column < features:
+            raise UserError(f"--data.exclude {column}: columns are counted from 0 to {features - 1}")
+    if len(set(exclude)) == features:
+        raise UserError(f"--data.exclude {list(exclude)}: leaves no column of {features}")
+    return set(exclude)

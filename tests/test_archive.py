@@ -1,0 +1,144 @@
+"""Real-valued sequences of any width from a flat archive."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.archive import Archive
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.testing import CHECKS
+
+SIZES = {"train": 20, "valid": 4, "test": 5}
+WIDTH = 4
+SPLITS = ("train", "val", "test")
+
+
+def write(path: Path, *splits: str, still: int | None = None) -> Path:
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split in splits:
+        lengths = generator.integers(1, 9, SIZES[split])
+        values = generator.normal([0, 5, -100, 1e4], [1, 2, 0.01, 30], (lengths.sum(), WIDTH))
+        if still is not None:
+            values[:, still] = 7
+        arrays |= {f"{split}_values": values.astype(np.float32), f"{split}_lengths": lengths}
+    np.savez(path, **arrays, columns=np.array(["a", "b", "c", "d"]))
+    return path
+
+
+@pytest.fixture
+def archive(tmp_path) -> Path:
+    return write(tmp_path / "whole.npz", *SIZES)
+
+
+def named(data: Archive, split: str) -> list[str]:
+    sequences = data.split(split)
+    return [sequences[i].name for i in range(len(sequences))]
+
+
+@pytest.mark.parametrize("splits", [("train", "valid", "test"), ("train",)], ids="-".join)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_contract(check, splits, tmp_path):
+    path = write(tmp_path / "a.npz", *splits)
+    check(lambda **options: Archive(str(path), WIDTH, exclude=[1], **options))
+
+
+def test_construction_opens_no_file():
+    assert Archive("nowhere.npz", features=62).num_features == 62
+    assert Archive("nowhere.npz", features=62, exclude=[3, 61]).num_features == 60
+    with pytest.raises(UserError, match=r"--data.root nowhere.npz: no such file"):
+        Archive("nowhere.npz", features=62).setup("fit")
+
+
+def test_columns_that_are_left_out(archive):
+    with np.load(archive) as arrays:
+        kept = arrays["train_values"][:, [1, 3]]
+    data = Archive(str(archive), WIDTH, exclude=[2, 0])
+    np.testing.assert_array_equal(np.concatenate([s.x for s in data.split("train")]), kept)
+    np.testing.assert_allclose(data.scaler.mean, kept.mean(0, dtype=np.float64))
+    np.testing.assert_allclose(data.scaler.std, kept.std(0, dtype=np.float64))
+
+
+def test_splits_of_its_own(archive):
+    data = Archive(str(archive), WIDTH)
+    for split, word in zip(SPLITS, SIZES, strict=True):
+        assert named(data, split) == [f"{word} {i}" for i in range(SIZES[word])]
+    assert set(data.state_dict()) == {"mean", "std"}
+
+
+@pytest.mark.parametrize("test", [True, False])
+def test_splits_that_are_drawn_from_training(test, tmp_path):
+    path = write(tmp_path / "a.npz", "train", *["test"] * test)
+    data = Archive(str(path), WIDTH, val=0.2, test=0.3)
+    drawn = {split: named(data, split) for split in SPLITS}
+    assert len(drawn["val"]) == 4
+    assert drawn["test"] == [f"test {i}" for i in range(5)] if test else len(drawn["test"]) == 6
+    mine = [name for names in drawn.values() for name in names if name.startswith("train")]
+    assert sorted(mine) == sorted(f"train {i}" for i in range(20))
+    assert named(Archive(str(path), WIDTH, val=0.2, test=0.3, seed=1), "val") != drawn["val"]
+    other = Archive(str(path), WIDTH, val=0.2, test=0.3, seed=1)
+    other.setup("test")
+    other.load_state_dict(data.state_dict())
+    assert {split: named(other, split) for split in SPLITS} == drawn
+    x = np.concatenate([s.x.numpy() for s in data.split("train")]).astype(np.float64)
+    np.testing.assert_allclose(data.scaler.mean, x.mean(0))
+
+
+def test_columns_that_never_change_are_named(tmp_path):
+    path = write(tmp_path / "a.npz", *SIZES, still=2)
+    message = "columns 2 hardly change in training, so that .*; leave them out: --data.exclude '\\[0, 2\\]'"
+    with pytest.warns(UserWarning, match=message):
+        Archive(str(path), WIDTH, exclude=[0]).setup("fit")
+    Archive(str(path), WIDTH, exclude=[0, 2]).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"features": 0}, "--data.features 0: must be at least 1"),
+        ({"features": 3, "exclude": [3]}, "--data.exclude 3: columns are counted from 0 to 2"),
+        ({"features": 3, "exclude": [-1]}, "--data.exclude -1: columns are counted from 0 to 2"),
+        ({"features": 2, "exclude": [0, 1, 0]}, "--data.exclude [0, 1, 0]: leaves no column of 2"),
+        ({"features": 2, "val": 1}, "--data.val 1: a fraction must be at least 0 and below 1"),
+        ({"features": 2, "val": 0.5, "test": 0.6}, "--data.val 0.5 and --data.test 0.6: add up to 1 or more"),
+    ],
+)
+def test_options_outside_their_range(options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        Archive("nowhere.npz", **options)
+
+
+def test_another_width(archive):
+    message = r"train_values has shape \(\d+, 4\), expected \(total steps, 3\); give its width as --data.features"
+    with pytest.raises(UserError, match=message):
+        Archive(str(archive), 3).setup("fit")
+
+
+def test_no_training_split(tmp_path):
+    with pytest.raises(UserError, match="has no array train_values"):
+        Archive(str(write(tmp_path / "a.npz", "valid", "test")), WIDTH).setup("fit")
+
+
+@pytest.mark.skipif("VRNN_DATA" not in os.environ, reason="VRNN_DATA names no folder with series")
+@pytest.mark.parametrize(
+    ("file", "features", "exclude", "sizes"),
+    [
+        ("handwriting_chartraj/chartraj.npz", 3, [], [1286, 143, 1429]),
+        ("timeseries_mocap/cmu_mocap_30hz.npz", 62, [24, 25, 36, 37, 33, 45], [22, 2, 4]),
+        ("timeseries_japanese_vowels/japanese_vowels.npz", 12, [], [243, 27, 370]),
+    ],
+)
+def test_real_series(file, features, exclude, sizes):
+    data = Archive(str(Path(os.environ["VRNN_DATA"]) / file), features, exclude)
+    data.setup("fit")
+    assert [len(data.split(split)) for split in SPLITS] == sizes
+    batch = next(iter(data.train_dataloader()))
+    assert batch.x.shape[2] == features - len(exclude)
+    x = torch.cat([data.scaler.scale(s.x.double()) for s in data.split("train")])
+    torch.testing.assert_close(x.std(0, correction=0), torch.ones(x.shape[1], dtype=torch.float64))

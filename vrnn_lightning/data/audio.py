@@ -1,0 +1,257 @@
+"""Audio files: what their headers say, whether they hold what these promise, and any part of their samples."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from vrnn_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from soundfile import SoundFile
+
+__all__ = [
+    "AUDIO_SUFFIXES",
+    "AudioHeader",
+    "check_samples",
+    "opened",
+    "read_header",
+    "read_samples",
+    "resampled",
+    "seekable",
+]
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".sph")
+
+SEEKABLE = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}
+"""Encodings, flac's among them, of which libsndfile reads a part exactly as in the whole file."""
+UNKNOWN_LENGTH = 2**62  # what libsndfile reports for a stream whose header leaves the length open
+STREAMED = 0x7FFFF000  # from here on, what programs that write into a pipe call the size of what is to come
+SPHERE_HEADER = 1024
+LAST_PAGE = 2**16 + 512  # an ogg page is never longer
+BLOCK = 2**20
+"""Samples per channel that are in memory at once while a file is read to its end."""
+
+
+@dataclass(frozen=True)
+class AudioHeader:
+    """What a file says of itself.
+
+    Args:
+        samples: Samples per channel.
+        rate: Hz.
+        channels: Channels.
+    """
+
+    samples: int
+    rate: int
+    channels: int
+
+
+def read_header(path: Path) -> AudioHeader:
+    """Read what a file says of itself, and see whether as many bytes are there.
+
+    A wav or SPHERE file that is shorter than its header says, an ogg file without its last page and a flac file whose
+    last sample can't be found break off. Damage in the middle shows only when samples are read.
+
+    Raises:
+        UserError: It can't be read as audio, is empty, breaks off, or does not tell its length.
+    """
+    import soundfile
+
+    try:
+        with path.open("rb") as file:
+            reason = _broken(file)
+    except OSError as error:
+        raise _unreadable(path, error.strerror or "it cannot be opened") from None
+    if reason:
+        raise _unreadable(path, reason)
+    with opened(path) as sound:
+        header = AudioHeader(sound.frames, sound.samplerate, sound.channels)
+        if header.samples == 0:
+            raise UserError(f"{path}: holds no samples; remove it")
+        if header.samples >= UNKNOWN_LENGTH:
+            raise _unreadable(path, "its header does not tell its length")
+        if sound.subtype.startswith("MPEG"):
+            raise _unreadable(path, "it is MP3")
+        if sound.format == "FLAC":
+            try:
+                sound.seek(header.samples - 1)
+                there = len(sound.read(1))
+            except soundfile.LibsndfileError:
+                there = 0
+            if not there:
+                raise _unreadable(path, "it breaks off")
+    return header
+
+
+def check_samples(path: Path) -> None:
+    """Read a file to its end, in little memory.
+
+    Raises:
+        UserError: It is damaged, or holds NaN or infinite samples.
+    """
+    with opened(path) as file:
+        left = file.frames
+        while left:
+            samples = file.read(min(BLOCK, left), dtype="float32", always_2d=True)
+            if len(samples) == 0:
+                raise _unreadable(path, "it breaks off")
+            _refuse_infinite(path, samples)
+            left -= len(samples)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[SoundFile]:
+    """Open a file for :func:`read_samples`.
+
+    Raises:
+        UserError: It can't be read as audio, or what the block reads of it is damaged.
+    """
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(path) as file:
+            yield file
+    except soundfile.LibsndfileError as error:
+        raise _unreadable(path, error.error_string) from None
+    except UnicodeEncodeError:
+        raise _unreadable(path, "its name is not UTF-8") from None
+
+
+def seekable(file: SoundFile) -> bool:
+    """Return whether a part of a file reads exactly as in the whole; else only the whole can be read."""
+    return file.subtype in SEEKABLE
+
+
+def read_samples(
+    path: Path, file: SoundFile, sample_rate: int, start: int = 0, stop: int | None = None
+) -> NDArray[np.float32]:
+    """Return the mean of the channels in [-1, 1] at a rate in Hz, shape (samples,), and read no more of the file.
+
+    Args:
+        path: The file's name, for messages.
+        file: The file.
+        sample_rate: Hz of the result.
+        start: The first sample, counted at ``sample_rate``.
+        stop: One past the last sample; ``None``, or a number past the end, for the file's end.
+
+    Raises:
+        UserError: Samples are missing, or are no finite numbers.
+    """
+    up, down = _ratio(file.samplerate, sample_rate)
+    end = resampled(file.frames, file.samplerate, sample_rate)
+    start, stop = min(start, end), end if stop is None else min(stop, end)
+    begin, end = (start, stop) if up == down else _reach(start, stop, up, down, file.frames)
+    if begin:
+        file.seek(begin)
+    samples = file.read(end - begin, dtype="float32", always_2d=True)
+    if len(samples) < end - begin:
+        raise _unreadable(path, "it breaks off")
+    mono: NDArray[np.float32] = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
+    _refuse_infinite(path, mono)
+    if up == down:
+        return mono
+    from scipy.signal import resample_poly
+
+    before = begin * up // down
+    converted: NDArray[np.float32] = resample_poly(mono, up, down)[start - before : stop - before]
+    return converted.astype("float32", copy=False)
+
+
+def resampled(samples: int, rate: int, wanted: int) -> int:
+    """Return how many samples there are after a change of rate, both in Hz.
+
+    >>> resampled(44101, 44100, 16000)
+    16001
+    """
+    up, down = _ratio(rate, wanted)
+    return -(-samples * up // down)
+
+
+def _refuse_infinite(path: Path, samples: NDArray[np.float32]) -> None:
+    if not math.isfinite(samples.sum(dtype="float64")):
+        raise UserError(f"{path}: holds NaN or infinite samples; remove it or mend it")
+
+
+def _reach(start: int, stop: int, up: int, down: int, length: int) -> tuple[int, int]:
+    """Return the samples of a file of ``length`` that resampled ones from ``start`` to before ``stop`` depend on.
+
+    The first of them falls on a resampled one, so that a part is resampled in step with the whole.
+    """
+    half = 10 * max(up, down) // up + 1  # what resample_poly's filter spans to each side
+    begin = max(0, start * down // up - half) // down * down
+    return begin, min(length, -(-stop * down // up) + half)
+
+
+def _ratio(rate: int, wanted: int) -> tuple[int, int]:
+    """Return the factors by which to multiply and divide a rate to get the wanted one."""
+    common = math.gcd(rate, wanted)
+    return wanted // common, rate // common
+
+
+def _broken(file: BinaryIO) -> str | None:
+    """Return what is wrong with a file that libsndfile would take for a shorter one, or can't name."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    start = file.read(12)
+    if not start:
+        return "it is empty"
+    if start.startswith(b"NIST_1A"):
+        return _broken_sphere(start + file.read(SPHERE_HEADER - len(start)), size)
+    if start[:4] in (b"RIFF", b"RIFX", b"RF64") and start[8:] == b"WAVE":
+        return _broken_wav(file, "big" if start[:4] == b"RIFX" else "little", size)
+    if start.startswith(b"OggS"):
+        file.seek(max(0, size - LAST_PAGE))
+        tail = file.read()
+        page = tail.rfind(b"OggS")
+        ends = page >= 0 and len(tail) > page + 26 and tail[page + 5] & 4
+        table = tail[page + 27 : page + 27 + tail[page + 26]] if ends else b""
+        whole = ends and page + 27 + len(table) + sum(table) <= len(tail)
+        return None if whole else "it breaks off"
+    return None
+
+
+def _broken_wav(file: BinaryIO, order: str, size: int) -> str | None:
+    """Return what is wrong with the chunks of a wav file, read from the first of them on."""
+    big = 0  # what a file of more than 4 GB says elsewhere
+    while len(chunk := file.read(8)) == 8:
+        length = int.from_bytes(chunk[4:], "big" if order == "big" else "little")
+        if chunk[:4] == b"ds64":
+            content = file.read(min(length, 64))
+            big = int.from_bytes(content[8:16], "little")
+            file.seek(length - len(content), 1)
+        elif chunk[:4] == b"data":
+            length = big if big and length == 0xFFFFFFFF else length
+            unknown = length == 0 or (not big and length >= STREAMED)
+            return None if unknown or file.tell() + length <= size else "it breaks off"
+        else:
+            file.seek(length + length % 2, 1)
+    return "it breaks off before its samples"
+
+
+def _broken_sphere(header: bytes, size: int) -> str | None:
+    """Return what is wrong with the header of a SPHERE file."""
+    text = header.decode("latin1")
+    fields = dict(re.findall(r"^(\w+) -\w+ (.*?)\s*$", text.partition("end_head")[0], re.MULTILINE))
+    coding = fields.get("sample_coding", "pcm")
+    if "," in coding:  # pcm,embedded-shorten-v2.00
+        return f"its SPHERE samples are compressed, {coding.partition(',')[2]}: unpack it with sph2pipe -f wav"
+    numbers = [fields.get(name, "") for name in ("sample_count", "sample_n_bytes", "channel_count")]
+    begin = text.split("\n")[1].strip() if text.count("\n") > 1 else ""
+    if not all(number.isdigit() for number in (*numbers, begin)):
+        return "its SPHERE header is damaged"
+    return None if int(begin) + math.prod(map(int, numbers)) <= size else "it breaks off"
+
+
+def _unreadable(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"{path}: cannot be read as audio ({reason.strip() or 'it is damaged'}); remove it or convert it to wav"
+    )

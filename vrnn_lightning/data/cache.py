@@ -1,0 +1,58 @@
+"""What is known of data that do not change: kept in the user's cache folder, so that it is found out once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+__all__ = ["digest", "recall", "remember"]
+
+
+def digest(value: Any) -> str:
+    """Return a name for a value made of lists, dicts, words and numbers.
+
+    >>> digest(["a", 1]) == digest(["a", 1]) != digest(["a", 2])
+    True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def recall(name: str) -> Any | None:
+    """Return what was remembered under a name, or ``None`` where there is nothing, or nothing whole."""
+    try:
+        checksum, _, content = (_folder() / f"{name}.json").read_text("ascii").partition("\n")
+    except (OSError, RuntimeError, ValueError):  # no file, no home, no ASCII
+        return None
+    if hashlib.sha256(content.encode()).hexdigest() != checksum:
+        return None
+    return json.loads(content)
+
+
+def remember(name: str, value: Any) -> None:
+    """Keep a value made of lists, dicts, words and numbers, where that is possible.
+
+    A reader in another process sees the old value or the new one, never a part. Of two writers the last one wins.
+    """
+    content = json.dumps(value)
+    checksum = hashlib.sha256(content.encode()).hexdigest()
+    part: Path | None = None
+    try:
+        folder = _folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="ascii", dir=folder, suffix=".part", delete=False) as file:
+            part = Path(file.name)
+            file.write(f"{checksum}\n{content}")
+        part.replace(folder / f"{name}.json")
+    except (OSError, RuntimeError):  # a cache that can't be written is none
+        if part is not None:
+            part.unlink(missing_ok=True)
+
+
+def _folder() -> Path:
+    """Return ``$XDG_CACHE_HOME/vrnn_lightning``, or that in ``~/.cache``."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "vrnn_lightning"

@@ -1,0 +1,98 @@
+"""Splits that are drawn from a seed and that a checkpoint remembers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from vrnn_lightning.data.sequences import Split
+from vrnn_lightning.errors import UserError
+
+__all__ = ["DrawnSplits"]
+
+
+class DrawnSplits:
+    """Which sequences are for training, validation and test: drawn once, then as the checkpoint has them.
+
+    A sequence that was trained on is never tested, whatever the folder holds later: sequences that the checkpoint does
+    not know are left out, unless none of its test sequences is there. Then the folder holds other data, all of which is
+    for the test, and a file of the name and size of one that was trained on is refused.
+
+    Args:
+        val: Fraction for validation; at least one sequence unless it is 0.
+        test: Fraction for the test, likewise.
+        seed: Seed of the draw.
+
+    Raises:
+        UserError: A fraction outside its range.
+    """
+
+    def __init__(self, val: float, test: float, seed: int) -> None:
+        for option, value in (("val", val), ("test", test)):
+            if not 0 <= value < 1:
+                raise UserError(f"--data.{option} {value}: a fraction must be at least 0 and below 1")
+        if val + test >= 1:
+            raise UserError(f"--data.val {val} and --data.test {test}: add up to 1 or more and leave nothing to train")
+        self.val, self.test, self.seed = val, test, seed
+        self._members: dict[Split, list[str]] | None = None
+        self._trained: dict[str, int] = {}
+        self._warned = False
+
+    def names(self, split: Split, sizes: Mapping[str, int], root: object) -> list[str]:
+        """Return the sequences of a split that are there.
+
+        Args:
+            split: Which split.
+            sizes: All sequences that are there, by name, in order; with a size that tells a sequence from another of
+                the same name.
+            root: Where, for messages.
+
+        Raises:
+            UserError: Other data than the checkpoint's hold what it was trained on.
+        """
+        drawn = self._drawn(list(sizes))
+        known = {name for names in drawn.values() for name in names}
+        unknown = [name for name in sizes if name not in known]
+        if unknown and not set(drawn["test"]).intersection(sizes):
+            self._refuse_trained({name: sizes[name] for name in unknown}, root)
+            drawn, unknown = {**drawn, "test": unknown}, []
+        if unknown and not self._warned:
+            self._warned = True
+            rank_zero_warn(f"{root}: {len(unknown)} sequences that are in no split of the checkpoint are left out")
+        wanted = set(drawn[split])
+        return [name for name in sizes if name in wanted]
+
+    def state_dict(self, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """Return the names of each split, and the sizes of what is not for the test."""
+        drawn = self._drawn(list(sizes))
+        seen = [name for name in [*drawn["train"], *drawn["val"]] if name in sizes]
+        return {"members": dict(drawn), "trained": self._trained | {name: sizes[name] for name in seen}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the checkpoint's splits."""
+        self._members, self._trained = state_dict["members"], state_dict["trained"]
+
+    def _drawn(self, names: list[str]) -> dict[Split, list[str]]:
+        if self._members is None:
+            generator = torch.Generator().manual_seed(self.seed)
+            order = torch.randperm(len(names), generator=generator).tolist()
+            test, val = (max(1, round(part * len(names))) if part else 0 for part in (self.test, self.val))
+            of = dict.fromkeys(order, "train") | dict.fromkeys(order[:test], "test")
+            of |= dict.fromkeys(order[test : test + val], "val")
+            splits: tuple[Split, ...] = ("train", "val", "test")
+            self._members = {split: [name for i, name in enumerate(names) if of[i] == split] for split in splits}
+        return self._members
+
+    def _refuse_trained(self, sizes: Mapping[str, int], root: object) -> None:
+        trained = {(PurePosixPath(name).name, size): name for name, size in self._trained.items()}
+        for name, size in sizes.items():
+            known = trained.get((PurePosixPath(name).name, size))
+            if known is not None:
+                raise UserError(
+                    f"{root}: {name} seems to be {known}, which the model was trained on; "
+                    f"choose --data.root so that {known} lies below it"
+                )

@@ -1,0 +1,53 @@
+"""A progress bar for work that turns out to take long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+from lightning.pytorch.utilities import rank_zero_only
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+__all__ = ["tracked"]
+
+PATIENCE = 1.0
+"""Seconds of work before a bar appears."""
+
+T = TypeVar("T")
+
+
+def tracked(items: Collection[T], what: str) -> Iterator[T]:
+    """Yield items; on one process show a bar on standard error once they take longer than a second.
+
+    Args:
+        items: What is worked through.
+        what: What the bar says.
+
+    >>> list(tracked([1, 2], "counting"))
+    [1, 2]
+    """
+    started = time.monotonic()
+    bar: Progress | None = None
+    try:
+        for done, item in enumerate(items):
+            if bar is None and getattr(rank_zero_only, "rank", 0) == 0 and time.monotonic() - started > PATIENCE:
+                bar = _bar()
+                task = bar.add_task(what, total=len(items))
+                bar.start()
+            if bar is not None:
+                bar.update(task, completed=done)
+            yield item
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def _bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)

@@ -1,0 +1,263 @@
+"""Music as piano rolls: MIDI files, both ways, and lists of notes."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import numpy as np
+
+from vrnn_lightning.data.archives import ArchiveSplit
+from vrnn_lightning.data.sequences import Split
+from vrnn_lightning.data.unpickling import unpickle
+from vrnn_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["KEYS", "LOWEST", "NOTE_LISTS", "Notes", "read_midi", "read_note_lists", "write_midi"]
+
+KEYS = 88
+LOWEST = 21
+"""MIDI's number of a piano's lowest key; that of the highest is 108."""
+NOTE_LISTS = (".json", ".pickle", ".pkl")
+"""How files of lists of notes end."""
+DRUMS = 9
+"""General MIDI's channel of drums, counted from 0: its notes are no pitches."""
+SUSTAIN = 64
+"""The controller of the sustain pedal, which is down from a value of 64 on."""
+LONGEST = 1_000_000
+"""Steps of a file at most: more come from a damaged time stamp."""
+
+
+@dataclass(frozen=True)
+class Notes:
+    """Which keys sound when.
+
+    Args:
+        steps: Time steps.
+        spans: Key from 0 to 87, first step and one past the last step of each note, shape (notes, 3).
+    """
+
+    steps: int
+    spans: NDArray[np.int64]
+
+    def roll(self, first: int = 0, last: int | None = None) -> NDArray[np.uint8]:
+        """Return steps ``first`` to ``last - 1`` as 0 and 1, shape (steps, 88)."""
+        last = self.steps if last is None else min(last, self.steps)
+        begun = np.zeros((last - first + 1, KEYS), dtype=np.int32)
+        key, start, end = self.spans[(self.spans[:, 1] < last) & (self.spans[:, 2] > first)].T
+        np.add.at(begun, ((start - first).clip(0), key), 1)
+        np.add.at(begun, (end.clip(max=last) - first, key), -1)
+        sounding: NDArray[np.uint8] = (begun[:-1].cumsum(0) > 0).astype(np.uint8)
+        return sounding
+
+
+def read_midi(path: Path, resolution: int, sustain: bool = False) -> Notes:
+    """Read the notes of a MIDI file on a grid of so many steps per quarter note.
+
+    Steps are counted in the file's ticks, which are parts of a quarter note, so changes of tempo move nothing. A note
+    begins and ends at the nearest step and lasts at least one. All tracks and channels sound together, drums (channel
+    10) are left out, velocities are lost, and where a key is struck again at once it sounds on. The piece ends where
+    its last track or note does: silence at its beginning and end stays.
+
+    Args:
+        path: The file, of format 0 or 1.
+        resolution: Steps per quarter note.
+        sustain: Let a note sound for as long as the channel's sustain pedal is down, or until its key is struck again.
+
+    Raises:
+        UserError: It can't be read as MIDI, counts its time in frames, has no note, or one that no piano has.
+    """
+    mido = _mido()
+    file = _opened(mido, path)
+    if file.ticks_per_beat <= 0:
+        raise UserError(f"{path}: counts its time in frames of a film, not in beats; export it anew")
+    if file.type == 2:
+        raise UserError(f"{path}: is of format 2, several pieces in one file; export each as a file of its own")
+
+    beat = int(file.ticks_per_beat)
+
+    def step(tick: int) -> int:
+        return (2 * tick * resolution + beat) // (2 * beat)
+
+    sounded, end = _sounded(file.tracks, sustain)
+    spans = [(note, step(on), max(step(off), step(on) + 1)) for note, on, off in sounded]
+    steps = max([step(end), *(last for _, _, last in spans)])
+    if steps > LONGEST:
+        raise UserError(f"{path}: {steps} steps are more than {LONGEST}, a time in it is damaged; export it anew")
+    if not spans:
+        raise UserError(f"{path}: has no notes (drums are left out); remove it")
+    for note, first, _ in spans:
+        if not LOWEST <= note < LOWEST + KEYS:
+            raise UserError(
+                f"{path}: step {first} holds note {note}, but a piano's are {LOWEST} to {LOWEST + KEYS - 1}; "
+                "mend or remove the file"
+            )
+    array = np.array(sorted(spans), dtype=np.int64)
+    array[:, 0] -= LOWEST
+    return Notes(steps, array)
+
+
+def write_midi(path: Path, roll: NDArray[Any], resolution: int) -> None:
+    """Write a piano roll as a MIDI file of 120 quarter notes a minute.
+
+    Successive steps of a key become one held note: a roll does not tell whether it was struck again. Reading the file
+    at the same resolution gives the same roll.
+
+    Args:
+        path: The file, which is overwritten.
+        roll: Shape (steps, 88); what is above one half sounds.
+        resolution: Steps per quarter note.
+
+    Raises:
+        UserError: mido is not installed.
+    """
+    mido = _mido()
+    ticks = max(1, 480 // resolution)
+    silence = np.zeros((1, KEYS), dtype=np.int8)
+    change = np.diff((np.asarray(roll) > 0.5).astype(np.int8), axis=0, prepend=silence, append=silence)
+    track, now = mido.MidiTrack(), 0
+    for step in np.flatnonzero(change.any(1)).tolist():
+        for key in sorted(np.flatnonzero(change[step]).tolist(), key=lambda key: change[step, key]):  # ends come first
+            kind = "note_on" if change[step, key] > 0 else "note_off"
+            track.append(mido.Message(kind, note=LOWEST + key, velocity=64, time=(step - now) * ticks))
+            now = step
+    track.append(mido.MetaMessage("end_of_track", time=(len(roll) - now) * ticks))
+    mido.MidiFile(type=0, ticks_per_beat=ticks * resolution, tracks=[track]).save(path)
+
+
+def read_note_lists(path: Path, split: Split) -> ArchiveSplit:
+    """Read one split of a pickle or JSON of notes, as the benchmark of Boulanger-Lewandowski et al. (2012) has them.
+
+    It is a dict whose entries "train", "valid" and "test" are lists of sequences; a sequence is a list of steps, and a
+    step a list of the MIDI notes that sound in it. Pickles, Python 2's too, are read as plain data.
+
+    Args:
+        path: The file: JSON where its name ends in ``.json``, else a pickle.
+        split: Which split; "val" is "valid" in the file.
+
+    Raises:
+        UserError: It can't be read, is made otherwise, or holds a note that no piano has.
+    """
+    word = "valid" if split == "val" else split
+    content = _loaded(path)
+    if not isinstance(content, dict) or word not in content:
+        holds = ", ".join(map(repr, content)) if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise UserError(f"{path}: has no {word!r}; expected 'train', 'valid' and 'test', it holds {holds or 'nothing'}")
+    rolls = content[word]
+    if not _is_list(rolls):
+        raise UserError(f"{path}: {word} is {_shown(rolls)}, expected a list of sequences")
+    places: list[tuple[int, int]] = []
+    bounds = [0]
+    for i, roll in enumerate(rolls):
+        if not _is_list(roll):
+            raise UserError(f"{path}: {word} {i} is {_shown(roll)}, expected a list of steps")
+        for t, notes in enumerate(roll):
+            if not _is_list(notes):
+                raise UserError(f"{path}: {word} {i}, step {t} is {_shown(notes)}, expected a list of notes")
+            for note in notes:
+                if not isinstance(note, (int, np.integer)) or not LOWEST <= note < LOWEST + KEYS:
+                    raise UserError(
+                        f"{path}: {word} {i}, step {t} holds note {_shown(note)}, but a piano's are {LOWEST} to "
+                        f"{LOWEST + KEYS - 1}; mend or remove it"
+                    )
+                places.append((bounds[-1] + t, int(note) - LOWEST))
+        bounds.append(bounds[-1] + len(roll))
+    values = np.zeros((bounds[-1], KEYS), dtype=np.uint8)
+    values[tuple(np.array(places, dtype=np.int64).reshape(-1, 2).T)] = 1
+    ends: NDArray[np.int64] = np.array(bounds, dtype=np.int64)
+    return ArchiveSplit(path, word, word, values, np.stack([ends[:-1], ends[1:]], 1), np.arange(len(rolls)))
+
+
+def _mido() -> ModuleType:
+    try:
+        import mido
+    except ImportError:
+        raise UserError("MIDI files need mido: pip install 'vrnn-lightning[music]'") from None
+    module: ModuleType = mido
+    return module
+
+
+def _opened(mido: ModuleType, path: Path) -> Any:
+    from mido.midifiles.meta import KeySignatureError
+
+    try:
+        with path.open("rb") as file:
+            return mido.MidiFile(file=file)
+    except PermissionError:
+        raise UserError(f"{path}: may not be read by you; give yourself the permission") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except EOFError:
+        reason = "it breaks off" if path.stat().st_size else "it is empty"
+    except (OSError, ValueError, LookupError, TypeError, KeySignatureError) as error:  # what mido raises on damage
+        reason = str(error) or type(error).__name__
+    raise UserError(f"{path}: can't be read as MIDI ({reason}); remove it or export it anew")
+
+
+def _sounded(tracks: list[Any], sustain: bool) -> tuple[list[tuple[int, int, int]], int]:
+    """Return each note with the ticks at which it begins and ends, and the tick at which the last track ends."""
+    events: list[tuple[int, int, Any]] = []
+    end = 0
+    for number, track in enumerate(tracks):
+        tick = 0
+        for message in track:
+            tick += message.time
+            if message.type in ("note_on", "note_off", "control_change") and message.channel != DRUMS:
+                events.append((tick, number, message))
+        end = max(end, tick)
+    events.sort(key=lambda event: event[0])
+
+    notes: list[tuple[int, int, int]] = []
+    begun: dict[tuple[int, int, int], list[int]] = {}  # by channel, track and note: a track's end of a note is its own
+    released: dict[tuple[int, int, int], list[int]] = {}  # those that only the pedal holds
+    down: set[int] = set()
+    for tick, number, message in events:
+        channel = message.channel
+        if message.type == "control_change":
+            if message.control == SUSTAIN and message.value >= 64:
+                down.add(channel)
+            elif message.control == SUSTAIN:
+                down.discard(channel)
+                for key in [key for key in released if key[0] == channel]:
+                    notes += [(key[2], start, tick) for start in released.pop(key)]
+            continue
+        key = (channel, number, message.note)
+        if message.type == "note_on" and message.velocity:
+            notes += [(message.note, start, tick) for start in released.pop(key, [])]
+            begun.setdefault(key, []).append(tick)
+        elif sustain and channel in down:
+            released.setdefault(key, []).extend(begun.pop(key, []))
+        else:
+            notes += [(message.note, start, tick) for start in begun.pop(key, [])]
+    for open_ones in (begun, released):
+        notes += [(note, start, end) for (_, _, note), starts in open_ones.items() for start in starts]
+    return notes, end
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            return unpickle(file) if path.suffix.lower() != ".json" else json.load(file)
+    except PermissionError:
+        raise UserError(f"{path}: may not be read by you; give yourself the permission") from None
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: can't be read as a pickle of notes: {error}; copy or write it anew") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: can't be read as JSON ({error}); copy or write it anew") from None
+
+
+def _is_list(value: Any) -> TypeGuard[SequenceOf[Any]]:
+    return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
+def _shown(value: Any) -> str:
+    """Return a value in few words."""
+    words = repr(value)
+    return words if len(words) <= 40 and "\n" not in words else f"a {type(value).__name__}"

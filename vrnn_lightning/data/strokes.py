@@ -1,0 +1,102 @@
+"""Pen strokes: points on paper, and the rows (dx, dy, lift) that a model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["rows_to_strokes", "smooth_rows", "strokes_to_rows"]
+
+
+def strokes_to_rows(strokes: SequenceOf[NDArray[Any]]) -> NDArray[np.float32]:
+    """Return the rows (dx, dy, lift) of a drawing, from its second point on.
+
+    A row is the offset from the last point, and lift is 1 where a stroke ends. The first point has none to be offset
+    from, so no row is made of it, as Chung et al. (2015) do: a row of zeros that every drawing begins with would be a
+    density without an upper bound. The pen is down there, so strokes of one point before the first line are left out.
+
+    Args:
+        strokes: What is drawn between two lifts: points (x, y), each of shape (points, 2), y growing downward.
+
+    Returns:
+        Shape (points - 1, 3), in float32; none where the drawing has no line.
+
+    >>> strokes_to_rows([np.array([[5, 5], [7, 6]]), np.array([[1, 1]])]).tolist()
+    [[2.0, 1.0, 1.0], [-6.0, -5.0, 1.0]]
+    """
+    drawn = [np.asarray(stroke, dtype=np.float64) for stroke in strokes if len(stroke)]
+    first = next((i for i, stroke in enumerate(drawn) if len(stroke) > 1), len(drawn))
+    drawn = drawn[first:]
+    if not drawn:
+        return np.zeros((0, 3), dtype=np.float32)
+    points = np.concatenate(drawn)
+    rows = np.zeros((len(points), 3), dtype=np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # who reads a file checks what came of it
+        rows[1:, :2] = np.diff(points, axis=0)
+    rows[np.cumsum([len(stroke) for stroke in drawn]) - 1, 2] = 1
+    return rows[1:]
+
+
+def rows_to_strokes(rows: NDArray[Any], pen_starts_down: bool = False) -> list[NDArray[np.float64]]:
+    """Return what rows (dx, dy, lift) draw, beginning at the origin.
+
+    Args:
+        rows: Shape (steps, 3); a lift above 0.5, as a model's probability may be, ends a stroke.
+        pen_starts_down: The origin is the first point of the first stroke, as in what :func:`strokes_to_rows` returns;
+            else the first row leads to it, with the pen in the air.
+
+    Returns:
+        Points (x, y) of each stroke, each of shape (points, 2).
+
+    >>> [s.tolist() for s in rows_to_strokes(np.array([[2, 1, 1], [-6, -5, 1]]), pen_starts_down=True)]
+    [[[0.0, 0.0], [2.0, 1.0]], [[-4.0, -4.0]]]
+    """
+    if not len(rows):
+        return []
+    points, lifts = _points(rows, pen_starts_down)
+    return np.split(points, np.flatnonzero(lifts[:-1]) + 1)
+
+
+def smooth_rows(rows: NDArray[Any], width: int, pen_starts_down: bool = False) -> NDArray[np.float32]:
+    """Return rows (dx, dy, lift) whose points are moving averages within their strokes.
+
+    A point becomes the mean of ``width`` points around it, of fewer near the ends of its stroke, so that these stay
+    where they are. No stroke's points enter another's.
+
+    Args:
+        rows: Shape (steps, 3).
+        width: Odd number of points.
+        pen_starts_down: As for :func:`rows_to_strokes`.
+
+    >>> smooth_rows(np.array([[0, 0, 0], [3, 3, 0], [3, 0, 1]]), width=3).tolist()
+    [[0.0, 0.0, 0.0], [3.0, 2.0, 0.0], [3.0, 1.0, 1.0]]
+    """
+    if not len(rows):
+        return np.zeros((0, 3), dtype=np.float32)
+    points, lifts = _points(rows, pen_starts_down)
+    ends = np.flatnonzero(lifts)
+    ends = ends if len(ends) and ends[-1] == len(points) - 1 else np.append(ends, len(points) - 1)
+    sizes = np.diff(ends, prepend=-1)
+    last = np.repeat(ends, sizes)
+    first = np.repeat(ends - sizes + 1, sizes)
+    here = np.arange(len(points))
+    reach = np.minimum(width // 2, np.minimum(here - first, last - here))
+    sums = np.vstack([np.zeros((1, 2)), points.cumsum(0)])
+    means = (sums[here + reach + 1] - sums[here - reach]) / (2 * reach + 1)[:, None]
+    means = np.where(reach[:, None] > 0, means, points)
+    smooth = np.array(rows, dtype=np.float32)
+    smooth[:, :2] = np.diff(means, axis=0) if pen_starts_down else np.diff(means, axis=0, prepend=np.zeros((1, 2)))
+    return smooth
+
+
+def _points(rows: NDArray[Any], pen_starts_down: bool) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return the points (x, y) that rows lead to, and after which of them the pen is lifted."""
+    points, lifts = rows[:, :2].astype(np.float64).cumsum(0), rows[:, 2] > 0.5
+    if not pen_starts_down:
+        return points, lifts
+    return np.vstack([np.zeros((1, 2)), points]), np.append(False, lifts)
