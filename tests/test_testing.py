@@ -12,7 +12,7 @@ from vrnn_lightning.batch import pad
 from vrnn_lightning.data import Scaler
 
 
-class Walks(SequenceDataModule):
+class Rambles(SequenceDataModule):
     scaling = "per_feature"
 
     def __init__(self, size: int = 7, batch_size: int = 2, seed: int = 0):
@@ -29,48 +29,48 @@ class Walks(SequenceDataModule):
 
 @pytest.mark.parametrize("check", testing.CHECKS)
 def test_a_datamodule_of_twenty_lines_keeps_every_promise(check):
-    check(Walks)
+    check(Rambles)
 
 
-class SharesSequences(Walks):
+class SharesSequences(Rambles):
     def sequences(self, split):
         return super().sequences("train" if split == "test" else split)
 
 
-class ForgetsAnOption(Walks):
+class ForgetsAnOption(Rambles):
     def __init__(self, size: int = 7):
         super().__init__()
         self.hparams.pop("size")
 
 
-class SaysOtherLengths(Walks):
+class SaysOtherLengths(Rambles):
     def lengths(self, split):
         return [n + 4 for n in range(self.size)]
 
 
-class NamesTwice(Walks):
+class NamesTwice(Rambles):
     def sequences(self, split):
         return [Sequence(s.x, name=split) for s in super().sequences(split)]
 
 
-class NoModality(Walks):
+class NoModality(Rambles):
     modality = "smell"
 
 
-class HidesMissing(Walks):
+class HidesMissing(Rambles):
     def sequences(self, split):
         found = super().sequences(split)
         return [Sequence(s.x, torch.arange(len(s.x))[:, None].expand(-1, 2) > 0, name=s.name) for s in found]
 
 
-class PromisesInputs(Walks):
+class PromisesInputs(Rambles):
     num_inputs = 2
 
     def sequences(self, split):
         return [Sequence(s.x, None, s.x[:, :1], s.name) for s in super().sequences(split)]
 
 
-class Unsteady(Walks):
+class Unsteady(Rambles):
     def sequences(self, split):
         sequences = super().sequences(split)
 
@@ -85,7 +85,7 @@ class Unsteady(Walks):
         return Reader()
 
 
-class ReadsOtherWindows(Walks):
+class ReadsOtherWindows(Rambles):
     def sequences(self, split):
         class Reader(list):
             def window(self, index, first, last):
@@ -95,7 +95,7 @@ class ReadsOtherWindows(Walks):
         return Reader(super().sequences(split))
 
 
-class NoAffineScaler(Walks):
+class NoAffineScaler(Rambles):
     def fit_scaler(self):
         class Log(Scaler):
             def scale(self, x):
@@ -115,7 +115,7 @@ class Drawn(list):
         return self.other(epoch)
 
 
-class DrawsOtherLengths(Walks):
+class DrawsOtherLengths(Rambles):
     def sequences(self, split):
         found = super().sequences(split)
         if split != "train":
@@ -123,7 +123,7 @@ class DrawsOtherLengths(Walks):
         return Drawn(found, lambda epoch: [Sequence(s.x[: len(s.x) - (epoch > 0)], name=s.name) for s in found])
 
 
-class ChangesNothing(Walks):
+class ChangesNothing(Rambles):
     def sequences(self, split):
         found = super().sequences(split)
         return Drawn(found, lambda epoch: found) if split == "train" else found

@@ -328,6 +328,7 @@ def changes_with_the_epoch_alone(make: Make) -> None:
             places = zip(batch.names, _starts(batch), batch.lengths.tolist(), batch.x, strict=True)
             read |= {(name, start, n): x[:n] for name, start, n, x in places if n}
         found.append(read)
+    there.close()
     first, second, again = found
     both = first.keys() & second.keys()
     assert all(torch.equal(first[place], again[place]) for place in first), "an epoch read again differs"
@@ -376,8 +377,10 @@ def keeps_the_splits_apart(make: Make) -> None:
 def reads_alike_in_processes(make: Make) -> None:
     """Processes that read ahead change nothing."""
     alone, helped = _ready(make, batch_size=2), _ready(make, batch_size=2, num_workers=2)
-    for one, other in zip(alone.train_dataloader(), helped.train_dataloader(), strict=True):
+    loader = helped.train_dataloader()
+    for one, other in zip(alone.train_dataloader(), loader, strict=True):
         _equal(one, other)
+    loader.close()
 
 
 def pickles(make: Make) -> None:

@@ -356,6 +356,13 @@ class SequenceLoader:
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
         self.batches_read = 0
 
+    def close(self) -> None:
+        """End the processes that read ahead, now and not when memory is cleaned up, which may wait for them."""
+        iterator = self._loader._iterator
+        if iterator is not None and self._loader.num_workers:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]  # of the kind that has workers
+            self._loader._iterator = None
+
     def state_dict(self) -> dict[str, Any]:
         """Return how many batches of the epoch were read, of which, and how it was cut into batches."""
         read = self.batches_read % max(1, len(self))
