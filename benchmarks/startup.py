@@ -39,11 +39,13 @@ def seconds(words: list[str], folder: str) -> float:
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds after one that warms up (default: 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds (default: 5)")
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds before, not counted (default: 1)")
     options = parser.parse_args(arguments)
     rows = {"`import torch, lightning.pytorch`": IMPORTS, **COMMANDS}
     with tempfile.TemporaryDirectory() as folder:
-        times = [[seconds(words, folder) for words in rows.values()] for _ in range(options.repeats + 1)][1:]
+        times = [[seconds(words, folder) for words in rows.values()] for _ in range(options.repeats + options.warm_up)]
+        times = times[options.warm_up :]
     medians = [statistics.median(column) for column in zip(*times, strict=True)]
     print(f"Python {sys.version.split()[0]}, {options.repeats} rounds\n")
     print("| | s | / imports | below 1.3 x imports + 2 s |")

@@ -49,7 +49,7 @@ def test_startup(capsys):
     benchmark = runpy.run_path(str(FOLDER / "startup.py"))
     benchmark["IMPORTS"][:] = ["-c", "pass"]
     del benchmark["COMMANDS"]["`lightning fit --help`"]
-    benchmark["main"](["--repeats", "1"])
+    benchmark["main"](["--repeats", "1", "--warm-up", "0"])
     assert "synthetic.yaml`, one step" in capsys.readouterr().out
 
 

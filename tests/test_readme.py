@@ -59,7 +59,7 @@ def test_fit_commands(command, here):
     assert cli.main([*shlex.split(command), *TINY]) == 0
     data = "Speech" if "speech" in command else "LinearGaussian" if "exact" in command else None
     for test in (c for c in COMMANDS if c.startswith("lightning test") and data and data in c):
-        quick = ["--trainer.limit_test_batches=1", "--trainer.enable_progress_bar=false"]
+        quick = ["--trainer.limit_test_batches=1", "--trainer.enable_progress_bar=false", "--evaluation.samples=4"]
         assert cli.main([*shlex.split(test)[1:], *quick]) == 0
 
 
@@ -68,7 +68,11 @@ def test_what_is_done_with_a_run(here):
     then = [c for c in COMMANDS if c.startswith("lightning predict") or "init_from" in c]
     assert len(then) == 4
     for command in then:
+        few = {"--prediction.samples": 3, "--prediction.steps": 5} | (
+            {} if "fit" in command else {"--data.batch_size": 4}
+        )
         tiny = TINY if "fit" in command else [TINY[-1], "--trainer.limit_predict_batches=1"]
+        tiny = [*tiny, *(f"{k}={v}" for k, v in few.items() if k in command or "batch" in k)]
         assert cli.main([*shlex.split(command)[1:], *tiny]) == 0
 
 
