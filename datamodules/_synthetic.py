@@ -16,7 +16,7 @@ from vrnn_lightning.batch import Sequence
 from vrnn_lightning.data import SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
 
-__all__ = ["Draw", "Floats", "Redrawn", "SyntheticDataModule", "integrate", "opening", "require"]
+__all__ = ["Draw", "Floats", "Redrawn", "SyntheticDataModule", "integrate", "measured", "opening", "require"]
 
 Floats = NDArray[np.float64]
 Draw = Callable[[NDArray[np.int64], np.random.Generator], Floats]
@@ -99,6 +99,17 @@ def opening(split: Split, size: int, shortest: int, longest: int, seed: int, epo
         (own,) = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64).tolist()
         generator.manual_seed(own >> 1)
     return lengths, generator
+
+
+def measured(
+    name: str, x: torch.Tensor, lengths: list[int], missing_rate: float, generator: Generator
+) -> list[Sequence]:
+    """Return sequences of values of shape (sequences, longest, features), each of which may be missing."""
+    seen = torch.rand(x.shape, generator=generator) >= missing_rate if missing_rate else None
+    return [
+        Sequence(x[i, :n].float(), None if seen is None else seen[i, :n], name=f"{name} {i}")
+        for i, n in enumerate(lengths)
+    ]
 
 
 def _sequences(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Normal
 
-from datamodules._synthetic import Redrawn, opening
+from datamodules._synthetic import Redrawn, measured, opening
 from vrnn_lightning.batch import Sequence, SequenceBatch, pad
 from vrnn_lightning.data import Modality, SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
@@ -216,8 +216,4 @@ def _chains(
         x = torch.bernoulli(response.sigmoid(), generator=generator)
     else:
         x = response + torch.randn(response.shape, generator=generator, dtype=response.dtype)
-    names = [f"{split} chain {i}" for i in range(size)]
-    if not missing_rate:
-        return [Sequence(x[i, :n].float(), name=names[i]) for i, n in enumerate(lengths)]
-    seen = torch.rand(x.shape, generator=generator) >= missing_rate
-    return [Sequence(x[i, :n].float(), seen[i, :n], name=names[i]) for i, n in enumerate(lengths)]
+    return measured(f"{split} chain", x, lengths, missing_rate, generator)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from datamodules._synthetic import Redrawn, opening
+from datamodules._synthetic import Redrawn, measured, opening
 from vrnn_lightning.batch import Sequence, SequenceBatch
 from vrnn_lightning.data import Modality, SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
@@ -246,8 +246,4 @@ def _paths(
         state = state @ transition.mT + w
         path.append(state)
     x = torch.stack(path, 1) @ observation.mT + measuring @ channel_root
-    names = [f"{split} path {i}" for i in range(size)]
-    if not missing_rate:
-        return [Sequence(x[i, :n].float(), name=names[i]) for i, n in enumerate(lengths)]
-    seen = torch.rand(x.shape, generator=generator) >= missing_rate
-    return [Sequence(x[i, :n].float(), seen[i, :n], name=names[i]) for i, n in enumerate(lengths)]
+    return measured(f"{split} path", x, lengths, missing_rate, generator)

@@ -190,8 +190,8 @@ class Speech(SequenceDataModule):
                 f"--data.test {test_share} and --data.val {val_share}: add up to 1 or more and leave no training file"
             )
         if mel:  # frames of logarithms: a picture, but no sound
-            self.modality = "roll"  # type: ignore[misc]
-            self.scaling = "per_feature"  # type: ignore[misc]
+            self.modality = "roll"  # type: ignore[misc]  # of the class, but for these frames
+            self.scaling = "per_feature"  # type: ignore[misc]  # likewise
         self._asked_rate = self._rate = sample_rate
         self._files: dict[str, IndexedFile] | None = None
         self._recordings: dict[str, Recording] = {}
