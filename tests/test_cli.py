@@ -1,8 +1,5 @@
 import csv
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -358,21 +355,6 @@ def test_metrics_are_complete_when_a_run_is_stopped(lightning, plugin):
     said = lightning("fit", *SMALL[:1], *SMALL[2:], "--trainer.max_epochs=2", "-c", "stop.yaml", "--data=Pairs")
     assert said.code != 0
     assert [row["step"] for row in rows("runs/pairs/version_0") if row["train/loss"]] == ["0", "1"]
-
-
-def test_two_processes_share_one_run_folder(tiny):
-    Path("lightning").write_text(
-        "import sys\nfrom vrnn_lightning.cli import main\nsys.exit(main())\n"
-    )  # as pip writes it
-    words = ["lightning", "fit", "-c", "tiny.yaml", "--trainer.strategy=ddp", "--trainer.devices=2"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, env=environment, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("best val/elbo") == 1
-    assert [path.name for path in Path("runs/sines").iterdir()] == ["version_0"]
-    assert Path("runs/sines/version_0/checkpoints/last.ckpt").is_file()
 
 
 def metrics(run, name):

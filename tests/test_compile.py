@@ -17,9 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of w
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
 
 
-@pytest.mark.parametrize(
-    "options", [{"emission": GaussianMixture}, {"latent": 0}, {"residual_posterior": True}], ids=str
-)
+@pytest.mark.parametrize("options", [{"emission": GaussianMixture, "residual_posterior": True}, {"latent": 0}], ids=str)
 def test_equals_textbook(options, monkeypatch):
     """What is traced; the code that is made of it is the next test's."""
     traced = torch.compile(vrnn._score, backend="aot_eager")

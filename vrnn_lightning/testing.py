@@ -314,21 +314,18 @@ def goes_on_in_the_middle_of_an_epoch(make: Make) -> None:
 
 def changes_with_the_epoch_alone(make: Make) -> None:
     """Sequences of training that are drawn anew in each epoch keep names and lengths; others never change."""
-    datamodule = _ready(make, batch_size=3, num_workers=1)
-    here, there = _ready(make, batch_size=3).train_dataloader(), datamodule.train_dataloader()
+    datamodule = _ready(make, batch_size=3)
+    loader = datamodule.train_dataloader()
     changes = isinstance(datamodule.split("train"), ChangingSequences)
     found: list[dict[Any, Tensor]] = []
-    for epoch in (0, 2, 0):  # processes that read outlive an epoch
+    for epoch in (0, 2, 0):
         read: dict[Any, Tensor] = {}
-        for loader in (here, there):
-            loader.sampler.set_epoch(epoch)
-        for batch, other in zip(here, there, strict=True):
-            _equal(batch, other)
+        loader.sampler.set_epoch(epoch)
+        for batch in loader:
             assert batch.names is not None
             places = zip(batch.names, _starts(batch), batch.lengths.tolist(), batch.x, strict=True)
             read |= {(name, start, n): x[:n] for name, start, n, x in places if n}
         found.append(read)
-    there.close()
     first, second, again = found
     both = first.keys() & second.keys()
     assert all(torch.equal(first[place], again[place]) for place in first), "an epoch read again differs"
@@ -377,10 +374,13 @@ def keeps_the_splits_apart(make: Make) -> None:
 def reads_alike_in_processes(make: Make) -> None:
     """Processes that read ahead change nothing."""
     alone, helped = _ready(make, batch_size=2), _ready(make, batch_size=2, num_workers=2)
-    loader = helped.train_dataloader()
-    for one, other in zip(alone.train_dataloader(), loader, strict=True):
-        _equal(one, other)
-    loader.close()
+    here, there = alone.train_dataloader(), helped.train_dataloader()
+    for epoch in (0, 2):  # the processes outlive an epoch
+        for loader in (here, there):
+            loader.sampler.set_epoch(epoch)
+        for one, other in zip(here, there, strict=True):
+            _equal(one, other)
+    there.close()
 
 
 def pickles(make: Make) -> None:
