@@ -198,7 +198,7 @@ def _manifest(path: Path, bad: BadFiles) -> list[Recording]:
         raise UserError(f"{path}: has no column path; its first row is {','.join(header)[:80]!r}")
     found: dict[str, tuple[int, Recording]] = {}
     rows_of: dict[str, int] = {}
-    above = os.path.abspath(path.parent)
+    above = path.parent.absolute().as_posix()
     for number, row in enumerate(rows[1:], start=2):
         if any(cell.strip() for cell in row):
             recording = _row(
