@@ -151,8 +151,8 @@ class Handwriting(SequenceDataModule):
             raise UserError(f"--data.max_steps {max_steps}: must be at least 1")
         if clip is not None and not 0 < clip < math.inf:
             raise UserError(f"--data.clip {clip}: must be positive, in data units")
-        if smooth < 1 or smooth % 2 == 0:
-            raise UserError(f"--data.smooth {smooth}: must be an odd number of points, at least 1")
+        if not 1 <= smooth < 2**31 or smooth % 2 == 0:
+            raise UserError(f"--data.smooth {smooth}: must be an odd number of points, at least 1 and below 2^31")
         if not 0 <= augment < 1:
             raise UserError(f"--data.augment {augment}: must be at least 0 and below 1")
         self.root = Path(root).expanduser()
@@ -289,9 +289,7 @@ class Handwriting(SequenceDataModule):
             return self._sketches(split)
         if self._layout == "iam":
             return self._read_files(self._iam_files(split), read_iam, split)
-        names = self._draw.names(split, self._sizes, self.root)
-        if self._layout == "inkml":
-            return self._read_files({name: self._files[name] for name in names}, read_inkml, split)
+        names = self._draw.names(split, self._sizes, self.root)  # of what can be used
         places = {name: place for place, name in enumerate(self._drawings.names or [])}
         return self._drawings.take(np.array([places[name] for name in names], dtype=np.int64))
 
@@ -319,17 +317,23 @@ class Handwriting(SequenceDataModule):
 
     @cached_property
     def _drawings(self) -> ArchiveSplit:
-        """All drawings of QuickDraw's files."""
+        """All drawings whose split is drawn, those of QuickDraw's files or an InkML file each."""
         bad, total = BadFiles(self.skip_bad), 0
         names: list[str] = []
         rows: list[NDArray[np.float32]] = []
-        for file, path in self._files.items():
+        ink = self._layout == "inkml"
+        for name in tracked(list(self._files), f"reading {self.root.name}") if ink else ():
+            total += 1
+            with bad.tolerated():
+                rows.append(read_inkml(self._files[name]))
+                names.append(name)
+        for file, path in () if ink else self._files.items():
             for name, number, line in tracked(list(quickdraw_lines(path, file)), f"reading {file}"):
                 total += 1
                 with bad.tolerated():
                     rows.append(read_quickdraw(path, number, line))
                     names.append(name)
-        bad.report(total, self.root, "drawings")
+        bad.report(total, self.root, "files" if ink else "drawings")
         return self._joined("drawing", rows, np.arange(len(rows)), names)
 
     def _joined(
@@ -368,9 +372,7 @@ class Handwriting(SequenceDataModule):
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
-        """All sequences whose split is drawn, with what tells one of the same name apart: bytes, or rows."""
-        if self._layout == "inkml":
-            return {name: path.stat().st_size for name, path in self._files.items()}
+        """All sequences whose split is drawn, with what tells one of the same name apart: its rows."""
         return dict(zip(self._drawings.names or [], self._drawings.lengths, strict=True))
 
     def _iam_files(self, split: Split) -> dict[str, Path]:

@@ -196,19 +196,14 @@ class PianoRolls(SequenceDataModule):
 
     def _songs(self, split: Split) -> _Songs:
         """Read the MIDI files of a split."""
-        names, bad = self._members_of(split), BadFiles(self.skip_bad)
+        names = self._members_of(split)
         if not names:
             count = len(set(self._digests.values()))
             raise UserError(
                 f"--data.root {self.root}: the {split} split is empty: it has {count} different MIDI files; "
                 "add some, or change --data.test and --data.val"
             )
-        songs: dict[str, Notes] = {}
-        for name in names:
-            with bad.tolerated():
-                songs[name] = self._song(name)
-        bad.report(len(names), self.root)
-        return _Songs(list(songs), list(songs.values()))
+        return _Songs(names, [self._song(name) for name in names])
 
     def _song(self, name: str) -> Notes:
         """Read a MIDI file once."""
@@ -286,7 +281,17 @@ class PianoRolls(SequenceDataModule):
                 found[name] = hashlib.sha256((self.root / name).read_bytes()).hexdigest()[:32]
             except OSError:
                 found[name] = f"unreadable {name}"  # reading its notes will say why
-        return found
+        return self._without_bad(found) if self.skip_bad else found
+
+    def _without_bad(self, digests: dict[str, str]) -> dict[str, str]:
+        """Leave out files that can't be used, before splits are drawn: so none is the whole of one."""
+        bad, good = BadFiles(skip=True), {}
+        for name, digest in digests.items():
+            with bad.tolerated():
+                self._song(name)
+                good[name] = digest
+        bad.report(len(digests), self.root)
+        return good
 
     def _names(self) -> list[str]:
         """Return the paths of all MIDI files below the root, with forward slashes, sorted."""

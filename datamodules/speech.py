@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vrnn_lightning.batch import Sequence
 from vrnn_lightning.data import BadFiles, Modality, Scaler, SequenceDataModule, Sequences, Split, fetch
-from vrnn_lightning.data.audio import AudioHeader, opened, read_samples, resampled, seekable
+from vrnn_lightning.data.audio import HIGHEST_RATE, AudioHeader, opened, read_samples, resampled, seekable
 from vrnn_lightning.data.cache import digest, recall, remember
 from vrnn_lightning.data.corpora import FSDD_TEST, Layout, Recording, find_recordings
 from vrnn_lightning.data.index import IndexedFile, index_audio
@@ -166,6 +166,8 @@ class Speech(SequenceDataModule):
         ):
             if value is not None and value < 1:
                 raise UserError(f"--data.{option} {value}: must be at least 1")
+        if sample_rate is not None and sample_rate > HIGHEST_RATE:
+            raise UserError(f"--data.sample_rate {sample_rate}: must be at most {HIGHEST_RATE} Hz")
         mel = features == "log_mel"
         super().__init__(mel_bands or MEL_BANDS if mel else frame_size, batch_size, num_workers, seed, window)
         self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
@@ -206,6 +208,8 @@ class Speech(SequenceDataModule):
         for option, word, known in (
             ("units", self.units, ("scaled", "amplitude", "pcm16")),
             ("features", self.features, ("raw", "log_mel")),
+            ("stereo", self.stereo, ("mix", "refuse")),
+            ("tail", self.tail, ("drop", "pad")),
             ("layout", self.layout, get_args(Layout)),
         ):
             if word not in known:

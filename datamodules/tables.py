@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -49,7 +49,8 @@ class Tables(SequenceDataModule):
     With ``split`` "time", a series with times from :math:`a` to :math:`b` is training data up to the time
     :math:`b - (v + t)(b - a)`, validation data up to :math:`b - t (b - a)` and test data from there on, where :math:`v`
     and :math:`t` are the shares. These times travel in the checkpoint: longer files change none of them, and a series
-    that the checkpoint doesn't know is tested from the latest of them on.
+    that the checkpoint doesn't know is tested from the latest of them on. With "id", the checkpoint keeps which series
+    was in which split.
 
     Args:
         root: A file (``.csv`` with a header, ``.csv.gz`` or ``.parquet``, which needs pyarrow), or a folder that is
@@ -130,6 +131,7 @@ class Tables(SequenceDataModule):
             raise UserError(f"--data.step {step}: needs --data.time, the column of times")
         self._read: dict[str, list[_Series]] = {}
         self._cuts: dict[str, list[float]] | None = None
+        self._drawn: dict[str, tuple[str, int]] = {}
         self._clock = ""
         self._warned: set[str] = set()
 
@@ -194,17 +196,25 @@ class Tables(SequenceDataModule):
         return self._windows(split).lengths
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scaler and, of a split by time, the last training and the last validation time of each series."""
+        """Return the scaler and what was in which split.
+
+        Of a split by time that is the last training and the last validation time of each series, of one by series the
+        split and the steps of each.
+        """
         state = super().state_dict()
-        if self.split_by != "time":
+        if self.split_by == "id":
+            here = {s.name: (self._draw(s), len(s.times)) for s in self._series("train")}
+            return state | {"drawn": self._drawn | here}
+        if self.split_by == "files":
             return state
         series = self._series("train")
         cuts = {s.name: self._own_cuts(s) for s in series} if self._cuts is None else self._cuts
         return state | {"cuts": cuts, "clock": self._clock or series[0].clock}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the checkpoint's scaler and cuts."""
+        """Take the checkpoint's scaler and splits."""
         super().load_state_dict(state_dict)
+        self._drawn = state_dict.get("drawn", {})
         self._cuts, self._clock = state_dict.get("cuts"), state_dict.get("clock", "")
         self._splits.clear()  # those that setup found were cut anew
 
@@ -232,9 +242,7 @@ class Tables(SequenceDataModule):
         if self.split_by == "files":
             return 0, end
         if self.split_by == "id":
-            draw = int.from_bytes(hashlib.sha256(f"{self.seed} {series.name}".encode()).digest()[:8]) / 2**64
-            drawn = "test" if draw < self.test_share else "val" if draw < self.test_share + self.val_share else "train"
-            return 0, end if drawn == split else 0
+            return 0, end if self._draw(series) == split else 0
         cuts = self._own_cuts(series) if self._cuts is None else self._cuts.get(series.name)
         if self._cuts is not None and series.clock != self._clock:
             raise UserError(
@@ -247,6 +255,26 @@ class Tables(SequenceDataModule):
         val, test = np.searchsorted(series.times, cuts, side="right").tolist()
         parts: dict[Split, tuple[int, int]] = {"train": (0, val), "val": (val, test), "test": (test, end)}
         return parts[split]
+
+    def _draw(self, series: _Series) -> str:
+        """Return the split of a whole series: the checkpoint's, or what its name and the seed say."""
+        if series.name in self._drawn:
+            return self._drawn[series.name][0]
+        if self.id is None:
+            self._refuse_trained(series)
+        draw = int.from_bytes(hashlib.sha256(f"{self.seed} {series.name}".encode()).digest()[:8]) / 2**64
+        return "test" if draw < self.test_share else "val" if draw < self.test_share + self.val_share else "train"
+
+    def _refuse_trained(self, series: _Series) -> None:
+        """Refuse a file of the checkpoint's under another path, for which another split would be drawn."""
+        own = (PurePosixPath(series.name).name, len(series.times))
+        here = {s.name for s in self._series("train")}
+        for name, (split, steps) in self._drawn.items():
+            if split != "test" and name not in here and (PurePosixPath(name).name, steps) == own:
+                raise UserError(
+                    f"{self.root}: {series.name} seems to be {name}, which the model was trained on; "
+                    f"choose --data.root so that {name} lies below it"
+                )
 
     def _own_cuts(self, series: _Series) -> list[float]:
         """Return the last time of training and the last of validation."""
@@ -486,14 +514,15 @@ class _Step(NamedTuple):
 
 def _step(option: float | str) -> _Step:
     """Return a checked interval."""
-    found = re.fullmatch(r"\s*([0-9.]+(?:e-?\d+)?)\s*([a-z]*)\s*", str(option).lower())
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*([a-z]*)\s*", str(option).lower())
     number, unit = found.groups() if found else ("", "")
     try:
         size = float(number)
     except ValueError:
         size = 0.0
-    if unit in UNITS:
-        size = round(size * UNITS[unit])
+    if unit in UNITS and size < math.inf:
+        size *= UNITS[unit]
+        size = round(size) if size < math.inf else size
     if not 0 < size < math.inf or (unit and unit not in UNITS):
         raise UserError(f"--data.step {option}: must be a positive number, of dates with a unit: {', '.join(UNITS)}")
     return _Step(size, bool(unit), str(option))

@@ -471,3 +471,12 @@ class TestLogMel:
 
 def test_resampled_lengths():
     assert [resampled(n, 44100, 16000) for n in (0, 1, 44100, 44101)] == [0, 1, 16000, 16001]
+
+
+def test_a_rate_that_no_sound_has(tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros(100), 8000)
+    content = path.read_bytes()
+    path.write_bytes(content[:24] + b"\xff\xff\xff\x7f" + content[28:])
+    with pytest.raises(UserError, match="its header says 2147483647 Hz"):
+        read_header(path)

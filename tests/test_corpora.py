@@ -328,13 +328,23 @@ class TestManifest:
             ("path,split\na.wav,training\n", "row 2 has the split 'training'; expected train, valid or test"),
             ("path,split\na.wav\n", "row 2 has the split ''; expected train, valid or test"),
             ("path,split\na.wav,train\n./a.wav,test\n", "row 3 names a.wav again, after row 2"),
+            ("path,split\na/b.wav,train\n{folder}/a/b.wav,test\n", "row 3 names {folder}/a/b.wav again, after row 2"),
+            ("path,split\n../{name}/a.wav,train\na.wav,test\n", "row 3 names a.wav again, after row 2"),
             ('path,split\n"a.wav,train\n', "cannot be read as csv"),
             ("path,split\na\x00b.wav,train\n", "1 of 1 files that it names are missing"),
             (f"path,split\n{'a' * 5000}.wav,train\n", "1 of 1 files that it names are missing"),
         ],
     )
     def test_damage(self, tmp_path, text, message):
+        text, message = (
+            words.replace("{folder}", str(tmp_path)).replace("{name}", tmp_path.name) for words in (text, message)
+        )
         assert refusal(manifest(tmp_path, text)).startswith(f"{tmp_path}/list.csv: {message}")
+
+    def test_none_of_the_files_is_there(self, tmp_path):
+        manifest(tmp_path, "path\na.wav\nb.wav\n")
+        line = refusal(speech(tmp_path / "list.csv", "manifest", skip_bad=True))
+        assert line == f"{tmp_path}/list.csv: none of 2 files that it names is there, a.wav for one; mend the list"
 
     def test_what_is_no_manifest(self, tmp_path):
         assert "is a folder; --data.layout manifest takes the csv file itself" in refusal(speech(tmp_path, "manifest"))

@@ -41,6 +41,8 @@ def test_dropped_file_is_imported_as_part_of_the_package(drop):
 def test_broken_file_breaks_only_its_own_command(drop):
     file = drop("broken_syntax.py", HEAD + "class BrokenSyntax(SequenceDataModule):\n    def f(:\n")
     other = drop("broken_import.py", HEAD + "\n1 / 0\nclass BrokenImport(SequenceDataModule): pass\n")
+    (other.parent / "broken_link.py").symlink_to("nowhere")
+    (other.parent / "broken_folder.py").mkdir()
     missing = drop("needs_more.py", HEAD + "import no_such_library\nclass NeedsMore(SequenceDataModule): pass\n")
     assert discovery.load("Sines").__name__ == "Sines"
     with pytest.raises(UserError, match=rf"{file}, line 3: SyntaxError") as caught:

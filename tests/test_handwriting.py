@@ -672,3 +672,15 @@ class TestBadInput:
 
         monkeypatch.setattr(Path, "open", refuse)
         refused(sources[layout], "ml|ndjson: may not be read by you")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bad_and_empty_inkml_files_are_no_split_of_their_own(tmp_path, seed):
+    for i in range(6):
+        (tmp_path / f"bad{i}.inkml").write_text("<ink><trace>0 0, 1")
+        (tmp_path / f"empty{i}.inkml").write_text("<ink/>")
+        (tmp_path / f"good{i}.inkml").write_text(f"<ink><trace>0 0, {i} 1</trace></ink>")
+    data = Handwriting(str(tmp_path), skip_bad=True, seed=seed)
+    with pytest.warns(UserWarning, match="6 of 18 files are skipped"):
+        found = [len(data.split(split)) for split in ("train", "val", "test")]
+    assert found == [4, 1, 1]

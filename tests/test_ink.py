@@ -334,3 +334,10 @@ def test_damaged_files_raise_nothing_else(tmp_path):
                 said.append(str(error))
     assert all("/bad." in message and "\n" not in message for message in said)
     assert len(said) > 1000
+
+
+def test_a_hexadecimal_number_that_no_float_holds(tmp_path):
+    path = tmp_path / "a.inkml"
+    path.write_text(f"<ink><trace>#{'F' * 5000} 0, 1 1</trace></ink>")
+    with pytest.raises(UserError, match=r"a\.inkml: line 1: a number of 5000 digits"):
+        read_inkml(path)

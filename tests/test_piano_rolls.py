@@ -476,7 +476,7 @@ def test_pickles_and_json_with_a_spoilt_byte(tmp_path, monkeypatch):
 def test_all_bad(tmp_path):
     for i in range(5):
         (tmp_path / f"{i}.mid").write_bytes(b"?" * i)
-    assert "none of 4 files can be used" in complaint(tmp_path, skip_bad=True, test=0.0)
+    assert "none of 5 files can be used" in complaint(tmp_path, skip_bad=True, test=0.0)
 
 
 @pytest.mark.parametrize("name", ["a.mid", "a.json", "a.pickle"])
@@ -762,3 +762,14 @@ def test_samples_without_mido(sampled, folder, monkeypatch):
     assert len([w for w in caught if "vrnn-lightning[music]" in str(w.message)]) == 1
     assert len(list(folder.glob("runs/*/*/samples/*.png"))) == 2
     assert not list(folder.glob("runs/*/*/samples/*.mid"))
+
+
+def test_bad_files_are_skipped_before_splits_are_drawn(tmp_path):
+    """However many are bad, no split is made of them alone."""
+    for i in range(6):
+        (tmp_path / f"bad{i}.mid").write_bytes(b"MThd" + bytes([i]))
+        write_midi(tmp_path / f"good{i}.mid", np.eye(88)[20 + i : 24 + i], 4)
+    data = PianoRolls(tmp_path, skip_bad=True, seed=3)
+    with pytest.warns(UserWarning, match=r"6 of 12 files are skipped"):
+        found = [len(data.split(split)) for split in ("train", "val", "test")]
+    assert found == [4, 1, 1]

@@ -920,3 +920,10 @@ class TestDiscreteLikelihoods:
         )
         trainer.fit(module, speech(corpus, units=units, batch_size=8))
         assert math.isfinite(trainer.callback_metrics["val/elbo"])
+
+
+@pytest.mark.parametrize("option", [{"tail": "cut"}, {"stereo": "left"}, {"sample_rate": 10**7}])
+def test_words_and_rates_that_no_option_knows(option):
+    (name,) = option
+    with pytest.raises(UserError, match=f"--data.{name} {option[name]}: must be"):
+        Speech("recordings", **option)

@@ -607,6 +607,7 @@ class TestRefusals:
             ({"time": "t", "step": -1}, "--data.step -1: must be"),
             ({"time": "t", "step": "0h"}, "--data.step 0h: must be"),
             ({"time": "t", "step": "1.2.3h"}, "--data.step 1.2.3h: must be"),
+            ({"time": "t", "step": "1e305h"}, "--data.step 1e305h: must be"),
             ({"delimiter": ""}, "--data.delimiter '': must be one character"),
             ({"window": 0}, "--data.window 0"),
         ],
@@ -619,6 +620,8 @@ class TestRefusals:
         ("content", "options", "said"),
         [
             ("x\n1\nhigh\n", {}, r"a\.csv: row 3, column 'x': 'high' is no number"),
+            ("x\n1\n12_34\n", {}, r"a\.csv: row 3, column 'x': '12_34' is no number"),
+            ("t,x\n0,1\n1_0,2\n", {"time": "t"}, r"row 3, column 't': '1_0' is no number"),
             ('x\n1\n"2,5"\n', {}, r"row 3, column 'x': '2,5' is no number; write a decimal point"),
             ("x\n1\ninf\n", {}, r"a\.csv: row 3, column 'x': is infinite"),
             ("x\n1\n-Infinity\n", {}, r"row 3, column 'x': is infinite"),
@@ -820,3 +823,37 @@ class TestTransformers:
         assert len(windows) == (13936 - 168) // 24 + 1
         assert np.array_equal(windows[10].inputs[:, 0].numpy(), rows[240:408, 0])
         np.testing.assert_allclose(windows[10].x[:, 0].numpy(), rows[240:408, 1], rtol=1e-6)
+
+
+class TestFilesDrawnWhole:
+    OPTIONS = {"columns": ["x"], "split": "id", "val_share": 0.2, "test_share": 0.3}
+
+    def trained(self, folder):
+        for i in range(20):
+            write(folder / f"all/sub/f{i}.csv", {"x": list(range(100 * i, 100 * i + 9))})
+        return Tables(folder / "all", **self.OPTIONS)
+
+    def test_a_trained_file_under_another_path_is_not_tested(self, tmp_path):
+        state = self.trained(tmp_path).state_dict()
+        moved = Tables(tmp_path / "all/sub", **self.OPTIONS)
+        moved.setup("test")
+        moved.load_state_dict(state)
+        with pytest.raises(UserError, match="f0 seems to be sub/f0, which the model was trained on"):
+            moved.split("test")
+
+    def test_new_files_beside_those_of_the_checkpoint(self, tmp_path):
+        trained = self.trained(tmp_path)
+        state, tested = trained.state_dict(), [s.name for s in list(trained.split("test"))]
+        for i in range(20):
+            write(tmp_path / f"all/new/f{i}.csv", {"x": list(range(9))})
+        grown = Tables(tmp_path / "all", **self.OPTIONS)
+        grown.load_state_dict(state)
+        found = [s.name for s in list(grown.split("test"))]
+        assert [name for name in found if name.startswith("sub/")] == tested
+        assert len(found) > len(tested)
+
+
+def test_values_whose_spread_no_float_holds_are_refused(tmp_path):
+    path = write(tmp_path / "a.csv", {"x": [1e300, -1e300] * 20})
+    with pytest.raises(UserError, match="too large to be scaled"):
+        _ = Tables(path, ["x"]).scaler

@@ -123,3 +123,11 @@ def test_large_numbers_in_a_damaged_file_take_no_memory(content):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 10**6
+
+
+def test_a_list_that_holds_one_list_many_times_is_read_once():
+    nested: list = [0]
+    for _ in range(30):
+        nested = [nested] * 10
+    found = read(pickle.dumps(nested))  # 10^30 numbers in a kilobyte
+    assert found[0] is found[9]

@@ -107,7 +107,8 @@ def _files() -> list[Path]:
     folders = [Path(vrnn_lightning.__file__).parent.parent / "datamodules", Path.cwd() / "datamodules"]
     if folders[0].resolve() == folders[1].resolve():
         folders.pop()
-    return [file for folder in folders for file in sorted(folder.glob("*.py")) if not file.name.startswith("_")]
+    found = (file for folder in folders for file in sorted(folder.glob("*.py")) if file.is_file())
+    return [file for file in found if not file.name.startswith("_")]
 
 
 def _classes(files: list[Path]) -> Iterator[tuple[str, Path]]:

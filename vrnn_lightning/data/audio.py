@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AUDIO_SUFFIXES",
+    "HIGHEST_RATE",
     "AudioHeader",
     "check_samples",
     "opened",
@@ -30,6 +31,8 @@ __all__ = [
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".sph")
 
+HIGHEST_RATE = 10**6
+"""Hz that sound may have: a filter from or to more of them takes gigabytes."""
 SEEKABLE = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}
 """Encodings, flac's among them, of which libsndfile reads a part exactly as in the whole file."""
 UNKNOWN_LENGTH = 2**62  # what libsndfile reports for a stream whose header leaves the length open
@@ -79,6 +82,8 @@ def read_header(path: Path) -> AudioHeader:
             raise UserError(f"{path}: holds no samples; remove it")
         if header.samples >= UNKNOWN_LENGTH:
             raise _unreadable(path, "its header does not tell its length")
+        if header.rate > HIGHEST_RATE:
+            raise _unreadable(path, f"its header says {header.rate} Hz")
         if sound.subtype.startswith("MPEG"):
             raise _unreadable(path, "it is MP3")
         if sound.format == "FLAC":

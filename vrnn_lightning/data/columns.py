@@ -246,6 +246,8 @@ def _numbers(cells: Cells, place: _Place) -> NDArray[np.float64]:
             raise place.error(0, "is a date; expected a number")
         return cells.astype(np.float64)
     try:
+        if "_" in "".join(cells):  # Python reads 1_000 as a thousand
+            raise ValueError
         return np.array([float(cell) for cell in cells])
     except (TypeError, ValueError):
         return np.array([_number(cells, i, place) for i in range(len(cells))])
@@ -256,7 +258,9 @@ def _number(cells: SequenceOf[str | None], index: int, place: _Place) -> float:
     if cell.lower() in MISSING:
         return np.nan
     try:
-        return float(cell)
+        if "_" not in cell:
+            return float(cell)
+        raise ValueError
     except ValueError:
         cure = "write a decimal point" if "," in cell else "mend it, or leave the cell empty where nothing was measured"
         raise place.error(index, f"{cell!r} is no number; {cure}") from None
@@ -299,7 +303,9 @@ def _is_number(cell: str | None) -> bool:
 def _ticks(cells: SequenceOf[str | None], place: _Place) -> NDArray[Any]:
     """Return times that are numbers, whole ones exactly."""
     try:
-        return np.array([int(cell or "") for cell in cells], dtype=np.int64)
+        if "_" not in "".join(cell or "" for cell in cells):
+            return np.array([int(cell or "") for cell in cells], dtype=np.int64)
+        ticks = _numbers(cells, place)
     except (OverflowError, ValueError):
         ticks = _numbers(cells, place)
     missing = np.isnan(ticks)

@@ -197,19 +197,27 @@ def _manifest(path: Path, bad: BadFiles) -> list[Recording]:
     if "path" not in header:
         raise UserError(f"{path}: has no column path; its first row is {','.join(header)[:80]!r}")
     found: dict[str, tuple[int, Recording]] = {}
+    rows_of: dict[str, int] = {}
+    above = path.parent.absolute().as_posix()
     for number, row in enumerate(rows[1:], start=2):
         if any(cell.strip() for cell in row):
             recording = _row(
                 path, number, dict(zip_longest(header, (cell.strip() for cell in row[: len(header)]), fillvalue=""))
             )
-            if recording.name in found:
+            place = posixpath.normpath(posixpath.join(above, recording.name))  # however a row spells it
+            if place in rows_of:
                 raise UserError(f"{path}: row {number} names {recording.name} again, after row "
-                                f"{found[recording.name][0]}; keep one of them")  # fmt: skip
+                                f"{rows_of[place]}; keep one of them")  # fmt: skip
+            rows_of[place] = number
             found[recording.name] = (number, recording)
     if not found:
         raise UserError(f"{path}: names no files; write a row for each")
     folder = path.parent
     missing = [name for name in found if not _is_file(folder / name)]
+    if bad.skip and len(missing) == len(found):
+        raise UserError(
+            f"{path}: none of {len(found)} files that it names is there, {missing[0]} for one; mend the list"
+        )
     _refuse_missing(path, len(found), missing, bad)
     gone = set(missing)
     return [recording for name, (_, recording) in sorted(found.items()) if name not in gone]

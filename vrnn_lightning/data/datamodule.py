@@ -136,9 +136,18 @@ class SequenceDataModule(LightningDataModule):
 
     @property
     def scaler(self) -> Scaler:
-        """The affine scaler, fitted on the training split when first asked for, or the checkpoint's."""
+        """The affine scaler, fitted on the training split when first asked for, or the checkpoint's.
+
+        Raises:
+            UserError: Training values are so large that their mean or std is infinite.
+        """
         if self._scaler is None:
-            self._scaler = self.fit_scaler()
+            scaler = self.fit_scaler()
+            if not (torch.isfinite(scaler.mean).all() and torch.isfinite(scaler.std).all()):
+                raise UserError(
+                    f"{type(self).__name__}: training values are too large to be scaled; mend or rescale them"
+                )
+            self._scaler = scaler
         return self._scaler
 
     def fit_scaler(self) -> Scaler:
@@ -188,6 +197,7 @@ class SequenceDataModule(LightningDataModule):
 
     def _loader(self, split: Split) -> SequenceLoader:
         trainer = self.trainer
+        self.split(split)  # says what is wrong with an empty one
         lengths = self.lengths(split)
         if not any(lengths):
             raise UserError(f"{type(self).__name__}: no sequence of the {split} split has a step")

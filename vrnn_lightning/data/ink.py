@@ -28,6 +28,8 @@ __all__ = ["files_below", "quickdraw_lines", "read_iam", "read_inkml", "read_qui
 
 TOKEN = re.compile(r"\s*([!'\"]?)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|#[0-9A-Fa-f]+|[*?TF])")
 """A value of an InkML point, with what tells whether it is a difference."""
+LONGEST = 200
+"""Digits that a hexadecimal number may have, so that a float holds it."""
 ORDERS = {"!": 0, "'": 1, '"': 2}
 ARRAY_ERRORS = (EOFError, NotImplementedError, OSError, RuntimeError, SyntaxError, TokenError, ValueError)
 """What numpy and zipfile raise on files that are damaged or encrypted."""
@@ -194,7 +196,10 @@ class _Ink:
         if word in "?TF" or (first and (order or word == "*")):
             raise self._error(line, f"{word!r} as the channel {channel} of a point; expected a number")
         if word != "*":
-            level[order] = float(int(word[1:], 16) if word.startswith("#") else float(word))
+            digits, hexadecimal = word.lstrip("#"), word.startswith("#")
+            if hexadecimal and len(digits) > LONGEST:
+                raise self._error(line, f"a number of {len(digits)} digits; expected a coordinate")
+            level[order] = float(int(digits, 16)) if hexadecimal else float(word)
         if order == 2:
             level[1] += level[2]
         if order:

@@ -49,7 +49,7 @@ def unpickle(file: BinaryIO) -> Any:
         pickle.UnpicklingError: It is no pickle, is damaged, or an array in it does not add up.
     """
     try:
-        return _plain(_PlainUnpickler(BytesIO(file.read()), encoding="latin1").load())
+        return _plain(_PlainUnpickler(BytesIO(file.read()), encoding="latin1").load(), {})
     except pickle.UnpicklingError:
         raise
     except DAMAGE as error:
@@ -91,8 +91,9 @@ class _Array:
             if not isinstance(content, list) or len(content) != size:
                 raise pickle.UnpicklingError("an array of objects that are not there")
             flat = np.empty(size, dtype=object)
+            known: dict[int, tuple[Any, Any]] = {}
             for i, item in enumerate(content):
-                flat[i] = _plain(item)
+                flat[i] = _plain(item, known)
         else:
             raw = content.encode("latin1") if isinstance(content, str) else content
             if not isinstance(raw, bytes) or len(raw) != size * kind.dtype.itemsize:
@@ -173,8 +174,23 @@ class _PlainUnpickler(pickle._Unpickler):
     }
 
 
-def _plain(value: Any) -> Any:
-    """Return a value with numpy's arrays in the place of stand-ins."""
+def _plain(value: Any, known: dict[int, tuple[Any, Any]]) -> Any:
+    """Return a value with numpy's arrays in the place of stand-ins.
+
+    Args:
+        value: What was read.
+        known: Of containers that were seen, by their identities, these themselves and what came of them: a few bytes
+            may hold one of them a million times.
+    """
+    if id(value) in known:
+        return known[id(value)][1]
+    plain = _plain_anew(value, known)
+    if isinstance(value, (dict, list, tuple)):
+        known[id(value)] = value, plain
+    return plain
+
+
+def _plain_anew(value: Any, known: dict[int, tuple[Any, Any]]) -> Any:
     if isinstance(value, _Array):
         if not hasattr(value, "array"):
             raise pickle.UnpicklingError("an array without content")
@@ -182,9 +198,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (_Type, type)) or callable(value):
         raise pickle.UnpicklingError("a type where data is expected")
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item, known) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_plain(item, known) for item in value]
     if isinstance(value, tuple):
-        return tuple(_plain(item) for item in value)
+        return tuple(_plain(item, known) for item in value)
     return value
