@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from functools import cached_property
@@ -92,9 +93,9 @@ class Archive(SequenceDataModule):
         """Return the sequences of a split, each of shape (steps, features)."""
         if not self._is_drawn or split in self._held:
             return self._train if split == "train" else self._read(split)
-        names = self._draw.names(split, self._sizes, self.root)
-        places = {name: place for place, name in enumerate(self._sizes)}
-        return self._train.take(np.array([places[name] for name in names], dtype=np.int64))
+        digests = self._draw.names(split, self._sizes, self.root)
+        places = sorted(place for digest in digests for place in self._places[digest])
+        return self._train.take(np.array(places, dtype=np.int64))
 
     def lengths(self, split: Split) -> list[int]:
         """Return the steps of each sequence of a split."""
@@ -129,9 +130,22 @@ class Archive(SequenceDataModule):
         return DrawnSplits(val, test, self.seed)
 
     @cached_property
+    def _places(self) -> dict[str, list[int]]:
+        """Where the archive's training sequences stand, by a digest of their values; equal ones share a split.
+
+        Another archive, or this one in another order, has other sequences at the same places.
+        """
+        found: dict[str, list[int]] = {}
+        for place, (start, end) in enumerate(self._train.bounds):
+            values = self._train.values[start:end].astype("<f8")
+            found.setdefault(hashlib.blake2b(values.tobytes(), digest_size=12).hexdigest(), []).append(place)
+        return found
+
+    @property
     def _sizes(self) -> dict[str, int]:
-        """The archive's training sequences by name, with their steps."""
-        return {self._train.name(i): steps for i, steps in enumerate(self._train.lengths)}
+        """The steps of the archive's training sequences, by digest."""
+        steps = self._train.lengths
+        return {digest: steps[places[0]] for digest, places in self._places.items()}
 
     @cached_property
     def _train(self) -> ArchiveSplit:

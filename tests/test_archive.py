@@ -90,6 +90,27 @@ def test_splits_that_are_drawn_from_training(test, tmp_path):
     np.testing.assert_allclose(data.scaler.mean, x.mean(0))
 
 
+def test_what_was_trained_on_is_known_by_its_values(tmp_path):
+    """The same sequences in another order, and other sequences at the same places."""
+    trained = Archive(str(write(tmp_path / "a.npz", "train")), WIDTH)
+    trained.setup("fit")
+    state = trained.state_dict()
+    with np.load(tmp_path / "a.npz") as kept:
+        values, lengths = kept["train_values"], kept["train_lengths"]
+    pieces = np.split(values, lengths.cumsum()[:-1])[::-1]
+    np.savez(tmp_path / "b.npz", train_values=np.concatenate(pieces), train_lengths=lengths[::-1])
+    np.savez(tmp_path / "c.npz", train_values=values + 1, train_lengths=lengths)
+    found = {}
+    for name in "abc":
+        data = Archive(str(tmp_path / f"{name}.npz"), WIDTH)
+        data.setup("test")
+        data.load_state_dict(state)
+        found[name] = [data.split("test")[i].x for i in range(len(data.split("test")))]
+    assert len(found["a"]) == len(found["b"]) < len(lengths) == len(found["c"])
+    for one, other in zip(found["a"], reversed(found["b"]), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_columns_that_never_change_are_named(tmp_path):
     path = write(tmp_path / "a.npz", *SIZES, still=2)
     message = "columns 2 hardly change in training, so that .*; leave them out: --data.exclude '\\[0, 2\\]'"

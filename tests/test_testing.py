@@ -37,6 +37,19 @@ class SharesSequences(Rambles):
         return super().sequences("train" if split == "test" else split)
 
 
+class SharesUnnamed(Rambles):
+    def sequences(self, split):
+        of_train = super().sequences("train")
+        found = of_train if split == "train" else [*super().sequences(split)[:1], *of_train[1:]]
+        return [Sequence(s.x) for s in found]
+
+
+class IgnoresTheProcess(Rambles):
+    def train_dataloader(self):
+        self.trainer = None
+        return super().train_dataloader()
+
+
 class ForgetsAnOption(Rambles):
     def __init__(self, size: int = 7):
         super().__init__()
@@ -132,7 +145,9 @@ class ChangesNothing(Rambles):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (SharesSequences, "share sequences|begin alike"),
+        (SharesSequences, "share sequences"),
+        (SharesUnnamed, "6 sequences of val are in train as well"),
+        (IgnoresTheProcess, "two processes see another batch|different numbers of steps"),
         (ForgetsAnOption, "size.*not in hparams"),
         (SaysOtherLengths, "lengths"),
         (NamesTwice, "several sequences of train"),
