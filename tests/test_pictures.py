@@ -62,6 +62,17 @@ DRAWING = torch.tensor([[1.0, 1, 0], [1, 0, 1], [0, 5, 1], [2, 0, 0], [0, -2.5, 
 """A line, a dot and another line."""
 
 
+@pytest.mark.parametrize("features", [2, 13])
+def test_binary_or_wide_series_are_pixels(features):
+    real = torch.eye(features).repeat(2, 1)
+    scale = 1 if features == 2 else 7
+    figure = draw_rows({"real": [scale * real], "sampled": [scale * real / 2]}, "series")
+    images = [axes.images[0].get_array() for axes in figure.axes]
+    torch.testing.assert_close(torch.tensor(images[0]), real.T.double())
+    torch.testing.assert_close(torch.tensor(images[1]), real.T.double() / 2)
+    assert not any(axes.lines for axes in figure.axes)
+
+
 def test_svg_lifts_the_pen_and_shows_dots():
     root = ElementTree.fromstring(strokes_svg(DRAWING))
     name = "{http://www.w3.org/2000/svg}"

@@ -22,10 +22,15 @@ __all__ = ["draw_rows", "on_paper", "save_strokes", "strokes_svg"]
 
 SIDE = 400
 """Longer side of a drawing, in pixels."""
+MOST_LINES = 12
+"""Features up to which a series is drawn as lines."""
 
 
 def draw_rows(rows: dict[str, list[Tensor]], modality: str, sample_rate: int | None = None) -> Figure:
     """Draw sequences in a grid: a row per name, a column per sequence, audio with a spectrogram under each waveform.
+
+    Series are lines; where there are too many, or where all are 0 or 1, a picture with a line of pixels per feature,
+    from its smallest value in the first row of the grid (white) to its largest (black).
 
     Args:
         rows: Name of the row to its sequences, each in data units, shape (time, features).
@@ -34,6 +39,8 @@ def draw_rows(rows: dict[str, list[Tensor]], modality: str, sample_rate: int | N
     """
     from matplotlib.figure import Figure
 
+    if modality == "series":
+        modality, rows = _lines_or_pixels(rows)
     panels = _PANELS.get(modality, [_series])
     columns = max(len(sequences) for sequences in rows.values())
     size = (3.2 * columns, 1.7 * len(rows) * len(panels))
@@ -137,6 +144,21 @@ def _checked_strokes(strokes: Tensor) -> list[np.ndarray]:
     return list(rows_to_strokes(strokes.detach().cpu().double().numpy()))
 
 
+def _lines_or_pixels(rows: dict[str, list[Tensor]]) -> tuple[str, dict[str, list[Tensor]]]:
+    """Return how to show series, and what to draw of them."""
+    first = torch.cat(next(iter(rows.values())))
+    finite = first[torch.isfinite(first).all(1)]
+    features = first.shape[1]
+    binary = features > 1 and bool(((finite == 0) | (finite == 1)).all())
+    if len(finite) == 0 or (features <= MOST_LINES and not binary):
+        return "series", rows
+    low, high = finite.amin(0), finite.amax(0)
+    if binary:
+        low, high = torch.zeros_like(low), torch.ones_like(high)
+    spread = torch.where(high > low, high - low, torch.ones_like(low))
+    return "roll", {name: [(x - low) / spread for x in sequences] for name, sequences in rows.items()}
+
+
 def _share_limits(grid: np.ndarray, names: list[str], panels: int) -> None:
     """Give every line plot of a column the limits of its first row, so that amplitudes compare."""
     for c in range(grid.shape[1]):
@@ -185,7 +207,7 @@ def _roll(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
     axes.imshow(
         x.T, origin="lower", aspect="auto", cmap="gray_r", interpolation="nearest", extent=extent, vmin=0, vmax=1
     )
-    if keys == KEYS:
+    if lowest:
         axes.set_yticks(range(24, LOWEST + KEYS, 12), [f"C{octave}" for octave in range(1, 9)])
         axes.grid(axis="y", linewidth=0.3, alpha=0.5)
     axes.tick_params(labelsize=7)
