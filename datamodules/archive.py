@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -19,6 +18,7 @@ from vrnn_lightning.data import (
     SequenceDataModule,
     Split,
     archive_holds,
+    data_root,
     read_archive,
 )
 from vrnn_lightning.errors import UserError
@@ -76,7 +76,7 @@ class Archive(SequenceDataModule):
             raise UserError(f"--data.features {features}: must be at least 1")
         out = _columns(exclude or [], features)
         super().__init__(features - len(out), batch_size, num_workers, seed, window)
-        self.root = Path(root).expanduser()
+        self.root = data_root(root)
         self.features = features
         self.kept = [column for column in range(features) if column not in out]
         self._parts: dict[Split, float] = {"val": val, "test": test}

@@ -24,6 +24,7 @@ from vrnn_lightning.data import (
     SequenceDataModule,
     Sequences,
     Split,
+    data_root,
     fetch,
     files_below,
     quickdraw_lines,
@@ -155,7 +156,7 @@ class Handwriting(SequenceDataModule):
             raise UserError(f"--data.smooth {smooth}: must be an odd number of points, at least 1 and below 2^31")
         if not 0 <= augment < 1:
             raise UserError(f"--data.augment {augment}: must be at least 0 and below 1")
-        self.root = Path(root).expanduser()
+        self.root = data_root(root)
         self.max_steps = max_steps
         self.too_long = too_long
         self.layout = layout

@@ -14,7 +14,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from vrnn_lightning.batch import Sequence
-from vrnn_lightning.data import ArchiveSplit, Modality, SequenceDataModule, Sequences, Split, fetch, read_archive
+from vrnn_lightning.data import (
+    ArchiveSplit,
+    Modality,
+    SequenceDataModule,
+    Sequences,
+    Split,
+    data_root,
+    fetch,
+    read_archive,
+)
 from vrnn_lightning.errors import UserError
 
 __all__ = ["MNISTRows"]
@@ -81,7 +90,7 @@ class MNISTRows(SequenceDataModule):
             raise UserError(f"--data.val_size {val_size}: must be at least 1")
         super().__init__(SIDE if read == "rows" else 1, batch_size, num_workers, seed, window)
         self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
-        self.root = Path(root).expanduser()
+        self.root = data_root(root)
         self.binarise = binarise
         self.val_size = val_size
         self.download = download

@@ -21,6 +21,7 @@ from vrnn_lightning.data import (
     SequenceDataModule,
     Sequences,
     Split,
+    data_root,
     fetch,
     read_archive,
 )
@@ -109,7 +110,7 @@ class PianoRolls(SequenceDataModule):
         for option, fraction in (("test", test), ("val", val)):
             if fraction is not None and not 0 <= fraction < 1:
                 raise UserError(f"--data.{option} {fraction}: a fraction of the files must be at least 0 and below 1")
-        self.root = Path(root).expanduser()
+        self.root = data_root(root)
         self.resolution = resolution
         self.sustain = sustain
         self.transpose = transpose

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vrnn_lightning.batch import Sequence
-from vrnn_lightning.data import BadFiles, Modality, Scaler, SequenceDataModule, Sequences, Split, fetch
+from vrnn_lightning.data import BadFiles, Modality, Scaler, SequenceDataModule, Sequences, Split, data_root, fetch
 from vrnn_lightning.data.audio import HIGHEST_RATE, AudioHeader, opened, read_samples, resampled, seekable
 from vrnn_lightning.data.cache import digest, recall, remember
 from vrnn_lightning.data.corpora import FSDD_TEST, Layout, Recording, find_recordings
@@ -172,7 +172,7 @@ class Speech(SequenceDataModule):
         super().__init__(mel_bands or MEL_BANDS if mel else frame_size, batch_size, num_workers, seed, window)
         self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
         self.download = download
-        self.root = Path(root).expanduser()
+        self.root = data_root(root)
         self.frame_size = frame_size
         self.mel_window = mel_window or 4 * frame_size
         self.resample = resample

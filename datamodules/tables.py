@@ -18,7 +18,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vrnn_lightning.batch import Sequence
-from vrnn_lightning.data import TABLE_SUFFIXES, Columns, Modality, Scaler, SequenceDataModule, Split, read_columns
+from vrnn_lightning.data import (
+    TABLE_SUFFIXES,
+    Columns,
+    Modality,
+    Scaler,
+    SequenceDataModule,
+    Split,
+    data_root,
+    read_columns,
+)
 from vrnn_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,7 +126,7 @@ class Tables(SequenceDataModule):
         window: int | None = None,
     ) -> None:
         super().__init__(len(columns), batch_size, num_workers, seed, window)
-        self.root = Path(root).expanduser()
+        self.root = data_root(root)
         self.columns = _names("columns", columns)
         self.inputs = _names("inputs", inputs or [])
         self.num_inputs = len(self.inputs)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vrnn_lightning.batch import Sequence, SequenceBatch, pad
-from vrnn_lightning.data import BatchSampler, Scaler, SequenceDataModule, SequenceLoader, Window
+from vrnn_lightning.data import BatchSampler, Scaler, SequenceDataModule, SequenceLoader, Window, data_root
 from vrnn_lightning.data.loading import ScaledSequences
 from vrnn_lightning.errors import UserError
 
@@ -721,3 +721,23 @@ def test_what_was_read_of_an_epoch_is_skipped_in_that_epoch_alone():
     with pytest.warns(UserWarning, match="the epoch begins anew"):
         other.load_state_dict(state)
     assert len(list(other)) == 3
+
+
+class TestRoot:
+    @pytest.mark.parametrize(
+        ("root", "message"),
+        [
+            ("~nobody-of-this-name/x", r"--data.root ~nobody-of-this-name/x: Could not determine home"),
+            ("a" * 5000, r"--data.root a{80}: File name too long"),
+            ("a\0b", r"--data.root a.b: .*null byte"),
+        ],
+    )
+    def test_what_is_no_path_is_refused(self, root, message):
+        with pytest.raises(UserError, match=message):
+            data_root(root)
+
+    def test_it_need_not_be_there(self, tmp_path):
+        (tmp_path / "file").touch()
+        for name in ("no", "no/deeper", "file/deeper", "file"):
+            assert data_root(str(tmp_path / name)) == tmp_path / name
+        assert data_root("~/x") == Path.home() / "x"

@@ -43,6 +43,7 @@ def test_broken_file_breaks_only_its_own_command(drop):
     other = drop("broken_import.py", HEAD + "\n1 / 0\nclass BrokenImport(SequenceDataModule): pass\n")
     (other.parent / "broken_link.py").symlink_to("nowhere")
     (other.parent / "broken_folder.py").mkdir()
+    leaves = drop("leaves_early.py", HEAD + "raise SystemExit(3)\nclass LeavesEarly(SequenceDataModule): pass\n")
     missing = drop("needs_more.py", HEAD + "import no_such_library\nclass NeedsMore(SequenceDataModule): pass\n")
     assert discovery.load("Sines").__name__ == "Sines"
     with pytest.raises(UserError, match=rf"{file}, line 3: SyntaxError") as caught:
@@ -50,6 +51,8 @@ def test_broken_file_breaks_only_its_own_command(drop):
     assert isinstance(caught.value.__cause__, SyntaxError)
     with pytest.raises(UserError, match=rf"{other}, line 3: ZeroDivisionError"):
         discovery.load("BrokenImport")
+    with pytest.raises(UserError, match=rf"{leaves}, line 2: SystemExit: 3"):
+        discovery.load("LeavesEarly")
     with pytest.raises(UserError, match=rf"{missing}, line 2: ModuleNotFoundError.*no_such_library"):
         discovery.load("NeedsMore")
 

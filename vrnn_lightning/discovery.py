@@ -147,11 +147,11 @@ def _import(module: str, file: Path | None) -> ModuleType:
         raise UserError(f"cannot import {module}: there is no module {error.name} here or installed") from error
     except UserError:
         raise
-    except Exception as error:  # whatever a user's file raises while it is imported is the user's to mend
+    except (Exception, SystemExit) as error:  # whatever a user's file raises while it is imported is the user's to mend
         raise _broken(module, file, error) from error
 
 
-def _broken(module: str, file: Path | None, error: Exception) -> UserError:
+def _broken(module: str, file: Path | None, error: BaseException) -> UserError:
     where = str(file or module)
     if isinstance(error, SyntaxError) and error.filename:
         where, line = error.filename, error.lineno

@@ -8,12 +8,14 @@ from vrnn_lightning.data.downloads import fetch
 from vrnn_lightning.data.drawn import DrawnSplits
 from vrnn_lightning.data.ink import files_below, quickdraw_lines, read_iam, read_inkml, read_quickdraw, read_sketch_rnn
 from vrnn_lightning.data.loading import BatchSampler, SequenceLoader, Window
+from vrnn_lightning.data.paths import data_root
 from vrnn_lightning.data.progress import tracked
 from vrnn_lightning.data.sequences import ChangingSequences, Modality, Scaler, Sequences, Split, WindowedSequences
 from vrnn_lightning.data.strokes import rows_to_strokes, smooth_rows, strokes_to_rows
 from vrnn_lightning.data.unpickling import UnsafePickleError, unpickle
 
 __all__ = [
+    "data_root",
     "TABLE_SUFFIXES",
     "ArchiveSplit",
     "BadFiles",
