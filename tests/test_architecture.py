@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     "errors", "batch", "noise", "filtering", "nn", "heads", "recurrence", "vrnn", "objectives", "schedules", "metrics",
-    "data", "testing", "inference", "module",
+    "data", "testing", "inference", "pretrained", "module",
     "callbacks", "tracking", "discovery", "cli",
 ]  # fmt: skip
 FRAMEWORKS = {"lightning", "wandb", "jsonargparse", "pytorch_lightning"}
-MAY_KNOW_LIGHTNING = {"data", "testing", "module", "callbacks", "tracking", "discovery", "cli"}
+MAY_KNOW_LIGHTNING = {"data", "testing", "pretrained", "module", "callbacks", "tracking", "discovery", "cli"}
 DATAMODULES_MAY_IMPORT = {"batch", "data", "errors"}
 
 

@@ -28,13 +28,14 @@ from vrnn_lightning.metrics import ActiveUnits, Bound, Estimate
 from vrnn_lightning.nn import Layers
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO, Carried, ImportanceBound, Objective
+from vrnn_lightning.pretrained import Pretrained
 from vrnn_lightning.recurrence import State
 from vrnn_lightning.vrnn import VRNN, Particles, Trace
 
 __all__ = ["VRNNLightningModule"]
 
 
-class VRNNLightningModule(Inference, LightningModule):
+class VRNNLightningModule(Inference, Pretrained, LightningModule):
     """Trains a VRNN on the ELBO and reports it, split into reconstruction and KL.
 
     Every argument is a hyperparameter: it travels in the checkpoint, and ``load_from_checkpoint`` needs nothing else.

@@ -15,7 +15,6 @@ from vrnn_lightning.data.strokes import rows_to_strokes, smooth_rows, strokes_to
 from vrnn_lightning.data.unpickling import UnsafePickleError, unpickle
 
 __all__ = [
-    "data_root",
     "TABLE_SUFFIXES",
     "ArchiveSplit",
     "BadFiles",
@@ -33,6 +32,7 @@ __all__ = [
     "Window",
     "WindowedSequences",
     "archive_holds",
+    "data_root",
     "fetch",
     "files_below",
     "quickdraw_lines",
