@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     "errors", "batch", "noise", "filtering", "nn", "heads", "recurrence", "vrnn", "objectives", "schedules", "metrics",
-    "data", "testing", "inference", "pretrained", "module",
+    "data", "testing", "inference", "pretrained", "exporting", "module",
     "callbacks", "tracking", "discovery", "cli",
 ]  # fmt: skip
 FRAMEWORKS = {"lightning", "wandb", "jsonargparse", "pytorch_lightning"}

@@ -22,6 +22,7 @@ from torch.optim import Adam, Optimizer
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.exporting import Exported
 from vrnn_lightning.heads import Gaussian, Head
 from vrnn_lightning.inference import Inference
 from vrnn_lightning.metrics import ActiveUnits, Bound, Estimate
@@ -35,7 +36,7 @@ from vrnn_lightning.vrnn import VRNN, Particles, Trace
 __all__ = ["VRNNLightningModule"]
 
 
-class VRNNLightningModule(Inference, Pretrained, LightningModule):
+class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):
     """Trains a VRNN on the ELBO and reports it, split into reconstruction and KL.
 
     Every argument is a hyperparameter: it travels in the checkpoint, and ``load_from_checkpoint`` needs nothing else.

@@ -113,14 +113,14 @@ def textbook_step(
     h = hs[-1] if masks is None else hs[-1] * masks.h[:, -1]
     phi_x = model.phi_x(model.look(x, counted))
     phi_x = phi_x if masks is None else phi_x * masks.phi_x
-    phi_z = kl = z = x.new_zeros(len(x), 0)
-    log_ratio = x.new_zeros(len(x))
+    phi_z = kl = z = x.new_zeros(x.shape[0], 0)  # not len: an export keeps the batch open
+    log_ratio = x.new_zeros(x.shape[0])
     if model.prior is not None and model.encoder is not None and model.phi_z is not None:
         prior = model.prior(torch.cat([h, *u], -1))
         posterior = model.encoder(torch.cat([phi_x, *u, *future, h], -1))
         mean = posterior.mean + prior.mean if model.residual_posterior else posterior.mean
         z = mean + posterior.stddev * noise
-        posterior = Normal(mean, posterior.stddev)
+        posterior = Normal(mean, posterior.stddev, validate_args=False)
         kl = kl_divergence(posterior, prior.base_dist)
         log_ratio = (prior.base_dist.log_prob(z) - posterior.log_prob(z)).sum(-1)
         phi_z = model.phi_z(z) if masks is None else model.phi_z(z) * masks.phi_z
