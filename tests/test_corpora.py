@@ -428,9 +428,5 @@ class TestSkipBad:
         monkeypatch.setattr(Path, "exists", refuse)
         assert refusal(speech(tmp_path, "folder")) == f"--data.root {tmp_path}: cannot be opened (Permission denied)"
 
-    @pytest.mark.parametrize("layout", ["folder", "manifest"])
-    def test_a_root_that_no_file_can_be_called(self, layout):
-        assert refusal(speech(Path("x" * 5000), layout)).endswith("x: cannot be opened (File name too long)")
-
     def test_it_may_differ_when_a_checkpoint_is_used_again(self):
         assert {"skip_bad", "layout", "crop"} <= Speech.run_options
