@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 from lightning.pytorch.plugins import FSDPPrecision
@@ -32,7 +33,7 @@ StrategyRegistry.register("sharded", Sharded)
 def run(words, environment, said):
     """Run a command in this process, which has imported everything already; what it says goes to a file."""
     os.environ.update(environment)
-    with open(said, "w") as file:  # noqa: PTH123
+    with Path(said).open("w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
         torch.set_num_threads(1)
