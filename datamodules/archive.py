@@ -6,16 +6,16 @@ import hashlib
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vrnn_lightning.data import (
     ArchiveSplit,
+    DrawnDataModule,
     DrawnSplits,
     Modality,
-    SequenceDataModule,
     Split,
     archive_holds,
     data_root,
@@ -29,7 +29,7 @@ STILL = 1e-9
 """Range of a column, next to the widest, below which it holds nothing but what rounding left."""
 
 
-class Archive(SequenceDataModule):
+class Archive(DrawnDataModule):
     r"""A flat archive of real-valued sequences: joint angles, cepstra, pen velocities, and whatever else.
 
     Splits are the archive's own. Where it has no ``valid``, or no ``test``, some of the training sequences are drawn
@@ -82,18 +82,11 @@ class Archive(SequenceDataModule):
         self._parts: dict[Split, float] = {"val": val, "test": test}
         DrawnSplits(val, test, seed)  # refuses fractions early
 
-    def setup(self, stage: str) -> None:
-        """Find the sequences of a stage early, so that what is wrong with them is said before training starts."""
-        if stage == "fit" or not self._is_drawn:
-            super().setup(stage)
-        else:
-            self._sizes  # noqa: B018  # the splits may be a checkpoint's, which is loaded after setup
-
     def sequences(self, split: Split) -> ArchiveSplit:
         """Return the sequences of a split, each of shape (steps, features)."""
-        if not self._is_drawn or split in self._held:
+        if self.drawn is None or split in self._held:
             return self._train if split == "train" else self._read(split)
-        digests = self._draw.names(split, self._sizes, self.root)
+        digests = self.drawn.names(split, self.sizes, self.root)
         places = sorted(place for digest in digests for place in self._places[digest])
         return self._train.take(np.array(places, dtype=np.int64))
 
@@ -103,31 +96,17 @@ class Archive(SequenceDataModule):
         assert isinstance(found, ArchiveSplit)
         return found.lengths
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the scaler and, where splits are drawn, what is in which."""
-        return super().state_dict() | (self._draw.state_dict(self._sizes) if self._is_drawn else {})
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the checkpoint's scaler and splits."""
-        super().load_state_dict(state_dict)
-        if "members" in state_dict:
-            self._draw.load_state_dict(state_dict)
-            self._splits.clear()  # those that setup found were drawn anew
-
     @cached_property
     def _held(self) -> set[Split]:
         """The splits, but for training, that the archive has."""
         splits: tuple[Split, ...] = ("val", "test")
         return {split for split in splits if archive_holds(self.root, split)}
 
-    @property
-    def _is_drawn(self) -> bool:
-        return len(self._held) < 2
-
     @cached_property
-    def _draw(self) -> DrawnSplits:
+    def drawn(self) -> DrawnSplits | None:
+        """How splits that the archive has not are drawn from its training sequences; ``None`` where it has all."""
         val, test = (0.0 if split in self._held else part for split, part in self._parts.items())
-        return DrawnSplits(val, test, self.seed)
+        return DrawnSplits(val, test, self.seed) if len(self._held) < 2 else None
 
     @cached_property
     def _places(self) -> dict[str, list[int]]:
@@ -142,7 +121,7 @@ class Archive(SequenceDataModule):
         return found
 
     @property
-    def _sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, int]:
         """The steps of the archive's training sequences, by digest."""
         steps = self._train.lengths
         return {digest: steps[places[0]] for digest, places in self._places.items()}

@@ -18,10 +18,10 @@ from vrnn_lightning.batch import Sequence
 from vrnn_lightning.data import (
     ArchiveSplit,
     BadFiles,
+    DrawnDataModule,
     DrawnSplits,
     Modality,
     Scaler,
-    SequenceDataModule,
     Sequences,
     Split,
     data_root,
@@ -57,7 +57,7 @@ SHOWN = 5
 """Missing forms that a message names."""
 
 
-class Handwriting(SequenceDataModule):
+class Handwriting(DrawnDataModule):
     r"""Pen strokes: rows (dx, dy, lift), as in Chung et al. (2015, arXiv 1506.02216).
 
     A row is the pen's offset from the last point, and lift is 1 where the pen leaves the paper after this point, else
@@ -119,7 +119,7 @@ class Handwriting(SequenceDataModule):
     """
 
     modality: ClassVar[Modality] = "strokes"
-    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {"layout", "skip_bad", "download"}
+    run_options: ClassVar[frozenset[str]] = DrawnDataModule.run_options | {"layout", "skip_bad", "download"}
 
     def __init__(
         self,
@@ -178,13 +178,6 @@ class Handwriting(SequenceDataModule):
         if self.download:
             fetch("omniglot", self.root)
 
-    def setup(self, stage: str) -> None:
-        """Find the sequences of a stage early, so that what is wrong with them is said before training starts."""
-        if stage == "fit" or not self._is_drawn:
-            super().setup(stage)
-        else:
-            self._sizes  # noqa: B018  # the splits may be a checkpoint's, which is loaded after setup
-
     def sequences(self, split: Split) -> Sequences:
         """Return the strokes of a split, each of shape (steps, 3)."""
         found = self._clipped(self._smoothed(self._read(split)), split)
@@ -209,17 +202,6 @@ class Handwriting(SequenceDataModule):
         std = np.where(std > 1e-12 * abs(mean), std, 1.0)
         mean, std = (np.append(np.broadcast_to(value, 2), lift) for value, lift in ((mean, 0.0), (std, 1.0)))
         return Scaler(torch.from_numpy(mean), torch.from_numpy(std))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the scaler and, where splits are drawn, what is in which."""
-        return super().state_dict() | (self._draw.state_dict(self._sizes) if self._is_drawn else {})
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the checkpoint's scaler and splits."""
-        super().load_state_dict(state_dict)
-        if "members" in state_dict:
-            self._draw.load_state_dict(state_dict)
-            self._splits.clear()  # those that setup found were drawn anew
 
     def _strokes(self, split: Split) -> ArchiveSplit:
         """Return the strokes of a split as they are in no epoch in particular."""
@@ -275,8 +257,9 @@ class Handwriting(SequenceDataModule):
         return _layout_of(self.root) if self.layout == "auto" else self.layout
 
     @property
-    def _is_drawn(self) -> bool:
-        return self._layout in ("quickdraw", "inkml")
+    def drawn(self) -> DrawnSplits | None:
+        """How the splits of QuickDraw's files and InkML's are drawn; ``None`` of what has its own."""
+        return self._draw if self._layout in ("quickdraw", "inkml") else None
 
     def _read(self, split: Split) -> ArchiveSplit:
         """Return the rows of a split as the files hold them."""
@@ -290,7 +273,7 @@ class Handwriting(SequenceDataModule):
             return self._sketches(split)
         if self._layout == "iam":
             return self._read_files(self._iam_files(split), read_iam, split)
-        names = self._draw.names(split, self._sizes, self.root)  # of what can be used
+        names = self._draw.names(split, self.sizes, self.root)  # of what can be used
         places = {name: place for place, name in enumerate(self._drawings.names or [])}
         return self._drawings.take(np.array([places[name] for name in names], dtype=np.int64))
 
@@ -372,7 +355,7 @@ class Handwriting(SequenceDataModule):
         return {path.relative_to(self.root).as_posix(): path for path in found}
 
     @cached_property
-    def _sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, int]:
         """All sequences whose split is drawn, with what tells one of the same name apart: its rows."""
         return dict(zip(self._drawings.names or [], self._drawings.lengths, strict=True))
 

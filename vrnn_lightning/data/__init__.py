@@ -5,7 +5,7 @@ from vrnn_lightning.data.bad import BadFiles
 from vrnn_lightning.data.columns import TABLE_SUFFIXES, Columns, read_columns
 from vrnn_lightning.data.datamodule import SequenceDataModule
 from vrnn_lightning.data.downloads import fetch
-from vrnn_lightning.data.drawn import DrawnSplits
+from vrnn_lightning.data.drawn import DrawnDataModule, DrawnSplits
 from vrnn_lightning.data.ink import files_below, quickdraw_lines, read_iam, read_inkml, read_quickdraw, read_sketch_rnn
 from vrnn_lightning.data.loading import BatchSampler, SequenceLoader, Window
 from vrnn_lightning.data.paths import data_root
@@ -21,6 +21,7 @@ __all__ = [
     "BatchSampler",
     "ChangingSequences",
     "Columns",
+    "DrawnDataModule",
     "DrawnSplits",
     "Modality",
     "Scaler",

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from vrnn_lightning.data.datamodule import SequenceDataModule
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
 
-__all__ = ["DrawnSplits"]
+__all__ = ["DrawnDataModule", "DrawnSplits"]
 
 
 class DrawnSplits:
@@ -96,3 +97,38 @@ class DrawnSplits:
                     f"{root}: {name} seems to be {known}, which the model was trained on; "
                     f"choose --data.root so that {known} lies below it"
                 )
+
+
+class DrawnDataModule(SequenceDataModule):
+    """Base class of datamodules whose splits are drawn where the data have none of their own.
+
+    A subclass defines :attr:`drawn` and :attr:`sizes`, and in ``sequences`` reads what :meth:`DrawnSplits.names` names.
+    """
+
+    @property
+    def drawn(self) -> DrawnSplits | None:
+        """How the splits are drawn; ``None`` where the data have their own."""
+        raise NotImplementedError
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """All sequences whose split is drawn, as :meth:`DrawnSplits.names` takes them."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Find the sequences of a stage early, so that what is wrong with them is said before training starts."""
+        if stage == "fit" or self.drawn is None:
+            super().setup(stage)
+        else:
+            len(self.sizes)  # and no split: they may be a checkpoint's, which is loaded after setup
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scaler and, where splits are drawn, what is in which."""
+        return super().state_dict() | (self.drawn.state_dict(self.sizes) if self.drawn else {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the checkpoint's scaler and splits."""
+        super().load_state_dict(state_dict)
+        if "members" in state_dict and self.drawn:
+            self.drawn.load_state_dict(state_dict)
+            self._splits.clear()  # those that setup found were drawn anew
