@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from vrnn_lightning.batch import Sequence
 from vrnn_lightning.data import (
     ArchiveSplit,
+    AugmentedSequences,
     BadFiles,
     DrawnDataModule,
     DrawnSplits,
@@ -184,7 +185,7 @@ class Handwriting(DrawnDataModule):
         if split != "train":
             return found
         short = self._short(found)
-        return _Stretched(short, self.augment, self.seed) if self.augment else short
+        return _Stretched(sequences=short, seed=self.seed, amount=self.augment) if self.augment else short
 
     def lengths(self, split: Split) -> list[int]:
         """Return the rows of each sequence of a split."""
@@ -206,7 +207,7 @@ class Handwriting(DrawnDataModule):
     def _strokes(self, split: Split) -> ArchiveSplit:
         """Return the strokes of a split as they are in no epoch in particular."""
         found = self.split(split)
-        found = found.strokes if isinstance(found, _Stretched) else found
+        found = found.sequences if isinstance(found, _Stretched) else found
         assert isinstance(found, ArchiveSplit)
         return found
 
@@ -422,21 +423,15 @@ class Handwriting(DrawnDataModule):
         return forms
 
 
-@dataclass(frozen=True)
-class _Stretched:
+@dataclass(frozen=True, kw_only=True)
+class _Stretched(AugmentedSequences):
     """Sequences of one epoch, stretched along x and y by factors of their own; another epoch has others.
 
     Args:
-        strokes: The sequences as they are.
         amount: How far from 1 a factor may be.
-        seed: Seed of the factors.
-        epoch: The epoch.
     """
 
-    strokes: ArchiveSplit
     amount: float
-    seed: int
-    epoch: int = 0
 
     @cached_property
     def factors(self) -> torch.Tensor:
@@ -445,19 +440,7 @@ class _Stretched:
         factors = generator.uniform(1 - self.amount, 1 + self.amount, (len(self), 2))
         return torch.from_numpy(np.insert(factors, 2, 1.0, axis=1)).float()
 
-    def in_epoch(self, epoch: int, /) -> _Stretched:
-        return replace(self, epoch=epoch)
-
-    def __len__(self) -> int:
-        return len(self.strokes)
-
-    def __getitem__(self, index: int, /) -> Sequence:
-        return self._stretched(index, self.strokes[index])
-
-    def window(self, index: int, first: int, last: int, /) -> Sequence:
-        return self._stretched(index, self.strokes.window(index, first, last))
-
-    def _stretched(self, index: int, sequence: Sequence) -> Sequence:
+    def augmented(self, index: int, sequence: Sequence) -> Sequence:
         return Sequence(sequence.x * self.factors[index], name=sequence.name)
 
 

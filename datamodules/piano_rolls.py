@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from vrnn_lightning.batch import Sequence
 from vrnn_lightning.data import (
     ArchiveSplit,
+    AugmentedSequences,
     BadFiles,
     Modality,
     SequenceDataModule,
@@ -143,12 +144,13 @@ class PianoRolls(SequenceDataModule):
         if split != "train" or not self.transpose:
             return found
         reach = [_reach(found[i]) for i in range(len(found))]
-        return _Transposed(found, self.transpose, self.seed, reach)
+        return _Transposed(sequences=found, seed=self.seed, most=self.transpose, reach=reach)
 
     def lengths(self, split: Split) -> list[int]:
         """Return the steps of each roll of a split."""
         found = self.split(split)
-        assert isinstance(found, (ArchiveSplit, _Songs, _Transposed))
+        found = found.sequences if isinstance(found, _Transposed) else found
+        assert isinstance(found, (ArchiveSplit, _Songs))
         return found.lengths
 
     def state_dict(self) -> dict[str, Any]:
@@ -340,47 +342,25 @@ class _Songs:
         return [notes.steps for notes in self.notes]
 
 
-@dataclass(frozen=True)
-class _Transposed:
+@dataclass(frozen=True, kw_only=True)
+class _Transposed(AugmentedSequences):
     """Rolls that are shifted along the keyboard, by another interval in each epoch.
 
     Args:
-        rolls: As they are written.
         most: Semitones.
-        seed: Of the draws, which depend on it, the epoch and the roll's index alone.
         reach: Lowest and highest key of each roll.
-        epoch: When.
     """
 
-    rolls: ArchiveSplit | _Songs
     most: int
-    seed: int
     reach: list[tuple[int, int]]
-    epoch: int = 0
 
-    def __len__(self) -> int:
-        return len(self.rolls)
-
-    def __getitem__(self, index: int, /) -> Sequence:
-        return self._shifted(index, self.rolls[index])
-
-    def window(self, index: int, first: int, last: int, /) -> Sequence:
-        """Return steps ``first`` to ``last - 1`` of a roll."""
-        return self._shifted(index, self.rolls.window(index, first, last))
-
-    def in_epoch(self, epoch: int, /) -> _Transposed:
-        """Return the rolls of an epoch."""
-        return replace(self, epoch=epoch)
-
-    @property
-    def lengths(self) -> list[int]:
-        return self.rolls.lengths
-
-    def _shifted(self, index: int, roll: Sequence) -> Sequence:
+    def augmented(self, index: int, sequence: Sequence) -> Sequence:
         low, high = self.reach[index]
         random = np.random.default_rng((self.seed, self.epoch, index))
         shift = int(random.integers(-min(self.most, low), min(self.most, KEYS - 1 - high), endpoint=True))
-        return replace(roll, x=roll.x.roll(shift, dims=1))  # nothing sounds beyond the reach, so nothing comes round
+        return replace(
+            sequence, x=sequence.x.roll(shift, dims=1)
+        )  # nothing sounds beyond the reach, so nothing comes round
 
 
 def _reach(roll: Sequence) -> tuple[int, int]:

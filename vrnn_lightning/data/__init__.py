@@ -10,13 +10,22 @@ from vrnn_lightning.data.ink import files_below, quickdraw_lines, read_iam, read
 from vrnn_lightning.data.loading import BatchSampler, SequenceLoader, Window
 from vrnn_lightning.data.paths import data_root
 from vrnn_lightning.data.progress import tracked
-from vrnn_lightning.data.sequences import ChangingSequences, Modality, Scaler, Sequences, Split, WindowedSequences
+from vrnn_lightning.data.sequences import (
+    AugmentedSequences,
+    ChangingSequences,
+    Modality,
+    Scaler,
+    Sequences,
+    Split,
+    WindowedSequences,
+)
 from vrnn_lightning.data.strokes import rows_to_strokes, smooth_rows, strokes_to_rows
 from vrnn_lightning.data.unpickling import UnsafePickleError, unpickle
 
 __all__ = [
     "TABLE_SUFFIXES",
     "ArchiveSplit",
+    "AugmentedSequences",
     "BadFiles",
     "BatchSampler",
     "ChangingSequences",

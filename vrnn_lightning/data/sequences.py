@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from vrnn_lightning.batch import Sequence
 
-__all__ = ["ChangingSequences", "Modality", "Scaler", "Sequences", "Split", "WindowedSequences"]
+__all__ = ["AugmentedSequences", "ChangingSequences", "Modality", "Scaler", "Sequences", "Split", "WindowedSequences"]
 
 Modality = Literal["audio", "strokes", "series", "roll", "image"]
 Split = Literal["train", "val", "test"]
@@ -43,6 +43,47 @@ class ChangingSequences(Sequences, Protocol):
 
     def in_epoch(self, epoch: int, /) -> Sequences:
         """Return the sequences of an epoch: as many, of the same names and lengths, and a function of it alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentedSequences:
+    """Sequences that each epoch alters in another way: give it :meth:`augmented`.
+
+    Args:
+        sequences: As they are.
+        seed: Of the draws, which should depend on it, the epoch and the sequence's index alone.
+        epoch: When.
+    """
+
+    sequences: WindowedSequences
+    seed: int
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return len(self.sequences)
+
+    def __getitem__(self, index: int, /) -> Sequence:
+        """Return one sequence as the epoch has it."""
+        return self.augmented(index, self.sequences[index])
+
+    def window(self, index: int, first: int, last: int, /) -> Sequence | None:
+        """Return steps ``first`` to ``last - 1`` of one sequence as the epoch has it."""
+        part = self.sequences.window(index, first, last)
+        return None if part is None else self.augmented(index, part)
+
+    def in_epoch(self, epoch: int, /) -> Self:
+        """Return the sequences of an epoch."""
+        return replace(self, epoch=epoch)
+
+    def augmented(self, index: int, sequence: Sequence) -> Sequence:
+        """Return a sequence, or a part of it, altered; its length, name and features stay.
+
+        Args:
+            index: Of the whole sequence.
+            sequence: As it is, in data units.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define augmented(index, sequence)")
 
 
 @dataclass(frozen=True)
