@@ -111,6 +111,17 @@ def test_what_was_trained_on_is_known_by_its_values(tmp_path):
         assert torch.equal(one, other)
 
 
+def test_a_resumed_fit_takes_the_checkpoint_s_splits(tmp_path):
+    path = str(write(tmp_path / "a.npz", "train"))
+    trained, resumed = Archive(path, WIDTH, seed=0), Archive(path, WIDTH, seed=1)
+    for data in (trained, resumed):
+        data.setup("fit")  # draws splits of its own
+    names = [trained.split("val")[i].name for i in range(len(trained.split("val")))]
+    assert names != [resumed.split("val")[i].name for i in range(len(resumed.split("val")))]
+    resumed.load_state_dict(trained.state_dict())
+    assert names == [resumed.split("val")[i].name for i in range(len(resumed.split("val")))]
+
+
 def test_columns_that_never_change_are_named(tmp_path):
     path = write(tmp_path / "a.npz", *SIZES, still=2)
     message = "columns 2 hardly change in training, so that .*; leave them out: --data.exclude '\\[0, 2\\]'"
