@@ -487,7 +487,9 @@ def test_samples_are_drawn_and_training_is_untouched(tmp_path):
     trainer(tmp_path / "a").fit(plain, data())
     shown = module()
     trainer(tmp_path / "b", Samples(every_n_validations=2)).fit(shown, data())
-    assert [p.name for p in (tmp_path / "b" / "samples").iterdir()] == ["step_0000012.png"]
+    kinds = (".png", "_latent.png", "_traversal.png", "_interpolation.png", "_table.csv")
+    written = [f"step_0000012{kind}" for kind in kinds]
+    assert {p.name for p in (tmp_path / "b" / "samples").iterdir()} == set(written)
     assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), shown.state_dict().values(), strict=True))
 
 

@@ -118,7 +118,7 @@ def test_files_of_strokes(tmp_path):
 @pytest.mark.parametrize(
     ("strokes", "name", "message"),
     [
-        (DRAWING, "a.jpg", r"a\.jpg: strokes are drawn as \.svg or \.png"),
+        (DRAWING, "a.jpg", r"a\.jpg: strokes are drawn as \.svg, \.png or \.gif"),
         (DRAWING[:, :2], "a.svg", r"strokes of shape \(5, 2\) can't be drawn, expected \(steps, 3\)"),
         (DRAWING * float("nan"), "a.svg", "strokes that hold NaN or infinite values can't be drawn"),
         (DRAWING * float("inf"), "a.png", "strokes that hold NaN or infinite values can't be drawn"),

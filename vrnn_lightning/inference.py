@@ -19,7 +19,7 @@ from vrnn_lightning.batch import Sequence, SequenceBatch, pad
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import Resampling, Weights
-from vrnn_lightning.heads import Factorised, Mixture, log_prob
+from vrnn_lightning.heads import Bernoulli, Factorised, Head, Mixture, Pen, log_prob
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import State, Stream, log_ratio, repeat_rows
 from vrnn_lightning.vrnn import VRNN, Trace
@@ -229,6 +229,42 @@ class Inference:
             hidden = torch.where(last, state.h[:, -1:], before.roll(-1, 1))
             parts = (_cut(part, batch.lengths) for part in (mean[..., :latent], std[..., :latent], hidden))
             return [Encoding(*found) for found in zip(*parts, strict=True)]
+
+    def decode(self, latents: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """Return what latents look like: each frame is its emission's mean, which the model then goes on from.
+
+        What is binary (a Bernoulli's frame, a pen's lift) is rounded, as the model never saw anything between.
+
+        Args:
+            latents: z_1 to z_T, shape (batch, time, latent).
+            inputs: Covariates, shape (batch, time, covariates), for a model that reads them.
+
+        Returns:
+            Data units, shape (batch, time, features).
+
+        Raises:
+            UserError: The model has no latent, or one of another width; or not the covariates that it reads.
+        """
+        model = self.vrnn
+        if model.phi_z is None or latents.ndim != 3 or latents.shape[2] != model.latent_size:
+            expected = f"(batch, time, {model.latent_size})" if model.latent_size else "none: the model has no latent"
+            raise UserError(f"latents: have shape {tuple(latents.shape)}, expected {expected}")
+        needed = (*latents.shape[:2], model.num_inputs)
+        if model.num_inputs and (inputs is None or tuple(inputs.shape) != needed):
+            raise UserError(f"inputs: the model reads covariates of shape {needed}")
+        with self._at_work(None):
+            known = self._to_model(inputs) if model.num_inputs else None
+            states = list(model.initial_state(len(latents)).layers())
+            frames = []
+            for t, phi_z in enumerate(model.phi_z(latents.to(model.input_mean)).unbind(1)):
+                u = [] if known is None else [known[:, t]]
+                frame = _rounded(
+                    model.decoder.head, model.decoder(torch.cat([phi_z, states[len(model.cells) - 1], *u], -1)).mean
+                )
+                seen = model.phi_x(model.look(frame, None))
+                states = _advanced(model, torch.cat([seen, *u, phi_z], -1), states)
+                frames.append(frame)
+            return self.scaler.unscale(torch.stack(frames, 1))
 
     def forecast(
         self,
@@ -481,6 +517,13 @@ def _completed(emission: Distribution, x: Tensor, counted: Tensor) -> Tensor:
             "emission with independent features"
         )
     return torch.where(counted, x, drawn.to(x))
+
+
+def _rounded(head: Head, mean: Tensor) -> Tensor:
+    """Return a mean with what is binary about it rounded."""
+    if isinstance(head, Bernoulli):
+        return mean.round()
+    return torch.cat([mean[:, :2], mean[:, 2:].round()], -1) if isinstance(head, Pen) else mean
 
 
 def _advanced(model: VRNN, reads: Tensor, states: list[Tensor]) -> list[Tensor]:

@@ -18,15 +18,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_rows", "on_paper", "save_strokes", "strokes_svg"]
+__all__ = ["draw_fans", "draw_heat", "draw_rows", "on_paper", "save_animation", "save_strokes", "strokes_svg"]
 
 SIDE = 400
 """Longer side of a drawing, in pixels."""
+PACE, LONGEST, HOLD = 0.04, 6.0, 1.5
+"""Seconds that an animation takes for a point, at most for all of them, and holds the whole drawing."""
+FRAMES = 60
+"""Most frames of an animation."""
+BANDS = ((0.05, 0.95), (0.25, 0.75))
+"""Quantiles between which a fan chart is shaded."""
+FANS = 4
+"""Features that a fan chart shows."""
 MOST_LINES = 12
 """Features up to which a series is drawn as lines."""
 
 
-def draw_rows(rows: dict[str, list[Tensor]], modality: str, sample_rate: int | None = None) -> Figure:
+def draw_rows(
+    rows: dict[str, list[Tensor]], modality: str, sample_rate: int | None = None, titles: list[str] | None = None
+) -> Figure:
     """Draw sequences in a grid: a row per name, a column per sequence, audio with a spectrogram under each waveform.
 
     Series are lines; where there are too many, or where all are 0 or 1, a picture with a line of pixels per feature,
@@ -36,6 +46,7 @@ def draw_rows(rows: dict[str, list[Tensor]], modality: str, sample_rate: int | N
         rows: Name of the row to its sequences, each in data units, shape (time, features).
         modality: How to show a sequence: "audio", "strokes", "series", "roll" or "image".
         sample_rate: Of audio, in Hz; ``None`` counts time in samples.
+        titles: What stands above each column.
     """
     from matplotlib.figure import Figure
 
@@ -54,7 +65,99 @@ def draw_rows(rows: dict[str, list[Tensor]], modality: str, sample_rate: int | N
                 if c == 0:
                     label = axes.get_ylabel()
                     axes.set_ylabel(f"{name}\n{label}" if label else name)
+    for axes, title in zip(grid[0], titles or [], strict=False):
+        axes.set_title(title, fontsize=9)
     _share_limits(grid, list(rows), len(panels))
+    return figure
+
+
+def draw_heat(
+    values: list[Tensor],
+    names: list[str],
+    label: str,
+    above: list[Tensor] | None = None,
+    modality: str = "series",
+    sample_rate: int | None = None,
+) -> Figure:
+    """Draw what each latent dimension does over time, a column per sequence, dimensions from the top downward.
+
+    Args:
+        values: Of each sequence, shape (time, latent). Colours are the same in all columns; where some are below zero,
+            white is zero.
+        names: Of the latent dimensions, first on top.
+        label: What the values are.
+        above: Sequences to draw above them, in data units, shape (time, features).
+        modality: How to show those, as for :func:`draw_rows`.
+        sample_rate: Of audio, in Hz.
+    """
+    from matplotlib.figure import Figure
+
+    shown = {} if above is None else {"": above}
+    if modality == "series" and shown:
+        modality, shown = _lines_or_pixels(shown)
+    panels = _PANELS.get(modality, [_series])[:1] if shown else []
+    heights = [1.4] * len(panels) + [0.6 + min(0.16 * len(names), 4.0)]
+    figure = Figure(figsize=(3.2 * len(values) + 0.6, sum(heights)), layout="constrained")
+    grid = figure.subplots(len(heights), len(values), squeeze=False, height_ratios=heights)
+    every = torch.cat(values).double().cpu()
+    finite = every[torch.isfinite(every)]
+    most = float(finite.abs().max()) if len(finite) else 1.0
+    signed = bool((finite < 0).any())
+    for c, x in enumerate(values):
+        for p, panel in enumerate(panels):
+            panel(grid[p, c], shown[""][c].detach().cpu().double().numpy(), sample_rate)
+        axes = grid[-1, c]
+        image = axes.imshow(
+            x.detach().cpu().double().numpy().T,
+            aspect="auto",
+            interpolation="nearest",
+            cmap="RdBu_r" if signed else "magma",
+            vmin=-most if signed else 0.0,
+            vmax=most or 1.0,
+        )
+        axes.set_yticks(range(len(names)), names) if c == 0 and len(names) <= 32 else axes.set_yticks([])
+        axes.tick_params(labelsize=7)
+        axes.set_xlabel("step", fontsize=7)
+    figure.colorbar(image, ax=list(grid[-1]), label=label, pad=0.01)
+    return figure
+
+
+def draw_fans(
+    pasts: list[Tensor], draws: list[Tensor], truths: list[Tensor], names: list[str] | None = None, first: int = 0
+) -> Figure:
+    """Draw what may be as a fan, a column per sequence, a row for each of its first features.
+
+    Shaded are the central 50 and 90 % of the draws at each step, with their median; dark is what was given, and dots
+    are what turned out.
+
+    Args:
+        pasts: What was given of each sequence, NaN where nothing was, shape (past, features).
+        draws: Of each sequence, shape (samples, time, features).
+        truths: What turned out, NaN where that is not known, shape (time, features).
+        names: Of the features.
+        first: The step that draws begin at, counted from the past's end: 0 for a forecast; minus the past's length for
+            draws of the whole sequence.
+    """
+    from matplotlib.figure import Figure
+
+    features = min(FANS, draws[0].shape[2])
+    figure = Figure(figsize=(4.2 * len(draws), 1.8 * features), layout="constrained")
+    grid = figure.subplots(features, len(draws), squeeze=False)
+    for c, (past, paths, truth) in enumerate(zip(pasts, draws, truths, strict=True)):
+        given, cloud, known = (x.detach().cpu().double().numpy() for x in (past, paths, truth))
+        time = np.arange(cloud.shape[1]) + len(given) + first
+        for f, axes in enumerate(grid[:, c]):
+            for share, (low, high) in zip(("90 %", "50 %"), BANDS, strict=True):
+                edges = np.quantile(cloud[:, :, f], (low, high), axis=0)
+                axes.fill_between(time, *edges, color="tab:blue", alpha=0.25, linewidth=0, label=share)
+            axes.plot(time, np.median(cloud[:, :, f], axis=0), color="tab:blue", linewidth=1, label="median")
+            axes.plot(given[:, f], color="black", linewidth=1, label="given", marker="." if len(given) == 1 else None)
+            axes.plot(time, known[:, f], ".", color="tab:orange", markersize=3, label="came")
+            axes.margins(x=0)
+            axes.tick_params(labelsize=7)
+            if c == 0:
+                axes.set_ylabel(names[f] if names else f"x{f}", fontsize=8)
+    grid[0, 0].legend(fontsize=6, loc="best", framealpha=0.6)
     return figure
 
 
@@ -72,7 +175,7 @@ def on_paper(strokes: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(strokes[:1]), strokes])
 
 
-def strokes_svg(strokes: Tensor) -> str:
+def strokes_svg(strokes: Tensor, animated: bool = False) -> str:
     """Return a drawing as the text of an SVG file.
 
     Each stroke is a path and a single point a dot; the pen leaves the paper after a row whose lift is above 0.5. The
@@ -80,6 +183,7 @@ def strokes_svg(strokes: Tensor) -> str:
 
     Args:
         strokes: Rows (dx, dy, lift) of any scale, shape (steps, 3), y growing downward.
+        animated: Draw it stroke by stroke, again and again; what shows no animation shows the whole drawing.
 
     Raises:
         UserError: These are no rows of three, or hold NaN or infinite values.
@@ -100,31 +204,93 @@ def strokes_svg(strokes: Tensor) -> str:
         f'viewBox="{x:.6g} {y:.6g} {width:.6g} {height:.6g}" fill="none" stroke="black" stroke-width="{pen:.6g}" '
         'stroke-linecap="round" stroke-linejoin="round">'
     ]
+    drawing = _drawing_time(len(points))
+    seconds, done = drawing + HOLD, 0
     for stroke in drawn:
+        begin, end = (drawing * part / len(points) / seconds for part in (done, done + len(stroke)))
+        done += len(stroke)
         if (stroke == stroke[0]).all():
             (x, y) = stroke[0]
-            lines.append(f'<circle cx="{x:.6g}" cy="{y:.6g}" r="{pen:.6g}" fill="black" stroke="none"/>')
+            shape = f'<circle cx="{x:.6g}" cy="{y:.6g}" r="{pen:.6g}" fill="black" stroke="none"'
+            change = _changing("opacity", [(0, 0), (begin, 0), (begin, 1), (1, 1)], seconds)
         else:
-            lines.append(f'<path d="M{"L".join(f"{x:.6g} {y:.6g}" for x, y in stroke)}"/>')
+            shape = f'<path d="M{"L".join(f"{x:.6g} {y:.6g}" for x, y in stroke)}"'
+            if animated:  # a dash as long as the path, moved out of sight with its round cap and then along the path
+                shape += ' pathLength="1" stroke-dasharray="1 2"'
+            dash = [(0, 1.5), (begin, 1.5), (begin, 1), (end, 0), (1, 0)]
+            change = _changing("stroke-dashoffset", dash, seconds)
+        lines.append(f"{shape}>{change}</{shape[1:].split()[0]}>" if animated else f"{shape}/>")
     return "\n".join([*lines, "</svg>", ""])
 
 
-def save_strokes(strokes: Tensor, path: str | Path) -> None:
+def _drawing_time(points: int) -> float:
+    """Return the seconds that an animation takes for so many points."""
+    return min(LONGEST, PACE * points)
+
+
+def _changing(attribute: str, course: list[tuple[float, float]], seconds: float) -> str:
+    """Return an endless SVG animation of an attribute, which has a value at each share of the animation's time."""
+    times, values = (";".join(f"{x:.5g}" for x in column) for column in zip(*course, strict=True))
+    return (
+        f'<animate attributeName="{attribute}" values="{values}" keyTimes="{times}" dur="{seconds:.5g}s" '
+        'repeatCount="indefinite"/>'
+    )
+
+
+def save_animation(rows: Tensor, path: Path) -> None:
+    """Write a GIF in which the pen draws rows (dx, dy, lift), shape (steps, 3), without end.
+
+    Raises:
+        UserError: These are no strokes.
+    """
+    from PIL import Image, ImageDraw
+
+    strokes = _checked_strokes(rows)
+    points = np.concatenate(strokes) if strokes else np.zeros((1, 2))
+    low, size = points.min(0), float(np.ptp(points, axis=0).max()) or 1.0
+    sharp = 2 * SIDE  # drawn twice as large, and shrunk: smooth lines
+    places = (points - low - 0.5 * np.ptp(points, axis=0)) / size * 0.9 * sharp + sharp / 2
+    starts = np.cumsum([0, *(len(stroke) for stroke in strokes)])
+    canvas = Image.new("L", (sharp, sharp), 255)
+    pen, frames = ImageDraw.Draw(canvas), []
+    shown = np.unique(np.linspace(1, len(points), min(FRAMES, len(points))).astype(int))
+    done = 0
+    for end in shown.tolist():
+        for i in range(done, end):
+            x, y = places[i]
+            if i not in starts:
+                pen.line([tuple(places[i - 1]), (x, y)], fill=0, width=8)
+            pen.ellipse([x - 4, y - 4, x + 4, y + 4], fill=0)
+        done = end
+        frames.append(canvas.resize((SIDE, SIDE), Image.Resampling.LANCZOS).quantize(16))
+    each = int(1000 * _drawing_time(len(points)) / len(frames))
+    times = [max(20, each)] * (len(frames) - 1) + [int(1000 * HOLD)]
+    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+
+
+def save_strokes(strokes: Tensor, path: str | Path, animated: bool = False) -> None:
     """Write a drawing as a picture.
 
     Args:
         strokes: Rows (dx, dy, lift), shape (steps, 3), y growing downward.
-        path: A file whose name ends in ``.svg`` or ``.png``.
+        path: A file whose name ends in ``.svg`` or ``.png``, or ``.gif`` for an animation.
+        animated: Of an svg: draw it stroke by stroke.
 
     Raises:
         UserError: It ends otherwise, or these are no strokes.
     """
     path = Path(path)
-    if path.suffix not in (".svg", ".png"):
-        raise UserError(f"{path}: strokes are drawn as .svg or .png; choose one of these")
     if path.suffix == ".svg":
-        path.write_text(strokes_svg(strokes))
-        return
+        path.write_text(strokes_svg(strokes, animated))
+    elif path.suffix == ".gif":
+        save_animation(strokes, path)
+    elif path.suffix == ".png":
+        _save_still(strokes, path)
+    else:
+        raise UserError(f"{path}: strokes are drawn as .svg, .png or .gif; choose one of these")
+
+
+def _save_still(strokes: Tensor, path: Path) -> None:
     from matplotlib.figure import Figure
 
     _checked_strokes(strokes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -18,9 +17,7 @@ from torch import Tensor
 from vrnn_lightning import metrics
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.archives import ArchiveWriter, archive_path, replacing
-from vrnn_lightning.callbacks.pictures import draw_rows, on_paper
-from vrnn_lightning.callbacks.samples import _in_rows, _write_drawings, _write_waves
-from vrnn_lightning.data.rolls import KEYS, write_midi
+from vrnn_lightning.callbacks.media import Media, Shown, save_picture
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.vrnn import Trace
@@ -480,27 +477,14 @@ class Predictions(Callback):
 
     def _show(self, path: Path) -> None:
         """Draw the first sequences, and write them as the modality asks."""
-        width, rate = getattr(self.data, "image_width", None), getattr(self.data, "sample_rate", None)
-        loudest = getattr(self.data, "full_scale", 1.0)
-        rows: dict[str, list[Tensor]] = {}
+        media = Media(self.data)
+        rows: Shown = {}
         for piece in self._shown:
             for name, x in piece.rows.items():
-                x = x if self._modality == "series" else x.nan_to_num(0.0)  # what is missing is silent, or blank
-                rows.setdefault(name, []).append(_in_rows(x / loudest, width))
-        if self._modality == "strokes" and getattr(self.data, "pen_starts_down", False):
-            rows = {name: [on_paper(x) for x in sequences] for name, sequences in rows.items()}
-        figure = draw_rows(rows, self._modality, rate)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=100)
-        if self._modality == "audio" and rate:
-            _write_waves(rows, path.parent, path.stem, int(rate))
-        if self._modality == "strokes":
-            _write_drawings(rows, path.parent, path.stem)
-        if self._modality == "roll" and importlib.util.find_spec("mido") is not None:
-            for name, sequences in rows.items():
-                for i, x in enumerate(x for x in sequences if x.shape[1] == KEYS):
-                    resolution = int(getattr(self.data, "resolution", 4))
-                    write_midi(path.with_name(f"{path.stem}_{name}_{i}.mid"), x.cpu().numpy(), resolution)
+                rows.setdefault(name, []).append(x)
+        rows = media.ready(rows)
+        save_picture(media.draw(rows), path)
+        media.write(rows, path.parent, path.stem)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind."""

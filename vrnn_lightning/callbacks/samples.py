@@ -1,40 +1,53 @@
-"""Real, reconstructed and sampled sequences side by side, as files and in the loggers that show media."""
+"""What a run shows while it trains: real, reconstructed and sampled sequences, and what the latent holds of them."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.callbacks.pictures import draw_rows, on_paper, strokes_svg
-from vrnn_lightning.data.rolls import KEYS, write_midi
+from vrnn_lightning.callbacks.media import Exhibition, Media, Shown, save_picture
+from vrnn_lightning.callbacks.pictures import draw_heat
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from vrnn_lightning.vrnn import Trace
 
 __all__ = ["Samples"]
+
+DIMENSIONS, SHIFTS = 3, (-2.0, -1.0, 0.0, 1.0, 2.0)  # of a traversal
+PAIRS, PLACES = 2, (0.0, 0.25, 0.5, 0.75, 1.0)  # of an interpolation
+MOST = 32  # latent dimensions in a heat map
 
 
 class Samples(Callback):
     """Shows what the model makes of validation sequences, in ``samples/`` of the run's folder.
 
     After a validation it writes one picture with a row each of real sequences, of their reconstructions (the
-    emission's mean with the latents inferred) and of sequences drawn from the model; for audio wav files as well, for
-    pen strokes svg files, for piano rolls MIDI files where mido is installed (``pip install 'vrnn-lightning[music]'``).
-    Loggers that can show pictures or play audio get the same.
+    emission's mean with the latents inferred) and of sequences drawn from the model, and files as the modality asks:
+    wav of audio; of pen strokes svg, and gif of those drawn from the model, in which the pen draws; of piano rolls wav
+    and, where mido is installed (``pip install 'vrnn-lightning[music]'``), MIDI.
 
-    The draws have a random stream of their own: training is the same with and without this callback.
+    At the training's end it also writes
+
+    ``…_latent.png``
+        the KL of each latent dimension over time, in nats, the largest on top, below the sequences.
+    ``…_traversal.png``
+        what the first sequence becomes where one latent dimension is moved by so many of its standard deviations at
+        every step, for the three of the largest KL.
+    ``…_interpolation.png``
+        what lies between the latents of two sequences.
+    ``…_table.csv``
+        each sequence, real or drawn from the model, with its ELBO in nats per step (scaled units, as ``val/elbo``).
+
+    Loggers that can show pictures, tables, or play audio get the same. The draws have a random stream of their own:
+    training is the same with and without this callback.
 
     Args:
-        every_n_validations: Show after every so many validations; 0 never.
+        every_n_validations: Show after every so many validations, and at the end; 0 never.
         count: Sequences per row.
         max_steps: Show no more than the first so many steps of a sequence, or rows of an image.
     """
@@ -52,7 +65,7 @@ class Samples(Callback):
         self.max_steps = max_steps
         self.validations = 0
         self._batch: SequenceBatch | None = None
-        self._said = False
+        self._shown_at: int | None = None
 
     def state_dict(self) -> dict[str, int]:
         """Return how many validations there were."""
@@ -70,110 +83,125 @@ class Samples(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first batch that has steps."""
-        if self._batch is None and (batch.lengths > 0).any():
-            self._batch = batch
+        """Keep the first sequences that have steps."""
+        if self._batch is None and self._shows(trainer) and (batch.lengths > 0).any():
+            chosen = (batch.lengths > 0).nonzero().flatten()[: self.count].tolist()
+            steps = self.max_steps * Media(getattr(trainer, "datamodule", None)).pieces(batch.x.shape[2])
+            self._batch = batch.rows(chosen).window(0, steps)
+
+    def _shows(self, trainer: Trainer) -> bool:
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        return fitting and bool(self.every_n_validations) and not getattr(trainer, "fast_dev_run", False)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look out for the first sequences anew."""
+        self._batch = None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, write and log, on one process."""
-        batch, self._batch = self._batch, None
-        if trainer.sanity_checking or trainer.state.fn != "fit" or not self.every_n_validations:
+        if not self._shows(trainer):
             return
         self.validations += 1
-        if self.validations % self.every_n_validations:
-            return
+        if self.validations % self.every_n_validations == 0:
+            self._show(trainer, cast(VRNNLightningModule, pl_module), last=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show what has come of it, and what the latent holds."""
+        if self._shows(trainer):
+            self._show(trainer, cast(VRNNLightningModule, pl_module), last=True)
+
+    def _show(self, trainer: Trainer, module: VRNNLightningModule, last: bool) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"  # a collective: every process asks
-        module = cast(VRNNLightningModule, pl_module)
-        data = getattr(trainer, "datamodule", None)
-        width = getattr(data, "image_width", None)
+        training = module.training
+        devices = [module.device] if module.device.type == "cuda" else []
         with module.whole_parameters():  # likewise
-            found = self._rows(module, batch, width) if trainer.is_global_zero and batch is not None else None
-        if found is None:
+            if trainer.is_global_zero and self._batch is not None:
+                module.eval()
+                with torch.random.fork_rng(devices), torch.no_grad():
+                    torch.manual_seed(0)
+                    self._exhibit(
+                        Exhibition(trainer, folder, Media(getattr(trainer, "datamodule", None))), module, last
+                    )
+                module.train(training)
+
+    def _exhibit(self, exhibition: Exhibition, module: VRNNLightningModule, last: bool) -> None:
+        batch = cast(SequenceBatch, self._batch)
+        trace, drawn, rows = self._rows(module, batch)
+        shown = exhibition.media.ready(rows)
+        if self._shown_at != exhibition.step:  # else the last validation did
+            exhibition.picture("samples", exhibition.media.draw(shown))
+            exhibition.sequences(shown)
+        self._shown_at = exhibition.step
+        if not last:
             return
-        modality, rate = getattr(data, "modality", "series"), getattr(data, "sample_rate", None)
-        loudest = getattr(data, "full_scale", 1.0)
-        rows = {name: [_in_rows(x / loudest, width) for x in sequences] for name, sequences in found.items()}
-        if modality == "strokes" and getattr(data, "pen_starts_down", False):
-            rows = {name: [on_paper(x) for x in sequences] for name, sequences in rows.items()}
-        figure = draw_rows(rows, modality, rate)
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"step_{trainer.global_step:07d}"
-        figure.savefig(folder / f"{name}.png", dpi=100)
-        if modality == "strokes":
-            _write_drawings(rows, folder, name)
-        waves = _write_waves(rows, folder, name, int(rate)) if modality == "audio" and rate else {}
-        if modality == "roll":
-            self._write_midi(rows, folder, name, int(getattr(data, "resolution", 4)))
-        for logger in trainer.loggers:
-            _log_media(logger, figure, folder / f"{name}.png", waves, trainer.global_step)
+        if trace.posterior is not None:
+            self._exhibit_latent(exhibition, module, batch, trace, shown["real"])
+        of_drawn = SequenceBatch(drawn, batch.lengths, inputs=batch.inputs)
+        sounds = exhibition.media.sounds
+        lines: list[list[Any]] = []
+        for kind, found in (("real", trace), ("sampled", module.vrnn(of_drawn))):
+            nats = ((found.log_px.sum(1) - found.kl.sum((1, 2))) / batch.lengths).tolist()
+            for i, elbo in enumerate(nats):
+                name = batch.names[i] if batch.names and kind == "real" else f"{kind} {i}"
+                line: list[Any] = [kind, name, round(elbo, 6)]
+                if exhibition.shows_tables:
+                    line.append(exhibition.folder / f"{exhibition.stem}_{kind}_{i}.png")
+                    save_picture(exhibition.media.draw({kind: [shown[kind][i]]}), line[-1])
+                if sounds:
+                    path = exhibition.folder / f"{exhibition.stem}_{kind}_{i}.wav"
+                    line.append(path if path.is_file() else None)  # what holds NaN has none
+                lines.append(line)
+        columns = ["kind", "name", "elbo", *["picture"] * exhibition.shows_tables, *["sound"] * sounds]
+        exhibition.table("table", columns, lines)
 
-    def _write_midi(self, rows: dict[str, list[Tensor]], folder: Path, name: str, resolution: int) -> None:
-        """Write each roll as a MIDI file of what sounds more likely than not; say once where that can't be done."""
-        if importlib.util.find_spec("mido") is None:
-            if not self._said:
-                rank_zero_warn("samples are written as pictures alone; for MIDI pip install 'vrnn-lightning[music]'")
-            self._said = True
-            return
-        for row, sequences in rows.items():
-            for i, x in enumerate(sequences):
-                if x.shape[1] == KEYS:
-                    write_midi(folder / f"{name}_{row}_{i}.mid", x.detach().cpu().numpy(), resolution)
+    def _rows(self, module: VRNNLightningModule, batch: SequenceBatch) -> tuple[Trace, Tensor, Shown]:
+        """Return a pass over the sequences, others drawn from the model, and the picture's rows in data units."""
+        trace = module.vrnn(batch)
+        drawn = module.vrnn.generate(batch.x.shape[1], len(batch), inputs=batch.inputs).x
+        unscale = module.scaler.unscale
+        seen = "reconstructed" if module.vrnn.latent_size else "predicted"
+        real = unscale(batch.x).masked_fill(~batch.counted, torch.nan)
+        frames = (("real", real), (seen, unscale(trace.emission.mean)), ("sampled", unscale(drawn)))
+        lengths = batch.lengths.tolist()
+        return trace, drawn, {name: [x[:n] for x, n in zip(part, lengths, strict=True)] for name, part in frames}
 
-    def _rows(self, pl_module: VRNNLightningModule, batch: SequenceBatch, width: int | None) -> dict[str, list[Tensor]]:
-        """Return the rows of the picture, in data units."""
-        head = batch.rows((batch.lengths > 0).nonzero().flatten()[: self.count].tolist())
-        pieces = 1 if width is None else width // head.x.shape[2]  # of a row
-        lengths = head.lengths.clamp(max=self.max_steps * pieces).tolist()
-        devices = [pl_module.device] if pl_module.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad():
-            torch.manual_seed(0)
-            mean = pl_module.vrnn(head).emission.mean
-            inputs = None if head.inputs is None else head.inputs[:, : max(lengths)]
-            drawn = pl_module.vrnn.generate(max(lengths), len(head), inputs=inputs).x
-        unscale = pl_module.scaler.unscale
-        seen = "reconstructed" if pl_module.vrnn.latent_size else "predicted"
-        return {
-            name: [unscale(x)[:length] for x, length in zip(frames, lengths, strict=True)]
-            for name, frames in (("real", head.x), (seen, mean), ("sampled", drawn))
-        }
+    def _exhibit_latent(
+        self,
+        exhibition: Exhibition,
+        module: VRNNLightningModule,
+        batch: SequenceBatch,
+        trace: Trace,
+        real: list[Tensor],
+    ) -> None:
+        assert trace.posterior is not None
+        media, lengths = exhibition.media, batch.lengths.tolist()
+        order = trace.kl.sum((0, 1)).argsort(descending=True)
+        kl = [x[:n, order[:MOST]] for x, n in zip(trace.kl, lengths, strict=True)]
+        names = [f"z{d}" for d in order[:MOST].tolist()]
+        figure = draw_heat(kl, names, "KL, nats", real, media.modality, media.sample_rate)
+        exhibition.picture("latent", figure)
 
+        means, mask = trace.posterior.mean, batch.mask[..., None]
+        spread = (
+            means[mask.squeeze(-1)].var(0, unbiased=False) + trace.posterior.variance[mask.squeeze(-1)].mean(0)
+        ).sqrt()
+        inputs = None if batch.inputs is None else batch.inputs[:, : lengths[0]]
+        moved = {}
+        for d in order[:DIMENSIONS].tolist():
+            z = means[:1, : lengths[0]].repeat(len(SHIFTS), 1, 1)
+            z[:, :, d] += spread[d] * z.new_tensor(SHIFTS)[:, None]
+            given = None if inputs is None else inputs[:1].expand(len(SHIFTS), -1, -1)
+            moved[f"z{d}"] = list(module.decode(z, given))
+        titles = [f"{shift:+g} std" if shift else "as inferred" for shift in SHIFTS]
+        exhibition.picture("traversal", media.draw(media.ready(moved), titles))
 
-def _in_rows(x: Tensor, width: int | None) -> Tensor:
-    """Return an image that was read in other pieces as the rows that are complete; anything else as it is.
-
-    >>> _in_rows(torch.arange(7)[:, None], width=3).tolist()
-    [[0, 1, 2], [3, 4, 5]]
-    """
-    return x if width is None else x.flatten()[: x.numel() // width * width].view(-1, width)
-
-
-def _write_waves(rows: dict[str, list[Tensor]], folder: Path, name: str, rate: int) -> dict[str, list[Path]]:
-    """Write each sequence as a wav file of its values, which are amplitudes; beyond -1 and 1 they are cut off."""
-    import soundfile
-
-    written: dict[str, list[Path]] = {}
-    for row, sequences in rows.items():
-        for i, x in enumerate(sequences):
-            path = folder / f"{name}_{row}_{i}.wav"
-            soundfile.write(path, x.flatten().clamp(-1, 1).float().cpu().numpy(), rate)
-            written.setdefault(row, []).append(path)
-    return written
-
-
-def _write_drawings(rows: dict[str, list[Tensor]], folder: Path, name: str) -> None:
-    """Write each sequence of strokes as an svg file; a model that has lost its numbers draws none."""
-    for row, sequences in rows.items():
-        for i, x in enumerate(sequences):
-            if torch.isfinite(x).all():
-                (folder / f"{name}_{row}_{i}.svg").write_text(strokes_svg(x))
-
-
-def _log_media(logger: Any, figure: Figure, picture: Path, waves: dict[str, list[Path]], step: int) -> None:
-    """Hand the picture and the sounds to a logger that can show them; others have the files."""
-    if hasattr(logger, "log_image"):
-        logger.log_image("samples", [str(picture)])
-    elif hasattr(logger.experiment, "add_figure"):
-        logger.experiment.add_figure("samples", figure, step)
-    if hasattr(logger, "log_audio"):
-        for row, paths in waves.items():
-            logger.log_audio(f"samples/{row}", [str(p) for p in paths])
+        between = {}
+        for a in range(0, min(2 * PAIRS, len(batch) - 1), 2):
+            steps = min(lengths[a : a + 2])
+            share = means.new_tensor(PLACES)[:, None, None]
+            z = (1 - share) * means[a, :steps] + share * means[a + 1, :steps]
+            given = None if batch.inputs is None else batch.inputs[a : a + 1, :steps].expand(len(PLACES), -1, -1)
+            between[f"{a} to {a + 1}"] = list(module.decode(z, given))
+        if between:
+            titles = [f"{100 * place:g} %" for place in PLACES]
+            exhibition.picture("interpolation", media.draw(media.ready(between), titles))

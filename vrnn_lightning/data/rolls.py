@@ -20,7 +20,7 @@ from vrnn_lightning.errors import UserError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["KEYS", "LOWEST", "NOTE_LISTS", "Notes", "read_midi", "read_note_lists", "write_midi"]
+__all__ = ["KEYS", "LOWEST", "NOTE_LISTS", "Notes", "read_midi", "read_note_lists", "roll_sound", "write_midi"]
 
 KEYS = 88
 LOWEST = 21
@@ -130,6 +130,41 @@ def write_midi(path: Path, roll: NDArray[Any], resolution: int) -> None:
             now = step
     track.append(mido.MetaMessage("end_of_track", time=(len(roll) - now) * ticks))
     mido.MidiFile(type=0, ticks_per_beat=ticks * resolution, tracks=[track]).save(path)
+
+
+def roll_sound(roll: NDArray[Any], resolution: int, sample_rate: int = 16000) -> NDArray[np.float32]:
+    """Return how a piano roll sounds at 120 quarter notes a minute: each note a few harmonics that die away.
+
+    Successive steps of a key are one held note, as for :func:`write_midi`.
+
+    Args:
+        roll: Shape (steps, 88); what is above one half sounds.
+        resolution: Steps per quarter note.
+        sample_rate: In Hz.
+
+    Returns:
+        Amplitudes of at most 0.9, shape (samples,); all zero where nothing sounds.
+
+    >>> roll = np.zeros((4, KEYS)); roll[:, 69 - LOWEST] = 1  # an A of 440 Hz for one quarter
+    >>> sound = roll_sound(roll, resolution=4)
+    >>> sound.shape, int(np.abs(np.fft.rfft(sound)).argmax() / 0.5)
+    ((8000,), 440)
+    """
+    step = sample_rate / (2 * resolution)
+    change = np.diff((np.asarray(roll) > 0.5).astype(np.int8), axis=0, prepend=0, append=0)
+    sound = np.zeros(round(len(roll) * step))
+    for key in np.flatnonzero(change.any(0)).tolist():
+        pitch = 440.0 * 2 ** ((key + LOWEST - 69) / 12)
+        for first, last in zip(np.flatnonzero(change[:, key] > 0), np.flatnonzero(change[:, key] < 0), strict=True):
+            start, end = round(first * step), round(last * step)
+            time = np.arange(end - start) / sample_rate
+            harmonics = [n for n in range(1, 6) if n * pitch < sample_rate / 2]
+            wave = sum(np.sin(2 * np.pi * n * pitch * time) * np.exp(-n * time) / n**1.5 for n in harmonics)
+            edge = np.minimum(1.0, np.minimum(time, time[::-1]) / 0.008)  # no click where it begins and ends
+            sound[start:end] += wave * edge
+    loudest = np.abs(sound).max(initial=0.0)
+    quiet: NDArray[np.float32] = (0.9 * sound / (loudest or 1.0)).astype(np.float32)
+    return quiet
 
 
 def read_note_lists(path: Path, split: Split) -> ArchiveSplit:

@@ -1,0 +1,208 @@
+"""Sequences as something to look at and to listen to: files as the modality asks, and what loggers can show of them."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from vrnn_lightning.callbacks.archives import replacing
+from vrnn_lightning.callbacks.pictures import draw_rows, on_paper, save_animation, strokes_svg
+from vrnn_lightning.data.rolls import KEYS, roll_sound, write_midi
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Exhibition", "Media", "Shown", "save_picture"]
+
+ROLL_RATE = 16000  # Hz, of a roll's sound
+Shown = dict[str, list[Tensor]]
+"""Name of a row to its sequences, each of shape (time, features)."""
+
+
+class Media:
+    """How the sequences of a datamodule are shown.
+
+    Args:
+        data: The datamodule: its ``modality`` and, where it has them, ``sample_rate``, ``full_scale``, ``image_width``,
+            ``resolution`` and ``pen_starts_down`` decide.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self.modality = str(getattr(data, "modality", "series"))
+        self.sample_rate: int | None = getattr(data, "sample_rate", None)
+        self._width: int | None = getattr(data, "image_width", None)
+        self._loudest = float(getattr(data, "full_scale", 1.0))
+        self._resolution = int(getattr(data, "resolution", 4))
+        self._pen_starts_down = bool(getattr(data, "pen_starts_down", False))
+
+    def ready(self, rows: Shown) -> Shown:
+        """Return sequences in data units as they are drawn; missing values of anything but series are blank."""
+
+        def of(x: Tensor) -> Tensor:
+            x = x.detach().cpu()
+            x = (x if self.modality == "series" else x.nan_to_num(0.0)) / self._loudest
+            if self._width is not None:  # an image that was read in other pieces: the rows that are complete
+                x = x.flatten()[: x.numel() // self._width * self._width].view(-1, self._width)
+            return on_paper(x) if self.modality == "strokes" and self._pen_starts_down else x
+
+        return {name: [of(x) for x in sequences] for name, sequences in rows.items()}
+
+    @property
+    def sounds(self) -> bool:
+        """Whether sequences can be listened to."""
+        return self.modality == "roll" or (self.modality == "audio" and self.sample_rate is not None)
+
+    def pieces(self, features: int) -> int:
+        """Return into how many steps a row of an image was cut; 1 for anything else."""
+        return 1 if self._width is None else max(1, self._width // features)
+
+    def draw(self, rows: Shown, titles: list[str] | None = None) -> Figure:
+        """Draw what :meth:`ready` returned, a row per name and a column per sequence."""
+        return draw_rows(rows, self.modality, self.sample_rate, titles)
+
+    def write(self, rows: Shown, folder: Path, stem: str) -> dict[str, dict[str, list[Path]]]:
+        """Write what :meth:`ready` returned, each sequence as files of its own.
+
+        Audio becomes wav; strokes become svg in which they are drawn one by one, and sampled ones gif; piano rolls
+        become wav, and MIDI where mido is installed. A sequence that holds NaN becomes none.
+
+        Args:
+            rows: The sequences.
+            folder: Where to write.
+            stem: How the files' names begin: ``<stem>_<row>_<i>.wav``.
+
+        Returns:
+            The files by suffix and row.
+
+        Raises:
+            UserError: The disk is full, or the folder can't be written to.
+        """
+        found: dict[str, dict[str, list[Path]]] = {}
+        for name, sequences in rows.items():
+            for i, x in enumerate(sequences):
+                for suffix in self._suffixes(name, x):
+                    path = folder / f"{stem}_{name}_{i}.{suffix}"
+                    with replacing(path) as temporary:
+                        self._write_one(x, temporary, suffix)
+                    found.setdefault(suffix, {}).setdefault(name, []).append(path)
+        return found
+
+    def _suffixes(self, name: str, x: Tensor) -> list[str]:
+        """Return the kinds of files that a sequence becomes."""
+        if not torch.isfinite(x).all():  # of a model that has lost its numbers
+            return []
+        if self.modality == "audio" and self.sample_rate:
+            return ["wav"]
+        if self.modality == "strokes" and x.shape[1] == 3:
+            return ["svg", "gif"] if name.startswith("sampled") else ["svg"]
+        if self.modality == "roll" and x.shape[1] == KEYS:
+            return ["wav", "mid"] if _has_mido() else ["wav"]
+        return []
+
+    @property
+    def sound_rate(self) -> int:
+        """Samples per second of the sounds that are written."""
+        return ROLL_RATE if self.modality == "roll" else int(self.sample_rate or 1)
+
+    def _write_one(self, x: Tensor, path: Path, suffix: str) -> None:
+        if suffix == "mid":
+            write_midi(path, x.numpy(), self._resolution)
+        elif suffix == "wav":
+            import soundfile
+
+            roll = self.modality == "roll"
+            wave = roll_sound(x.numpy(), self._resolution, ROLL_RATE) if roll else x.flatten().clamp(-1, 1).float()
+            soundfile.write(path, wave, self.sound_rate, format="WAV")
+        elif suffix == "gif":
+            save_animation(x, path)
+        else:
+            path.write_text(strokes_svg(x, animated=True), encoding="utf-8")
+
+
+def _has_mido() -> bool:
+    """Return whether MIDI can be written; where it can't, say so once."""
+    there = importlib.util.find_spec("mido") is not None
+    if not there:
+        rank_zero_warn("piano rolls are written as pictures and sound; for MIDI pip install 'vrnn-lightning[music]'")
+    return there
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file, whole or not at all.
+
+    Raises:
+        UserError: The disk is full, or the folder can't be written to.
+    """
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+class Exhibition:
+    """What a run shows while it trains: every piece is a file in the run's folder, and in the loggers that can show it.
+
+    Args:
+        trainer: Knows the loggers.
+        folder: For the files.
+        media: How sequences are shown.
+    """
+
+    def __init__(self, trainer: Trainer, folder: Path, media: Media) -> None:
+        self.loggers: list[Any] = list(trainer.loggers)
+        self.step, self.folder, self.media = trainer.global_step, folder, media
+        self.stem = f"step_{self.step:07d}"
+
+    @property
+    def shows_tables(self) -> bool:
+        """Whether a logger shows what the files in a table hold."""
+        return any(hasattr(logger, "log_media_table") for logger in self.loggers)
+
+    def picture(self, key: str, figure: Figure) -> None:
+        """Show a figure as ``<step>_<key>.png``, or ``<step>.png`` for the samples themselves."""
+        path = self.folder / f"{self.stem}{'' if key == 'samples' else f'_{key}'}.png"
+        save_picture(figure, path)
+        for logger in self.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image(key, [str(path)])
+            elif hasattr(logger.experiment, "add_figure"):
+                logger.experiment.add_figure(key, figure, self.step)
+
+    def sequences(self, rows: Shown) -> dict[str, dict[str, list[Path]]]:
+        """Write sequences as the modality asks, and let loggers play what sounds or moves."""
+        found = self.media.write(rows, self.folder, self.stem)
+        for row, paths in found.get("wav", {}).items():
+            for logger in self.loggers:
+                if hasattr(logger, "log_audio"):
+                    logger.log_audio(f"samples/{row}", [str(path) for path in paths])
+                elif hasattr(logger.experiment, "add_audio"):
+                    self._add_audio(logger.experiment, row, paths)
+        for row, paths in found.get("gif", {}).items():
+            for logger in self.loggers:
+                if hasattr(logger, "log_video"):
+                    logger.log_video(f"samples/{row}", [str(path) for path in paths], format=["gif"] * len(paths))
+        return found
+
+    def _add_audio(self, experiment: Any, row: str, paths: list[Path]) -> None:
+        import soundfile
+
+        for i, path in enumerate(paths):
+            wave, rate = soundfile.read(path, dtype="float32")
+            experiment.add_audio(f"samples/{row}_{i}", wave[None], self.step, rate)
+
+    def table(self, key: str, columns: list[str], lines: list[list[Any]]) -> None:
+        """Show a table as ``<step>_<key>.csv``; a cell that is a file is shown as what it holds where a logger can."""
+        named = [[cell.name if isinstance(cell, Path) else cell for cell in line] for line in lines]
+        path = self.folder / f"{self.stem}_{key}.csv"
+        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([columns, *named])
+        for logger in self.loggers:
+            if hasattr(logger, "log_media_table"):
+                logger.log_media_table(key, columns, lines)
+            elif hasattr(logger, "log_table"):
+                logger.log_table(key, columns, named)
