@@ -25,6 +25,7 @@ data:
   class_path: Sines
   init_args: {train_size: 8, val_size: 4, test_size: 4, steps: 5, batch_size: 4}
 samples: {every_n_validations: 0}
+report: false
 """
 
 

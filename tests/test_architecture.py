@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     "errors", "batch", "noise", "filtering", "nn", "heads", "recurrence", "vrnn", "objectives", "schedules", "metrics",
     "data", "testing", "inference", "pretrained", "exporting", "module",
-    "callbacks", "tracking", "discovery", "cli",
+    "callbacks", "report", "tracking", "discovery", "cli",
 ]  # fmt: skip
 FRAMEWORKS = {"lightning", "wandb", "jsonargparse", "pytorch_lightning"}
 MAY_KNOW_LIGHTNING = {"data", "testing", "pretrained", "module", "callbacks", "tracking", "discovery", "cli"}

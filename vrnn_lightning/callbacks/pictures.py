@@ -67,7 +67,7 @@ def draw_rows(
                     axes.set_ylabel(f"{name}\n{label}" if label else name)
     for axes, title in zip(grid[0], titles or [], strict=False):
         axes.set_title(title, fontsize=9)
-    _share_limits(grid, list(rows), len(panels))
+    _share_limits(grid, list(rows), len(panels), bool(titles))
     return figure
 
 
@@ -325,13 +325,15 @@ def _lines_or_pixels(rows: dict[str, list[Tensor]]) -> tuple[str, dict[str, list
     return "roll", {name: [(x - low) / spread for x in sequences] for name, sequences in rows.items()}
 
 
-def _share_limits(grid: np.ndarray, names: list[str], panels: int) -> None:
-    """Give every line plot of a column the limits of its first row, so that amplitudes compare."""
+def _share_limits(grid: np.ndarray, names: list[str], panels: int, everywhere: bool) -> None:
+    """Give line plots the limits of their column's first row, so that amplitudes compare; or all of them the widest."""
+    if not grid[0, 0].lines or grid[0, 0].get_aspect() != "auto":
+        return
     for c in range(grid.shape[1]):
-        if not grid[0, c].lines or grid[0, c].get_aspect() != "auto":
-            continue
-        for r in range(1, len(names)):
-            low, high = grid[0, c].get_ylim()
+        chosen = grid[::panels] if everywhere else grid[:1, c : c + 1]
+        bounds = [axes.get_ylim() for axes in chosen.flat if axes.lines]
+        low, high = min(bound[0] for bound in bounds), max(bound[1] for bound in bounds)
+        for r in range(len(names)):
             grid[r * panels, c].set_ylim(low, high)
 
 

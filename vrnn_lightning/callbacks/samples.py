@@ -20,7 +20,7 @@ __all__ = ["Samples"]
 
 DIMENSIONS, SHIFTS = 3, (-2.0, -1.0, 0.0, 1.0, 2.0)  # of a traversal
 PAIRS, PLACES = 2, (0.0, 0.25, 0.5, 0.75, 1.0)  # of an interpolation
-MOST = 32  # latent dimensions in a heat map
+MOST = 16  # latent dimensions in a heat map
 
 
 class Samples(Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import operator
 import sys
@@ -25,6 +26,7 @@ from vrnn_lightning.cli.parser import Parser
 from vrnn_lightning.cli.words import mentions, with_configs
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
+from vrnn_lightning.report import NAME, write_report
 from vrnn_lightning.tracking import ElboBar, RunCheckpoint, RunLogger, SaveConfig, WandbLogger, run_logger
 
 __all__ = ["CLI", "main"]
@@ -58,7 +60,8 @@ def main(args: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             _silence()
-            CLI([word for word in words if word != "--debug"])
+            words = [word for word in words if word != "--debug"]
+            _report(words[1:]) if words[:1] == ["report"] else CLI(words)
     except (UserError, MisconfigurationException) as error:  # Lightning's own word for a user's mistake
         if debug:
             raise
@@ -71,6 +74,13 @@ def main(args: list[str] | None = None) -> int:
         print(f"error: not enough memory; {cure}", file=sys.stderr)
         return 1
     return 0
+
+
+def _report(words: list[str]) -> None:
+    """Write the report of a run that is there already."""
+    parser = argparse.ArgumentParser("lightning report", description="Write report.html of a run.", allow_abbrev=False)
+    parser.add_argument("folder", help="the run's folder, runs/NAME/VERSION")
+    print(f"report: {_short(str(write_report(parser.parse_args(words).folder)))}")
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -125,7 +135,10 @@ class CLI(LightningCLI):
         self.origin = self._read_origin()
         if self.checkpoint and self.checkpoint.folder and not _has_config(self.words) and "fit" in self.words:
             self.words.insert(self.words.index("fit") + 1, f"--config={self.checkpoint.folder / 'config.yaml'}")
-        epilog = f"Datamodules: {', '.join(discovery.known()) or 'none'}. `--data.help NAME` shows one's options."
+        epilog = (
+            f"Datamodules: {', '.join(discovery.known()) or 'none'}. `--data.help NAME` shows one's options. "
+            "`lightning report FOLDER` writes the page of a run."
+        )
         commands = {command: {"epilog": epilog} for command in self.subcommands()}
         super().__init__(
             VRNNLightningModule,
@@ -188,6 +201,13 @@ class CLI(LightningCLI):
             type=str | None,
             default=None,
             help="Fit: a checkpoint whose weights to start from, on any data, with a new optimiser, at step 0.",
+        )
+        parser.add_argument(
+            "--report",
+            type=bool,
+            default=True,
+            help=f"Fit: write {NAME}, a page with the run's figures, pictures and sounds, into its folder; test and "
+            "predict bring it up to date where it is.",
         )
         if self.checkpoint:
             parser.set_defaults(self.checkpoint.defaults())
@@ -300,6 +320,7 @@ class CLI(LightningCLI):
                     )
                 if callback.path is not None:
                     print(f"figures of each sequence: {self._of_every_process(callback.path)}")
+        self._write_report(anew=False)
 
     after_validate = after_test
 
@@ -337,6 +358,14 @@ class CLI(LightningCLI):
             print(f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in figures.items())}")
         what = "encodings and scores" if found.task == "encode" else found.task
         print(f"{what}: {self._of_every_process(found.path)}")
+        self._write_report(anew=False)
+
+    def _write_report(self, anew: bool) -> None:
+        """Write the run's page, or bring one up to date that is there."""
+        run = run_logger(self.trainer)
+        fitted = self.config_init[self.subcommand].get("report") and run is not None and self.trainer.is_global_zero
+        if fitted and run is not None and (anew or (Path(run.log_dir) / NAME).is_file()):
+            print(f"report: {_short(str(write_report(run.log_dir)))}")
 
     def before_fit(self) -> None:
         """Take the weights to start from; refuse to resume what has more epochs behind it than it is to have.
@@ -358,6 +387,7 @@ class CLI(LightningCLI):
         """Print what came of it."""
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # likewise
             print("\n".join(self._summary()))
+            self._write_report(anew=True)
 
     def _summary(self) -> Iterator[str]:
         checkpoint, metrics = self.trainer.checkpoint_callback, self.trainer.callback_metrics

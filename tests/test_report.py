@@ -1,0 +1,136 @@
+"""The page of a run, and that a browser shows and plays what is in it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from vrnn_lightning import UserError
+from vrnn_lightning.callbacks.media import Media, save_picture
+from vrnn_lightning.report import write_report
+
+RATE = 16000
+
+
+def fill(folder: Path) -> Path:
+    """Make a run's folder with a bit of everything."""
+    samples, forecast = folder / "samples", folder / "predictions" / "forecast"
+    tone = torch.sin(torch.arange(6 * RATE) / 20).view(-1, 200)
+    strokes = torch.tensor([[0.0, 0.0, 0.0], [9.0, 5.0, 1.0], [3.0, 0.0, 0.0], [0.0, 4.0, 1.0]])
+    audio, pen = (
+        Media(SimpleNamespace(modality="audio", sample_rate=RATE)),
+        Media(SimpleNamespace(modality="strokes")),
+    )
+    series = Media(SimpleNamespace(modality="series"))
+    for step in (5, 10):
+        audio.write({"real": [tone[:40], tone], "sampled": [tone[:40]]}, samples, f"step_{step:07d}")
+        save_picture(series.draw({"real": [torch.randn(9, 2)]}), samples / f"step_{step:07d}.png")
+    pen.write({"sampled": [strokes]}, samples, "step_0000010")
+    pen.write({"path_1": [strokes]}, forecast, "test")
+    save_picture(series.draw({"real": [torch.randn(9, 2)]}), forecast / "test.png")
+    (forecast / "figures.json").write_text('{"forecast": {"CRPS": 1.25}, "seasonal <naive>": {"CRPS": 2.5, "MASE": 1}}')
+    (samples / "step_0000010_table.csv").write_text("kind,name,elbo,sound\nreal,<b>odd</b>,-1.5,a.wav\n")
+    (folder / "metrics.csv").write_text(
+        "epoch,step,train/elbo,train/beta,train/grad_norm,val/elbo,val/kl,val/active_units,test/elbo,test/elbo_stderr\n"
+        "0,4,-3.0,0.5,9.0,,,,,\n0,4,,,,-2.5,0.25,1,,\n1,9,-2.0,1.0,nan,,,,,\n1,9,,,,-2.75,0.5,2,,\n1,9,,,,,,,-2.625,0.125\n1,1"
+    )
+    (folder / "config.yaml").write_text("data: <script>alert(1)</script>\n")
+    np.savez(
+        folder / "evaluation.npz",
+        test_elbo=np.array([-3.0, -8.0]),
+        test_lengths=np.array([1, 2]),
+        test_kl_per_dim=np.array([0.1, 0.4]),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    torch.manual_seed(0)
+    return write_report(fill(tmp_path_factory.mktemp("runs") / "sines" / "version_0"))
+
+
+def test_a_page_is_whole_and_holds_the_figures(page):
+    text = page.read_text()
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert len(addresses) == 10  # five pictures, two drawings, three sounds
+    assert all(address.startswith("data:") for address in addresses)
+    for figure in (
+        "-2.5</b><span>best val/elbo",
+        "-2.625 ± 0.12",
+        "0.5</b><span>last val/kl",
+        "10 optimiser steps, 2 ",
+    ):
+        assert figure in text
+    assert "<tr><td>seasonal &lt;naive&gt;</td><td>2.5</td><td>1</td></tr>" in text
+    assert "<td>&lt;b&gt;odd&lt;/b&gt;</td>" in text
+    assert "<script" not in text
+    assert "a.wav" not in text
+    assert text.count("data:audio/mpeg") == 1  # the long one
+    assert "At step 5" in text
+
+
+def test_a_page_of_little(tmp_path):
+    """A run that was stopped at once, and a folder that is none."""
+    (tmp_path / "metrics.csv").write_text("")
+    assert "optimiser steps" in write_report(tmp_path).read_text()
+    with pytest.raises(UserError, match=r"nothing: no run's folder"):
+        write_report(tmp_path / "nothing")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium.webdriver.chrome.service import Service
+
+    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+    program, driver = next(filter(None, found), None), shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip("no Chromium with its chromedriver on this machine")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for word in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "no-first-run",
+        "disable-background-networking",
+        "mute-audio",
+    ):
+        options.add_argument(f"--{word}")
+    options.add_argument("--autoplay-policy=no-user-gesture-required")
+    options.add_argument("--window-size=1200,900")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('browser')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    opened = webdriver.Chrome(options, Service(driver))
+    yield opened
+    opened.quit()
+
+
+PLAYED = """
+const done = arguments[0];
+Promise.all([...document.querySelectorAll('audio')].map(async sound => {
+  await new Promise(ready => sound.readyState ? ready() : sound.addEventListener('loadedmetadata', ready));
+  await sound.play();
+  await new Promise(moved => sound.addEventListener('timeupdate', () => sound.currentTime > 0 && moved()));
+  sound.pause();
+  return sound.duration;
+})).then(done, error => done(String(error)));
+"""
+
+
+def test_a_browser_shows_and_plays_it(page, browser):
+    browser.get(page.as_uri())
+    widths = browser.execute_script("return [...document.images].map(i => [i.alt, i.complete, i.naturalWidth])")
+    assert len(widths) >= 7
+    assert all(complete and width > 0 for _, complete, width in widths), widths
+    assert browser.execute_async_script(PLAYED) == pytest.approx([0.5, 6.0, 0.5], abs=0.1)
+    wide = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+    assert wide <= 0
+    assert browser.get_log("browser") == []
