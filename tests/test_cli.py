@@ -65,10 +65,22 @@ def one_line(said, *parts):
 
 
 def test_fit_makes_a_run_folder_and_sums_up(lightning, tiny):
-    said = lightning("fit", "-c", tiny, "--samples.every_n_validations=1")
+    said = lightning("fit", "-c", tiny, "--samples.every_n_validations=1", "--report", "true")
     run = Path("runs/sines/version_0")
     assert said.code == 0
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.yaml", "metrics.csv", "samples"]
+    names = ["checkpoints", "config.yaml", "metrics.csv", "report.html", "samples"]
+    assert sorted(path.name for path in run.iterdir()) == names
+    assert f"report: {run}/report.html" in said.out
+    page = (run / "report.html").read_text()
+    assert page.count("<img") == 5, "curves, samples, latent, traversal, interpolation"
+    assert lightning("test", "--ckpt_path", "best", "--data", "Sines", "--evaluation.samples=2").code == 0
+    tested = (run / "report.html").read_text()
+    assert "test/elbo" in tested
+    assert "test/elbo" not in page
+    (run / "report.html").unlink()
+    assert lightning("report", run).out == f"report: {run}/report.html\n"
+    assert (run / "report.html").read_text() == tested
+    assert lightning("report", "elsewhere").err.startswith("error: elsewhere: no run's folder")
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     assert "best val/elbo" in said.out
     assert "gap" in said.out

@@ -463,14 +463,16 @@ def test_samples_are_drawn(layout, sources, tmp_path):
         accelerator="cpu",
         **options,
     ).fit(module, data)
-    pictures = sorted(p.name for p in (tmp_path / "samples").iterdir())
-    rows = [f"step_0000001_{row}_{i}.svg" for row in ("real", "reconstructed", "sampled") for i in (0, 1)]
-    assert pictures == sorted(["step_0000001.png", *rows])
+    written = {p.name.removeprefix("step_0000001") for p in (tmp_path / "samples").iterdir()}
+    rows = {f"_{row}_{i}.svg" for row in ("real", "reconstructed", "sampled") for i in (0, 1)}
+    assert {name for name in written if name.endswith(".svg")} == rows
+    assert {name for name in written if name.endswith(".gif")} == {"_sampled_0.gif", "_sampled_1.gif"}
+    assert {".png", "_latent.png", "_traversal.png", "_interpolation.png", "_table.csv"} <= written
     batch = next(iter(data.val_dataloader()))
     for i in (0, 1):
         x = data.scaler.unscale(batch.x[i])[: batch.lengths[i]]
         svg = (tmp_path / "samples" / f"step_0000001_real_{i}.svg").read_text()
-        assert svg == strokes_svg(on_paper(x) if layout == "quickdraw" else x)
+        assert svg == strokes_svg(on_paper(x) if layout == "quickdraw" else x, animated=True)
         assert ("M0 0L" in svg) == (layout == "quickdraw")
 
 

@@ -246,6 +246,31 @@ def test_binary_frames():
     assert set(module.forecast([x], 3, samples=2).unique().tolist()) <= {0.0, 1.0}
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"cell": "lstm", "layers": 2}, {"emission": Bernoulli}, {"num_inputs": 2}], ids=str
+)
+def test_latents_decode_to_what_a_sample_of_no_noise_is(options):
+    """At a temperature near zero a frame is its emission's mean, or the likelier of two values."""
+    module = model(features=2, **options)
+    if "emission" in options:
+        module.scale_mean.zero_()
+        module.scale_std.fill_(1.0)
+    inputs = torch.randn(3, 7, 2, dtype=torch.float64) if "num_inputs" in options else None
+    drawn = module.eval().vrnn.generate(7, 3, inputs=inputs, temperature=1e-18)
+    decoded = module.decode(drawn.z, inputs)
+    torch.testing.assert_close(decoded, module.scaler.unscale(drawn.x), atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(module.decode(drawn.z + 3, inputs), decoded)
+
+
+def test_latents_of_another_width():
+    with pytest.raises(UserError, match=r"latents: have shape \(1, 4, 3\), expected \(batch, time, 2\)"):
+        model().decode(torch.zeros(1, 4, 3))
+    with pytest.raises(UserError, match=r"the model has no latent"):
+        model(latent_size=0).decode(torch.zeros(1, 4, 0))
+    with pytest.raises(UserError, match=r"covariates of shape \(1, 4, 2\)"):
+        model(num_inputs=2).decode(torch.zeros(1, 4, 2))
+
+
 def test_covariates():
     module, xs = model(num_inputs=2), sequences(5, 3)
     us = [torch.randn(len(x), 2, dtype=torch.float64) for x in xs]

@@ -15,6 +15,7 @@ import torch
 from datamodules.mnist_rows import MNISTRows
 from vrnn_lightning import UserError, VRNNLightningModule
 from vrnn_lightning.callbacks import Samples
+from vrnn_lightning.callbacks.media import Media
 from vrnn_lightning.heads import Bernoulli, DiscretisedLogisticMixture
 from vrnn_lightning.testing import CHECKS
 
@@ -149,8 +150,10 @@ def test_pictures_show_whole_images_of_pixels(folder_of_idx):
     model = VRNNLightningModule(1, latent_size=0, hidden_size=2, emission=Bernoulli)
     batch = next(iter(data.val_dataloader()))
     for rows, shown in ((400, 784), (10, 280)):
-        found = Samples(count=1, max_steps=rows)._rows(model, batch, data.image_width)
-        assert {name: [len(x) for x in xs] for name, xs in found.items()} == {name: [shown] for name in found}
+        samples, media = Samples(count=1, max_steps=rows), Media(data)
+        *_, found = samples._rows(model, samples._first(batch, media))
+        assert [[len(x) for x in xs] for xs in found.values()] == 3 * [[shown]]
+        assert [[x.shape for x in xs] for xs in media.ready(found).values()] == 3 * [[(shown // 28, 28)]]
 
 
 def test_dynamic_pixels_have_the_grey_value_as_their_mean(folder_of_idx):

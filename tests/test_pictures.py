@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 from matplotlib import image
+from PIL import Image
 
-from vrnn_lightning.callbacks.pictures import draw_rows, on_paper, save_strokes, strokes_svg
+from vrnn_lightning.callbacks.pictures import (
+    draw_fans,
+    draw_heat,
+    draw_rows,
+    on_paper,
+    save_strokes,
+    strokes_svg,
+)
 from vrnn_lightning.errors import UserError
 
 
@@ -51,6 +60,65 @@ def test_y_grows_downward_and_all_ink_is_inside(tmp_path, caplog):
         box = axes.get_window_extent()
         assert (right - left) / box.width == pytest.approx((bottom - top) / box.height)
     assert not caplog.records
+
+
+def test_a_heat_map_holds_the_values():
+    values = [torch.rand(5, 3), torch.rand(4, 3)]
+    figure = draw_heat(values, ["z2", "z0", "z1"], "KL", above=[torch.randn(5, 2), torch.randn(4, 2)])
+    maps = [axes.images[0] for axes in figure.axes if axes.images][:2]
+    for drawn, x in zip(maps, values, strict=True):
+        np.testing.assert_allclose(drawn.get_array(), x.T)
+        assert drawn.get_clim() == pytest.approx((0, torch.cat(values).max().item()))
+    assert [label.get_text() for label in figure.axes[2].get_yticklabels()] == ["z2", "z0", "z1"]
+    signed = draw_heat([torch.tensor([[-2.0], [1.0]])], ["z0"], "mean").axes[0].images[0]
+    assert signed.get_clim() == (-2, 2)
+
+
+def test_a_fan_is_made_of_the_draws_quantiles():
+    draws = torch.arange(101.0)[:, None, None].expand(101, 2, 1)
+    figure = draw_fans([torch.zeros(3, 1)], [draws], [torch.tensor([[7.0], [float("nan")]])], ["load"])
+    (axes,) = figure.axes
+    shades = [
+        (area.get_paths()[0].vertices[:, 1].min(), area.get_paths()[0].vertices[:, 1].max())
+        for area in axes.collections
+    ]
+    assert shades == [(5, 95), (25, 75)]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines["median"] == [[3, 50], [4, 50]]
+    assert lines["given"] == [[0, 0], [1, 0], [2, 0]]
+    assert lines["came"][0] == [3, 7]
+    assert axes.get_ylabel() == "load"
+
+
+def test_a_pen_draws_point_after_point(tmp_path):
+    """What one frame of a gif shows stays in the next, and the last is the whole drawing."""
+    t = torch.arange(30) / 4
+    strokes = torch.stack([t.cos(), t.sin(), (t % 2 == 1).float()], 1)
+    save_strokes(strokes, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 30
+        assert gif.info["loop"] == 0
+        ink = []
+        for frame in range(gif.n_frames):
+            gif.seek(frame)
+            ink.append(np.asarray(gif.convert("L")) < 128)
+    areas = [int(frame.sum()) for frame in ink]
+    assert areas == sorted(areas)
+    assert 0 < areas[0] < areas[10] < areas[-1]
+    assert all((before & ~after).sum() <= 5 for before, after in pairwise(ink))
+
+
+def test_an_animated_drawing_is_the_still_one_in_time():
+    strokes = torch.tensor([[0.0, 0.0, 0.0], [9.0, 5.0, 1.0], [3.0, 0.0, 1.0], [1.0, 1.0, 0.0], [0.0, 4.0, 1.0]])
+    still, moving = (ElementTree.fromstring(strokes_svg(strokes, animated)) for animated in (False, True))
+    assert [shape.get("d") for shape in moving] == [shape.get("d") for shape in still]
+    changes = [shape[0] for shape in moving]
+    times = [[float(x) for x in change.get("keyTimes").split(";")] for change in changes]
+    assert all(time == sorted(time) and time[0] == 0 and time[-1] == 1 for time in times)
+    begins, ends = [time[1] for time in times], [time[-2] for time in times]
+    assert begins[1:] == pytest.approx([ends[0], times[2][1]])
+    assert [change.get("attributeName") for change in changes] == ["stroke-dashoffset", "opacity", "stroke-dashoffset"]
+    assert all(len(change.get("values").split(";")) == len(time) for change, time in zip(changes, times, strict=True))
 
 
 def test_series_share_the_limits_of_the_first_row():

@@ -443,9 +443,11 @@ def test_sound_is_written_as_sound(tmp_path):
     assert (wave[2:6] == 0).all(), "what is missing is silent"
 
 
-@pytest.mark.parametrize(("modality", "width", "suffix"), [("strokes", 3, "svg"), ("roll", 88, "mid")])
-def test_strokes_are_drawn_and_rolls_can_be_played(tmp_path, modality, width, suffix):
-    if suffix == "mid":
+@pytest.mark.parametrize(
+    ("modality", "width", "suffixes"), [("strokes", 3, ("svg", "gif")), ("roll", 88, ("mid", "wav"))]
+)
+def test_strokes_are_drawn_and_rolls_can_be_played(tmp_path, modality, width, suffixes):
+    if "mid" in suffixes:
         pytest.importorskip("mido")
     callback = Predictions("sample", steps=5, count=2)
     callback.data = SimpleNamespace(modality=modality)
@@ -456,7 +458,7 @@ def test_strokes_are_drawn_and_rolls_can_be_played(tmp_path, modality, width, su
     module.prepared.fill_(True)
     trainer.predict(module, dataloaders=Draws(2, width, trainer), return_predictions=False)
     names = {path.name for path in (tmp_path / "predictions/sample").iterdir()}
-    assert names == {"test.npz", "test.png", f"test_sampled_0.{suffix}", f"test_sampled_1.{suffix}"}
+    assert names == {"test.npz", "test.png", *(f"test_sampled_{i}.{suffix}" for suffix in suffixes for i in range(2))}
 
 
 def test_a_sequence_with_nothing_observed_is_left_out(tmp_path):

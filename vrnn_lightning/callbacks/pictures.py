@@ -262,7 +262,7 @@ def save_animation(rows: Tensor, path: Path) -> None:
                 pen.line([tuple(places[i - 1]), (x, y)], fill=0, width=8)
             pen.ellipse([x - 4, y - 4, x + 4, y + 4], fill=0)
         done = end
-        frames.append(canvas.resize((SIDE, SIDE), Image.Resampling.LANCZOS).quantize(16))
+        frames.append(canvas.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
     each = int(1000 * _drawing_time(len(points)) / len(frames))
     times = [max(20, each)] * (len(frames) - 1) + [int(1000 * HOLD)]
     frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)

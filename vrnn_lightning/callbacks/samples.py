@@ -85,9 +85,12 @@ class Samples(Callback):
     ) -> None:
         """Keep the first sequences that have steps."""
         if self._batch is None and self._shows(trainer) and (batch.lengths > 0).any():
-            chosen = (batch.lengths > 0).nonzero().flatten()[: self.count].tolist()
-            steps = self.max_steps * Media(getattr(trainer, "datamodule", None)).pieces(batch.x.shape[2])
-            self._batch = batch.rows(chosen).window(0, steps)
+            self._batch = self._first(batch, Media(getattr(trainer, "datamodule", None)))
+
+    def _first(self, batch: SequenceBatch, media: Media) -> SequenceBatch:
+        """Return the beginnings of a batch's first sequences that have steps."""
+        chosen = (batch.lengths > 0).nonzero().flatten()[: self.count].tolist()
+        return batch.rows(chosen).window(0, self.max_steps * media.pieces(batch.x.shape[2]))
 
     def _shows(self, trainer: Trainer) -> bool:
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
