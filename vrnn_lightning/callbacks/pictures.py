@@ -67,6 +67,13 @@ def draw_rows(
                     axes.set_ylabel(f"{name}\n{label}" if label else name)
     for axes, title in zip(grid[0], titles or [], strict=False):
         axes.set_title(title, fontsize=9)
+    for c in range(columns):  # labels are most of what drawing costs
+        if len({len(sequences[c]) for sequences in rows.values() if c < len(sequences)}) == 1:
+            for axes in grid[:-1, c]:
+                axes.tick_params(labelbottom=False)
+        if titles and c > 0:  # all have the same limits
+            for axes in grid[:, c]:
+                axes.tick_params(labelleft=False)
     _share_limits(grid, list(rows), len(panels), bool(titles))
     return figure
 
@@ -340,6 +347,11 @@ def _share_limits(grid: np.ndarray, names: list[str], panels: int, everywhere: b
 def _series(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
     axes.plot(x, linewidth=1, marker="." if len(x) == 1 else None)
     axes.margins(x=0)
+    _few_ticks(axes)
+
+
+def _few_ticks(axes: Axes) -> None:
+    axes.locator_params(nbins=4)
     axes.tick_params(labelsize=7)
 
 
@@ -348,7 +360,7 @@ def _waveform(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
     axes.plot(np.arange(wave.size) / (sample_rate or 1), wave, linewidth=0.4)
     axes.margins(x=0)
     axes.set_ylabel("amplitude", fontsize=7)
-    axes.tick_params(labelsize=7)
+    _few_ticks(axes)
 
 
 def _spectrogram(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
@@ -364,7 +376,7 @@ def _spectrogram(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
     )
     axes.set_xlim(0, wave.size / rate)
     axes.set_ylabel("Hz" if sample_rate else "cycles / sample", fontsize=7)
-    axes.tick_params(labelsize=7)
+    _few_ticks(axes)
 
 
 def _roll(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
