@@ -706,3 +706,59 @@ def test_command_line(lightning, folder):
     said = lightning("predict", "--ckpt_path", best, "--prediction.task=smple", *QUICK)
     assert said.code == 2
     assert said.err.strip().splitlines()[-1].startswith("error: --prediction.task smple: expected one of")
+
+
+def sensor(path: Path, steps: int = 400) -> dict[str, np.ndarray]:
+    """Write an hourly series of two columns with faults planted into its last tenth, and what says where they are."""
+    generator = np.random.default_rng(0)
+    t = np.arange(steps)
+    broken = (t >= 360) & (generator.random(steps) < 0.2)
+    heat = 20 + 5 * np.sin(2 * np.pi * t / 24) + generator.normal(0, 0.3, steps) + 30 * broken
+    columns = {"heat": heat.round(4), "load": (1000 + 50 * generator.normal(size=steps)).round(3), "broken": broken * 1}
+    dates = np.datetime64("2024-03-01T00") + t.astype("timedelta64[h]")
+    lines = (",".join(map(str, row)) for row in zip(dates, *columns.values(), strict=True))
+    path.write_text("\n".join(["date,heat,load,broken", *lines]))
+    return columns
+
+
+def test_a_table_is_backtested_and_its_faults_are_found(lightning, folder):
+    """Through the command line, from what a user has: one csv file with a column of labels."""
+    columns = sensor(folder / "sensor.csv")
+    fit = (
+        *("fit", "--data=Tables", "--data.root=sensor.csv", "--data.columns=[heat,load]", "--data.time=date"),
+        *("--data.length=24", "--data.anomaly=broken", "--trainer.max_epochs=3", "--samples.every_n_validations=0"),
+        *("--model.hidden_size=8", "--model.latent_size=2", *QUICK),
+    )
+    said = lightning(*fit)
+    assert said.code == 0, said.err
+    run, test = Path("runs/tables/version_0"), slice(360, 400)
+    predict = ("predict", f"--ckpt_path={run}/checkpoints/best.ckpt", "--data.length=null", *QUICK)
+    said = lightning(*predict, "--prediction.task=score", "--prediction.quantile=0.05")
+    assert said.code == 0, said.err
+    rows, faulty = table(run / "predictions/score/test.csv"), columns["broken"][test] == 1
+    nats = np.array([float(row["nats"]) for row in rows])
+    flagged = np.array([row["flagged"] == "1" for row in rows])
+    assert len(nats) == len(faulty) == 40
+    pairs = (nats[faulty][:, None] < nats[~faulty]) + (nats[faulty][:, None] == nats[~faulty]) / 2
+    figures = {"precision": faulty[flagged].mean(), "recall": flagged[faulty].mean(), "AUROC": pairs.mean()}
+    assert f"detection: {', '.join(f'{name} {value:.4g}' for name, value in figures.items())}" in said.out
+    assert figures["AUROC"] > 0.9
+
+    forecast = ("--prediction.task=forecast", "--prediction.samples=4", "--prediction.shown=0")
+    backtest = (*forecast, "--prediction.prefix=48", "--prediction.steps=6", "--prediction.stride=6")
+    said = lightning(*predict, *backtest, "--prediction.season=24", "--data.context=48")
+    assert said.code == 0, said.err
+    assert "seasonal naive: RMSE" in said.out
+    rows = table(run / "predictions/forecast/test.csv")
+    origins = list(range(48, 48 + 40 - 5, 6))
+    assert [int(row["step"]) for row in rows] == [origin + ahead for origin in origins for ahead in range(6)]
+    for row in rows:
+        assert row["sequence"] == "sensor from 2024-03-14 00:00:00"  # row 312, 48 hours before the test
+        assert float(row["heat_true"]) == pytest.approx(columns["heat"][312 + int(row["step"])], abs=1e-4)
+    for words, line in (
+        (("--data.length=24", *backtest), "prediction.prefix 48: no test sequence has something to forecast from"),
+        ((*forecast, "--prediction.prefix=12", "--prediction.season=30"), "prediction.season 30: is longer than"),
+    ):
+        said = lightning(*predict, *words)
+        assert said.code == 1
+        assert said.err.strip().splitlines()[-1].startswith(f"error: {line}")
