@@ -17,13 +17,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from vrnn_lightning.batch import Sequence
+from vrnn_lightning.batch import Sequence, SequenceBatch
 from vrnn_lightning.data import (
     TABLE_SUFFIXES,
     Columns,
     Modality,
     Scaler,
     SequenceDataModule,
+    SequenceLoader,
     Split,
     data_root,
     read_columns,
@@ -83,6 +84,10 @@ class Tables(SequenceDataModule):
             training alone, and carries the state.
         stride: Steps from the beginning of one such window to the next. ``None``: ``length``, so that they don't
             overlap.
+        context: ``lightning predict`` reads so many steps before each series' test part too, as the past that its
+            first forecasts begin from. No other command does. Only for a split by "time".
+        anomaly: A column of 0 and 1 that says which steps are faulty, 1. The model never sees it: the scores of
+            ``lightning predict`` are judged by it. Steps that have no row count as 0.
         missing: Allow missing values. False refuses them, and builds a model that doesn't ask.
         sort: Bring rows that are not in the order of time into it, instead of refusing them.
         delimiter: What stands between the cells of a csv file.
@@ -102,7 +107,9 @@ class Tables(SequenceDataModule):
 
     modality: ClassVar[Modality] = "series"
     scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "per_feature"
-    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {"length", "stride", "sort", "delimiter"}
+    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {
+        *("length", "stride", "context", "anomaly", "sort", "delimiter")
+    }
 
     def __init__(
         self,
@@ -117,6 +124,8 @@ class Tables(SequenceDataModule):
         test_share: float = 0.1,
         length: int | None = None,
         stride: int | None = None,
+        context: int = 0,
+        anomaly: str | None = None,
         missing: bool = True,
         sort: bool = False,
         delimiter: str = ",",
@@ -133,7 +142,7 @@ class Tables(SequenceDataModule):
         self.missing = missing
         self.id, self.time, self.sort, self.delimiter = id, time, sort, delimiter
         self.split_by, self.val_share, self.test_share = split, val_share, test_share
-        self.length, self.stride = length, stride
+        self.length, self.stride, self.context, self.anomaly = length, stride, context, anomaly
         self._check_options()
         self.step = None if step is None else _step(step)
         if self.step is not None and time is None:
@@ -143,6 +152,7 @@ class Tables(SequenceDataModule):
         self._drawn: dict[str, tuple[str, int]] = {}
         self._clock = ""
         self._warned: set[str] = set()
+        self._predicted: _Windows | None = None
 
     def _check_options(self) -> None:
         if not self.columns:
@@ -150,6 +160,9 @@ class Tables(SequenceDataModule):
         both = next((name for name in self.inputs if name in self.columns), None)
         if both is not None:
             raise UserError(f"--data.inputs {both!r}: is in --data.columns too; what is known need not be modelled")
+        if self.anomaly is not None and self.anomaly in (*self.columns, *self.inputs):
+            option = "columns" if self.anomaly in self.columns else "inputs"
+            raise UserError(f"--data.anomaly {self.anomaly!r}: is in --data.{option} too; the model may not see it")
         if self.split_by not in ("time", "id", "files"):
             raise UserError(f"--data.split {self.split_by}: must be time, id or files")
         for option, share in (("val_share", self.val_share), ("test_share", self.test_share)):
@@ -165,6 +178,13 @@ class Tables(SequenceDataModule):
                 raise UserError(f"--data.{option} {steps}: must be at least 1")
         if self.stride is not None and self.length is None:
             raise UserError(f"--data.stride {self.stride}: needs --data.length, the steps of a window")
+        if self.context < 0:
+            raise UserError(f"--data.context {self.context}: must be at least 0")
+        if self.context and self.split_by != "time":
+            raise UserError(
+                f"--data.context {self.context}: only a split by time has steps before the test, this is --data.split "
+                f"{self.split_by}"
+            )
         if self.sort and self.time is None:
             raise UserError("--data.sort: needs --data.time, the column of times")
         if len(self.delimiter) != 1:
@@ -179,9 +199,35 @@ class Tables(SequenceDataModule):
 
     def sequences(self, split: Split) -> _Windows:
         """Return a split's series, or their windows, in the order of the files."""
+        return self._cut(split, 0)
+
+    def predict_dataloader(self) -> SequenceLoader:
+        """Return the test batches, with the steps before them that ``context`` asks for."""
+        windows = self._to_predict()
+        return self._loader("test", windows, windows.lengths)
+
+    def anomalies(self, batch: SequenceBatch) -> Tensor | None:
+        """Return True at steps that are known to be faulty, shape (batch, time); ``None`` without ``anomaly``."""
+        if self.anomaly is None or batch.index is None:
+            return None
+        faulty, windows = torch.zeros(batch.x.shape[:2], dtype=torch.bool), self._to_predict()
+        for row, index, length in zip(faulty, batch.index.tolist(), batch.lengths.tolist(), strict=True):
+            if length:
+                row[:length] = windows.faulty(index)
+        return faulty
+
+    def _to_predict(self) -> _Windows:
+        if not self.context:
+            return self._windows("test")
+        if self._predicted is None:
+            self._predicted = self._cut("test", self.context)
+        return self._predicted
+
+    def _cut(self, split: Split, context: int) -> _Windows:
+        """Return a split's series, or their windows, each with so many steps before it."""
         series = self._series(split)
         parts = [(i, *self._part(s, split)) for i, s in enumerate(series)]
-        parts = [(i, first, last) for i, first, last in parts if last > first]
+        parts = [(i, max(0, first - context), last) for i, first, last in parts if last > first]
         if not parts:
             raise UserError(f"{self.root}: the {split} split is empty; {self._why_empty(len(series), split)}")
         if self.length is None:
@@ -226,6 +272,7 @@ class Tables(SequenceDataModule):
         self._drawn = state_dict.get("drawn", {})
         self._cuts, self._clock = state_dict.get("cuts"), state_dict.get("clock", "")
         self._splits.clear()  # those that setup found were cut anew
+        self._predicted = None
 
     def _windows(self, split: Split) -> _Windows:
         found = self.split(split)
@@ -313,13 +360,18 @@ class Tables(SequenceDataModule):
 
     def _table(self, path: Path) -> Columns:
         """Return the wanted columns of a file, all cells checked."""
-        wanted = {"columns": self.columns, "inputs": self.inputs}
+        labels = [] if self.anomaly is None else [self.anomaly]
+        wanted = {"columns": self.columns, "inputs": self.inputs, "anomaly": labels}
         table = read_columns(path, wanted, self.id, self.time, self.delimiter)
         table.refuse(np.isinf(table.numbers), "is infinite; mend it, or leave the cell empty")
         unknown = np.isnan(table.numbers)
         if not self.missing:
             table.refuse(unknown[:, : self.num_features], "is empty; fill it, or set --data.missing true")
         unknown[:, : self.num_features] = False
+        if labels:
+            odd = np.zeros_like(unknown)
+            odd[:, -1] = (table.numbers[:, -1] != 0) & (table.numbers[:, -1] != 1)
+            table.refuse(odd, "is neither 0 nor 1; --data.anomaly takes 1 at steps that are faulty and 0 at all others")
         table.refuse(unknown, "is empty; covariates (--data.inputs) must be known at each step: fill it")
         if self.step is not None and self.step.dated != table.dated:
             kind, cure = ("dates", "with a unit, as 1h") if table.dated else ("numbers", "without a unit")
@@ -362,8 +414,8 @@ class Tables(SequenceDataModule):
             self._refuse_gap(rows, times, place)
             numbers = np.full((len(times), numbers.shape[1]), np.nan)
             numbers[place] = rows.numbers
-        inputs = numbers[:, self.num_features :].astype(np.float32)
-        return _Series(name, rows.clock, times, numbers[:, : self.num_features].copy(), inputs)
+        features, inputs, labels = np.split(numbers, [self.num_features, self.num_features + self.num_inputs], 1)
+        return _Series(name, rows.clock, times, features.copy(), inputs.astype(np.float32), (labels == 1).any(1))
 
     def _refuse_gap(self, rows: _Rows, times: NDArray[Any], place: NDArray[np.int64]) -> None:
         """Refuse absent rows where each step must be known."""
@@ -463,13 +515,23 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Series:
-    """One series in the order of time: times (steps,), values (steps, features) or NaN, covariates (steps, inputs)."""
+    """One series in the order of time.
+
+    Args:
+        name: What messages call it.
+        clock: What gives the time.
+        times: Shape (steps,).
+        values: NaN where they are missing, shape (steps, features).
+        inputs: Covariates, shape (steps, inputs).
+        faulty: True at steps that are known to be, shape (steps,).
+    """
 
     name: str
     clock: str
     times: NDArray[Any]
     values: NDArray[np.float64]
     inputs: NDArray[np.float32]
+    faulty: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -501,6 +563,11 @@ class _Windows:
         inputs = torch.from_numpy(series.inputs[part]) if series.inputs.shape[1] else None
         name = f"{series.name} from {_stamp(series.times[start], series.clock)}"
         return Sequence(x, ~x.isnan() if self.missing else None, inputs, name)
+
+    def faulty(self, index: int) -> Tensor:
+        """Return True at the steps of one sequence that are known to be faulty, shape (steps,)."""
+        which, start, end = self.bounds[index].tolist()
+        return torch.from_numpy(self.series[which].faulty[start:end])
 
     def rows(self) -> NDArray[np.float64]:
         """Return the steps that are in any sequence, each once, shape (steps, features)."""

@@ -214,6 +214,7 @@ def test_a_file_where_the_folder_should_be(tmp_path):
         {"task": "score"},
         {"task": "score", "samples": 3},
         {"task": "forecast", "prefix": 3, "samples": 4},
+        {"task": "forecast", "prefix": 3, "samples": 4, "steps": 2, "stride": 2},
         {"task": "impute", "samples": 3, "hide": 0.3},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
@@ -282,6 +283,75 @@ def test_forecasts_begin_where_they_are_told_to(tmp_path, prefix, steps, starts)
         np.sqrt(np.square(np.concatenate(error)).mean()), rel=1e-4
     )
     assert callback.figures["forecast"]["coverage"] == pytest.approx(np.concatenate(inside).mean())
+
+
+@pytest.mark.filterwarnings("ignore:Mean of empty slice")  # a feature of which an origin's truth knows nothing
+@pytest.mark.parametrize("prefix", [3, -6])
+def test_a_backtest_forecasts_from_rolling_origins(tmp_path, prefix):
+    """Each origin is an entry of archive and table; figures are those of all of them, and of each step ahead."""
+    options = {"task": "forecast", "prefix": prefix, "steps": 2, "stride": 3, "samples": 5, "season": 2}
+    if prefix < 0:
+        options["season"] = 1
+    found, callback = predict(tmp_path, Ramps(gaps=True), **options)
+    expected, truths, naives, scales = [], [], [], []
+    season = options["season"]
+    for s in Ramps(gaps=True).split("test"):
+        x = np.where(s.observed.numpy(), s.x.numpy(), np.nan)
+        first = prefix if prefix > 0 else len(x) + prefix
+        for start in range(first, len(x) - 1, 3) if first > 0 else ():
+            expected.append((s.name, start))
+            truths.append(x[start : start + 2])
+            naives.append(np.full((2, 2), np.nan))
+            for k, feature in np.ndindex(2, 2):
+                phase = [x[t, feature] for t in range(start - season + k % season, -1, -season)]
+                naives[-1][k, feature] = next((value for value in phase if not np.isnan(value)), np.nan)
+            past = np.abs(x[season:start] - x[: start - season])
+            scales.append([np.mean(c[~np.isnan(c)]) if (~np.isnan(c)).any() else np.nan for c in past.T])
+    paths = found["test_values"].reshape(-1, 5, 2, 2)
+    assert found["test_names"][::5].tolist() == [name for name, _ in expected]
+    assert found["test_start"][::5].tolist() == [start for _, start in expected]
+    assert len(expected) > 4
+    np.testing.assert_allclose(found["test_truth"].reshape(-1, 2, 2), truths, rtol=1e-6)
+    rows = table(tmp_path / "predictions/forecast/test.csv")
+    steps = [(name, str(start), str(start + k)) for name, start in expected for k in range(2)]
+    assert [(row["sequence"], row["origin"], row["step"]) for row in rows] == steps
+    assert float(rows[3]["up_q25"]) == pytest.approx(np.quantile(paths[1, :, 1, 0], 0.25), rel=1e-5)
+
+    leads = table(tmp_path / "predictions/forecast/lead_times.csv")
+    assert [(row["forecast"], row["ahead"]) for row in leads] == [
+        (name, ahead) for name in ("forecast", "seasonal naive") for ahead in "12"
+    ]
+    truth = np.array(truths)
+    for name, draws in (("forecast", paths), ("seasonal naive", np.array(naives)[:, None])):
+        absolute = np.abs(draws - truth[:, None]).mean(1)
+        pairs = np.abs(draws[:, :, None] - draws[:, None]).sum((1, 2)) / max(1, draws.shape[1] * (draws.shape[1] - 1))
+        crps = absolute - pairs / 2
+        assert callback.figures[name]["CRPS"] == pytest.approx(np.nanmean(crps), rel=1e-3)
+        error = np.square(draws.mean(1) - truth)
+        with np.errstate(all="ignore"):
+            scaled = np.nanmean(np.abs(np.median(draws, 1) - truth), 1) / np.array(scales)
+        assert callback.figures[name]["MASE"] == pytest.approx(scaled[np.isfinite(scaled)].mean(), rel=1e-3)
+        for ahead in (0, 1):
+            row = next(r for r in leads if r["forecast"] == name and r["ahead"] == str(ahead + 1))
+            known = ~np.isnan(crps[:, ahead])
+            assert float(row["values"]) == known.sum()
+            assert float(row["CRPS"]) == pytest.approx(crps[:, ahead][known].mean(), rel=1e-3)
+            assert float(row["RMSE"]) == pytest.approx(np.sqrt(error[:, ahead][known].mean()), rel=1e-3)
+            if name == "forecast":
+                low, high = np.quantile(draws, [0.05, 0.95], axis=1)
+                inside = ((low <= truth) & (truth <= high))[:, ahead][known]
+                assert float(row["coverage"]) == pytest.approx(inside.mean())
+            else:
+                assert row["coverage"] == ""
+
+
+def test_a_fan_chart_has_all_it_needs(tmp_path):
+    _, callback = predict(tmp_path, task="forecast", prefix=3, steps=2, stride=2, samples=5, shown=2)
+    (fan, second), s = (piece.fan for piece in callback._shown), Ramps().split("test")[0]
+    torch.testing.assert_close(fan.past.double(), s.x[:3])
+    torch.testing.assert_close(fan.truth.double(), s.x[3:5])
+    assert fan.paths.shape == (5, 2, 2)
+    assert len(second.past) == 5
 
 
 def test_draws_of_a_gaussian_score_as_the_closed_form():
@@ -499,6 +569,12 @@ def test_a_debugging_run_leaves_nothing(tmp_path):
         ({"task": "forecast"}, "prediction.steps: how far"),
         ({"task": "forecast", "prefix": 0}, "prediction.prefix 0: an empty prefix"),
         ({"task": "forecast", "prefix": 3, "samples": 0}, "prediction.samples 0"),
+        ({"task": "forecast", "prefix": 3, "steps": 0}, "prediction.steps 0"),
+        ({"task": "forecast", "prefix": 3, "season": 0}, "prediction.season 0"),
+        ({"task": "forecast", "prefix": 3, "steps": 2, "stride": 0}, "prediction.stride 0: must be at least 1"),
+        ({"task": "forecast", "prefix": 3, "stride": 2}, "prediction.stride 2: needs prediction.steps"),
+        ({"task": "forecast", "steps": 3, "stride": 2}, "prediction.stride 2: needs prediction.prefix"),
+        ({"task": "impute", "stride": 2}, "prediction.stride 2: is no option of the task impute, but of forecast"),
         ({"task": "impute", "hide": 1.0}, "prediction.hide 1.0"),
         ({"task": "score", "quantile": 1.0}, "prediction.quantile 1.0"),
         ({"task": "impute", "gap": 0}, "prediction.gap 0"),
@@ -518,6 +594,8 @@ def test_bad_options(options, line):
     [
         (Ramps, {"task": "forecast", "prefix": 12}, "prefix 12: no test sequence .* the longest has 12 steps"),
         (Ramps, {"task": "forecast", "prefix": -12}, "prefix -12: no test sequence"),
+        (Ramps, {"task": "forecast", "prefix": 8, "steps": 5, "stride": 1}, "prefix 8: no test sequence"),
+        (Ramps, {"task": "forecast", "prefix": 3, "season": 13}, "season 13: is longer than the past of every"),
         (lambda: Ramps(nothing=True), {"task": "forecast", "steps": 2}, "forecast: no test sequence has an observed"),
         (lambda: Ramps(nothing=True), {"task": "impute"}, "impute: no test sequence has an observed value"),
     ],
@@ -630,3 +708,59 @@ def test_command_line(lightning, folder):
     said = lightning("predict", "--ckpt_path", best, "--prediction.task=smple", *QUICK)
     assert said.code == 2
     assert said.err.strip().splitlines()[-1].startswith("error: --prediction.task smple: expected one of")
+
+
+def sensor(path: Path, steps: int = 400) -> dict[str, np.ndarray]:
+    """Write an hourly series of two columns with faults planted into its last tenth, and what says where they are."""
+    generator = np.random.default_rng(0)
+    t = np.arange(steps)
+    broken = (t >= 360) & (generator.random(steps) < 0.2)
+    heat = 20 + 5 * np.sin(2 * np.pi * t / 24) + generator.normal(0, 0.3, steps) + 30 * broken
+    columns = {"heat": heat.round(4), "load": (1000 + 50 * generator.normal(size=steps)).round(3), "broken": broken * 1}
+    dates = np.datetime64("2024-03-01T00") + t.astype("timedelta64[h]")
+    lines = (",".join(map(str, row)) for row in zip(dates, *columns.values(), strict=True))
+    path.write_text("\n".join(["date,heat,load,broken", *lines]))
+    return columns
+
+
+def test_a_table_is_backtested_and_its_faults_are_found(lightning, folder):
+    """Through the command line, from what a user has: one csv file with a column of labels."""
+    columns = sensor(folder / "sensor.csv")
+    fit = (
+        *("fit", "--data=Tables", "--data.root=sensor.csv", "--data.columns=[heat,load]", "--data.time=date"),
+        *("--data.length=24", "--data.anomaly=broken", "--trainer.max_epochs=3", "--samples.every_n_validations=0"),
+        *("--model.hidden_size=8", "--model.latent_size=2", *QUICK),
+    )
+    said = lightning(*fit)
+    assert said.code == 0, said.err
+    run, test = Path("runs/tables/version_0"), slice(360, 400)
+    predict = ("predict", f"--ckpt_path={run}/checkpoints/best.ckpt", "--data.length=null", *QUICK)
+    said = lightning(*predict, "--prediction.task=score", "--prediction.quantile=0.05")
+    assert said.code == 0, said.err
+    rows, faulty = table(run / "predictions/score/test.csv"), columns["broken"][test] == 1
+    nats = np.array([float(row["nats"]) for row in rows])
+    flagged = np.array([row["flagged"] == "1" for row in rows])
+    assert len(nats) == len(faulty) == 40
+    pairs = (nats[faulty][:, None] < nats[~faulty]) + (nats[faulty][:, None] == nats[~faulty]) / 2
+    figures = {"precision": faulty[flagged].mean(), "recall": flagged[faulty].mean(), "AUROC": pairs.mean()}
+    assert f"detection: {', '.join(f'{name} {value:.4g}' for name, value in figures.items())}" in said.out
+    assert figures["AUROC"] > 0.9
+
+    forecast = ("--prediction.task=forecast", "--prediction.samples=4", "--prediction.shown=0")
+    backtest = (*forecast, "--prediction.prefix=48", "--prediction.steps=6", "--prediction.stride=6")
+    said = lightning(*predict, *backtest, "--prediction.season=24", "--data.context=48")
+    assert said.code == 0, said.err
+    assert "seasonal naive: RMSE" in said.out
+    rows = table(run / "predictions/forecast/test.csv")
+    origins = list(range(48, 48 + 40 - 5, 6))
+    assert [int(row["step"]) for row in rows] == [origin + ahead for origin in origins for ahead in range(6)]
+    for row in rows:
+        assert row["sequence"] == "sensor from 2024-03-14 00:00:00"  # row 312, 48 hours before the test
+        assert float(row["heat_true"]) == pytest.approx(columns["heat"][312 + int(row["step"])], abs=1e-4)
+    for words, line in (
+        (("--data.length=24", *backtest), "prediction.prefix 48: no test sequence has something to forecast from"),
+        ((*forecast, "--prediction.prefix=12", "--prediction.season=30"), "prediction.season 30: is longer than"),
+    ):
+        said = lightning(*predict, *words)
+        assert said.code == 1
+        assert said.err.strip().splitlines()[-1].startswith(f"error: {line}")

@@ -405,6 +405,43 @@ class TestSplits:
             list(range(start, start + length)) for start in expected
         ]
 
+    @pytest.mark.parametrize(("length", "stride"), [(None, None), (4, 3)])
+    def test_a_prediction_begins_before_the_test(self, tmp_path, length, stride):
+        """And the test does not; nor does a series begin before its first step."""
+        more = 5 if length is None else 0
+        path = write(tmp_path / "a.csv", {"s": ["a"] * 40 + ["b"] * more, "x": list(range(40 + more))})
+        options = {"columns": ["x"], "id": "s", "test_share": 0.2, "length": length, "stride": stride}
+        data, plain = Tables(path, context=6, **options), Tables(path, **options)
+        data.setup("predict")
+        found = []
+        for batch in data.predict_dataloader():
+            x = data.scaler.unscale(batch.x)[..., 0].round().int().tolist()
+            found += [row[:steps] for row, steps in zip(x, batch.lengths.tolist(), strict=True)]
+        own = [s.x[:, 0].int().tolist() for s in list(data.split("test"))]
+        assert own == [s.x[:, 0].int().tolist() for s in list(plain.split("test"))]
+        if length is None:
+            assert own == [list(range(32, 40)), [44]]
+            assert sorted(found) == [list(range(26, 40)), [40, 41, 42, 43, 44]]
+        else:
+            assert sorted(found) == [list(range(t, t + 4)) for t in (26, 29, 32, 35)]
+
+    @pytest.mark.parametrize("context", [0, 3])
+    def test_labels_of_steps(self, tmp_path, context):
+        """They belong to the rows whose values stand beside them; absent rows are not faulty."""
+        times = [t for t in range(60) if t != 55]
+        columns = {"t": times, "x": [t % 7 for t in times], "f": [int(t % 7 == 2) for t in times]}
+        options = {"time": "t", "step": 1, "anomaly": "f", "test_share": 0.3, "length": 4, "stride": 3}
+        data = Tables(write(tmp_path / "a.csv", columns), ["x"], context=context, **options)
+        assert data.num_features == 1
+        assert "f" in data.hparams.values()
+        count = 0
+        for batch in data.predict_dataloader():
+            faulty, x = data.anomalies(batch), data.scaler.unscale(batch.x)[..., 0].round()
+            assert torch.equal(faulty, (x == 2) & batch.counted[..., 0])
+            count += int(faulty.sum())
+        assert count > 2
+        assert Tables(tmp_path / "a.csv", ["x"]).anomalies(batch) is None
+
     @pytest.mark.parametrize("split", ["time", "id"])
     def test_what_is_tested_influences_nothing_else(self, tmp_path, split):
         """Other values, holes and all, in the test part: scaler, training and validation stay bit for bit."""
@@ -581,7 +618,18 @@ class TestCheckpoints:
         assert data.lengths("test") == [5]
 
     def test_which_options_may_change(self):
-        may = {"root", "batch_size", "num_workers", "window", "length", "stride", "sort", "delimiter"}
+        may = {
+            "root",
+            "batch_size",
+            "num_workers",
+            "window",
+            "length",
+            "stride",
+            "context",
+            "anomaly",
+            "sort",
+            "delimiter",
+        }
         assert Tables.run_options == may
 
 
@@ -601,6 +649,10 @@ class TestRefusals:
             ({"length": 0}, "--data.length 0: must be at least 1"),
             ({"length": 5, "stride": 0}, "--data.stride 0: must be at least 1"),
             ({"stride": 5}, "--data.stride 5: needs --data.length"),
+            ({"context": -1}, "--data.context -1: must be at least 0"),
+            ({"context": 5, "split": "id"}, "--data.context 5: only a split by time has steps before the test"),
+            ({"anomaly": "a"}, "--data.anomaly 'a': is in --data.columns too"),
+            ({"anomaly": "u", "inputs": ["u"]}, "--data.anomaly 'u': is in --data.inputs too"),
             ({"sort": True}, "--data.sort: needs --data.time"),
             ({"step": 1}, "--data.step 1: needs --data.time"),
             ({"time": "t", "step": "1month"}, "--data.step 1month: must be"),
@@ -630,6 +682,9 @@ class TestRefusals:
             ("u,x\n0,1\n,2\n", {"inputs": ["u"]}, r"row 3, column 'u': is empty; covariates"),
             ("u,x\n0,\nlow,2\n", {"inputs": ["u"]}, r"row 3, column 'u': 'low' is no number"),
             ("u,x\n0,1\ninf,2\n", {"inputs": ["u"]}, r"row 3, column 'u': is infinite"),
+            ("f,x\n0,1\n2,2\n", {"anomaly": "f"}, r"row 3, column 'f': is neither 0 nor 1; --data\.anomaly takes"),
+            ("f,x\n0,1\n,2\n", {"anomaly": "f"}, r"row 3, column 'f': is neither 0 nor 1"),
+            ("f,x\n0,1\n", {"anomaly": "g"}, r"a\.csv: has no column 'g' \(--data\.anomaly\)"),
             ("x\n1,2\n", {}, r"a\.csv: row 2 has 2 cells, the header has 1"),
             ("t,x\n1\n", {}, r"a\.csv: row 2 has 1 cells, the header has 2"),
             ("", {}, r"a\.csv: is empty, it has not even a header"),

@@ -5,10 +5,12 @@ All of it in data units, and without a Trainer.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -18,11 +20,11 @@ from torch.distributions import Categorical, Distribution
 from vrnn_lightning.batch import Sequence, SequenceBatch, pad
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.filtering import Resampling, Weights
+from vrnn_lightning.filtering import Filtered, Resampling, Weights
 from vrnn_lightning.heads import Bernoulli, Factorised, Head, Mixture, Pen, log_prob
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import State, Stream, log_ratio, repeat_rows
-from vrnn_lightning.vrnn import VRNN, Trace
+from vrnn_lightning.vrnn import VRNN, Particles, Trace
 
 __all__ = ["Encoding", "Given", "Inference", "Session"]
 
@@ -300,12 +302,91 @@ class Inference:
         _require("samples", samples)
         with self._at_work(seed):
             batch = self._batch(prefix, inputs)
-            filtered = self.vrnn.filter(batch, samples, RESAMPLING)
-            state = _choose(filtered.log_weights, State(*filtered.states), samples)
-            known = None if future_inputs is None else repeat_rows(cast(Tensor, self._to_model(future_inputs)), samples)
-            drawn = self.vrnn.generate(steps, state=state, inputs=known, temperature=temperature).x
-            paths: Tensor = self.scaler.unscale(drawn).unflatten(0, (samples, len(batch)))
-            return paths
+            filtered = self.vrnn.filter(batch, samples, RESAMPLING, _noise(batch, seed))
+            return self._paths(filtered, batch.x.shape[1], steps, temperature, future_inputs, seed)
+
+    def backtest(
+        self,
+        sequences: Given,
+        origins: SequenceOf[int],
+        steps: int,
+        samples: int = 100,
+        temperature: float = 1.0,
+        inputs: Given | None = None,
+        seed: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Forecast from several origins within sequences, of which each forecast knows only what lies before it.
+
+        With a seed the paths are those that :meth:`forecast` draws from the steps before the origin alone. But the
+        particles follow the sequences only once: the states at an origin are kept, and go on to the next. A smoothing
+        model, which reads what it is given from its end, begins anew for each.
+
+        Args:
+            sequences: At least one, all reaching to the last origin.
+            origins: Steps that forecasts begin at, 1 or later, in increasing order.
+            steps: How far to go.
+            samples: Paths of each, and particles.
+            temperature: Of the emission.
+            inputs: Covariates of the sequences, for a model that reads them, as far as the last forecast goes.
+            seed: Decides the draws.
+
+        Returns:
+            For each origin in turn, paths in data units, shape (samples, batch, steps, features).
+
+        Raises:
+            UserError: No steps or samples, origins that are none, or not the covariates that the model reads.
+        """
+        _require("steps", steps)
+        _require("samples", samples)
+        batch = self._batch(sequences, inputs)
+        shortest = int(batch.lengths.min())
+        if any(later <= earlier for earlier, later in pairwise([0, *origins])):
+            raise UserError(f"origins {list(origins)}: must increase, from 1 on")
+        if origins and origins[-1] > shortest:
+            raise UserError(f"origins: the last is {origins[-1]}, but a sequence has only {shortest} steps")
+        return self._rolling(batch, origins, steps, samples, temperature, seed)
+
+    def _rolling(
+        self,
+        batch: SequenceBatch,
+        origins: SequenceOf[int],
+        steps: int,
+        samples: int,
+        temperature: float,
+        seed: int | None,
+    ) -> Iterator[Tensor]:
+        """Yield what :meth:`backtest` says; between two origins generators and mode are the caller's."""
+        noise = _noise(batch, seed)
+        particles, first = self.vrnn.new_particles(len(batch), samples), 0
+        for origin in origins:
+            with self._at_work(seed):
+                if self.vrnn.backward_rnn is not None:
+                    particles, first = self.vrnn.new_particles(len(batch), samples), 0
+                window, drawn = batch.window(first, origin), noise.window(first, origin)
+                filtered = self.vrnn.filter(window, samples, RESAMPLING, drawn, carried=particles)
+                ahead = None if batch.inputs is None else batch.inputs[:, origin : origin + steps]
+                paths = self._paths(filtered, origin, steps, temperature, ahead, seed)
+                particles, first = _resampled(filtered, noise.window(origin - 1, origin)), origin
+            yield paths
+
+    def _paths(
+        self,
+        filtered: Filtered,
+        origin: int,
+        steps: int,
+        temperature: float,
+        inputs: Tensor | None,
+        seed: int | None,
+    ) -> Tensor:
+        """Go on from what a filter found at an origin; the seed and the origin decide the draws."""
+        samples, batch = filtered.log_weights.shape
+        if seed is not None:
+            torch.manual_seed(_mixed(seed, origin))
+        state = _choose(filtered.log_weights, State(*filtered.states), samples)
+        known = None if inputs is None else repeat_rows(cast(Tensor, self._to_model(inputs)), samples)
+        drawn = self.vrnn.generate(steps, state=state, inputs=known, temperature=temperature).x
+        paths: Tensor = self.scaler.unscale(drawn).unflatten(0, (samples, batch))
+        return paths
 
     def impute(
         self,
@@ -540,6 +621,24 @@ def _advanced(model: VRNN, reads: Tensor, states: list[Tensor]) -> list[Tensor]:
 
 def _noise(batch: SequenceBatch, seed: int | None) -> Noise:
     return Noise(batch) if seed is None else Noise.named(batch, seed)
+
+
+def _mixed(seed: int, place: int) -> int:
+    """Return a seed of a seed and a place."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {place}".encode(), digest_size=7).digest())
+
+
+def _resampled(filtered: Filtered, noise: Noise) -> Particles:
+    """Return the particles that a filter goes on with after its last step, drawn anew where that is due."""
+    log_weights, state = filtered.log_weights, State(*filtered.states)
+    samples, batch = log_weights.shape
+    endless = torch.full((batch,), 2**62, device=log_weights.device)
+    weights = Weights(endless, log_weights, RESAMPLING)
+    draws = noise.uniform_over_time(RESAMPLING.draws(samples))[:, 0].t()
+    source = weights.advance(0, torch.zeros_like(log_weights), draws)
+    if source is not None:
+        state = State(state.h[source], None if state.c is None else state.c[source])
+    return Particles(state, weights.log_weights)
 
 
 def _require(name: str, value: int, least: int = 1) -> None:

@@ -197,8 +197,8 @@ class DrawScores(Metric):
     ``wQL``
         weighted quantile loss: twice the pinball losses of the quantiles 0.1, …, 0.9, averaged over them, over the sum
         of :math:`|y|`.
-    ``coverage``
-        share of the values in the central 90 % interval of their draws; none of a single draw.
+    ``coverage``, ``coverage_50``
+        share of the values in the central 90 % and 50 % interval of their draws; none of a single draw.
     ``MASE``
         absolute error of the median over that of a naive forecast within the past (Hyndman and Koehler 2006), mean
         over sequences and features; where a past is known.
@@ -206,23 +206,18 @@ class DrawScores(Metric):
     >>> draws = DrawScores()
     >>> draws.update(torch.tensor([[[1.0]], [[3.0]]]), torch.tensor([[2.0]]))
     >>> {name: round(value.item(), 3) for name, value in draws.compute().items()}
-    {'RMSE': 0.0, 'CRPS': 0.0, 'wQL': 0.089, 'coverage': 1.0}
+    {'RMSE': 0.0, 'CRPS': 0.0, 'wQL': 0.089, 'coverage': 1.0, 'coverage_50': 1.0}
     """
 
     full_state_update = False
-    values: Tensor
-    squares: Tensor
-    crps: Tensor
-    pinball: Tensor
-    size: Tensor
-    inside: Tensor
-    intervals: Tensor
+    sums: Tensor
     scaled: Tensor
     series: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("values", "squares", "crps", "pinball", "size", "inside", "intervals", "scaled", "series"):
+        self.add_state("sums", torch.zeros(len(_SUMS), 0, dtype=WIDE), dist_reduce_fx="sum")
+        for name in ("scaled", "series"):
             self.add_state(name, torch.zeros((), dtype=WIDE), dist_reduce_fx="sum")
         self.set_dtype(WIDE)
 
@@ -239,42 +234,95 @@ class DrawScores(Metric):
             return
         x, y = draws.detach().to(WIDE)[:, known], truth.to(WIDE)[known]
         count = len(x)
+        ordered = x.sort(0).values
         levels = torch.arange(1, 10, device=x.device, dtype=WIDE) / 10
-        excess = y - x.quantile(levels, 0)
+        excess = y - _quantiles(ordered, levels)
         ranks = 2 * torch.arange(1, count + 1, device=x.device, dtype=WIDE) - count - 1
-        spread = (ranks[:, None] * x.sort(0).values).sum(0) / max(1, count * (count - 1))
-        self.values = self.values + len(y)
-        self.squares = self.squares + (x.mean(0) - y).square().sum()
-        self.crps = self.crps + ((x - y).abs().mean(0) - spread).sum()
-        self.pinball = (
-            self.pinball + 2 * torch.maximum(levels[:, None] * excess, (levels[:, None] - 1) * excess).mean(0).sum()
-        )
-        self.size = self.size + y.abs().sum()
+        spread = (ranks[:, None] * ordered).sum(0) / max(1, count * (count - 1))
+        found = {
+            "values": torch.ones_like(y),
+            "squares": (x.mean(0) - y).square(),
+            "crps": (x - y).abs().mean(0) - spread,
+            "pinball": 2 * torch.maximum(levels[:, None] * excess, (levels[:, None] - 1) * excess).mean(0),
+            "size": y.abs(),
+        }
         if count > 1:
-            low, high = x.quantile(0.05, 0), x.quantile(0.95, 0)
-            self.inside = self.inside + ((low <= y) & (y <= high)).sum()
-            self.intervals = self.intervals + len(y)
+            q05, q25, q75, q95 = _quantiles(ordered, torch.tensor([0.05, 0.25, 0.75, 0.95]).to(x))
+            found["intervals"] = torch.ones_like(y)
+            found["inside"] = ((q05 <= y) & (y <= q95)).to(WIDE)
+            found["inside_50"] = ((q25 <= y) & (y <= q75)).to(WIDE)
+        self.grow(len(truth))
+        steps = known.nonzero()[:, 0]
+        for row, name in enumerate(_SUMS):
+            if name in found:
+                self.sums[row].index_add_(0, steps, found[name])
         if scale is not None:
-            error = (draws.detach().to(WIDE).quantile(0.5, 0) - truth).abs().nanmean(0) / scale
+            median = torch.full_like(truth, torch.nan, dtype=WIDE)
+            median[known] = _quantiles(ordered, torch.tensor([0.5]).to(x))[0]
+            error = (median - truth).abs().nanmean(0) / scale
             self.scaled = self.scaled + error[error.isfinite()].sum()
             self.series = self.series + error.isfinite().sum()
 
+    def grow(self, steps: int) -> None:
+        """Make room for as many steps: before :meth:`compute`, all processes must have room for the same number."""
+        more = steps - self.steps
+        self.sums = torch.nn.functional.pad(self.sums, (0, more)) if more > 0 else self.sums.clone()
+
+    @property
+    def steps(self) -> int:
+        """Length of the longest sequence so far."""
+        return self.sums.shape[1]
+
     def compute(self) -> dict[str, Tensor]:
         """Return the figures by name; none before the first value."""
-        if not self.values:
+        total = dict(zip(_SUMS, self.sums.sum(1), strict=True))
+        if not total["values"]:
             return {}
-        figures = {"RMSE": (self.squares / self.values).sqrt(), "CRPS": self.crps / self.values}
-        if self.size:
-            figures["wQL"] = self.pinball / self.size
-        if self.intervals:
-            figures["coverage"] = self.inside / self.intervals
+        figures = _ratios(total)
+        if not total["size"]:
+            del figures["wQL"]
+        if not total["intervals"]:
+            del figures["coverage"], figures["coverage_50"]
         if self.series:
             figures["MASE"] = self.scaled / self.series
         return figures
 
+    def by_step(self) -> dict[str, Tensor]:
+        """Return ``values``, how many were known, and all figures but the MASE at each step, each of shape (steps,).
+
+        Of forecasts, the steps are the lead times. A figure is NaN where nothing is known of it.
+        """
+        with self.sync_context():
+            total = dict(zip(_SUMS, self.sums, strict=True))
+            return {"values": total["values"], **_ratios(total)}
+
+
+_SUMS = ("values", "squares", "crps", "pinball", "size", "intervals", "inside", "inside_50")
+
+
+def _ratios(total: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return figures of totals."""
+    return {
+        "RMSE": (total["squares"] / total["values"]).sqrt(),
+        "CRPS": total["crps"] / total["values"],
+        "wQL": total["pinball"] / total["size"],
+        "coverage": total["inside"] / total["intervals"],
+        "coverage_50": total["inside_50"] / total["intervals"],
+    }
+
+
+def _quantiles(ordered: Tensor, levels: Tensor) -> Tensor:
+    """Return quantiles of sorted draws, shape (samples, ...), between draws by a line: (levels, ...)."""
+    places = levels * (len(ordered) - 1)
+    below = places.floor().long()
+    above = (below + 1).clamp(max=len(ordered) - 1)
+    return torch.lerp(ordered[below], ordered[above], (places - below).view(-1, *[1] * (ordered.ndim - 1)))
+
 
 def seasonal_naive(past: Tensor, steps: int, season: int = 1) -> tuple[Tensor, Tensor]:
     """Return the forecast that the last season comes again, and its mean absolute error within the past.
+
+    A value that the last season lacks is that of the season before it, and so on.
 
     Args:
         past: NaN where a value is missing, shape (time, features).
@@ -289,10 +337,15 @@ def seasonal_naive(past: Tensor, steps: int, season: int = 1) -> tuple[Tensor, T
     >>> forecast.ravel().tolist(), error.tolist()
     ([2.0, 7.0, 2.0], [1.5])
     """
-    if len(past) < season:
-        return past.new_full((steps, past.shape[1]), torch.nan), past.new_full((past.shape[1],), torch.nan)
-    places = len(past) - season + torch.arange(steps, device=past.device) % season
-    return past[places], (past[season:] - past[:-season]).abs().nanmean(0)
+    length, width = past.shape
+    if length < season:
+        return past.new_full((steps, width), torch.nan), past.new_full((width,), torch.nan)
+    padding = past.new_full((-length % season, width), torch.nan)
+    seasons = torch.cat([padding, past]).view(-1, season, width)
+    order = torch.arange(len(seasons), device=past.device)[:, None, None]
+    latest = torch.where(seasons.isnan(), 0, order).amax(0, keepdim=True)
+    last = seasons.gather(0, latest)[0]
+    return last[torch.arange(steps, device=past.device) % season], (past[season:] - past[:-season]).abs().nanmean(0)
 
 
 class Estimate(Metric):

@@ -30,13 +30,32 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of each task, with their defaults
     "encode": {},
     "sample": {"count": 16, "steps": 100, "temperature": 1.0, **COMMON},
     "reconstruct": COMMON,
-    "forecast": {"prefix": None, "steps": None, "samples": 100, "temperature": 1.0, "season": 1, **COMMON},
+    "forecast": {
+        **{"prefix": None, "steps": None, "stride": None},
+        **{"samples": 100, "temperature": 1.0, "season": 1},
+        **COMMON,
+    },
     "impute": {"samples": 100, "particles": None, "lag": 32, "hide": 0.0, "gap": 1, **COMMON},
     "score": {"samples": 1, "quantile": None, "seed": 0},
 }
 GROUP = 64  # sequences drawn at a time
-QUANTILES = (0.05, 0.5, 0.95)
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # the ends of the central 90 % and 50 % intervals, and the median
 ROWS = 3  # paths of a forecast or an imputation that a picture shows
+PAST = 4  # a picture shows so many times as many steps before an origin as after it
+
+
+class _Fan(NamedTuple):
+    """A forecast in data units, as a fan chart needs it.
+
+    Args:
+        past: What came before, NaN where a value is missing, shape (time, features).
+        paths: How it may go on, shape (samples, steps, features).
+        truth: What came, NaN where that is not known, shape (steps, features).
+    """
+
+    past: Tensor
+    paths: Tensor
+    truth: Tensor
 
 
 class _Found(NamedTuple):
@@ -46,11 +65,13 @@ class _Found(NamedTuple):
         place: Which sequence of the split it is.
         arrays: What the archive holds of it.
         rows: What a picture shows of it: sequences in data units, each of shape (time, features).
+        fan: Of a forecast, what a fan chart shows.
     """
 
     place: int
     arrays: dict[str, NDArray[Any]]
     rows: dict[str, Tensor]
+    fan: _Fan | None = None
 
 
 class Draws:
@@ -95,7 +116,10 @@ class Predictions(Callback):
     ``forecast``
         ``predictions/forecast/test.npz``: ``samples`` paths of each sequence, one after another; ``test_start``, the
         step that each path begins at; ``test_truth``, what came, NaN where that is not known, of shape (total steps of
-        one path each, features).
+        one path each, features). With ``stride`` a backtest over rolling origins: the forecasts of a sequence's
+        origins follow one another, each as if it were a sequence of that name. Beside them lies ``lead_times.csv``:
+        for each step ahead the figures of :class:`~vrnn_lightning.metrics.DrawScores`, and those of the seasonal
+        naive forecast, of all processes.
     ``impute``
         ``predictions/impute/test.npz``: ``samples`` copies of each sequence, one after another, with what was missing
         drawn; ``test_drawn``, True where it was; ``test_truth``, the data, NaN where they miss a value.
@@ -114,6 +138,9 @@ class Predictions(Callback):
         count: Sequences that ``sample`` draws; default 16.
         steps: Length of a sample, default 100; how far a forecast goes, by default to the sequence's end.
         prefix: Steps that a forecast is given; -24 for all but the last 24; default: the whole sequence.
+        stride: Steps from one origin to the next: forecasts of ``steps`` steps begin at ``prefix``, ``prefix + stride``
+            and so on, as long as the sequence holds what comes of them; each knows all steps before it. By default
+            there is one origin.
         samples: Paths of a forecast or draws of an imputation, default 100; particles that score, default 1.
         particles: That impute, default 4 times the samples.
         lag: Steps behind a gap from which it is imputed, default 32.
@@ -136,6 +163,7 @@ class Predictions(Callback):
         count: int | None = None,
         steps: int | None = None,
         prefix: int | None = None,
+        stride: int | None = None,
         samples: int | None = None,
         particles: int | None = None,
         lag: int | None = None,
@@ -167,6 +195,8 @@ class Predictions(Callback):
         self._writer: ArchiveWriter | None = None
         self._shown: list[_Found] = []
         self._longest = 0
+        self._seasons = 0  # forecasts whose past is a season long
+        self._lead_times: dict[str, dict[str, Tensor]] = {}
         self.threshold: float | None = None
         """Nats below which steps are flagged."""
         self._judges: dict[str, metrics.DrawScores] = {}
@@ -180,6 +210,7 @@ class Predictions(Callback):
             "lag": 0,
             "gap": 1,
             "season": 1,
+            "stride": 1,
             "shown": 0,
             "seed": 0,
             "steps": 1,
@@ -200,6 +231,10 @@ class Predictions(Callback):
             raise UserError(f"prediction.particles {particles}: must be at least prediction.samples {samples}")
         if self.options.get("prefix") == 0:
             raise UserError("prediction.prefix 0: an empty prefix; the task sample starts from nothing")
+        stride = self.options.get("stride")
+        for key, meaning in (("steps", "how far each forecast goes"), ("prefix", "where the first begins")):
+            if stride is not None and self.options[key] is None:
+                raise UserError(f"prediction.stride {stride}: needs prediction.{key}, {meaning}")
         if self.task == "forecast" and self.options["steps"] is None and self.options["prefix"] is None:
             raise UserError(
                 "prediction.steps: how far is the forecast to go? Or give prediction.prefix to forecast what follows it"
@@ -225,7 +260,8 @@ class Predictions(Callback):
             )
         module.traced = self.task == "encode"
         self.data = getattr(trainer, "datamodule", None) or self.data
-        self._shown, self._longest, self.skipped, self.figures = [], 0, 0, {}
+        self._shown, self._longest, self._seasons, self.skipped = [], 0, 0, 0
+        self.figures, self._lead_times = {}, {}
         judged = {"forecast": ("forecast", "seasonal naive"), "impute": ("imputation",)}.get(self.task, ())
         self._judges = {name: metrics.DrawScores().to(module.device) for name in judged}
         self._writer = ArchiveWriter(self.path, "test")
@@ -303,38 +339,46 @@ class Predictions(Callback):
                 self._labelled.append((nats.cpu(), faulty[i, : len(nats)].cpu()))
             yield self._one(batch, i, nats[:, None], {}, **more)
 
+    def _origins(self, length: int) -> list[int]:
+        """Return the steps of a sequence that its forecasts begin at."""
+        prefix, steps, stride = (self.options[key] for key in ("prefix", "steps", "stride"))
+        first = length if prefix is None else prefix if prefix > 0 else length + prefix
+        if not 0 < first <= length or (steps is None and first == length):
+            return []
+        return [first] if stride is None else list(range(first, length - steps + 1, stride))
+
     def _forecast(self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], _: Any) -> Iterator[_Found]:
-        prefix, samples = self.options["prefix"], self.options["samples"]
+        samples, season = self.options["samples"], self.options["season"]
         for i in real:
             length = int(batch.lengths[i])
             self._longest = max(self._longest, length)
-            start = length if prefix is None else prefix if prefix > 0 else length + prefix
-            steps = self.options["steps"] or length - start
             row = batch.rows([i])
-            if not 0 < start <= length or steps < 1 or not row.window(0, start).counted.any():
+            origins = [origin for origin in self._origins(length) if row.window(0, origin).counted.any()]
+            if not origins:
                 self.skipped += 1
                 continue
-            ahead = None
-            if module.vrnn.num_inputs:
-                assert row.inputs is not None
-                ahead = row.inputs[:, start : start + steps]
-                if ahead.shape[1] < steps:
-                    raise UserError(
-                        f"{self._name(batch, i)}: the model reads covariates, which the data hold for {length} steps; "
-                        f"{steps} steps after {start} need more; give a smaller prediction.steps or prediction.prefix"
-                    )
-            temperature, seed = self.options["temperature"], self._seed(batch, i)
-            given = row.window(0, start)
-            paths = module.forecast(given, steps, samples, temperature, future_inputs=ahead, seed=seed)[:, 0]
+            steps = self.options["steps"] or length - origins[0]
+            if module.vrnn.num_inputs and origins[-1] + steps > length:
+                raise UserError(
+                    f"{self._name(batch, i)}: the model reads covariates, which the data hold for {length} steps; "
+                    f"{steps} steps after {origins[-1]} need more; give a smaller prediction.steps or prediction.prefix"
+                )
             known = self._truth(module, batch, i)
-            truth = torch.full_like(paths[0], torch.nan)
-            truth[: length - start] = known[start : start + steps].to(truth)
-            naive, scale = metrics.seasonal_naive(known[:start].to(paths), steps, self.options["season"])
-            self._judges["forecast"].update(paths, truth, scale)
-            self._judges["seasonal naive"].update(naive[None], truth.masked_fill(naive.isnan(), torch.nan), scale)
-            shown = {f"path_{k + 1}": torch.cat([known[:start].to(paths), p]) for k, p in enumerate(paths[:ROWS])}
-            more = {"truth": _numbers(truth), "start": np.full(samples, start)}
-            yield self._one(batch, i, paths, {"real": known[: start + steps], **shown}, **more)
+            options = (steps, samples, self.options["temperature"])
+            drawn = module.backtest(row, origins, *options, seed=self._seed(batch, i))
+            for start, each in zip(origins, drawn, strict=True):
+                paths = each[:, 0]
+                past, truth = known[:start].to(paths), torch.full_like(paths[0], torch.nan)
+                truth[: length - start] = known[start : start + steps].to(truth)
+                naive, scale = metrics.seasonal_naive(past, steps, season)
+                self._seasons += start >= season
+                self._judges["forecast"].update(paths, truth, scale)
+                self._judges["seasonal naive"].update(naive[None], truth.masked_fill(naive.isnan(), torch.nan), scale)
+                late = past[-PAST * steps :]
+                shown = {f"path_{k + 1}": torch.cat([late, p]) for k, p in enumerate(paths[:ROWS])}
+                rows = {"real": torch.cat([late, truth[: length - start]]), **shown}
+                more = {"truth": _numbers(truth), "start": np.full(samples, start)}
+                yield self._one(batch, i, paths, rows, **more)._replace(fan=_Fan(past, paths, truth))
 
     def _impute(self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], _: Any) -> Iterator[_Found]:
         samples, particles, lag = (self.options[key] for key in ("samples", "particles", "lag"))
@@ -406,7 +450,14 @@ class Predictions(Callback):
         written, self.skipped = cast(Tensor, trainer.strategy.reduce(totals, reduce_op="sum")).tolist()
         if not written:
             raise UserError(self._nothing())
+        if self.task == "forecast":
+            self._refuse_season(trainer)
+        ahead = max(_gathered(trainer, [judge.steps for judge in self._judges.values()]), default=0)
+        for judge in self._judges.values():
+            judge.grow(ahead)
         figures = {name: judge.compute() for name, judge in self._judges.items()}  # of all processes
+        if self.task == "forecast" and figures["forecast"]:
+            self._lead_times = {name: judge.by_step() for name, judge in self._judges.items()}
         self.figures = {name: {key: x.item() for key, x in found.items()} for name, found in figures.items() if found}
         labelled = [] if self.threshold is None else _gathered(trainer, self._labelled)
         if self.threshold is not None and labelled:
@@ -418,12 +469,23 @@ class Predictions(Callback):
             writer.discard()
             self.path = None
             return
+        if self._lead_times and trainer.is_global_zero:
+            self._write_lead_times(self.path.with_name("lead_times.csv"))
         if self.task == "score" or (self.task != "encode" and self._modality == "series"):
             self._write_table(writer, self.path.with_suffix(".csv"))
         writer.finish()
         self._writer = None
         if self._shown and self._shown[0].rows:
             self._show(self.path.with_suffix(".png"))
+
+    def _refuse_season(self, trainer: Trainer) -> None:
+        """Refuse a season that no forecast's past holds, as nothing could be compared with."""
+        long_enough, longest = zip(*_gathered(trainer, [(self._seasons, self._longest)]), strict=True)
+        if not sum(long_enough):
+            raise UserError(
+                f"prediction.season {self.options['season']}: is longer than the past of every forecast, of sequences "
+                f"of at most {max(longest)} steps; give a smaller one, or a larger prediction.prefix"
+            )
 
     def _nothing(self) -> str:
         if self.task == "forecast" and self.options["prefix"] is not None:
@@ -437,6 +499,16 @@ class Predictions(Callback):
     @property
     def _modality(self) -> str:
         return str(getattr(self.data, "modality", "series"))
+
+    def _write_lead_times(self, path: Path) -> None:
+        """Write a line for each forecast and step ahead."""
+        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(["forecast", "ahead", *next(iter(self._lead_times.values()))])
+            for name, figures in self._lead_times.items():
+                for ahead, cells in enumerate(zip(*(x.tolist() for x in figures.values()), strict=True), 1):
+                    known = ["" if np.isnan(cell) else f"{cell:.7g}" for cell in cells]
+                    table.writerow([name, ahead, *known])
 
     def _write_table(self, writer: ArchiveWriter, path: Path) -> None:
         """Write a line for each step, sequence after sequence."""
@@ -458,16 +530,20 @@ class Predictions(Callback):
                 if "flagged" in piece:
                     header, cells = [*header, "flagged"], np.column_stack([cells, piece["flagged"]])
                 if k == 0:
-                    csv.writer(file, lineterminator="\n").writerow(["sequence", "step", *header])
+                    begin = ["origin"] if "start" in piece else []
+                    csv.writer(file, lineterminator="\n").writerow(["sequence", "step", *begin, *header])
                 name = str(piece["names"][0])
                 if set(name) & set(',"\r\n'):
                     name = '"' + name.replace('"', '""') + '"'
-                first = int(piece["start"][0]) if "start" in piece else 0
+                first, origin = 0, ""
+                if "start" in piece:
+                    first = int(piece["start"][0])
+                    origin = f"{first},"
                 form = ",".join(["%.7g"] * cells.shape[1])
                 numbers = [form % tuple(line) for line in cells.tolist()]
                 if np.isnan(cells).any():
                     numbers = [line.replace("nan", "") for line in numbers]
-                file.writelines(f"{name},{t},{line}\n" for t, line in enumerate(numbers, first))
+                file.writelines(f"{name},{t},{origin}{line}\n" for t, line in enumerate(numbers, first))
 
     def _columns(self, width: int) -> list[str]:
         if self.task == "score":

@@ -195,10 +195,13 @@ class SequenceDataModule(LightningDataModule):
         for split in needed.get(stage, ("test",)):
             self.split(split)
 
-    def _loader(self, split: Split) -> SequenceLoader:
+    def _loader(
+        self, split: Split, sequences: Sequences | None = None, lengths: SequenceOf[int] | None = None
+    ) -> SequenceLoader:
+        """Return batches of a split, or of other sequences of the given lengths as if they were it."""
         trainer = self.trainer
-        self.split(split)  # says what is wrong with an empty one
-        lengths = self.lengths(split)
+        sequences = self.split(split) if sequences is None else sequences  # says what is wrong with an empty one
+        lengths = self.lengths(split) if lengths is None else lengths
         if not any(lengths):
             raise UserError(f"{type(self).__name__}: no sequence of the {split} split has a step")
         sampler = BatchSampler(
@@ -211,7 +214,7 @@ class SequenceDataModule(LightningDataModule):
             window=self.window,
         )
         return SequenceLoader(
-            self.split(split),
+            sequences,
             self.scaler,
             self.num_features,
             sampler,
