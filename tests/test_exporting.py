@@ -47,7 +47,7 @@ def compare(module, run, tolerance):
         if vrnn.latent_size:
             given["noise"] = noise = torch.randn(2, vrnn.latent_size, generator=generator)
         nats, *state_next = run(given | state)
-        torch.testing.assert_close(nats, session.step(x, observed, inputs, noise), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(nats, session.step(x, observed, inputs, noise).nats, rtol=tolerance, atol=tolerance)
         state = dict(zip(state, state_next, strict=True))
     torch.testing.assert_close(state["h"], session.state.h, rtol=tolerance, atol=tolerance)
 
