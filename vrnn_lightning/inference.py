@@ -26,7 +26,7 @@ from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import State, Stream, log_ratio, repeat_rows
 from vrnn_lightning.vrnn import VRNN, Trace
 
-__all__ = ["Encoding", "Given", "Inference", "Predictive", "Session", "Step"]
+__all__ = ["Encoding", "Given", "Inference", "Predictive", "Session", "Step", "upcoming"]
 
 Given = Tensor | SequenceOf[Tensor] | SequenceBatch
 """Sequences in data units: one tensor of shape (batch, time, features), or tensors of shape (time, features), NaN where
@@ -46,6 +46,26 @@ class Encoding(NamedTuple):
     mean: Tensor
     std: Tensor
     hidden: Tensor
+
+
+def upcoming(model: VRNN, hidden: Tensor, inputs: Tensor | None, noise: Tensor) -> Tensor:
+    """Return what the emission of step t+1 reads, z_{t+1} being drawn from the prior.
+
+    Args:
+        model: The model.
+        hidden: h_t of the top layer, shape (rows, hidden).
+        inputs: Covariates of step t+1, shape (rows, covariates), if the model reads any.
+        noise: Standard normal noise, shape (rows, latent).
+
+    Returns:
+        Features of the emission's head, shape (rows, width).
+    """
+    known = torch.cat([hidden, cast(Tensor, inputs).to(hidden)], -1) if model.num_inputs else hidden
+    if model.prior is None or model.phi_z is None:
+        return cast(Tensor, model.decoder.body(known))
+    prior = model.prior(known).base_dist
+    z = prior.loc + prior.scale * noise.to(known)
+    return cast(Tensor, model.decoder.body(torch.cat([model.phi_z(z.to(known)), known], -1)))
 
 
 class Predictive(Distribution):
@@ -176,17 +196,14 @@ class Step:
         model, (samples, batch) = self._model, self.log_weights.shape
         draws = draws if model.latent_size else 1
         rows = draws * samples * batch
-        known = repeat_rows(self.state.h[:, -1], draws)
         if model.num_inputs:
             _require_shape("inputs of the next step", inputs, batch, model.num_inputs)
-            known = torch.cat([known, repeat_rows(cast(Tensor, inputs).to(known), draws * samples)], -1)
-        if model.prior is not None and model.phi_z is not None:
-            if noise is None:
-                noise = torch.randn(rows, model.latent_size).to(known)
-            _require_shape("noise of the next step", noise, rows, model.latent_size)
-            prior = model.prior(known).base_dist
-            known = torch.cat([model.phi_z((prior.loc + prior.scale * noise.to(known)).to(known)), known], -1)
-        features = model.decoder.body(known).unflatten(0, (draws * samples, batch)).transpose(0, 1)
+            inputs = repeat_rows(cast(Tensor, inputs), draws * samples)
+        if noise is None:
+            noise = torch.randn(rows, model.latent_size)
+        _require_shape("noise of the next step", noise, rows, model.latent_size)
+        features = upcoming(model, repeat_rows(self.state.h[:, -1], draws), inputs, noise)
+        features = features.unflatten(0, (draws * samples, batch)).transpose(0, 1)
         log_weights = self.log_weights.repeat(draws, 1).t().to(at_least_float32(features)) - math.log(draws)
         return Predictive(model.decoder.head, features, log_weights, self._scaler)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from lightning.pytorch.cli import instantiate_module
 
 from vrnn_lightning.errors import UserError
 
-__all__ = ["Pretrained"]
+__all__ = ["Pretrained", "replace_file"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OF_TRAINING = frozenset({"optimizer", "lr_scheduler", "lr_interval", "objective", "_instantiator"})
@@ -43,10 +44,10 @@ class Pretrained:
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _replace(folder / WEIGHTS, save(weights))
-            _replace(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         except OSError as error:
             raise UserError(f"{folder}: {error.strerror or error}; the model is not saved there") from error
+        replace_file(folder / WEIGHTS, save(weights))
+        replace_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, trust: Sequence[str] = ()) -> Self:
@@ -101,14 +102,21 @@ def _safetensors() -> Any:
     return safetensors
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file that is whole or, where that fails, as it was."""
-    part = path.with_name(f".{path.name}.part")
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file that is whole or, where that fails, as it was.
+
+    Raises:
+        UserError: It can't be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        try:
+            part.write_bytes(content)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; it is not written") from error
 
 
 def _options(path: Path) -> dict[str, Any]:
