@@ -21,7 +21,7 @@ from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads import Head, Network
 from vrnn_lightning.inference import upcoming
-from vrnn_lightning.pretrained import replace_file
+from vrnn_lightning.pretrained import replace_files
 from vrnn_lightning.recurrence import State
 from vrnn_lightning.recurrence.parts import as_state
 from vrnn_lightning.recurrence.textbook import textbook_step
@@ -157,7 +157,7 @@ class Exported:
         with _traceable():
             step = _Step(self.vrnn, self.scaler)
             content = _as_torch(step) if path.suffix == ".pt2" else _as_onnx(step.float())
-        replace_file(path, content)
+        replace_files({path: content})
 
 
 @contextmanager
