@@ -7,12 +7,22 @@ from functools import partial
 
 import pytest
 import torch
-from torch.distributions import Normal
+from torch.distributions import Categorical, MixtureSameFamily, Normal
 
 from vrnn_lightning import SequenceBatch, UserError, VRNNLightningModule
 from vrnn_lightning.batch import Sequence, pad
 from vrnn_lightning.filtering import resample
-from vrnn_lightning.heads import Bernoulli, GaussianMixture, Pen
+from vrnn_lightning.heads import (
+    Bernoulli,
+    DiscretisedLogisticMixture,
+    GaussianMixture,
+    Laplace,
+    MuLaw,
+    NegativeBinomial,
+    Pen,
+    Poisson,
+    StudentT,
+)
 from vrnn_lightning.inference import _completed
 from vrnn_lightning.noise import Noise
 
@@ -121,18 +131,154 @@ def test_long_sequences_are_read_in_windows_without_a_difference():
     torch.testing.assert_close(mean, module.scaler.unscale(trace.emission.mean)[0])
 
 
-@pytest.mark.parametrize("options", [o for o in VARIANTS if "smoothing" not in o])
-def test_a_session_is_the_batch(options):
-    """With one particle and the same noise its steps add up to the sampled bound, and its state is the batch's."""
+FOLLOWED = [*(o for o in VARIANTS if "smoothing" not in o), {"emission": Bernoulli}, {"emission": Pen}]
+FOLLOWED += [{"emission": head} for head in (StudentT, Laplace, Poisson, NegativeBinomial, MuLaw)]
+FOLLOWED += [{"emission": DiscretisedLogisticMixture}, {"cell": "lstm", "emission": Pen}]
+followed = pytest.mark.parametrize("options", FOLLOWED, ids=str)
+
+
+def followed_model(**options):
+    """A model, its scaler as its emission's data have it, and two sequences of five frames in data units."""
     module, xs = model(**options).eval(), torch.stack(sequences(5, 5))
+    head = module.vrnn.decoder.head
+    if head.likelihood == "mixed":
+        module.scale_mean[2], module.scale_std[2], xs[..., 2] = 0.0, 1.0, (xs[..., 2] > 2).double()
+    if head.likelihood == "mass":
+        module.scale_mean.zero_()
+        module.scale_std.fill_(1.0)
+        xs = (xs / 8).clamp(-1, 1) if isinstance(head, MuLaw) else (xs > 2).double()
+    return module, xs
+
+
+@followed
+def test_a_session_is_the_batch(options):
+    """With one particle and the same noise: scores, states, and each step's emission before its frame is there."""
+    module, xs = followed_model(**options)
     noise = torch.randn(2, 5, module.vrnn.latent_size, dtype=torch.float64)
-    session = module.session(batch_size=2)
-    steps = torch.stack([session.step(xs[:, t], noise=noise[:, t]) for t in range(5)], 1)
     batch = SequenceBatch(module.scaler.scale(xs), torch.tensor([5, 5]))
     trace = module.vrnn(batch, noise)
-    torch.testing.assert_close(steps, trace.log_px + trace.log_ratio - module.scale_std.log().sum())
+    session = module.session(batch_size=2)
+    jacobian = module.scale_std.log().sum()
+    for t in range(5):
+        as_drawn = None  # the noise that brings the prior's draw where the posterior's was
+        if trace.prior is not None:
+            as_drawn = (trace.z - trace.prior.mean)[:, t] / trace.prior.stddev[:, t]
+        ahead = session.now.next(noise=as_drawn)
+        emission = type(trace.emission)  # of frames, not of steps
+        assert isinstance(ahead.components, emission)
+        torch.testing.assert_close(ahead.log_prob(xs[:, t]), trace.log_px[:, t] - jacobian)
+        torch.testing.assert_close(ahead.mean, module.scaler.unscale(trace.emission.mean)[:, t])
+        if options.get("emission") not in (MuLaw, DiscretisedLogisticMixture):
+            deviation = trace.emission.variance.sqrt()[:, t] * module.scale_std
+            torch.testing.assert_close(ahead.stddev, deviation)
+        nats = session.step(xs[:, t], noise=noise[:, t]).nats
+        torch.testing.assert_close(nats, (trace.log_px + trace.log_ratio)[:, t] - jacobian)
     torch.testing.assert_close(session.state.h, trace.state.h)
-    assert session.predict(draws=7).shape == (7, 2, 3)
+
+
+@followed
+def test_what_comes_next_is_a_distribution(options):
+    """It is torch's mixture of its parts, and its draws have its moments."""
+    module, xs = followed_model(**options)
+    session = module.session(batch_size=2, samples=3)
+    ahead = session.step(xs[:, 0]).next(draws=4)
+    parts = 12 if module.vrnn.latent_size else 3
+    assert (ahead.batch_shape, ahead.event_shape) == ((2,), (3,))
+    assert ahead.log_weights.shape == (2, parts)
+    torch.testing.assert_close(ahead.log_weights.logsumexp(-1).exp(), torch.ones(2).double())
+    mixture = MixtureSameFamily(Categorical(logits=ahead.log_weights), ahead.components, validate_args=False)
+    scaled = module.scaler.scale(xs[:, 1])
+    torch.testing.assert_close(ahead.log_prob(xs[:, 1]), mixture.log_prob(scaled) - module.scale_std.log().sum())
+    torch.testing.assert_close(ahead.mean, module.scaler.unscale(mixture.mean))
+    torch.manual_seed(1)
+    drawn = ahead.sample((4000,))
+    assert drawn.shape == (4000, 2, 3)
+    assert ahead.sample().shape == (2, 3)
+    assert module.vrnn.decoder.head.supports(module.scaler.scale(drawn)).all()
+    clipped = 0.5 if options.get("emission") is DiscretisedLogisticMixture else 0.0  # its mean is so to half a bin
+    assert ((drawn.mean(0) - ahead.mean).abs() < 5 * drawn.std(0) / math.sqrt(4000) + clipped).all()
+    if options.get("emission") not in (MuLaw, DiscretisedLogisticMixture):
+        torch.testing.assert_close(ahead.variance, mixture.variance * module.scale_std**2)
+        if options.get("emission") is not StudentT:  # whose draws' deviation is a poor estimate
+            torch.testing.assert_close(drawn.std(0), ahead.stddev, rtol=0.15, atol=0.02)
+
+
+def test_the_density_of_what_comes_next_integrates_to_one():
+    module = model(1).eval()
+    ahead = module.session(samples=4).step(torch.ones(1, 1)).next(draws=3)
+    grid = torch.linspace(-40, 40, 20_001, dtype=torch.float64)[:, None, None]
+    total = torch.trapezoid(ahead.log_prob(grid)[:, 0].exp(), grid[:, 0, 0])
+    assert total.item() == pytest.approx(1, abs=1e-6)
+    moment = torch.trapezoid(ahead.log_prob(grid)[:, 0].exp() * grid[:, 0, 0], grid[:, 0, 0])
+    assert moment.item() == pytest.approx(ahead.mean.item(), abs=1e-6)
+
+
+def test_the_parts_of_what_comes_next_are_the_particles():
+    """Each of its draws from each particle's prior, with the particle's weight, by hand."""
+    module, xs = model().eval(), torch.stack(sequences(2, 2))
+    vrnn, (samples, draws) = module.vrnn, (3, 2)
+    found = module.session(batch_size=2, samples=samples).step(xs[:, 0])
+    weights = found.log_weights.exp()
+    assert (weights.std(0) > 0.01).all(), "all particles weigh the same: the test can't fail"
+    noise = torch.randn(draws * samples * 2, 2, dtype=torch.float64)
+    ahead = found.next(draws, noise=noise)
+    for i in range(2):
+        density = 0.0
+        for k in range(samples):
+            h = found.state.h[k * 2 + i, -1]
+            for m in range(draws):
+                prior = vrnn.prior(h)
+                z = prior.mean + prior.stddev * noise[(m * samples + k) * 2 + i]
+                emission = vrnn.decoder(torch.cat([vrnn.phi_z(z), h]))
+                p = emission.log_prob(module.scaler.scale(xs[i, 1])).exp() / module.scale_std.prod()
+                density = density + weights[k, i] * p / draws
+        torch.testing.assert_close(ahead.log_prob(xs[:, 1])[i], density.log())
+
+
+def test_what_was_said_to_come_scores_as_the_step_that_came():
+    """Both estimate p(x_t | x_<t) without bias from the same particles: their mean over many sessions is one."""
+    module, xs = model(1, residual_posterior=True), 1 + torch.tensor([0.8, -0.5, 0.4], dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in module.vrnn.parameters():
+            parameter.mul_(1.5)
+        module.vrnn.encoder.head.linear.bias[2:] = 2.0  # wider than the prior: weights of a small variance
+    many = 2_000
+    session = module.session(batch_size=many, samples=6)
+    torch.manual_seed(3)
+    for t, x in enumerate(xs):
+        frames, ahead = x.expand(many, 1), session.now.next(draws=3)
+        foretold, found = ahead.log_prob(frames).exp(), session.step(frames).nats.exp()
+        error = ((foretold - found).var() / many).sqrt()
+        assert (foretold.mean() - found.mean()).abs() < 5 * error, t
+        assert error < 0.03 * found.mean(), "the estimates are too rough for the test to fail"
+
+
+def test_a_step_stands_where_it_was_when_the_session_goes_on():
+    module, xs = model().eval(), torch.stack(sequences(4, 4))
+    noise = torch.randn(2 * 3 * 2, 2, dtype=torch.float64)
+    session = module.session(batch_size=2, samples=3)
+    first = session.step(xs[:, 0])
+    before = first.next(2, noise=noise).mean
+    session.step(xs[:, 1])
+    torch.testing.assert_close(first.next(2, noise=noise).mean, before, rtol=0, atol=0)
+    assert not torch.equal(session.now.next(2, noise=noise).mean, before)
+    again = module.session(2, 3, state=first.state)
+    torch.testing.assert_close(again.state.h, first.state.h)
+
+
+def test_paths_from_a_session_are_forecasts():
+    """Of one step they have the moments of the distribution to come, and more steps go on."""
+    module, (x,) = model().eval(), sequences(3)
+    session = module.session(samples=200)
+    for frame in x:
+        found = session.step(frame[None])
+    torch.manual_seed(0)
+    paths, ahead = found.forecast(samples=4_000), found.next(draws=50)
+    assert paths.shape == (4_000, 1, 1, 3)
+    error = paths.std(0)[:, 0] * math.sqrt(2 / 4_000)
+    assert ((paths.mean(0)[:, 0] - ahead.mean).abs() < 5 * error).all()
+    torch.testing.assert_close(paths.std(0)[:, 0], ahead.stddev, rtol=0.1, atol=0)
+    assert found.forecast(steps=4, samples=3).shape == (3, 1, 4, 3)
 
 
 def test_a_session_with_gaps_scores_what_is_there():
@@ -140,8 +286,38 @@ def test_a_session_with_gaps_scores_what_is_there():
     x[1] = NAN
     x[2, 0] = NAN
     session = module.session(samples=3)
-    nats = [session.step(frame[None]) for frame in x]
+    nats = [session.step(frame[None]).nats for frame in x]
     assert all(torch.isfinite(n) for n in nats)
+    ahead = session.now.next(5)
+    seen = torch.tensor([[False, True, True]])
+    torch.testing.assert_close(ahead.log_prob(x[2][None]), ahead.marginal_log_prob(torch.ones(1, 3) * x[2], seen))
+    assert ahead.log_prob(x[1][None]).item() == pytest.approx(0)
+
+
+def test_a_session_reads_whole_numbers_as_numbers():
+    """Their type is not the scaler's."""
+    module = model()
+    module.scale_mean.fill_(0.5)
+    noise = torch.zeros(1, 2)
+    whole, real = (module.session().step(torch.full((1, 3), 2, dtype=d), noise=noise) for d in (torch.int64, None))
+    torch.testing.assert_close(whole.nats, real.nats)
+    ahead = real.next(noise=noise)
+    torch.testing.assert_close(ahead.log_prob(torch.full((1, 3), 2)), ahead.log_prob(torch.full((1, 3), 2.0)))
+
+
+def test_the_next_step_s_covariates_are_asked_for():
+    module, xs = model(num_inputs=2, latent_size=0), torch.stack(sequences(2, 2))
+    us = torch.randn(2, 2, 2, dtype=torch.float64)
+    session = module.session(batch_size=2, samples=2)
+    found = session.step(xs[:, 0], inputs=us[:, 0])
+    with pytest.raises(UserError, match=r"inputs of the next step: must have shape \(2, 2\), but got none"):
+        found.next()
+    with pytest.raises(UserError, match="covariates"):
+        found.forecast()
+    ahead = found.next(inputs=us[:, 1])
+    torch.testing.assert_close(ahead.log_prob(xs[:, 1]), session.step(xs[:, 1], inputs=us[:, 1]).nats)
+    assert not torch.equal(ahead.mean, found.next(inputs=us[:, 0]).mean)
+    assert found.forecast(3, 4, inputs=us[:, :1].expand(2, 3, 2)).shape == (4, 2, 3, 3)
 
 
 @torch.no_grad()
@@ -340,7 +516,13 @@ def test_covariates():
         (lambda m: m.score([torch.full((2, 3), math.inf)]), "sequence 0: holds infinite values"),
         (lambda m: m.impute([torch.zeros(2, 3)], samples=5, particles=4), "particles 4: must be at least 5"),
         (lambda m: m.impute([torch.zeros(2, 3)], lag=-1), "lag -1: must be at least 0"),
-        (lambda m: m.session().predict(0), "draws 0"),
+        (lambda m: m.session().now.next(0), "draws 0"),
+        (lambda m: m.session().now.next(noise=torch.zeros(2, 2)), "noise of the next step: must have shape (1, 2)"),
+        (lambda m: m.session().now.forecast(0), "steps 0"),
+        (lambda m: m.session().now.forecast(samples=0), "samples 0"),
+        (lambda m: m.session().step(torch.zeros(1, 1)), "x: must have shape (1, 3), but got shape (1, 1)"),
+        (lambda m: m.session().step(torch.full((1, 3), math.inf)), "x: holds a value that is no number"),
+        (lambda m: m.session().step(torch.full((1, 3), NAN), torch.ones(1, 3).bool()), "x: holds a value that is no"),
         (lambda m: model(smoothing=True).session(), "smooth"),
     ],
 )

@@ -85,6 +85,8 @@ def test_python(here, capsys):
     Path("snippet.py").write_text(block("python", "import torch\nfrom lightning"))
     found = runpy.run_path("snippet.py")
     assert found["sequences"].shape == (8, 50, 3)
+    assert found["ahead"].mean.shape == (8, 3)
+    assert found["paths"].shape == (100, 8, 24, 3)
 
 
 def test_the_datamodule_has_twenty_lines():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
+import copy
+import io
+import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +19,9 @@ from torch.distributions import Distribution
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.heads import Head, Network
+from vrnn_lightning.inference import upcoming
+from vrnn_lightning.pretrained import replace_files
 from vrnn_lightning.recurrence import State
 from vrnn_lightning.recurrence.parts import as_state
 from vrnn_lightning.recurrence.textbook import textbook_step
@@ -32,26 +38,34 @@ class _Step(nn.Module):
 
     def __init__(self, model: VRNN, scaler: Scaler) -> None:
         super().__init__()
-        self.model = model
-        self.register_buffer("scale_mean", scaler.mean.clone())
-        self.register_buffer("scale_std", scaler.std.clone())
-        self.names = ["x", *["observed"] * model.missing, *["inputs"] * bool(model.num_inputs)]
-        self.names += [*["noise"] * bool(model.latent_size), "h", *["c"] * isinstance(model.cells[0], nn.LSTMCell)]
-        self.outputs = ["nats", *(f"{name}_next" for name in self.names if name in ("h", "c"))]
+        model._prune()
+        self.model = copy.deepcopy(model).cpu().eval()
+        self.register_buffer("scale_mean", scaler.mean.detach().clone().cpu())
+        self.register_buffer("scale_std", scaler.std.detach().clone().cpu())
+        latent, inputs = bool(model.latent_size), bool(model.num_inputs)
+        self.names = ["x", *["observed"] * model.missing, *["inputs"] * inputs, *["noise"] * latent]
+        self.names += [*["next_inputs"] * inputs, *["next_noise"] * latent]
+        self.names += ["h", *["c"] * isinstance(model.cells[0], nn.LSTMCell)]
+        spreads = _has_variance(self.model.decoder)
+        self.outputs = ["nats", "next_mean", *["next_std"] * spreads]
+        self.outputs += [f"{name}_next" for name in self.names if name in ("h", "c")]
 
     def example(self, batch_size: int) -> tuple[Tensor, ...]:
         """Return tensors of the shapes that a step takes."""
         model, like = self.model, self.model.input_mean
         state = model.initial_state(batch_size)
+        row = torch.arange(batch_size).to(like)[:, None] / batch_size
         all_of_them = {
             "x": like.new_ones(batch_size, model.num_features),
             "observed": torch.ones(batch_size, model.num_features, dtype=torch.bool),
-            "inputs": like.new_full((batch_size, model.num_inputs), 0.5),
-            "noise": like.new_full((batch_size, model.latent_size), 0.5),
-            "h": state.h + 0.1,
-            "c": state.h + 0.2,
+            "inputs": 0.5 - row.expand(-1, model.num_inputs),
+            "noise": row.expand(-1, model.latent_size) - 0.3,
+            "next_inputs": row.expand(-1, model.num_inputs) - 0.7,
+            "next_noise": 0.4 - row.expand(-1, model.latent_size),
+            "h": state.h + 0.1 + row[:, None] / 2,
+            "c": state.h + 0.2 - row[:, None] / 2,
         }
-        return tuple(all_of_them[name] for name in self.names)
+        return tuple(all_of_them[name].contiguous() for name in self.names)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(self.names, tensors, strict=True))
@@ -64,13 +78,26 @@ class _Step(nn.Module):
         ones = torch.ones_like(x[:, 0], dtype=torch.long)
         observed, inputs = (None if part is None else part[:, None] for part in (observed, given.get("inputs")))
         states = State(given["h"], given.get("c")).layers()
-        noise = given.get("noise", x[:, :0])
+        none = x[:, :0]
         found, after = textbook_step(
-            self.model, SequenceBatch(x[:, None], ones, observed, inputs), 0, states, noise, None
+            self.model, SequenceBatch(x[:, None], ones, observed, inputs), 0, states, given.get("noise", none), None
         )
         state = as_state(after, len(self.model.cells))
         nats = found.log_px + found.log_ratio - log_std
-        return (nats, state.h) if state.c is None else (nats, state.h, state.c)
+        ahead = upcoming(self.model, state.h[:, -1], given.get("next_inputs"), given.get("next_noise", none))
+        emission = self.model.decoder.head(ahead)
+        outputs = {"nats": nats, "next_mean": emission.mean * std + mean, "h_next": state.h, "c_next": state.c}
+        if "next_std" in self.outputs:
+            outputs["next_std"] = emission.variance.sqrt() * std
+        return tuple(outputs[name] for name in self.outputs)
+
+
+def _has_variance(decoder: Network[Head]) -> bool:
+    try:
+        _ = decoder.head(next(decoder.parameters()).new_zeros(1, decoder.head.in_features)).variance
+    except NotImplementedError:
+        return False
+    return True
 
 
 class Exported:
@@ -86,48 +113,60 @@ class Exported:
     def export(self, path: str | Path) -> None:
         """Write the step of :meth:`session`, with one particle, as a program for any number of sequences.
 
-        It takes ``x`` in data units, shape (batch, features); ``observed``, bool of that shape, if the model is told of
-        missing values; ``inputs``, (batch, covariates), if it reads any; ``noise``, standard normal, (batch, latent),
-        if it has a latent; and the state ``h``, and ``c`` of an LSTM, (batch, layers, hidden), zeros at first. It
-        returns ``nats``, shape (batch,): log p(x_t, z_t | .) - log q(z_t | .) in data units; then ``h_next``, and
-        ``c_next``.
+        It takes, in this order, what the model reads of these:
+
+        ========================== ==================== ================================================================
+        ``x``                      (batch, features)    the frame, in data units
+        ``observed``               (batch, features)    bool, where it was measured; for a model told of missing values
+        ``inputs``                 (batch, covariates)  its covariates
+        ``noise``                  (batch, latent)      standard normal, for the posterior's draw
+        ``next_inputs``            (batch, covariates)  covariates of the step to come
+        ``next_noise``             (batch, latent)      standard normal, for the prior's draw of the step to come
+        ``h``, and ``c`` of LSTMs  (batch, layers, hidden)  the state, zeros at first
+        ========================== ==================== ================================================================
+
+        and returns, in this order:
+
+        ========================== ==================== ================================================================
+        ``nats``                   (batch,)             log p(x_t, z_t | .) - log q(z_t | .), in data units
+        ``next_mean``              (batch, features)    mean of the next frame, given the prior's draw, in data units
+        ``next_std``               (batch, features)    its standard deviation, if the emission has one
+        ``h_next``, ``c_next``     (batch, layers, hidden)  the state to go on with
+        ========================== ==================== ================================================================
+
+        A call with ``next_noise`` drawn is one part of the mixture that :meth:`~vrnn_lightning.inference.Step.next`
+        returns; rows repeated with other noise are others. Weights are those of now; the module is left as it is.
 
         Args:
-            path: ``.pt2`` for ``torch.export.load``, or ``.onnx``, which is compared with torch before it is kept and
-                needs ``pip install 'vrnn-lightning[export]'``.
+            path: ``.pt2`` for ``torch.export.load``, in the module's precision, or ``.onnx``, in float32, which is
+                compared with torch before it is kept and needs ``pip install 'vrnn-lightning[export]'``.
 
         Raises:
-            UserError: Another suffix, a model that smooths, a library or the folder that is not there, or an ONNX
-                program that says something else.
+            UserError: Another suffix, a model that smooths, a library or the folder that is not there, no room, or an
+                emission that ONNX can't say.
         """
-        path, module = Path(path), cast(Any, self)
+        path = Path(path)
         if path.suffix not in (".pt2", ".onnx"):
             raise UserError(f"{path}: a step is exported as .pt2 or .onnx; choose one of these")
         if self.vrnn.backward_rnn is not None:
             raise UserError("a smoothing model reads each sequence from its end: it has no step to export")
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; give another name")
         if not path.parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.parent}; make it first")
-        training = module.training
-        step = _Step(self.vrnn, self.scaler).eval()
-        try:
-            with _traceable(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as folder:
-                part = Path(folder) / path.name
-                program = _program(step)
-                if path.suffix == ".pt2":
-                    torch.export.save(program, part)
-                else:
-                    _write_onnx(program, step, part)
-                part.replace(path)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror or error}; nothing is written") from error
-        finally:
-            module.train(training)
+        with _traceable():
+            step = _Step(self.vrnn, self.scaler)
+            content = _as_torch(step) if path.suffix == ".pt2" else _as_onnx(step.float())
+        replace_files({path: content})
 
 
 @contextmanager
 def _traceable() -> Iterator[None]:
     """Let no distribution look at its values, which a trace has not, and torch warn of none of its own doing."""
     checks = Distribution._validate_args  # type: ignore[attr-defined]
+    talk = logging.getLogger("torch.onnx")
+    level = talk.level
+    talk.setLevel(logging.ERROR)  # of operations that are not there, whoever asks for them
     Distribution.set_default_validate_args(False)
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -135,6 +174,7 @@ def _traceable() -> Iterator[None]:
             yield
     finally:
         Distribution.set_default_validate_args(checks)
+        talk.setLevel(level)
 
 
 def _program(step: _Step) -> torch.export.ExportedProgram:
@@ -143,21 +183,58 @@ def _program(step: _Step) -> torch.export.ExportedProgram:
     return torch.export.export(step, step.example(3), dynamic_shapes=shapes, strict=False)
 
 
-def _write_onnx(program: torch.export.ExportedProgram, step: _Step, path: Path) -> None:
-    """Write an ONNX program that does what torch's does."""
+def _as_torch(step: _Step) -> bytes:
+    content = io.BytesIO()
+    torch.export.save(_program(step), content)
+    return content.getvalue()
+
+
+def _as_onnx(step: _Step) -> bytes:
+    """Return an ONNX program that does what torch's does."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  # what torch exports with
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; pip install 'vrnn-lightning[export]'") from error
-    made = torch.onnx.export(
-        program, step.example(3), dynamo=True, verbose=False, input_names=step.names, output_names=step.outputs
-    )
-    assert made is not None
-    made.save(path, external_data=False)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    tensors = step.example(5)
-    said = session.run(step.outputs, {name: t.numpy() for name, t in zip(step.names, tensors, strict=True)})
-    for name, own, other in zip(step.outputs, step(*tensors), said, strict=True):
-        if not torch.allclose(own, torch.from_numpy(other), rtol=AGREEMENT, atol=AGREEMENT):
-            raise UserError(f"{path.name}: onnxruntime's {name} is not torch's; export it as .pt2")
+    names = {"input_names": step.names, "output_names": step.outputs}
+    emission = type(step.model.decoder.head).__name__
+    try:
+        program = _program(step)
+        if any(node.target is torch.ops.aten.lgamma.default for node in program.graph.nodes):  # counts, Student's t
+            program = program.run_decompositions(UNKNOWN_TO_ONNX)
+        made = torch.onnx.export(program, step.example(3), dynamo=True, verbose=False, **names)  # type: ignore[arg-type]
+        assert made is not None
+        content: bytes = made.model_proto.SerializeToString()
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the libraries' own, without a base in common, where they lack an operation
+        line = " ".join(str(error.__cause__ or error).split())[:200]
+        raise UserError(f"emission {emission}: has no ONNX program; export it as .pt2 ({line})") from error
+    for size in (1, 5):
+        tensors = step.example(size)
+        said = session.run(step.outputs, {name: t.numpy() for name, t in zip(step.names, tensors, strict=True)})
+        for name, own, other in zip(step.outputs, step(*tensors), said, strict=True):
+            if not torch.allclose(own, torch.from_numpy(other), rtol=AGREEMENT, atol=AGREEMENT):
+                raise UserError(f"emission {emission}: onnxruntime's {name} is not torch's; export it as .pt2")
+    return content
+
+
+def _lgamma(x: Tensor) -> Tensor:
+    """Return log Γ(x) for x > 0 by Stirling's series at x + 8."""
+    below = torch.zeros_like(x)
+    for i in range(8):
+        below = below + (x + i).log()
+    y = x + 8.0
+    inverse = 1 / y
+    square = inverse * inverse
+    series = inverse * (1 / 12 - square * (1 / 360 - square * (1 / 1260 - square / 1680)))
+    return (y - 0.5) * y.log() - y + 0.5 * math.log(2 * math.pi) + series - below
+
+
+def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Any:
+    """Return log(1 + exp(x)) in float64, which onnxruntime's own does not take."""
+    if x.dtype != torch.float64:
+        return NotImplemented
+    return x.clamp(min=0.0) + (-x.abs()).exp().log1p()
+
+
+UNKNOWN_TO_ONNX = {torch.ops.aten.lgamma.default: _lgamma, torch.ops.aten.softplus.default: _softplus}

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
-from argparse import ArgumentError
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
-from lightning.pytorch.cli import instantiate_module
+from torch import Tensor
 
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.heads import Head
 
-__all__ = ["Pretrained"]
+__all__ = ["Pretrained", "replace_files"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OF_TRAINING = frozenset({"optimizer", "lr_scheduler", "lr_interval", "objective", "_instantiator"})
 OWN = "vrnn_lightning.heads"
+FORMAT = "vrnn-lightning 1"
 
 
 class Pretrained:
@@ -26,71 +32,167 @@ class Pretrained:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json``, the options that make the networks, and ``model.safetensors``, weights and scaler.
 
-        What only training needs, optimiser, schedule and objective, stays in the checkpoint. Each file replaces an
-        earlier one of its name when it is whole.
+        What only training needs, optimiser, schedule and objective, stays in the checkpoint. The files replace earlier
+        ones of their names when both are whole.
 
         Args:
             folder: Made if it is not there. Needs ``pip install 'vrnn-lightning[export]'``.
 
         Raises:
-            UserError: The folder can't be written to, or safetensors is not installed.
+            UserError: The folder can't be written to, safetensors is not installed, the emission has an option that
+                JSON can't hold, or weights are no numbers, narrower than float32, or of a pruned layer.
         """
         save = _safetensors().torch.save
         module: Any = self
         options = {name: value for name, value in module.hparams.items() if name not in OF_TRAINING}
         weights = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
-        config = {"format": "vrnn-lightning 1", "model": options}
+        altered = next((name for name in weights if name.endswith("_orig") or "parametrizations" in name), None)
+        if altered is not None:
+            raise UserError(f"{altered}: is of a pruned or parametrised layer; make it permanent first (prune.remove)")
+        _require_numbers("the model", weights)
+        config = {"format": FORMAT, "model": options}
+        try:
+            text = json.dumps(config, indent=2) + "\n"
+        except TypeError as error:
+            raise UserError(f"emission: has options that JSON can't hold ({error}); the model is not saved") from error
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _replace(folder / WEIGHTS, save(weights))
-            _replace(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         except OSError as error:
             raise UserError(f"{folder}: {error.strerror or error}; the model is not saved there") from error
+        replace_files({folder / WEIGHTS: save(weights), folder / CONFIG: text.encode()})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, trust: Sequence[str] = ()) -> Self:
-        """Return the model that :meth:`save_pretrained` wrote, in evaluation mode, on the CPU, in the type it had.
+        """Return the model that :meth:`save_pretrained` wrote, on the CPU, in the type it had.
 
-        Nothing that the folder holds is run, and no class that it names is imported but this package's own outputs.
+        It is in training mode, as any new model is, so that a Trainer drops out what it should; what a model is asked
+        for (``sample``, ``score``, ``session`` ...) drops nothing out in either mode.
+
+        Nothing that the folder holds is run, and no class that it names is imported but this package's own emissions.
+        What it declares is compared with the weights that are there before any memory is taken for it.
 
         Args:
             folder: With ``config.json`` and ``model.safetensors``. Needs ``pip install 'vrnn-lightning[export]'``.
-            trust: Modules of your own whose classes the options may name, for example ``["my_package.heads"]``.
+            trust: Modules of your own whose emissions the options may name, for example ``["my_package.heads"]``.
 
         Raises:
-            UserError: A file is missing or damaged, the two don't belong together, or the options name a class that is
-                not trusted.
+            UserError: A file is missing or damaged, the two don't belong together, a value is no number, or the options
+                name a class that is not trusted.
         """
         folder = Path(folder)
-        options = _options(folder / CONFIG)
-        for named in _class_paths(options):
-            if named.rpartition(".")[0] not in {OWN, *trust}:
-                raise UserError(
-                    f"{folder / CONFIG}: names the class {named}, which is not of {OWN}; "
-                    f"if you trust it, from_pretrained(..., trust=['{named.rpartition('.')[0]}'])"
-                )
-        load = _safetensors().torch.load
-        try:
-            weights = load((folder / WEIGHTS).read_bytes())
-        except OSError as error:
-            raise UserError(f"{folder / WEIGHTS}: {error.strerror or error}") from error
-        except Exception as error:  # the library's own errors, of a file that is cut or of another kind
-            raise UserError(f"{folder / WEIGHTS}: is no safetensors file, or damaged ({error})") from error
-        try:
-            module: Any = instantiate_module(cls, options)  # type: ignore[type-var]
-        except (UserError, ValueError, TypeError, KeyError, ArgumentError) as error:
-            line = " ".join(str(error).split())
-            raise UserError(f"{folder / CONFIG}: no model can be made of its options: {line}") from error
-        floating = [value.dtype for value in weights.values() if value.is_floating_point()]
-        if floating:
-            module.to(max(floating, key=lambda dtype: torch.finfo(dtype).bits))
-        try:
-            module.load_state_dict(weights)
-        except RuntimeError as error:
-            line = " ".join(str(error).split())[:300]
-            raise UserError(f"{folder}: {WEIGHTS} and {CONFIG} are of different models ({line})") from error
-        return module.eval()  # type: ignore[no-any-return]
+        config, source = folder / CONFIG, folder / WEIGHTS
+        options = _options(config)
+        weights = _weights(source)
+        given = {**options}
+        defaults = _defaults(cls)
+        for name, value in options.items():
+            default = defaults.get(name)
+            if isinstance(value, Mapping) and "class_path" in value:
+                given[name] = _emission(config, name, value, {OWN, *trust})
+            elif isinstance(value, Mapping) and is_dataclass(default):
+                given[name] = _made(config, type(default), value)
+        for name, value in [("layers", given.get("layers")), *((k, getattr(v, "depth", 0)) for k, v in given.items())]:
+            if isinstance(value, int) and value > len(weights):
+                raise UserError(f"{config}: {name} is deeper than the weights of {WEIGHTS}")
+        with torch.device("meta"):  # no memory is taken
+            declared: Any = _made(config, cls, given)
+        _compare(folder, declared.state_dict(), weights)
+        _require_numbers(source, weights)
+        module = _made(config, cls, given)
+        module.to(max((value.dtype for value in weights.values() if value.is_floating_point()), key=_bits))
+        module.load_state_dict(weights)
+        return cast("Self", module)
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits
+
+
+def _defaults(made: Callable[..., Any]) -> dict[str, Any]:
+    """Return the options that make something, and what each is if not given."""
+    options = inspect.signature(made).parameters.items()
+    return {name: option.default for name, option in options if name not in OF_TRAINING}
+
+
+def _require_options(config: Path, made: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Refuse options that something has not, or values of another kind than it has them of."""
+    defaults = _defaults(made)
+    for name, value in options.items():
+        if name not in defaults:
+            raise UserError(f"{config}: {name} is no option of {getattr(made, '__name__', made)} in this version")
+        kind = type(defaults[name])
+        fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+        if kind in (bool, int, float, str) and not fits:
+            raise UserError(f"{config}: {name} {value!r} is no {kind.__name__}")
+
+
+def _made(config: Path, made: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    """Call a class of ours with options of others."""
+    _require_options(config, made, options)
+    try:
+        return made(**options)
+    except (UserError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise UserError(f"{config}: no model can be made of its options: {line}") from error
+
+
+def _emission(config: Path, option: str, value: Mapping[str, Any], trusted: set[str]) -> Callable[..., Any]:
+    """Return the class that an option names, with its own options, if its module is trusted."""
+    named, options = value["class_path"], value.get("init_args", {})
+    if not isinstance(named, str) or not isinstance(options, Mapping):
+        raise UserError(f"{config}: {option} must hold a class_path and init_args")
+    module, _, name = named.rpartition(".")
+    if module not in trusted:
+        raise UserError(
+            f"{config}: names the class {named}, which is not of {OWN}; "
+            f"if you trust it, from_pretrained(..., trust=['{module}'])"
+        )
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{config}: {option} {named} can't be imported ({error})") from error
+    if not (isinstance(found, type) and issubclass(found, Head)) or inspect.isabstract(found):
+        raise UserError(f"{config}: {option} {named} is no emission")
+    _require_options(config, found, options)
+    return partial(found, **options)
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    """Return what a file of safetensors holds."""
+    load = _safetensors().torch.load
+    try:
+        weights: dict[str, Tensor] = load(_content(path))
+    except UserError:
+        raise
+    except Exception as error:  # the library's own errors, of a file that is cut or of another kind
+        raise UserError(f"{path}: is no safetensors file, or damaged ({error})") from error
+    return weights
+
+
+def _require_numbers(where: object, weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights that no density can be found with."""
+    for name, value in weights.items():
+        if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
+            raise UserError(f"{where}: {name} is of {value.dtype}; densities need float32 or float64: convert it")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{where}: {name} holds values that are no numbers; take an earlier checkpoint")
+        if name.endswith(("scale_std", "input_std")) and not (value > 0).all():
+            raise UserError(f"{where}: {name} must be positive")
+
+
+def _compare(folder: Path, declared: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights of another model than the options make."""
+    for name in [*declared, *weights]:
+        there, here = (_described(part.get(name)) for part in (weights, declared))
+        if there != here:
+            raise UserError(f"{folder}: {WEIGHTS} and {CONFIG} are of different models ({name}: {there} and {here})")
+
+
+def _described(value: Tensor | None) -> str:
+    if value is None:
+        return "none"
+    return f"shape {tuple(value.shape)} of {'floats' if value.is_floating_point() else value.dtype}"
 
 
 def _safetensors() -> Any:
@@ -101,36 +203,40 @@ def _safetensors() -> Any:
     return safetensors
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file that is whole or, where that fails, as it was."""
-    part = path.with_name(f".{path.name}.part")
+def replace_files(files: Mapping[Path, bytes]) -> None:
+    """Write files that are all whole or, where that fails, as they were.
+
+    Raises:
+        UserError: One of them can't be written.
+    """
+    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
     try:
-        part.write_bytes(content)
-        part.replace(path)
+        for path, part in parts.items():
+            part.write_bytes(files[path])
+        for path, part in parts.items():
+            part.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; it is not written") from error
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def _content(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no file; give a folder that save_pretrained wrote")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; give a folder that save_pretrained wrote") from error
 
 
 def _options(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; give a folder that save_pretrained wrote") from error
-    except ValueError as error:
+        config = json.loads(_content(path).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error})") from error
-    known = isinstance(config, dict) and config.get("format") == "vrnn-lightning 1"
+    known = isinstance(config, dict) and config.get("format") == FORMAT
     if not known or not isinstance(config.get("model"), dict):
-        raise UserError(f"{path}: is not what save_pretrained of this version writes")
+        raise UserError(f"{path}: is not what save_pretrained of this version writes (format {FORMAT!r})")
     return dict(config["model"])
-
-
-def _class_paths(value: Any) -> Iterator[str]:
-    """Yield every class that options name, however deep."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            if name == "class_path":
-                yield str(inner)
-            yield from _class_paths(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _class_paths(inner)
