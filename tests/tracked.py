@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,16 @@ class Tracked:
         return [row[name] for row in self.rows if name in row]
 
 
-def read(folder: Path) -> Tracked:
-    """Read the one offline run below a folder."""
+def read(folder: Path, patience: float = 20) -> Tracked:
+    """Read the one offline run below a folder, once it is whole: wandb's own process writes on after ``finish``."""
     (file,) = Path(folder).rglob("run-*.wandb")
+    end = time.monotonic() + patience
+    while (found := _read(file)).exit_code is None and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
+
+
+def _read(file: Path) -> Tracked:
     found = Tracked()
     for record in map(Record.FromString, frames(file.read_bytes())):
         kind = record.WhichOneof("record_type")

@@ -7,13 +7,14 @@ import csv
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
@@ -205,13 +206,6 @@ class RunCheckpoint(ModelCheckpoint):
     epoch, validated or not, and at the step that ``max_steps`` ends on, while the epoch still counts as unfinished.
     """
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell W&B of what it may upload, also where a resumed run finds no better one."""
-        super().on_train_start(trainer, pl_module)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.watch_checkpoint(self)
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -357,25 +351,29 @@ class WandbLogger(LightningWandbLogger):
                 run = super().experiment
             except wandb.Error as again:
                 raise UserError(f"--trainer.logger WandbLogger: {' '.join(str(again).split())}") from again
-            print(
-                f"W&B: {str(error).splitlines()[0]} The run goes on offline; when there is a login and a network, "
-                f"`wandb sync {Path(run.dir).parent}` sends it",
-                file=sys.stderr,
-            )
+            cause, folder = str(error).splitlines()[0].rstrip("."), Path(run.dir).parent
+            print(f"W&B: {cause}; the run goes on offline, `wandb sync {folder}` sends it later", file=sys.stderr)
         for goal, names in BEST.items():
             for name in names:
                 run.define_metric(name, step_metric="trainer/global_step", summary=goal)
         if self.run is not None:
             (Path(self.run.log_dir) / ID_FILE).write_text(f"{run.id}\n")
 
-    def watch_checkpoint(self, checkpoint: ModelCheckpoint) -> None:
-        """Know a ModelCheckpoint, the best of which may become an artifact; the first with a monitor counts."""
-        if self._best is None and checkpoint.monitor is not None:
-            self._best = checkpoint
+    def choose(self, checkpoints: Sequence[Callback]) -> None:
+        """Let the best checkpoint be that of the first ModelCheckpoint with a monitor.
+
+        Raises:
+            UserError: There is none, but its best is to be an artifact.
+        """
+        monitored = [c for c in checkpoints if isinstance(c, ModelCheckpoint) and c.monitor is not None]
+        if self.log_best and not monitored:
+            raise UserError("--trainer.logger.log_model best: no checkpoint has a monitor; give --checkpoint.monitor")
+        self._best = monitored[0] if monitored else None
 
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """Log checkpoints while the run trains, where that is wanted."""
-        self.watch_checkpoint(checkpoint_callback)
+        if self._best is None and checkpoint_callback.monitor is not None:
+            self._best = checkpoint_callback
         super().after_save_checkpoint(checkpoint_callback)
 
     def _log_best(self, checkpoint: ModelCheckpoint) -> None:

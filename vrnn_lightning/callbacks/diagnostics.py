@@ -173,9 +173,10 @@ def gradient_norms(module: VRNNLightningModule) -> dict[str, Tensor]:
     for path, parameter in module.named_parameters():
         name = path.removeprefix("vrnn.").partition(".")[0]
         gradients.setdefault(name, []).extend([] if parameter.grad is None else [parameter.grad])
-    norms = torch.stack([torch.nn.utils.get_total_norm(of) for of in gradients.values()])
-    if hasattr(module.trainer.model, "clip_grad_norm_"):  # FSDP's
-        squares = norms.to(module.device).square()
-        torch.distributed.all_reduce(squares)
+    norms = torch.stack([torch.nn.utils.get_total_norm(of).to(module.device) for of in gradients.values()])
+    model: Any = module.trainer.model
+    if hasattr(model, "clip_grad_norm_"):  # FSDP's
+        squares = norms.square()
+        torch.distributed.all_reduce(squares, group=model.process_group)
         norms = squares.sqrt()
     return dict(zip(gradients, norms, strict=True))
