@@ -12,8 +12,9 @@ import yaml
 from vrnn_lightning.cli import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-OVERLAYS = ("wandb",)
-BASES = sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem not in OVERLAYS)
+OVERLAYS = {"wandb": ["GradientNorms"]}  # and the callbacks that they append
+SWEEP = "sweep"  # for `wandb sweep`; tests/test_tracking.py runs it
+BASES = sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem not in (*OVERLAYS, SWEEP))
 PAPER = sorted(p.stem for p in (CONFIGS / "paper").glob("*.yaml"))
 TINY = {
     "archive": ["--data.root", "series.npz", "--data.features", "2"],
@@ -101,7 +102,7 @@ def test_an_overlay_appends(base, overlay, folder, capsys):
     config = yaml.safe_load(capsys.readouterr().out)
     plain = yaml.safe_load((CONFIGS / f"{base}.yaml").read_text())
     assert classes(config["trainer"]["logger"]) == ["RunLogger", "WandbLogger"]
-    assert classes(config["trainer"]["callbacks"]) == classes(plain["trainer"].get("callbacks"))
+    assert classes(config["trainer"]["callbacks"]) == classes(plain["trainer"].get("callbacks")) + OVERLAYS[overlay]
 
 
 def test_weights_and_biases_gets_pictures_and_sound(folder):
@@ -128,5 +129,6 @@ def test_the_papers_models_are_all_there():
 @pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
 def test_a_header_tells_command_and_number(config):
     header = [line for line in config.read_text().splitlines() if line.startswith("#")]
-    assert any("lightning fit" in line and config.name in line for line in header)
+    command = "wandb sweep" if config.stem == SWEEP else "lightning fit"
+    assert any(command in line and config.name in line for line in header)
     assert any("Expect" in line for line in header)

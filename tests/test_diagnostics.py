@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
 
 from datamodules.sines import Sines
 from vrnn_lightning import Layers, UserError, VRNNLightningModule
-from vrnn_lightning.callbacks import ConstantKLWeight, ControlVAE, Diagnostics, LinearKLAnnealing
+from vrnn_lightning.callbacks import ConstantKLWeight, ControlVAE, Diagnostics, GradientNorms, LinearKLAnnealing
 
 
 def fit(folder, *callbacks, latent=2, epochs=1, size=256, batch_size=16, ckpt_path=None, **options):
@@ -25,10 +27,8 @@ def fit(folder, *callbacks, latent=2, epochs=1, size=256, batch_size=16, ckpt_pa
     optimizer = partial(torch.optim.Adam, lr=4e-3)
     model = VRNNLightningModule(3, latent_size=latent, hidden_size=16, optimizer=optimizer, **layers)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    usual = {"accelerator": "cpu", "num_sanity_val_steps": 1, "logger": False, **quiet}
-    trainer = Trainer(
-        default_root_dir=folder, callbacks=list(callbacks), max_epochs=epochs, log_every_n_steps=1, **usual, **options
-    )
+    usual = {"accelerator": "cpu", "num_sanity_val_steps": 1, "logger": False, "log_every_n_steps": 1, **quiet}
+    trainer = Trainer(default_root_dir=folder, callbacks=list(callbacks), max_epochs=epochs, **{**usual, **options})
     trainer.fit(model, Sines(train_size=size, val_size=32, steps=8, batch_size=batch_size), ckpt_path=ckpt_path)
     return model, trainer
 
@@ -232,3 +232,55 @@ def test_every_command_has_it_and_it_speaks_on_stderr(tiny, lightning):
         assert said.code == 0, said.err
         assert "collapses" not in said.err
     assert "--diagnostics.max_ratio MAX_RATIO" in lightning("fit", "--help").out
+
+
+class Gradients(Callback):
+    """Keeps each step's gradient by network, as the optimiser gets it."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        vrnn = module.vrnn
+        parts = {name: list(part.parameters()) for name, part in vrnn.named_children() if list(part.parameters())}
+        self.steps.append({name: torch.cat([p.grad.flatten() for p in of]).clone() for name, of in parts.items()})
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 1e-3}])
+def test_the_norms_of_the_networks_make_up_the_gradients(tmp_path, options):
+    every, seen, logger = 2, Gradients(), CSVLogger(tmp_path)
+    fit(tmp_path, seen, GradientNorms(), latent=2, size=96, epochs=3, logger=logger, log_every_n_steps=every, **options)
+    logger.save()
+    with Path(logger.log_dir, "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["train/grad_norm"]]
+    taken = 6 if "accumulate_grad_batches" in options else 18
+    assert [int(row["step"]) for row in rows] == list(range(1, taken, every))
+    assert set(seen.steps[0]) == {"phi_x", "phi_z", "prior", "encoder", "decoder", "cells"}
+    for row in rows:
+        gradients = seen.steps[int(row["step"])]
+        for name, gradient in gradients.items():
+            assert float(row[f"train/grad_norm/{name}"]) == pytest.approx(gradient.norm().item(), rel=1e-5), name
+        squares = sum(float(row[f"train/grad_norm/{name}"]) ** 2 for name in gradients)
+        assert squares == pytest.approx(float(row["train/grad_norm"]) ** 2, rel=1e-5)
+
+
+def test_norms_are_computed_where_they_are_logged_and_nowhere_else(tmp_path, monkeypatch):
+    counted = []
+    whole = torch.nn.utils.get_total_norm
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda of: counted.append(len(of)) or whole(of))
+    for every, extra in ((4, 4 * 6), (0, 0)):
+        counted.clear()
+        fit(tmp_path, GradientNorms(), size=256, log_every_n_steps=every)
+        assert len(counted) == 16 + extra  # the module's own in each of 16 steps; six networks in every fourth
+
+
+def test_a_network_without_a_gradient_has_the_norm_zero(tmp_path):
+    class Freeze(Callback):
+        def on_train_start(self, trainer, module):
+            module.vrnn.prior.requires_grad_(False)
+
+    _, trainer = fit(tmp_path, Freeze(), GradientNorms())
+    norms = {name: float(x) for name, x in trainer.callback_metrics.items() if name.startswith("train/grad_norm")}
+    assert norms.pop("train/grad_norm/prior") == 0
+    total = norms.pop("train/grad_norm")
+    assert sum(norm**2 for norm in norms.values()) == pytest.approx(total**2, rel=1e-5)

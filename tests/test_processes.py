@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import sharded
 import torch
+import tracked
 
 OPTIONS = {
     "data": "Sines", "data.train_size": 13, "data.val_size": 5, "data.steps": 6, "data.min_steps": 1,
@@ -51,7 +52,8 @@ def run(folder: Path, command: list[str], count: int = 1) -> str:
             "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0",
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         }  # fmt: skip
-        process = SERVER.Process(target=sharded.run, args=(command, place if count > 1 else {}, file))
+        environment = {"WANDB_MODE": "offline", **(place if count > 1 else {})}
+        process = SERVER.Process(target=sharded.run, args=(command, environment, file))
         process.start()
         started.append(process)
     for process in started:
@@ -149,13 +151,15 @@ def test_processes_that_share_the_parameters_train_as_one_does(tmp_path):
     """FSDP: a bias that starts from the data, dropout, clipping, pictures, checkpoints and a resume."""
     options = {
         "data": "HiddenMarkov", "model.emission": "Bernoulli", "model.smoothing": "true", "model.dropout": 0.2,
-        "trainer.precision": "32-true", "trainer.gradient_clip_val": 5,
+        "trainer.precision": "32-true", "trainer.gradient_clip_val": 5, "trainer.callbacks+": "GradientNorms",
     }  # fmt: skip
     one = fit(tmp_path / "one", **options, **{"data.batch_size": 4, "trainer.max_epochs": 3})
     last = fit(tmp_path / "two", **options, **SHARED) / "checkpoints" / "last.ckpt"
     two = fit(tmp_path / "two", **options, **SHARED, **{"trainer.max_epochs": 3, "ckpt_path": last})
     assert_same((one, two), 1e-5)
-    for name in ("train/loss", "train/grad_norm", "val/elbo"):
+    parts = ("prior", "encoder", "decoder", "phi_x", "phi_z", "cells", "backward_rnn")
+    norms = [f"train/grad_norm/{part}" for part in parts]
+    for name in ("train/loss", "train/grad_norm", "val/elbo", *norms):
         assert column(two, name) == pytest.approx(column(one, name), rel=1e-5), name
     assert max(column(two, "train/grad_norm")) > 5
     assert len(list((two / "samples").iterdir())) == 3
@@ -170,14 +174,18 @@ def test_mixed_precision_is_the_same_where_processes_share_the_parameters(tmp_pa
         assert column(two, name) == pytest.approx(column(one, name), rel=2e-3), name
 
 
-def test_two_processes_steer_the_kl_alike(tmp_path):
-    """The controller's weight, and with it every gradient, is that of one process."""
+def test_two_processes_steer_the_kl_alike_and_are_one_run_to_weights_and_biases(tmp_path):
+    """The controller's weight, and with it every gradient and each network's norm, is that of one process."""
     steered = {"trainer.callbacks+": "ControlVAE", "trainer.callbacks.target": 0.02, "trainer.callbacks.ki": 0.1}
+    steered["config"] = "configs/wandb.yaml"
     one = fit(tmp_path / "one", **steered, **{"data.batch_size": 4})
     two = fit(tmp_path / "two", **steered, **{"data.batch_size": 2, "trainer.devices": 2, "trainer.strategy": "ddp"})
     assert len(set(column(one, "train/beta"))) > 5
-    for name in ("train/beta", "train/loss", "val/elbo"):
+    norms = [f"train/grad_norm/{name}" for name in ("prior", "encoder", "decoder", "phi_x", "phi_z", "cells")]
+    for name in ("train/beta", "train/loss", "val/elbo", *norms):
         assert column(two, name) == pytest.approx(column(one, name), rel=1e-5), name
+    assert len(list(tmp_path.glob("two/**/*.wandb"))) == 1
+    assert tracked.read(two).column("train/loss") == pytest.approx(column(two, "train/loss"), rel=1e-6)
 
 
 def test_two_processes_report_what_one_reports(tmp_path):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
@@ -22,6 +25,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from vrnn_lightning.errors import UserError
 
 __all__ = ["ElboBar", "RunCheckpoint", "RunLogger", "SaveConfig", "WandbLogger", "run_logger"]
+
+ID_FILE = "wandb_id.txt"
+METRICS_FILE = ExperimentWriter.NAME_METRICS_FILE
+INIT_TIMEOUT = 20.0  # seconds that a run waits for W&B before it goes on offline; WANDB_INIT_TIMEOUT says otherwise
+BEST = {  # what W&B's summary holds of a figure, instead of its last value
+    "max": ("val/elbo", "val/elbo_per_sequence", "val/objective"),
+    "min": ("val/bits_per_dim", "val/gap"),
+}
 
 
 class _Rows(ExperimentWriter):
@@ -255,60 +266,156 @@ class ElboBar(RichProgressBar):
 class WandbLogger(LightningWandbLogger):
     """Sends the run's numbers and media to Weights & Biases; its files lie in the run's folder.
 
-    The W&B run is called ``<name>/<version>`` like the folder, and a resumed run goes on in the same W&B run.
-    ``WANDB_MODE=offline`` keeps everything on this machine, ``WANDB_MODE=disabled`` writes nothing.
+    The W&B run is called ``<name>/<version>`` like the folder, and a resumed run goes on in the same W&B run. Its
+    summary holds the best of each bound: ``val/elbo.max``, ``val/gap.min``. ``WANDB_MODE=offline`` keeps everything on
+    this machine, ``WANDB_MODE=disabled`` writes nothing; without a login or a network the run is kept as offline is.
 
     Args:
-        project: The W&B project.
-        name: Name of the W&B run. Default: the run's folder.
+        project: The W&B project. Default: ``WANDB_PROJECT``, or vrnn-lightning.
+        name: Name of the W&B run. Default: ``WANDB_NAME``, or the run's folder.
         entity: The W&B user or team. Default: your own.
         group: Puts runs together in the W&B page.
+        job_type: What the run is for, to tell runs of a group apart.
         tags: Words to filter runs by.
         notes: A longer description.
-        log_model: Upload checkpoints: True at the end of a run that succeeds, "all" while it trains.
+        log_model: Which checkpoints become artifacts ``model-<id of the W&B run>``. "best": the best one by its
+            monitor, once, when a fit ends in whatever way. Lightning's: True, each ModelCheckpoint's at the end of a
+            fit that succeeds; "all", each while it trains.
     """
 
     def __init__(
         self,
-        project: str = "vrnn-lightning",
+        project: str | None = None,
         name: str | None = None,
         entity: str | None = None,
         group: str | None = None,
+        job_type: str | None = None,
         tags: list[str] | None = None,
         notes: str | None = None,
-        log_model: Literal["all"] | bool = False,
+        log_model: Literal["best", "all"] | bool = False,
     ) -> None:
         super().__init__(
-            name=name, project=project, log_model=log_model, entity=entity, group=group, tags=tags, notes=notes
+            name=name or os.environ.get("WANDB_NAME"),
+            project=project or os.environ.get("WANDB_PROJECT") or "vrnn-lightning",
+            log_model=False if log_model == "best" else log_model,
+            entity=entity,
+            group=group,
+            job_type=job_type,
+            tags=tags,
+            notes=notes,
         )
         # Lightning offers no other way to leave these two out: wandb warns about the one, and about the other offline.
         self._wandb_init.pop("anonymous", None)
         self._wandb_init.pop("resume", None)
+        if "WANDB_SWEEP_ID" in os.environ:
+            del self._wandb_init["project"]  # the sweep's, whatever is said here
+        if "WANDB_INIT_TIMEOUT" not in os.environ:
+            self._wandb_init["settings"] = {"init_timeout": INIT_TIMEOUT}
         self.run: RunLogger | None = None
+        self.log_best = log_model == "best"
+        self._best: ModelCheckpoint | None = None
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The W&B run, started when first asked for."""
-        if self._experiment is None and self.run is not None:
-            self._settle(Path(self.run.log_dir))
+        if self._experiment is None:
+            if self.run is not None:
+                self._settle(Path(self.run.log_dir))
+            self._start()
         return super().experiment
 
     def _settle(self, folder: Path) -> None:
-        """Start the W&B run in a folder, or go on in the one that the folder belongs to."""
+        """Let the W&B run be in a folder, the one that the folder belongs to if there is one."""
         folder.mkdir(parents=True, exist_ok=True)
-        id_file = folder / "wandb_id.txt"
+        id_file = folder / ID_FILE
         earlier = id_file.read_text().strip() if id_file.is_file() else self._id
         self._wandb_init.update(dir=str(folder), name=self._name or f"{folder.parent.name}/{folder.name}", id=earlier)
         if earlier and os.environ.get("WANDB_MODE") != "offline":
             self._wandb_init["resume"] = "allow"
-        id_file.write_text(f"{super().experiment.id}\n")
+
+    def _start(self) -> None:
+        """Start the W&B run, offline where there is no way to the server.
+
+        Raises:
+            UserError: An option that W&B takes nowhere.
+        """
+        import wandb
+
+        try:
+            run = super().experiment
+        except wandb.Error as error:
+            self._wandb_init.pop("resume", None)
+            self._wandb_init["mode"] = "offline"
+            try:
+                run = super().experiment
+            except wandb.Error as again:
+                raise UserError(f"--trainer.logger WandbLogger: {' '.join(str(again).split())}") from again
+            cause, folder = str(error).splitlines()[0].rstrip("."), Path(run.dir).parent
+            print(f"W&B: {cause}; the run goes on offline, `wandb sync {folder}` sends it later", file=sys.stderr)
+        for goal, names in BEST.items():
+            for name in names:
+                run.define_metric(name, step_metric="trainer/global_step", summary=goal)
+        if self.run is not None:
+            (Path(self.run.log_dir) / ID_FILE).write_text(f"{run.id}\n")
+
+    def choose(self, checkpoints: Sequence[Callback]) -> None:
+        """Let the best checkpoint be that of the first ModelCheckpoint with a monitor.
+
+        Raises:
+            UserError: There is none, but its best is to be an artifact.
+        """
+        monitored = [c for c in checkpoints if isinstance(c, ModelCheckpoint) and c.monitor is not None]
+        if self.log_best and not monitored:
+            raise UserError("--trainer.logger.log_model best: no checkpoint has a monitor; give --checkpoint.monitor")
+        self._best = monitored[0] if monitored else None
+
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """Log checkpoints while the run trains, where that is wanted."""
+        if self._best is None and checkpoint_callback.monitor is not None:
+            self._best = checkpoint_callback
+        super().after_save_checkpoint(checkpoint_callback)
+
+    def _log_best(self, checkpoint: ModelCheckpoint) -> None:
+        """Make the best checkpoint an artifact, which W&B adds no version of where it is the one logged before."""
+        import wandb
+
+        path, score = Path(checkpoint.best_model_path), checkpoint.best_model_score
+        if not path.is_file() or score is None:
+            return
+        stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        step, epoch = stored["global_step"], stored["epoch"]
+        metadata = {"monitor": checkpoint.monitor, "mode": checkpoint.mode, "score": score.item()}
+        artifact = wandb.Artifact(
+            f"model-{self.experiment.id}", "model", metadata={**metadata, "step": step, "epoch": epoch}
+        )
+        artifact.add_file(str(path), "model.ckpt")
+        self.experiment.log_artifact(artifact, aliases=["best", "latest", f"step-{step}"])
+
+    def _summarise(self, folder: Path) -> None:
+        """Count what came before a resume among what the summary holds the best of: W&B knows this process' part."""
+        file = folder / METRICS_FILE
+        if not file.is_file():
+            return
+        with file.open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        for goal, names in BEST.items():
+            for name in names:
+                values = [float(row[name]) for row in rows if row.get(name)]
+                finite = [value for value in values if math.isfinite(value)]
+                if finite:
+                    self.experiment.summary[name] = {goal: max(finite) if goal == "max" else min(finite)}
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Upload what remains and close the W&B run, so that the next fit in this process gets its own."""
         super().finalize(status)
         if self._experiment is not None:
+            if self.run is not None and self.run.resumed:
+                self._summarise(Path(self.run.log_dir))
+            if self.log_best and self._best is not None:
+                self._log_best(self._best)
             self._id = self._wandb_init["id"] = self._experiment.id
             self._experiment.finish(exit_code=0 if status == "success" else 1)
             self._experiment = None
+        self._best = None

@@ -9,7 +9,7 @@ from vrnn_lightning.callbacks.annealing import (
     LinearKLAnnealing,
     SigmoidKLAnnealing,
 )
-from vrnn_lightning.callbacks.diagnostics import Diagnostics
+from vrnn_lightning.callbacks.diagnostics import Diagnostics, GradientNorms
 from vrnn_lightning.callbacks.evaluation import Evaluation
 from vrnn_lightning.callbacks.loop import Loop
 from vrnn_lightning.callbacks.predictions import Predictions
@@ -22,6 +22,7 @@ __all__ = [
     "CyclicalKLAnnealing",
     "Diagnostics",
     "Evaluation",
+    "GradientNorms",
     "KLAnnealing",
     "LinearKLAnnealing",
     "Loop",

@@ -1,4 +1,4 @@
-"""Warnings, in plain words, of what goes wrong without an error: a latent that collapses, gradients that explode."""
+"""What goes wrong without an error, warned of in plain words, and the gradient's norm in each network."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from collections import deque
 from statistics import median
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.annealing import KLAnnealing
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 
-__all__ = ["Diagnostics"]
+__all__ = ["Diagnostics", "GradientNorms"]
 
 log = logging.getLogger(__name__)
 
@@ -139,3 +142,41 @@ class Diagnostics(Callback):
             f"median, {usual:.2g}; try a lower learning rate (--model.optimizer.lr){clip} or a larger min_std of the "
             "emission"
         )
+
+
+class GradientNorms(Callback):
+    r"""Logs ``train/grad_norm/NAME`` for each network that is trained: prior, encoder, decoder, phi_x, phi_z, cells.
+
+    They are Euclidean norms of parts of the gradient that ``train/grad_norm`` is the norm of, after accumulation and
+    unscaling and before clipping,
+
+    .. math:: \texttt{train/grad\_norm}^2 = \sum_\mathrm{networks} \texttt{train/grad\_norm/NAME}^2,
+
+    and so tell which network a spike comes from, and which is hardly trained. They are computed in the steps that the
+    trainer logs (``--trainer.log_every_n_steps``), and in no other.
+    """
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Log the norms, where this step is logged."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
+        if every and (trainer.global_step + 1) % every == 0:
+            norms = gradient_norms(cast(VRNNLightningModule, pl_module))
+            pl_module.log_dict({f"train/grad_norm/{name}": norm for name, norm in norms.items()})
+
+
+def gradient_norms(module: VRNNLightningModule) -> dict[str, Tensor]:
+    """Return the norm of each network's gradient, by the name that the network has in ``module.vrnn``.
+
+    Under FSDP every process has to call it: each holds a share of every gradient.
+    """
+    gradients: dict[str, list[Tensor]] = {}
+    for path, parameter in module.named_parameters():
+        name = path.removeprefix("vrnn.").partition(".")[0]
+        gradients.setdefault(name, []).extend([] if parameter.grad is None else [parameter.grad])
+    norms = torch.stack([torch.nn.utils.get_total_norm(of).to(module.device) for of in gradients.values()])
+    model: Any = module.trainer.model
+    if hasattr(model, "clip_grad_norm_"):  # FSDP's
+        squares = norms.square()
+        torch.distributed.all_reduce(squares, group=model.process_group)
+        norms = squares.sqrt()
+    return dict(zip(gradients, norms, strict=True))

@@ -293,6 +293,8 @@ class CLI(LightningCLI):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.run = run
+                if self.subcommand == "fit":
+                    logger.choose(trainer.checkpoint_callbacks)
 
     def before_validate(self) -> None:
         """Say that the model is untrained, if it is."""
