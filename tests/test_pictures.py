@@ -12,6 +12,7 @@ from matplotlib import image
 from PIL import Image
 
 from vrnn_lightning.callbacks.pictures import (
+    Fan,
     draw_fans,
     draw_heat,
     draw_rows,
@@ -76,7 +77,7 @@ def test_a_heat_map_holds_the_values():
 
 def test_a_fan_is_made_of_the_draws_quantiles():
     draws = torch.arange(101.0)[:, None, None].expand(101, 2, 1)
-    figure = draw_fans([torch.zeros(3, 1)], [draws], [torch.tensor([[7.0], [float("nan")]])], ["load"])
+    figure = draw_fans([Fan(torch.zeros(3, 1), draws, torch.tensor([[7.0], [float("nan")]]), 10, 13)], ["load"])
     (axes,) = figure.axes
     shades = [
         (area.get_paths()[0].vertices[:, 1].min(), area.get_paths()[0].vertices[:, 1].max())
@@ -84,9 +85,9 @@ def test_a_fan_is_made_of_the_draws_quantiles():
     ]
     assert shades == [(5, 95), (25, 75)]
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert lines["median"] == [[3, 50], [4, 50]]
-    assert lines["given"] == [[0, 0], [1, 0], [2, 0]]
-    assert lines["came"][0] == [3, 7]
+    assert lines["median"] == [[13, 50], [14, 50]]
+    assert lines["given"] == [[10, 0], [11, 0], [12, 0]]
+    assert lines["came"][0] == [13, 7]
     assert axes.get_ylabel() == "load"
 
 

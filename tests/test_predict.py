@@ -350,7 +350,7 @@ def test_a_fan_chart_has_all_it_needs(tmp_path):
     (fan, second), s = (piece.fan for piece in callback._shown), Ramps().split("test")[0]
     torch.testing.assert_close(fan.past.double(), s.x[:3])
     torch.testing.assert_close(fan.truth.double(), s.x[3:5])
-    assert fan.paths.shape == (5, 2, 2)
+    assert fan.draws.shape == (5, 2, 2)
     assert len(second.past) == 5
 
 

@@ -106,6 +106,7 @@ def write_report(folder: str | Path) -> Path:
     curves = _curves(folder / "metrics.csv")
     title = "/".join(folder.resolve().parts[-2:])
     body = "\n".join([*_head(folder, title, curves), *_training(curves), *_samples(folder), *_predictions(folder)])
+    body += "\n".join(_encodings(folder))
     body += "\n".join([*_evaluation(folder, curves), *_config(folder)])
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
@@ -265,6 +266,12 @@ def _predictions(folder: Path) -> Iterator[str]:
         archives = [path for path in files if path.suffix in (".npz", ".csv")]
         names = ", ".join(f"<code>{escape(str(path.relative_to(folder)))}</code>" for path in archives)
         yield f"<p><small>All of it: {names}</small></p>" if names else ""
+
+
+def _encodings(folder: Path) -> Iterator[str]:
+    """Show what ``lightning predict`` left beside ``encodings.npz``."""
+    if (folder / "encodings.png").is_file():
+        yield f"<h2>Prediction: encode</h2>\n{_embedded(folder / 'encodings.png', TASKS['encode'])}"
 
 
 def _judged(figures: dict[str, dict[str, float]]) -> str:

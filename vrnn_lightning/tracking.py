@@ -407,6 +407,15 @@ class WandbLogger(LightningWandbLogger):
                     self.experiment.summary[name] = {goal: max(finite) if goal == "max" else min(finite)}
 
     @rank_zero_only
+    def log_media_table(self, key: str, columns: list[str], lines: list[list[Any]]) -> None:
+        """Log a table; a cell that is a picture's or a sound's file shows or plays it."""
+        import wandb
+
+        kinds = {".png": wandb.Image, ".wav": wandb.Audio}
+        shown = [[kinds[cell.suffix](str(cell)) if isinstance(cell, Path) else cell for cell in line] for line in lines]
+        self.log_table(key, columns, shown)
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Upload what remains and close the W&B run, so that the next fit in this process gets its own."""
         super().finalize(status)

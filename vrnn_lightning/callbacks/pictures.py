@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_fans", "draw_heat", "draw_rows", "on_paper", "save_animation", "save_strokes", "strokes_svg"]
+__all__ = [
+    "Fan",
+    "draw_fans",
+    "draw_heat",
+    "draw_rows",
+    "draw_scores",
+    "is_binary",
+    "on_paper",
+    "save_animation",
+    "save_strokes",
+    "strokes_svg",
+]
 
 SIDE = 400
 """Longer side of a drawing, in pixels."""
@@ -129,42 +140,99 @@ def draw_heat(
     return figure
 
 
-def draw_fans(
-    pasts: list[Tensor], draws: list[Tensor], truths: list[Tensor], names: list[str] | None = None, first: int = 0
-) -> Figure:
+class Fan(NamedTuple):
+    """Draws of what may be, in data units.
+
+    Args:
+        past: What was given, NaN where nothing was, shape (past, features).
+        draws: Shape (samples, steps, features).
+        truth: What turned out, NaN where that is not known, shape (steps, features).
+        begin: The sequence's step that the past begins at.
+        start: The sequence's step that the draws begin at.
+    """
+
+    past: Tensor
+    draws: Tensor
+    truth: Tensor
+    begin: int
+    start: int
+
+
+def draw_fans(fans: list[Fan], names: list[str] | None = None) -> Figure:
     """Draw what may be as a fan, a column per sequence, a row for each of its first features.
 
     Shaded are the central 50 and 90 % of the draws at each step, with their median; dark is what was given, and dots
     are what turned out.
 
     Args:
-        pasts: What was given of each sequence, NaN where nothing was, shape (past, features).
-        draws: Of each sequence, shape (samples, time, features).
-        truths: What turned out, NaN where that is not known, shape (time, features).
+        fans: Of each sequence.
         names: Of the features.
-        first: The step that draws begin at, counted from the past's end: 0 for a forecast; minus the past's length for
-            draws of the whole sequence.
     """
     from matplotlib.figure import Figure
 
-    features = min(FANS, draws[0].shape[2])
-    figure = Figure(figsize=(4.2 * len(draws), 1.8 * features), layout="constrained")
-    grid = figure.subplots(features, len(draws), squeeze=False)
-    for c, (past, paths, truth) in enumerate(zip(pasts, draws, truths, strict=True)):
-        given, cloud, known = (x.detach().cpu().double().numpy() for x in (past, paths, truth))
-        time = np.arange(cloud.shape[1]) + len(given) + first
+    features = min(FANS, fans[0].draws.shape[2])
+    figure = Figure(figsize=(4.2 * len(fans), 1.8 * features), layout="constrained")
+    grid = figure.subplots(features, len(fans), squeeze=False)
+    for c, fan in enumerate(fans):
+        given, cloud, known = (x.detach().cpu().double().numpy() for x in fan[:3])
+        before, time = np.arange(len(given)) + fan.begin, np.arange(cloud.shape[1]) + fan.start
         for f, axes in enumerate(grid[:, c]):
             for share, (low, high) in zip(("90 %", "50 %"), BANDS, strict=True):
                 edges = np.quantile(cloud[:, :, f], (low, high), axis=0)
                 axes.fill_between(time, *edges, color="tab:blue", alpha=0.25, linewidth=0, label=share)
             axes.plot(time, np.median(cloud[:, :, f], axis=0), color="tab:blue", linewidth=1, label="median")
-            axes.plot(given[:, f], color="black", linewidth=1, label="given", marker="." if len(given) == 1 else None)
+            alone = "." if len(given) == 1 else None
+            axes.plot(before, given[:, f], color="black", linewidth=1, label="given", marker=alone)
             axes.plot(time, known[:, f], ".", color="tab:orange", markersize=3, label="came")
             axes.margins(x=0)
-            axes.tick_params(labelsize=7)
+            _few_ticks(axes)
             if c == 0:
                 axes.set_ylabel(names[f] if names else f"x{f}", fontsize=8)
     grid[0, 0].legend(fontsize=6, loc="best", framealpha=0.6)
+    return figure
+
+
+def draw_scores(
+    sequences: list[Tensor],
+    nats: list[Tensor],
+    threshold: float | None = None,
+    faulty: list[Tensor] | None = None,
+    modality: str = "series",
+    sample_rate: int | None = None,
+) -> Figure:
+    """Draw sequences, and below each the nats of its steps: dots are those below the threshold, shades known faults.
+
+    Args:
+        sequences: In data units, each of shape (time, features).
+        nats: Of each sequence, shape (time,).
+        threshold: Nats below which a step is flagged, if there is one.
+        faulty: True at steps of each sequence that are known to be, shape (time,), if that is known.
+        modality: How to show the sequences, as for :func:`draw_rows`.
+        sample_rate: Of audio, in Hz.
+    """
+    from matplotlib.figure import Figure
+
+    shown = {"": sequences}
+    if modality == "series":
+        modality, shown = _lines_or_pixels(shown)
+    panel = _PANELS.get(modality, [_series])[0]
+    figure = Figure(figsize=(4.2 * len(nats), 3.2), layout="constrained")
+    grid = figure.subplots(2, len(nats), squeeze=False)
+    for c, (x, line) in enumerate(zip(shown[""], nats, strict=True)):
+        panel(grid[0, c], x.detach().cpu().double().numpy(), sample_rate)
+        axes, values = grid[1, c], line.detach().cpu().double().numpy()
+        _series(axes, values, None)
+        if faulty is not None:
+            known = faulty[c].cpu().numpy()
+            bounds = np.flatnonzero(np.diff(known.astype(int), prepend=0, append=0))
+            for first, last in zip(bounds[::2], bounds[1::2], strict=True):
+                axes.axvspan(first - 0.5, last - 0.5, color="tab:orange", alpha=0.3, linewidth=0)
+        if threshold is not None:
+            below = np.flatnonzero(values < threshold)
+            axes.axhline(threshold, color="tab:red", linewidth=0.6, linestyle="--")
+            axes.plot(below, values[below], ".", color="tab:red", markersize=4)
+        if c == 0:
+            axes.set_ylabel("nats", fontsize=8)
     return figure
 
 
@@ -317,12 +385,18 @@ def _checked_strokes(strokes: Tensor) -> list[np.ndarray]:
     return list(rows_to_strokes(strokes.detach().cpu().double().numpy()))
 
 
+def is_binary(sequences: list[Tensor]) -> bool:
+    """Return whether sequences of more than one feature hold nothing but 0, 1 and NaN."""
+    every = torch.cat(sequences)
+    return every.shape[1] > 1 and bool(((every == 0) | (every == 1) | every.isnan()).all())
+
+
 def _lines_or_pixels(rows: dict[str, list[Tensor]]) -> tuple[str, dict[str, list[Tensor]]]:
     """Return how to show series, and what to draw of them."""
     first = torch.cat(next(iter(rows.values())))
     finite = first[torch.isfinite(first).all(1)]
     features = first.shape[1]
-    binary = features > 1 and bool(((finite == 0) | (finite == 1)).all())
+    binary = is_binary([finite])
     if len(finite) == 0 or (features <= MOST_LINES and not binary):
         return "series", rows
     low, high = finite.amin(0), finite.amax(0)

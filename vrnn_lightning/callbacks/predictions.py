@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,16 +19,20 @@ from vrnn_lightning import metrics
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.archives import ArchiveWriter, archive_path, replacing
 from vrnn_lightning.callbacks.media import Media, Shown, save_picture
+from vrnn_lightning.callbacks.pictures import Fan, draw_fans, draw_heat, draw_scores, is_binary
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.vrnn import Trace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Draws", "Predictions"]
 
 Task = Literal["encode", "sample", "reconstruct", "forecast", "impute", "score"]
 COMMON: dict[str, Any] = {"seed": 0, "shown": 4}
 OPTIONS: dict[str, dict[str, Any]] = {  # of each task, with their defaults
-    "encode": {},
+    "encode": {"shown": 4},
     "sample": {"count": 16, "steps": 100, "temperature": 1.0, **COMMON},
     "reconstruct": COMMON,
     "forecast": {
@@ -36,26 +41,12 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of each task, with their defaults
         **COMMON,
     },
     "impute": {"samples": 100, "particles": None, "lag": 32, "hide": 0.0, "gap": 1, **COMMON},
-    "score": {"samples": 1, "quantile": None, "seed": 0},
+    "score": {"samples": 1, "quantile": None, **COMMON},
 }
 GROUP = 64  # sequences drawn at a time
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # the ends of the central 90 % and 50 % intervals, and the median
 ROWS = 3  # paths of a forecast or an imputation that a picture shows
 PAST = 4  # a picture shows so many times as many steps before an origin as after it
-
-
-class _Fan(NamedTuple):
-    """A forecast in data units, as a fan chart needs it.
-
-    Args:
-        past: What came before, NaN where a value is missing, shape (time, features).
-        paths: How it may go on, shape (samples, steps, features).
-        truth: What came, NaN where that is not known, shape (steps, features).
-    """
-
-    past: Tensor
-    paths: Tensor
-    truth: Tensor
 
 
 class _Found(NamedTuple):
@@ -65,13 +56,15 @@ class _Found(NamedTuple):
         place: Which sequence of the split it is.
         arrays: What the archive holds of it.
         rows: What a picture shows of it: sequences in data units, each of shape (time, features).
-        fan: Of a forecast, what a fan chart shows.
+        fan: Of a forecast or an imputation, what a fan chart shows.
+        faulty: True at steps that are known to be, shape (time,), if that is known.
     """
 
     place: int
     arrays: dict[str, NDArray[Any]]
     rows: dict[str, Tensor]
-    fan: _Fan | None = None
+    fan: Fan | None = None
+    faulty: Tensor | None = None
 
 
 class Draws:
@@ -125,10 +118,12 @@ class Predictions(Callback):
         drawn; ``test_drawn``, True where it was; ``test_truth``, the data, NaN where they miss a value.
 
     Every archive is a flat one: ``test_values``, ``test_lengths`` and ``test_names``. Beside it lie ``test.csv`` (of
-    series, and of scores: a line for each step, with mean and quantiles where there are draws) and, of the first
-    ``shown`` sequences, ``test.png`` and files as the modality asks: wav of audio, svg of pen strokes, MIDI of piano
-    rolls (where mido is installed). Each of several processes writes ``test_0.npz`` and so on. Archives and tables are
-    written whole or not at all, from parts on the disk: memory does not grow with the corpus.
+    series, and of scores: a line for each step, with mean and quantiles where there are draws), ``figures.json`` where
+    the truth is known, and, of the first ``shown`` sequences, ``test.png`` (a fan chart of draws of a series, nats
+    below the sequences, a heat map of encodings) and files as the modality asks: wav of audio, svg and gif of pen
+    strokes, wav and MIDI of piano rolls (the latter where mido is installed). Each of several processes writes
+    ``test_0.npz`` and so on. Archives and tables are written whole or not at all, from parts on the disk: memory does
+    not grow with the corpus.
 
     Draws depend on ``seed`` and on a sequence's name alone: neither on the batch size nor on the number of
     processes. Those of ``sample`` depend on ``seed``, ``count`` and ``steps``.
@@ -151,7 +146,7 @@ class Predictions(Callback):
         season: Steps of a season, for the seasonal naive forecast that a forecast is compared with; default 1.
         temperature: Of the emission in ``sample`` and ``forecast``, default 1.
         seed: Of the draws; default 0.
-        shown: Sequences in the picture and as sound, default 4; 0 for none.
+        shown: Sequences in the picture, and as files of their own; default 4, 0 for none.
 
     Raises:
         UserError: An option outside its range, or of another task.
@@ -307,7 +302,8 @@ class Predictions(Callback):
         means = trace.z if trace.posterior is None else trace.posterior.mean
         elbo = trace.log_px.sum(1) - trace.kl.sum((1, 2))
         for i in real:
-            yield self._one(batch, i, means[i, : batch.lengths[i]], {}, elbo=elbo[i : i + 1].double().cpu().numpy())
+            own, rows = means[i, : batch.lengths[i]], {"real": self._truth(module, batch, i)}
+            yield self._one(batch, i, own, rows, elbo=elbo[i : i + 1].double().cpu().numpy())
 
     def _sample(self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], _: Any) -> Iterator[_Found]:
         if real:
@@ -335,9 +331,11 @@ class Predictions(Callback):
         faulty = known(batch) if known is not None and self.threshold is not None else None
         for i, nats in zip(real, self._scores(module, batch, real), strict=True):
             more = {} if self.threshold is None else {"flagged": (nats < self.threshold).cpu().numpy()}
-            if faulty is not None and self.threshold is not None:
-                self._labelled.append((nats.cpu(), faulty[i, : len(nats)].cpu()))
-            yield self._one(batch, i, nats[:, None], {}, **more)
+            wrong = None if faulty is None else faulty[i, : len(nats)].cpu()
+            if wrong is not None:
+                self._labelled.append((nats.cpu(), wrong))
+            rows = {"real": self._truth(module, batch, i)}
+            yield self._one(batch, i, nats[:, None], rows, **more)._replace(faulty=wrong)
 
     def _origins(self, length: int) -> list[int]:
         """Return the steps of a sequence that its forecasts begin at."""
@@ -378,7 +376,8 @@ class Predictions(Callback):
                 shown = {f"path_{k + 1}": torch.cat([late, p]) for k, p in enumerate(paths[:ROWS])}
                 rows = {"real": torch.cat([late, truth[: length - start]]), **shown}
                 more = {"truth": _numbers(truth), "start": np.full(samples, start)}
-                yield self._one(batch, i, paths, rows, **more)._replace(fan=_Fan(past, paths, truth))
+                fan = Fan(late, paths, truth, start - len(late), start)
+                yield self._one(batch, i, paths, rows, **more)._replace(fan=fan)
 
     def _impute(self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], _: Any) -> Iterator[_Found]:
         samples, particles, lag = (self.options[key] for key in ("samples", "particles", "lag"))
@@ -397,7 +396,9 @@ class Predictions(Callback):
             shown = {f"imputed_{k + 1}": path for k, path in enumerate(drawn[:ROWS])}
             given = truth.masked_fill(open_, torch.nan)
             more = {"truth": _numbers(truth), "drawn": open_.cpu().numpy()}
-            yield self._one(batch, i, drawn, {"real": truth, "given": given, **shown}, **more)
+            rows = {"real": truth, "given": given, **shown}
+            fan = Fan(given, drawn, truth.masked_fill(~open_, torch.nan), 0, 0)
+            yield self._one(batch, i, drawn, rows, **more)._replace(fan=fan)
 
     def _hidden(self, seed: int, steps: int) -> Tensor:
         """Return which steps of a sequence are hidden, shape (steps,): the share that was asked for, in whole gaps."""
@@ -471,11 +472,14 @@ class Predictions(Callback):
             return
         if self._lead_times and trainer.is_global_zero:
             self._write_lead_times(self.path.with_name("lead_times.csv"))
+        if self.figures and trainer.is_global_zero:
+            with replacing(self.path.with_name("figures.json")) as temporary:
+                temporary.write_text(json.dumps(self.figures, indent=1) + "\n", encoding="utf-8")
         if self.task == "score" or (self.task != "encode" and self._modality == "series"):
             self._write_table(writer, self.path.with_suffix(".csv"))
         writer.finish()
         self._writer = None
-        if self._shown and self._shown[0].rows:
+        if self._shown:
             self._show(self.path.with_suffix(".png"))
 
     def _refuse_season(self, trainer: Trainer) -> None:
@@ -559,8 +563,24 @@ class Predictions(Callback):
             for name, x in piece.rows.items():
                 rows.setdefault(name, []).append(x)
         rows = media.ready(rows)
-        save_picture(media.draw(rows), path)
-        media.write(rows, path.parent, path.stem)
+        if self.task in ("sample", "reconstruct", "forecast", "impute"):
+            media.write(rows, path.parent, path.stem)
+        save_picture(self._picture(media, rows), path)
+
+    def _picture(self, media: Media, rows: Shown) -> Figure:
+        """Draw what is to be shown."""
+        values = [torch.from_numpy(piece.arrays["values"]) for piece in self._shown]
+        if self.task == "score":
+            faulty = [piece.faulty for piece in self._shown if piece.faulty is not None] or None
+            nats = [x[:, 0] for x in values]
+            return draw_scores(rows["real"], nats, self.threshold, faulty, media.modality, media.sample_rate)
+        if self.task == "encode" and values[0].shape[1]:
+            names = [f"z{d}" for d in range(values[0].shape[1])]
+            return draw_heat(values, names, "posterior mean", rows["real"], media.modality, media.sample_rate)
+        fans = [piece.fan for piece in self._shown if piece.fan is not None]
+        if fans and media.modality == "series" and not is_binary(rows["real"]):
+            return draw_fans(fans, self._columns(fans[0].draws.shape[2]))
+        return media.draw(rows)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind."""
