@@ -617,6 +617,56 @@ def test_a_sequence_with_nothing_observed_is_left_out(tmp_path):
     assert len(found["test_names"]) == 6
 
 
+def test_sequences_of_one_step_one_at_a_time(tmp_path):
+    class Short(Ramps):
+        def sequences(self, split):
+            return [Sequence(s.x[:1], s.observed[:1], None, s.name) for s in super().sequences(split)]
+
+    for task in ("encode", "reconstruct", "score"):
+        found, _ = predict(tmp_path, Short(batch_size=1), task=task)
+        assert found["test_lengths"].tolist() == [1] * 4
+        assert np.isfinite(found["test_values"]).all()
+    found, _ = predict(tmp_path, Short(batch_size=1), task="forecast", prefix=1, steps=2, samples=3)
+    assert found["test_lengths"].tolist() == [2] * 12
+    with pytest.raises(UserError, match="prefix 1: no test sequence has something to forecast from and to"):
+        predict(tmp_path, Short(batch_size=1), task="forecast", prefix=1)
+
+
+@pytest.mark.parametrize("options", [{"latent_size": 0}, {"smoothing": True}, {"layers": 2, "cell": "lstm"}])
+def test_each_task_of_other_models(tmp_path, options):
+    """A smoothing model has no filter whose particles could score a step; it says so."""
+    module, data = model(**options), Ramps(gaps=True)
+    width = options.get("latent_size", 2)
+    for task, more, columns in (
+        ("encode", {}, width),
+        ("sample", {"count": 2, "steps": 3}, 2),
+        ("reconstruct", {}, 2),
+        ("score", {}, 1),
+        ("forecast", {"prefix": 3, "steps": 2, "stride": 2, "samples": 3}, 2),
+        ("impute", {"samples": 3, "hide": 0.3}, 2),
+    ):
+        found, _ = predict(tmp_path, data, module, task=task, **more)
+        assert found["test_values"].shape[1] == columns
+        assert np.isfinite(found["test_values"]).all()
+    if "smoothing" in options:
+        with pytest.raises(UserError, match="a smoothing model reads each sequence from its end"):
+            predict(tmp_path, data, module, task="score", samples=3)
+
+
+def test_a_full_disk_while_a_picture_is_drawn(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def full(figure, path, **_):
+        Path(path).write_text("a part of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(UserError, match=r"test.png: can't be written \(No space left on device\)"):
+        predict(tmp_path, task="reconstruct", shown=2)
+    names = {path.name for path in (tmp_path / "predictions/reconstruct").iterdir()}
+    assert names == {"test.npz", "test.csv"}
+
+
 def test_a_debugging_run_leaves_nothing(tmp_path):
     trainer = Trainer(
         default_root_dir=tmp_path,
@@ -638,6 +688,7 @@ def test_a_debugging_run_leaves_nothing(tmp_path):
         ({"task": "sample", "steps": 0}, "prediction.steps 0"),
         ({"task": "sample", "temperature": 0.0}, "prediction.temperature 0"),
         ({"task": "sample", "seed": -1}, "prediction.seed -1"),
+        ({"task": "sample", "shown": 1000}, "prediction.shown 1000: a picture has room for 64 sequences"),
         ({"task": "sample", "prefix": 3}, "prediction.prefix 3: is no option of the task sample, but of forecast"),
         ({"task": "encode", "seed": 3}, "prediction.seed 3: is no option of the task encode"),
         ({"task": "forecast"}, "prediction.steps: how far"),

@@ -44,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of each task, with their defaults
 GROUP = 64  # sequences drawn at a time
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # the ends of the central 90 % and 50 % intervals, and the median
 ROWS = 3  # paths of a forecast or an imputation that a picture shows
+MOST_SHOWN = 64  # side by side they are 20,000 pixels wide
 PAST = 4  # a picture shows so many times as many steps before an origin as after it
 
 
@@ -154,7 +155,7 @@ class Predictions(Callback):
         season: Steps of a season, for the seasonal naive forecast that a forecast is compared with; default 1.
         temperature: Of the emission in ``sample`` and ``forecast``, default 1.
         seed: Of the draws; default 0.
-        shown: Sequences in the picture and as sound, default 4; 0 for none.
+        shown: Sequences in the picture and as sound, default 4, at most 64; 0 for none.
 
     Raises:
         UserError: An option outside its range, or of another task.
@@ -222,6 +223,8 @@ class Predictions(Callback):
             value = self.options.get(key)
             if value is not None and value < low:
                 raise UserError(f"prediction.{key} {value}: must be at least {low}")
+        if self.options.get("shown", 0) > MOST_SHOWN:
+            raise UserError(f"prediction.shown {self.options['shown']}: a picture has room for {MOST_SHOWN} sequences")
         if not self.options.get("temperature", 1.0) > 0:
             raise UserError(f"prediction.temperature {self.options['temperature']}: must be above 0")
         quantile = self.options.get("quantile")
