@@ -63,3 +63,14 @@ def test_loading(capsys, monkeypatch, tmp_path):
     cells = capsys.readouterr().out.splitlines()[-1].split(" | ")
     assert cells[1:3] == ["4 x 50 x 3", "0.0 %"]
     assert all(float(cell.strip("| ")) > 0 for cell in cells[3:])
+
+
+def test_predicting(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    benchmark = runpy.run_path(str(FOLDER / "predicting.py"))
+    benchmark["SAMPLING"][:] = [benchmark["Size"](2, 3, 1, 2, 3)]
+    benchmark["main"](["sampling", "--repeats", "1", "--threads", "1"])
+    benchmark["measure_peak"]("score", "2")
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2].startswith("| 2 / 3 / 1, 2 x 3 |")
+    assert all(float(word) > 0 for word in said[-1].split())

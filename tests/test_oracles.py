@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,3 +104,55 @@ def test_no_model_beats_the_truth_on_average(source, emission):
         assert lost.mean() > -3 * lost.std() / math.sqrt(len(lost))
     tighter = bounds[1] - bounds[0]
     assert tighter.mean() > 3 * tighter.std() / math.sqrt(len(tighter))
+
+
+@pytest.fixture(scope="module")
+def built():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+        import oracles
+    data = LinearGaussian(steps=12)
+    exact = oracles.Exact.of(data, 12, data.state_covariance)
+    torch.manual_seed(0)
+    return oracles, oracles.built(data), exact, exact.sample(6)
+
+
+class TestBuilt:
+    """A VRNN whose weights make it a linear-Gaussian system, against conditioning on what is known of all its steps."""
+
+    def test_the_joint_gaussian_is_the_kalman_filters(self, built):
+        data = LinearGaussian(steps=12, test_size=3)
+        batch = pad([replace(s, x=s.x.double()) for s in data.sequences("test")])
+        stationary = built[0].Exact.of(data, 12, data.initial_covariance)
+        torch.testing.assert_close(stationary.log_likelihood(batch.x), data.exact_log_likelihood(batch))
+
+    def test_scores_and_samples_are_the_systems(self, built):
+        _, module, exact, x = built
+        scores = torch.stack([nats.sum() for nats in module.score(x, samples=2000, seed=0)])
+        assert (scores - exact.log_likelihood(x)).abs().max() < 0.3
+        drawn = module.sample(4000, 12, seed=0).flatten(1)
+        covariance = exact.root @ exact.root.T
+        std = covariance.diagonal().sqrt()
+        assert (((drawn.T @ drawn / 4000) - covariance) / std / std[:, None]).abs().max() < 5 * 2**0.5 / 4000**0.5
+
+    @pytest.mark.parametrize("task", ["imputation", "prediction"])
+    def test_errors_vanish_with_particles(self, built, monkeypatch, task):
+        """To what as many exact draws have, beside that of particles that descend from each other."""
+        oracles, module, exact, x = built
+        monkeypatch.setattr(oracles, "GAPS", (slice(4, 6),))
+        torch.manual_seed(0)
+        few, *_ = getattr(oracles, task)(module, exact, x, 16, 16)
+        many, ideal, *_ = getattr(oracles, task)(module, exact, x, 1000, 4000)
+        assert ideal["error"] < 0.05
+        assert many["error"] < {"imputation": 0.1, "prediction": 0.06}[task]
+        assert few["error"] > 2 * many["error"]
+        assert many["spread"] == pytest.approx(1, abs=0.03)
+
+    def test_a_forecast_is_the_systems(self, built):
+        _, module, exact, x = built
+        hidden = torch.arange(12) >= 8
+        mean, covariance = exact.smoothed(x, hidden)
+        std = covariance.diagonal().sqrt().unflatten(0, (4, 4))
+        paths = module.forecast(x[:, :8], 4, samples=4000, seed=0)
+        assert ((paths.mean(0) - mean) / std).abs().max() < 0.1
+        assert (paths.std(0) / std - 1).abs().max() < 0.06

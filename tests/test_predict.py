@@ -25,6 +25,7 @@ from vrnn_lightning.metrics import Detection, DrawScores, seasonal_naive
 from vrnn_lightning.nn import Layers
 
 LENGTHS = (9, 4, 12, 7)
+LEVELS = [k / 10 for k in range(1, 10)]
 
 
 class Ramps(SequenceDataModule):
@@ -399,6 +400,81 @@ def test_figures_of_known_values():
     assert "MASE" not in constant.compute(), "a past that never changes scales nothing"
 
 
+@pytest.mark.parametrize("samples", [1, 2, 30])
+def test_figures_against_brute_force(samples):
+    """Ragged sequences with holes, a feature that never changed, several updates; and of each step alone."""
+    generator = np.random.default_rng(samples)
+    score, every = DrawScores(), []
+    for length in (4, 1, 6):
+        draws, truth = generator.normal(size=(samples, length, 2)), generator.normal(size=(length, 2))
+        truth[generator.random((length, 2)) < 0.3] = np.nan
+        truth[0, 0] = 0.5
+        scale = np.array([0.0 if length == 4 else 2.0, np.nan if length == 1 else 3.0])
+        score.update(torch.tensor(draws), torch.tensor(truth), torch.tensor(scale))
+        every.append((draws, truth, scale))
+    score.update(torch.zeros(samples, 9, 2), torch.full((9, 2), torch.nan))
+    values, scaled = [], []  # of each known value: its step, its size, and the figures of its draws
+    for draws, truth, scale in every:
+        with np.errstate(all="ignore"):
+            errors = np.array([np.nanmean(e) for e in np.abs(np.median(draws, 0) - truth).T if not np.isnan(e).all()])
+        scaled += [e / s for e, s in zip(errors, scale, strict=False) if s > 0]
+        for t, feature in np.argwhere(~np.isnan(truth)):
+            x, y = draws[:, t, feature], truth[t, feature]
+            pairs = [abs(a - b) for i, a in enumerate(x) for b in x[:i]]
+            crps = np.mean(np.abs(x - y)) - (np.mean(pairs) / 2 if pairs else 0.0)
+            pinball = [2 * max(q * (y - np.quantile(x, q)), (q - 1) * (y - np.quantile(x, q))) for q in LEVELS]
+            low, q25, q75, high = np.quantile(x, [0.05, 0.25, 0.75, 0.95])
+            inside = (float(low <= y <= high), float(q25 <= y <= q75))
+            values.append((t, abs(y), (x.mean() - y) ** 2, crps, np.mean(pinball), *inside))
+
+    def figures(rows):
+        _, size, squares, crps, pinball, inside, inside_50 = np.array(rows).T
+        found = {"RMSE": np.sqrt(squares.mean()), "CRPS": crps.mean(), "wQL": pinball.sum() / size.sum()}
+        return found | ({"coverage": inside.mean(), "coverage_50": inside_50.mean()} if samples > 1 else {})
+
+    found = {name: x.item() for name, x in score.compute().items()}
+    assert found == pytest.approx(figures(values) | {"MASE": np.mean(scaled)})
+    steps = score.by_step()
+    assert len(steps["CRPS"]) == 6
+    for t in range(6):
+        rows = [row for row in values if row[0] == t]
+        assert steps["values"][t] == len(rows)
+        here = {name: x[t].item() for name, x in steps.items() if not x[t].isnan()}
+        assert here == pytest.approx({"values": len(rows), **(figures(rows) if rows else {})})
+
+
+def test_processes_add_their_draws_up():
+    """Each has other sequences, of other lengths; none is as good as nothing."""
+    torch.manual_seed(0)
+    whole, shares = DrawScores(), [DrawScores() for _ in range(3)]
+    for rank, length in ((0, 3), (1, 5), (0, 2)):
+        draws, truth, scale = torch.randn(7, length, 2), torch.randn(length, 2), torch.rand(2)
+        whole.update(draws, truth, scale)
+        shares[rank].update(draws, truth, scale)
+    for share in shares:
+        share.grow(5)
+    first, *others = shares
+    for other in others:
+        first.merge_state(other)
+    assert {k: v.item() for k, v in first.compute().items()} == pytest.approx(
+        {k: v.item() for k, v in whole.compute().items()}
+    )
+    torch.testing.assert_close(first.by_step(), whole.by_step(), equal_nan=True)
+    whole.reset()
+    whole.update(torch.zeros(1, 2, 1), torch.full((2, 1), torch.nan))
+    assert whole.compute() == {}
+
+
+def test_seasonal_naive_takes_the_last_known_value_of_a_phase():
+    nan = math.nan
+    past = torch.tensor([[9.0, 1.0], [1.0, nan], [2.0, nan], [3.0, 4.0], [nan, nan]])
+    naive, error = seasonal_naive(past, steps=3, season=2)
+    assert naive[:, 0].tolist() == [3.0, 2.0, 3.0]
+    assert naive[0::2, 1].tolist() == [4.0, 4.0]
+    assert naive[1, 1] == 1.0, "phases do not mix"
+    assert error[0] == ((2.0 - 9.0) * -1 + 2.0) / 2
+
+
 def test_detection_is_that_of_all_pairs():
     torch.manual_seed(0)
     nats, faulty = torch.randint(-8, 0, (60,)).double(), torch.rand(60) < 0.3
@@ -543,6 +619,56 @@ def test_a_sequence_with_nothing_observed_is_left_out(tmp_path):
     assert len(found["test_names"]) == 6
 
 
+def test_sequences_of_one_step_one_at_a_time(tmp_path):
+    class Short(Ramps):
+        def sequences(self, split):
+            return [Sequence(s.x[:1], s.observed[:1], None, s.name) for s in super().sequences(split)]
+
+    for task in ("encode", "reconstruct", "score"):
+        found, _ = predict(tmp_path, Short(batch_size=1), task=task)
+        assert found["test_lengths"].tolist() == [1] * 4
+        assert np.isfinite(found["test_values"]).all()
+    found, _ = predict(tmp_path, Short(batch_size=1), task="forecast", prefix=1, steps=2, samples=3)
+    assert found["test_lengths"].tolist() == [2] * 12
+    with pytest.raises(UserError, match="prefix 1: no test sequence has something to forecast from and to"):
+        predict(tmp_path, Short(batch_size=1), task="forecast", prefix=1)
+
+
+@pytest.mark.parametrize("options", [{"latent_size": 0}, {"smoothing": True}, {"layers": 2, "cell": "lstm"}])
+def test_each_task_of_other_models(tmp_path, options):
+    """A smoothing model has no filter whose particles could score a step; it says so."""
+    module, data = model(**options), Ramps(gaps=True)
+    width = options.get("latent_size", 2)
+    for task, more, columns in (
+        ("encode", {}, width),
+        ("sample", {"count": 2, "steps": 3}, 2),
+        ("reconstruct", {}, 2),
+        ("score", {}, 1),
+        ("forecast", {"prefix": 3, "steps": 2, "stride": 2, "samples": 3}, 2),
+        ("impute", {"samples": 3, "hide": 0.3}, 2),
+    ):
+        found, _ = predict(tmp_path, data, module, task=task, **more)
+        assert found["test_values"].shape[1] == columns
+        assert np.isfinite(found["test_values"]).all()
+    if "smoothing" in options:
+        with pytest.raises(UserError, match="a smoothing model reads each sequence from its end"):
+            predict(tmp_path, data, module, task="score", samples=3)
+
+
+def test_a_full_disk_while_a_picture_is_drawn(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def full(figure, path, **_):
+        Path(path).write_text("a part of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(UserError, match=r"test.png: can't be written \(No space left on device\)"):
+        predict(tmp_path, task="reconstruct", shown=2)
+    names = {path.name for path in (tmp_path / "predictions/reconstruct").iterdir()}
+    assert names == {"test.npz", "test.csv"}
+
+
 def test_a_debugging_run_leaves_nothing(tmp_path):
     trainer = Trainer(
         default_root_dir=tmp_path,
@@ -564,6 +690,7 @@ def test_a_debugging_run_leaves_nothing(tmp_path):
         ({"task": "sample", "steps": 0}, "prediction.steps 0"),
         ({"task": "sample", "temperature": 0.0}, "prediction.temperature 0"),
         ({"task": "sample", "seed": -1}, "prediction.seed -1"),
+        ({"task": "sample", "shown": 1000}, "prediction.shown 1000: a picture has room for 64 sequences"),
         ({"task": "sample", "prefix": 3}, "prediction.prefix 3: is no option of the task sample, but of forecast"),
         ({"task": "encode", "seed": 3}, "prediction.seed 3: is no option of the task encode"),
         ({"task": "forecast"}, "prediction.steps: how far"),

@@ -204,3 +204,24 @@ def test_two_processes_report_what_one_reports(tmp_path):
         found.append({name.strip(): float(value) for name, value in rows})
     assert {"test/iwae", "test/fivo_stderr", "test/fivo_effective_samples"} <= set(found[0])
     assert found[1:] == [pytest.approx(found[0], rel=1e-5)] * 2
+
+
+def test_two_processes_forecast_what_one_forecasts(tmp_path):
+    """Figures of all sequences, whichever process had them, also where each knows other lead times."""
+    found = []
+    for devices, strategy in ((1, "auto"), (2, "ddp")):
+        folder = tmp_path / strategy
+        options = {
+            "data.test_size": 7, "data.min_steps": 3, "data.steps": 9, "data.batch_size": 4 // devices,
+            "prediction.task": "forecast", "prediction.prefix": 2, "prediction.samples": 5,
+            "trainer.devices": devices, "trainer.strategy": strategy, "prediction.shown": 0,
+        }  # fmt: skip
+        said = run(folder, ["predict", *words(folder, options)], devices)
+        lines = [line.split(": ", 1) for line in said.splitlines() if "RMSE" in line]
+        figures = {(name, word.split()[0]): float(word.split()[1]) for name, of in lines for word in of.split(", ")}
+        with next(folder.rglob("lead_times.csv")).open() as file:
+            found.append((figures, [list(map(float, list(row.values())[1:6])) for row in csv.DictReader(file)]))
+    assert len(found[0][0]) == 6 + 4
+    assert [row[0] for row in found[0][1]] == [*range(1, len(found[0][1]) // 2 + 1)] * 2
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-3)
+    assert found[1][1] == [pytest.approx(row, rel=1e-5) for row in found[0][1]]
