@@ -586,9 +586,10 @@ class Inference:
 
         A particle filter: :math:`z_t` comes from the posterior where a step has data and from the prior where it has
         none, what is missing of :math:`x_t` from the emission given what is there, and the weights are those of the
-        observed part. A gap is drawn from the particles' ancestry ``lag`` steps behind it (Kitagawa and Sato 2001):
-        what comes later hardly says more of it, while ever fewer ancestors are left. Draws of one number in different
-        gaps do not belong together.
+        observed part. A gap is drawn from the particles' ancestry up to ``lag`` steps behind it (Kitagawa and Sato
+        2001), or before that where what comes later would leave it fewer effective ancestors than half the samples
+        (adaptive lag, Alenlov and Olsson 2019): with many features a single frame may. Draws of one number in different
+        gaps do not belong together, nor do those far apart in a long stretch of frames that are partly there.
 
         A model that was told of missing values (``missing``) goes on with what it saw; any other with what was drawn.
 
@@ -596,7 +597,7 @@ class Inference:
             sequences: At least one, NaN where a value is missing.
             samples: Draws of each.
             particles: At least as many; by default 4 times the samples.
-            lag: Steps behind a gap.
+            lag: Steps behind a gap, at most.
             inputs: Covariates, for a model that reads them.
             seed: Decides the draws.
 
@@ -748,19 +749,43 @@ class _Imputer:
         length = int(self.batch.lengths[row])
         paths = self.batch.x[row, :length].expand(samples, -1, -1).clone()
         open_steps = (~self.batch.counted[row, :length]).any(-1).tolist()
-        end = 0
-        for first in range(length):
-            if not open_steps[first] or first < end:
+        stop = length
+        while stop > 0:
+            if not open_steps[stop - 1]:
+                stop -= 1
                 continue
-            end = next((t for t in range(first, length) if not open_steps[t]), length)
-            last = min(end - 1 + lag, length - 1)
-            chosen = _drawn(self.log_weights[last][:, row : row + 1], samples)[:, 0]
-            for t in range(last, first - 1, -1):
-                ancestors = self.ancestors[t]
-                chosen = chosen if ancestors is None else ancestors[chosen, row]
-                if t < end:
-                    paths[:, t] = self.frames[t][chosen, row]
+            last = self._last(row, stop - 1, min(stop - 1 + lag, length - 1), samples / 2)
+            chosen, apart = _drawn(self.log_weights[last][:, row : row + 1], samples)[:, 0], 0
+            for t in range(last, -1, -1):
+                chosen = self._before(t, row, chosen)
+                if t >= stop:
+                    continue
+                left = len(chosen.unique())
+                apart = left if t == stop - 1 else apart
+                if not open_steps[t] or left < apart / 2:
+                    break
+                paths[:, t] = self.frames[t][chosen, row]
+            else:
+                t = -1
+            stop = t + 1
         return paths
+
+    def _before(self, t: int, row: int, chosen: Tensor) -> Tensor:
+        """Return which particles of step t those that go on from it were."""
+        ancestors = self.ancestors[t]
+        return chosen if ancestors is None else ancestors[chosen, row]
+
+    def _last(self, row: int, t: int, end: int, enough: float) -> int:
+        """Return the last step until ``end`` whose particles still have enough effective ancestors at step t, or t."""
+        lineage = torch.arange(self.particles, device=self.batch.x.device)
+        lineage = self._before(t, row, lineage)
+        for s in range(t + 1, end + 1):
+            lineage = lineage[self._before(s, row, torch.arange(self.particles, device=lineage.device))]
+            weights = self.log_weights[s][:, row].double().softmax(0)
+            shares = torch.zeros_like(weights).index_add(0, lineage, weights)
+            if 1 / shares.square().sum() < enough:
+                return s - 1
+        return end
 
 
 def _completed(emission: Distribution, x: Tensor, counted: Tensor) -> Tensor:

@@ -96,61 +96,61 @@ class Draws:
 class Predictions(Callback):
     """Writes what ``lightning predict`` makes of the test sequences, in data units, into the run's folder.
 
-        ``encode``
-            ``encodings.npz``: ``test_values``, means of the posteriors q(z_t | x_<=t, z_<t), shape (total steps, latent),
-            sequence after sequence; ``test_elbo``, the single-sample ELBO of each in nats, in scaled units, with the
-            noise that evaluation draws.
-        ``sample``
-            ``predictions/sample/test.npz``: sequences drawn from the model. Needs the checkpoint and no data.
-        ``reconstruct``
-            ``predictions/reconstruct/test.npz``: the emission's mean at each step, with the latents inferred.
-        ``score``
-            ``predictions/score/test.npz``: nats of each step in data units, shape (total steps, 1); with ``quantile`` also
-            ``test_flagged``, True at steps below that quantile of the validation steps' scores, shape (total steps,).
-        ``forecast``
-            ``predictions/forecast/test.npz``: ``samples`` paths of each sequence, one after another; ``test_start``, the
-            step that each path begins at; ``test_truth``, what came, NaN where that is not known, of shape (total steps of
-            one path each, features). With ``stride`` a backtest over rolling origins: the forecasts of a sequence's
-            origins follow one another, each as if it were a sequence of that name. Beside them lies ``lead_times.csv``:
-            for each step ahead the figures of :class:`~vrnn_lightning.metrics.DrawScores`, and those of the seasonal
-            naive forecast, of all processes.
-        ``impute``
-            ``predictions/impute/test.npz``: ``samples`` copies of each sequence, one after another, with what was missing
-            drawn; ``test_drawn``, True where it was; ``test_truth``, the data, NaN where they miss a value.
+    ``encode``
+        ``encodings.npz``: ``test_values``, means of the posteriors q(z_t | x_<=t, z_<t), shape (total steps, latent),
+        sequence after sequence; ``test_elbo``, the single-sample ELBO of each in nats, in scaled units, with the
+        noise that evaluation draws.
+    ``sample``
+        ``predictions/sample/test.npz``: sequences drawn from the model. Needs the checkpoint and no data.
+    ``reconstruct``
+        ``predictions/reconstruct/test.npz``: the emission's mean at each step, with the latents inferred.
+    ``score``
+        ``predictions/score/test.npz``: nats of each step in data units, shape (total steps, 1); with ``quantile`` also
+        ``test_flagged``, True at steps below that quantile of the validation steps' scores, shape (total steps,).
+    ``forecast``
+        ``predictions/forecast/test.npz``: ``samples`` paths of each sequence, one after another; ``test_start``, the
+        step that each path begins at; ``test_truth``, what came, NaN where that is not known, of shape (total steps of
+        one path each, features). With ``stride`` a backtest over rolling origins: the forecasts of a sequence's
+        origins follow one another, each as if it were a sequence of that name. Beside them lies ``lead_times.csv``:
+        for each step ahead the figures of :class:`~vrnn_lightning.metrics.DrawScores`, and those of the seasonal
+        naive forecast, of all processes.
+    ``impute``
+        ``predictions/impute/test.npz``: ``samples`` copies of each sequence, one after another, with what was missing
+        drawn; ``test_drawn``, True where it was; ``test_truth``, the data, NaN where they miss a value.
 
-        Every archive is a flat one: ``test_values``, ``test_lengths`` and ``test_names``. Beside it lie ``test.csv`` (of
-        series, and of scores: a line for each step, with mean and quantiles where there are draws), ``figures.json`` where
-        the truth is known, and, of the first ``shown`` sequences, ``test.png`` (a fan chart of draws of a series, nats
-        below the sequences, a heat map of encodings) and files as the modality asks: wav of audio, svg and gif of pen
-        strokes, wav and MIDI of piano rolls (the latter where mido is installed). Each of several processes writes
-        ``test_0.npz`` and so on. Archives and tables are written whole or not at all, from parts on the disk: memory does
-        not grow with the corpus.
+    Every archive is a flat one: ``test_values``, ``test_lengths`` and ``test_names``. Beside it lie ``test.csv`` (of
+    series, and of scores: a line for each step, with mean and quantiles where there are draws), ``figures.json`` where
+    the truth is known, and, of the first ``shown`` sequences, ``test.png`` (a fan chart of draws of a series, nats
+    below the sequences, a heat map of encodings) and files as the modality asks: wav of audio, svg and gif of pen
+    strokes, wav and MIDI of piano rolls (the latter where mido is installed). Each of several processes writes
+    ``test_0.npz`` and so on. Archives and tables are written whole or not at all, from parts on the disk: memory does
+    not grow with the corpus.
 
-        Draws depend on ``seed`` and on a sequence's name alone: neither on the batch size nor on the number of
-        processes. Those of ``sample`` depend on ``seed``, ``count`` and ``steps``.
+    Draws depend on ``seed`` and on a sequence's name alone: neither on the batch size nor on the number of
+    processes. Those of ``sample`` depend on ``seed``, ``count`` and ``steps``.
 
-        Args:
-            task: What to make.
-            count: Sequences that ``sample`` draws; default 16.
-            steps: Length of a sample, default 100; how far a forecast goes, by default to the sequence's end.
-            prefix: Steps that a forecast is given; -24 for all but the last 24; default: the whole sequence.
-            stride: Steps from one origin to the next: forecasts of ``steps`` steps begin at ``prefix``, ``prefix + stride``
-                and so on, as long as the sequence holds what comes of them; each knows all steps before it. By default
-                there is one origin.
-            samples: Paths of a forecast or draws of an imputation, default 100; particles that score, default 1.
-            particles: That impute, default 4 times the samples.
-            lag: Steps behind a gap from which it is imputed, default 32.
-            hide: Share of the steps that ``impute`` hides, so that it can be judged; default 0.
-            gap: Steps in a row that are hidden together; default 1.
-            quantile: Of the validation steps' scores, 0.01 for example: steps of the test that score below it are flagged.
-                A datamodule that knows faulty steps (``anomalies``) has precision, recall and AUROC reported.
-            season: Steps of a season, for the seasonal naive forecast that a forecast is compared with; default 1.
-            temperature: Of the emission in ``sample`` and ``forecast``, default 1.
-            seed: Of the draws; default 0.
-        shown: Sequences in the picture, and as files of their own; default 4, at most 64, 0 for none.
+    Args:
+        task: What to make.
+        count: Sequences that ``sample`` draws; default 16.
+        steps: Length of a sample, default 100; how far a forecast goes, by default to the sequence's end.
+        prefix: Steps that a forecast is given; -24 for all but the last 24; default: the whole sequence.
+        stride: Steps from one origin to the next: forecasts of ``steps`` steps begin at ``prefix``, ``prefix + stride``
+            and so on, as long as the sequence holds what comes of them; each knows all steps before it. By default
+            there is one origin.
+        samples: Paths of a forecast or draws of an imputation, default 100; particles that score, default 1.
+        particles: That impute, default 4 times the samples.
+        lag: Steps behind a gap from which it is imputed, default 32.
+        hide: Share of the steps that ``impute`` hides, so that it can be judged; default 0.
+        gap: Steps in a row that are hidden together; default 1.
+        quantile: Of the validation steps' scores, 0.01 for example: steps of the test that score below it are flagged.
+            A datamodule that knows faulty steps (``anomalies``) has precision, recall and AUROC reported.
+        season: Steps of a season, for the seasonal naive forecast that a forecast is compared with; default 1.
+        temperature: Of the emission in ``sample`` and ``forecast``, default 1.
+        seed: Of the draws; default 0.
+    shown: Sequences in the picture, and as files of their own; default 4, at most 64, 0 for none.
 
-        Raises:
-            UserError: An option outside its range, or of another task.
+    Raises:
+        UserError: An option outside its range, or of another task.
     """
 
     def __init__(
