@@ -162,13 +162,23 @@ def test_a_model_loads_where_onnx_is_not(module, tmp_path, monkeypatch):
 
 def test_a_trusted_class_is_imported(module, tmp_path, monkeypatch):
     (tmp_path / "own_heads_of_test.py").write_text(
-        "from vrnn_lightning.heads import GaussianMixture\nclass Mine(GaussianMixture): pass\n"
+        "import torch\nfrom vrnn_lightning.heads import GaussianMixture\n"
+        "class Mine(GaussianMixture):\n"
+        "    def __init__(self, in_features, num_features, components=20):\n"
+        "        super().__init__(in_features, num_features, components)\n"
+        "        self.looked_at = torch.ones(1).item()\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     module.save_pretrained(tmp_path)
     change(tmp_path, emission={"class_path": "own_heads_of_test.Mine", "init_args": {"components": 4}})
     loaded = VRNNLightningModule.from_pretrained(tmp_path, trust=["own_heads_of_test"])
     assert "Mine" in {type(part).__name__ for part in loaded.modules()}
+    loaded.save_pretrained(tmp_path / "again")
+    again = VRNNLightningModule.from_pretrained(tmp_path / "again", trust=["own_heads_of_test"])
+    assert torch.equal(again.sample(1, 3, seed=0), module.sample(1, 3, seed=0))
+    change(tmp_path, hidden_size=10**12)
+    with pytest.raises(UserError, match="no model can be made of its options"):
+        VRNNLightningModule.from_pretrained(tmp_path, trust=["own_heads_of_test"])
 
 
 def reweigh(folder, **tensors):

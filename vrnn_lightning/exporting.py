@@ -21,7 +21,7 @@ from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads import Head, Network
 from vrnn_lightning.inference import upcoming
-from vrnn_lightning.pretrained import replace_files
+from vrnn_lightning.pretrained import replace_files, require_numbers
 from vrnn_lightning.recurrence import State
 from vrnn_lightning.recurrence.parts import as_state
 from vrnn_lightning.recurrence.textbook import textbook_step
@@ -142,8 +142,8 @@ class Exported:
                 compared with torch before it is kept and needs ``pip install 'vrnn-lightning[export]'``.
 
         Raises:
-            UserError: Another suffix, a model that smooths, a library or the folder that is not there, no room, or an
-                emission that ONNX can't say.
+            UserError: Another suffix, a model that smooths, weights that are no numbers, a library or the folder that
+                is not there, no room, or an emission that ONNX can't say.
         """
         path = Path(path)
         if path.suffix not in (".pt2", ".onnx"):
@@ -154,6 +154,7 @@ class Exported:
             raise UserError(f"{path}: is a folder; give another name")
         if not path.parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.parent}; make it first")
+        require_numbers("the model", cast(nn.Module, self).state_dict())
         with _traceable():
             step = _Step(self.vrnn, self.scaler)
             content = _as_torch(step) if path.suffix == ".pt2" else _as_onnx(step.float())

@@ -284,7 +284,11 @@ class Session:
         model = self._model
         _require_shape("x", x, self._stream.batch, model.num_features)
         x = x.to(model.input_mean.device)
+        if observed is not None and observed.dtype != torch.bool:
+            raise UserError(f"observed: is of {observed.dtype}, and must be bool: True where a value was measured")
         counted = torch.ones_like(x, dtype=torch.bool) if observed is None else observed.to(x.device)
+        if model.num_inputs and inputs is not None and not inputs.isfinite().all():
+            raise UserError("inputs: holds a value that is no number")
         if not x.sum().isfinite():
             if observed is None:
                 observed = counted = ~x.isnan()
