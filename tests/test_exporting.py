@@ -164,6 +164,7 @@ def test_what_an_export_cannot_do(tmp_path, monkeypatch):
         ("step.pt", "as .pt2 or .onnx"),
         ("no/step.pt2", "there is no folder"),
         ("file/step.pt2", "there is no folder"),
+        ("a" * 300 + ".pt2", "File name too long"),
         ("folder.pt2", "is a folder; give another name"),
     ):
         with pytest.raises(UserError, match=message):

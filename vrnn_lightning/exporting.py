@@ -150,10 +150,13 @@ class Exported:
             raise UserError(f"{path}: a step is exported as .pt2 or .onnx; choose one of these")
         if self.vrnn.backward_rnn is not None:
             raise UserError("a smoothing model reads each sequence from its end: it has no step to export")
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder; give another name")
-        if not path.parent.is_dir():
-            raise UserError(f"{path}: there is no folder {path.parent}; make it first")
+        try:
+            if path.is_dir():
+                raise UserError(f"{path}: is a folder; give another name")
+            if not path.parent.is_dir():
+                raise UserError(f"{path}: there is no folder {path.parent}; make it first")
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; give another name") from error
         require_numbers("the model", cast(nn.Module, self).state_dict())
         with _traceable():
             step = _Step(self.vrnn, self.scaler)
