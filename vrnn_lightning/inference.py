@@ -250,7 +250,9 @@ class Session:
     """
 
     def __init__(self, stream: Stream, model: VRNN, scaler: Scaler) -> None:
-        self._stream, self._model, self._scaler = stream, model, scaler
+        self._stream, self._model = stream, model
+        self._scaler = Scaler(scaler.mean.double(), scaler.std.double())
+        self._jacobian = self._scaler.std.log().expand(model.num_features).sum()  # of a frame without gaps
         self._nats = stream.log_weights.new_zeros(stream.batch)
 
     @property
@@ -297,7 +299,8 @@ class Session:
                 raise UserError("x: holds a value that is no number; mend it, or let NaN say that it is missing")
         scaled = self._scaler.scale(x.double())
         nats = self._stream.step(scaled, None if observed is None else counted, inputs, noise)
-        self._nats = nats - _log_std(self._scaler, counted).to(nats)
+        jacobian = self._jacobian if observed is None else _log_std(self._scaler, counted)
+        self._nats = nats - jacobian.to(nats)
         return self.now
 
 
