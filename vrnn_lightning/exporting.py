@@ -115,24 +115,24 @@ class Exported:
 
         It takes, in this order, what the model reads of these:
 
-        ========================== ==================== ================================================================
-        ``x``                      (batch, features)    the frame, in data units
-        ``observed``               (batch, features)    bool, where it was measured; for a model told of missing values
-        ``inputs``                 (batch, covariates)  its covariates
-        ``noise``                  (batch, latent)      standard normal, for the posterior's draw
-        ``next_inputs``            (batch, covariates)  covariates of the step to come
-        ``next_noise``             (batch, latent)      standard normal, for the prior's draw of the step to come
-        ``h``, and ``c`` of LSTMs  (batch, layers, hidden)  the state, zeros at first
-        ========================== ==================== ================================================================
+        ========================= ======================= ==============================================================
+        ``x``                     (batch, features)       the frame, in data units
+        ``observed``              (batch, features)       bool, where it was measured; if the model is told
+        ``inputs``                (batch, covariates)     its covariates
+        ``noise``                 (batch, latent)         standard normal, for the posterior's draw
+        ``next_inputs``           (batch, covariates)     covariates of the step to come
+        ``next_noise``            (batch, latent)         standard normal, for the prior's draw of the step to come
+        ``h``, and ``c`` of LSTMs (batch, layers, hidden) the state, zeros at first
+        ========================= ======================= ==============================================================
 
         and returns, in this order:
 
-        ========================== ==================== ================================================================
-        ``nats``                   (batch,)             log p(x_t, z_t | .) - log q(z_t | .), in data units
-        ``next_mean``              (batch, features)    mean of the next frame, given the prior's draw, in data units
-        ``next_std``               (batch, features)    its standard deviation, if the emission has one
-        ``h_next``, ``c_next``     (batch, layers, hidden)  the state to go on with
-        ========================== ==================== ================================================================
+        ========================= ======================= ==============================================================
+        ``nats``                  (batch,)                log p(x_t, z_t | .) - log q(z_t | .), in data units
+        ``next_mean``             (batch, features)       mean of the next frame, given the prior's draw, in data units
+        ``next_std``              (batch, features)       its standard deviation, if the emission has one
+        ``h_next``, ``c_next``    (batch, layers, hidden) the state to go on with
+        ========================= ======================= ==============================================================
 
         A call with ``next_noise`` drawn is one part of the mixture that :meth:`~vrnn_lightning.inference.Step.next`
         returns; rows repeated with other noise are others. Weights are those of now; the module is left as it is.
