@@ -67,6 +67,7 @@ def compare(module, run, tolerance, size=2):
         observed = inputs = next_inputs = None
         if vrnn.missing:
             given["observed"] = observed = torch.rand(size, 3, generator=generator) > 0.3
+            x[~observed] = float("nan")
         if vrnn.num_inputs:
             given["inputs"] = inputs = draw(vrnn.num_inputs)
         noise, next_noise = draw(vrnn.latent_size), draw(vrnn.latent_size)
@@ -138,7 +139,11 @@ def test_an_export_leaves_all_as_it_was(tmp_path):
     assert {name: part.training for name, part in module.named_modules()} == modes
     assert Distribution._validate_args == checks
     assert torch.equal(torch.get_rng_state(), random)
-    compare(module, load(tmp_path / "step.pt2"), 1e-12)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "vrnn_lightning"]:
+            patch.setitem(sys.modules, name, None)  # the program needs nothing of ours
+        run = load(tmp_path / "step.pt2")
+    compare(module, run, 1e-12)
     prune.remove(module.vrnn.phi_x[0], "weight")
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items() if "phi_x" not in name)
 
@@ -159,12 +164,19 @@ def test_what_an_export_cannot_do(tmp_path, monkeypatch):
         ("step.pt", "as .pt2 or .onnx"),
         ("no/step.pt2", "there is no folder"),
         ("file/step.pt2", "there is no folder"),
+        ("a" * 300 + ".pt2", "File name too long"),
         ("folder.pt2", "is a folder; give another name"),
     ):
         with pytest.raises(UserError, match=message):
             make().export(tmp_path / name)
     with pytest.raises(UserError, match="no step to export"):
         make(smoothing=True).export(tmp_path / "step.pt2")
+    spoiled = make()
+    spoiled.vrnn.phi_x[0].bias.data.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"the model: vrnn\.phi_x\.0\.bias holds values that are no numbers"):
+        spoiled.export(tmp_path / "step.onnx")
+    with pytest.raises(UserError, match="densities need float32"):
+        make().bfloat16().export(tmp_path / "step.pt2")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"onnxruntime is not installed; pip install 'vrnn-lightning\[export\]'"):
         make().export(tmp_path / "step.onnx")

@@ -162,13 +162,23 @@ def test_a_model_loads_where_onnx_is_not(module, tmp_path, monkeypatch):
 
 def test_a_trusted_class_is_imported(module, tmp_path, monkeypatch):
     (tmp_path / "own_heads_of_test.py").write_text(
-        "from vrnn_lightning.heads import GaussianMixture\nclass Mine(GaussianMixture): pass\n"
+        "import torch\nfrom vrnn_lightning.heads import GaussianMixture\n"
+        "class Mine(GaussianMixture):\n"
+        "    def __init__(self, in_features, num_features, components=20):\n"
+        "        super().__init__(in_features, num_features, components)\n"
+        "        self.looked_at = torch.ones(1).item()\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     module.save_pretrained(tmp_path)
     change(tmp_path, emission={"class_path": "own_heads_of_test.Mine", "init_args": {"components": 4}})
-    loaded = VRNNLightningModule.from_pretrained(tmp_path, trust=["own_heads_of_test"])
+    loaded = VRNNLightningModule.from_pretrained(tmp_path, trust="own_heads_of_test")
     assert "Mine" in {type(part).__name__ for part in loaded.modules()}
+    loaded.save_pretrained(tmp_path / "again")
+    again = VRNNLightningModule.from_pretrained(tmp_path / "again", trust=["own_heads_of_test"])
+    assert torch.equal(again.sample(1, 3, seed=0), module.sample(1, 3, seed=0))
+    change(tmp_path, hidden_size=10**12)
+    with pytest.raises(UserError, match="no model can be made of its options"):
+        VRNNLightningModule.from_pretrained(tmp_path, trust=["own_heads_of_test"])
 
 
 def reweigh(folder, **tensors):
@@ -268,6 +278,29 @@ def test_a_trusted_module_gives_emissions_alone(module, tmp_path):
         VRNNLightningModule.from_pretrained(tmp_path, trust=["no_such_module_of_test"])
 
 
+class Tagged(VRNNLightningModule):
+    """A subclass with an option of its own."""
+
+    def __init__(self, tag: str = "", **options):
+        super().__init__(**options)
+        self.tag = tag
+
+
+def test_a_subclass_keeps_its_own_options(tmp_path):
+    Tagged(tag="evil_heads.Head", num_features=2, hidden_size=3).save_pretrained(tmp_path)
+    loaded = Tagged.from_pretrained(tmp_path)
+    assert (type(loaded), loaded.tag, loaded.vrnn.hidden_size) == (Tagged, "evil_heads.Head", 3)
+    with pytest.raises(UserError, match="tag is no option of VRNNLightningModule"):
+        VRNNLightningModule.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nothing", "a" * 300, "a\0b", ""])
+def test_a_folder_that_is_none(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json: .*; give a folder that save_pretrained wrote"):
+        VRNNLightningModule.from_pretrained(name)
+
+
 def test_links_to_files_are_followed(module, tmp_path):
     module.save_pretrained(tmp_path / "blobs")
     (tmp_path / "model").mkdir()
@@ -294,7 +327,7 @@ def test_what_can_t_be_loaded_is_not_saved(module, tmp_path):
 
 def test_where_nothing_can_be_written_nothing_is(module, tmp_path):
     (tmp_path / "file").write_text("kept")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+    for path in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "file\0", tmp_path / ("file" * 99)):
         with pytest.raises(UserError, match=r"file.*not saved"):
             module.save_pretrained(path)
     assert (tmp_path / "file").read_text() == "kept"

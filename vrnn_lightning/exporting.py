@@ -21,7 +21,7 @@ from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads import Head, Network
 from vrnn_lightning.inference import upcoming
-from vrnn_lightning.pretrained import replace_files
+from vrnn_lightning.pretrained import replace_files, require_numbers
 from vrnn_lightning.recurrence import State
 from vrnn_lightning.recurrence.parts import as_state
 from vrnn_lightning.recurrence.textbook import textbook_step
@@ -115,24 +115,24 @@ class Exported:
 
         It takes, in this order, what the model reads of these:
 
-        ========================== ==================== ================================================================
-        ``x``                      (batch, features)    the frame, in data units
-        ``observed``               (batch, features)    bool, where it was measured; for a model told of missing values
-        ``inputs``                 (batch, covariates)  its covariates
-        ``noise``                  (batch, latent)      standard normal, for the posterior's draw
-        ``next_inputs``            (batch, covariates)  covariates of the step to come
-        ``next_noise``             (batch, latent)      standard normal, for the prior's draw of the step to come
-        ``h``, and ``c`` of LSTMs  (batch, layers, hidden)  the state, zeros at first
-        ========================== ==================== ================================================================
+        ========================= ======================= ==============================================================
+        ``x``                     (batch, features)       the frame, in data units
+        ``observed``              (batch, features)       bool, where it was measured; if the model is told
+        ``inputs``                (batch, covariates)     its covariates
+        ``noise``                 (batch, latent)         standard normal, for the posterior's draw
+        ``next_inputs``           (batch, covariates)     covariates of the step to come
+        ``next_noise``            (batch, latent)         standard normal, for the prior's draw of the step to come
+        ``h``, and ``c`` of LSTMs (batch, layers, hidden) the state, zeros at first
+        ========================= ======================= ==============================================================
 
         and returns, in this order:
 
-        ========================== ==================== ================================================================
-        ``nats``                   (batch,)             log p(x_t, z_t | .) - log q(z_t | .), in data units
-        ``next_mean``              (batch, features)    mean of the next frame, given the prior's draw, in data units
-        ``next_std``               (batch, features)    its standard deviation, if the emission has one
-        ``h_next``, ``c_next``     (batch, layers, hidden)  the state to go on with
-        ========================== ==================== ================================================================
+        ========================= ======================= ==============================================================
+        ``nats``                  (batch,)                log p(x_t, z_t | .) - log q(z_t | .), in data units
+        ``next_mean``             (batch, features)       mean of the next frame, given the prior's draw, in data units
+        ``next_std``              (batch, features)       its standard deviation, if the emission has one
+        ``h_next``, ``c_next``    (batch, layers, hidden) the state to go on with
+        ========================= ======================= ==============================================================
 
         A call with ``next_noise`` drawn is one part of the mixture that :meth:`~vrnn_lightning.inference.Step.next`
         returns; rows repeated with other noise are others. Weights are those of now; the module is left as it is.
@@ -142,18 +142,22 @@ class Exported:
                 compared with torch before it is kept and needs ``pip install 'vrnn-lightning[export]'``.
 
         Raises:
-            UserError: Another suffix, a model that smooths, a library or the folder that is not there, no room, or an
-                emission that ONNX can't say.
+            UserError: Another suffix, a model that smooths, weights that are no numbers, a library or the folder that
+                is not there, no room, or an emission that ONNX can't say.
         """
         path = Path(path)
         if path.suffix not in (".pt2", ".onnx"):
             raise UserError(f"{path}: a step is exported as .pt2 or .onnx; choose one of these")
         if self.vrnn.backward_rnn is not None:
             raise UserError("a smoothing model reads each sequence from its end: it has no step to export")
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder; give another name")
-        if not path.parent.is_dir():
-            raise UserError(f"{path}: there is no folder {path.parent}; make it first")
+        try:
+            if path.is_dir():
+                raise UserError(f"{path}: is a folder; give another name")
+            if not path.parent.is_dir():
+                raise UserError(f"{path}: there is no folder {path.parent}; make it first")
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; give another name") from error
+        require_numbers("the model", cast(nn.Module, self).state_dict())
         with _traceable():
             step = _Step(self.vrnn, self.scaler)
             content = _as_torch(step) if path.suffix == ".pt2" else _as_onnx(step.float())

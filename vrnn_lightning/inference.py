@@ -252,7 +252,9 @@ class Session:
     """
 
     def __init__(self, stream: Stream, model: VRNN, scaler: Scaler) -> None:
-        self._stream, self._model, self._scaler = stream, model, scaler
+        self._stream, self._model = stream, model
+        self._scaler = Scaler(scaler.mean.double(), scaler.std.double())
+        self._jacobian = self._scaler.std.log().expand(model.num_features).sum()  # of a frame without gaps
         self._nats = stream.log_weights.new_zeros(stream.batch)
 
     @property
@@ -286,7 +288,11 @@ class Session:
         model = self._model
         _require_shape("x", x, self._stream.batch, model.num_features)
         x = x.to(model.input_mean.device)
+        if observed is not None and observed.dtype != torch.bool:
+            raise UserError(f"observed: is of {observed.dtype}, and must be bool: True where a value was measured")
         counted = torch.ones_like(x, dtype=torch.bool) if observed is None else observed.to(x.device)
+        if model.num_inputs and inputs is not None and not inputs.isfinite().all():
+            raise UserError("inputs: holds a value that is no number")
         if not x.sum().isfinite():
             if observed is None:
                 observed = counted = ~x.isnan()
@@ -295,7 +301,8 @@ class Session:
                 raise UserError("x: holds a value that is no number; mend it, or let NaN say that it is missing")
         scaled = self._scaler.scale(x.double())
         nats = self._stream.step(scaled, None if observed is None else counted, inputs, noise)
-        self._nats = nats - _log_std(self._scaler, counted).to(nats)
+        jacobian = self._jacobian if observed is None else _log_std(self._scaler, counted)
+        self._nats = nats - jacobian.to(nats)
         return self.now
 
 

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads import Head
 
-__all__ = ["Pretrained", "replace_files"]
+__all__ = ["Pretrained", "replace_files", "require_numbers"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OF_TRAINING = frozenset({"optimizer", "lr_scheduler", "lr_interval", "objective", "_instantiator"})
@@ -49,7 +50,7 @@ class Pretrained:
         altered = next((name for name in weights if name.endswith("_orig") or "parametrizations" in name), None)
         if altered is not None:
             raise UserError(f"{altered}: is of a pruned or parametrised layer; make it permanent first (prune.remove)")
-        _require_numbers("the model", weights)
+        require_numbers("the model", weights)
         config = {"format": FORMAT, "model": options}
         try:
             text = json.dumps(config, indent=2) + "\n"
@@ -58,19 +59,21 @@ class Pretrained:
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder}: {error.strerror or error}; the model is not saved there") from error
+        except (OSError, ValueError) as error:  # a name that no folder can have is a ValueError
+            said = getattr(error, "strerror", None) or error
+            raise UserError(f"{folder}: {said}; the model is not saved there") from error
         replace_files({folder / WEIGHTS: save(weights), folder / CONFIG: text.encode()})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, trust: Sequence[str] = ()) -> Self:
+    def from_pretrained(cls, folder: str | Path, trust: str | Sequence[str] = ()) -> Self:
         """Return the model that :meth:`save_pretrained` wrote, on the CPU, in the type it had.
 
         It is in training mode, as any new model is, so that a Trainer drops out what it should; what a model is asked
         for (``sample``, ``score``, ``session`` ...) drops nothing out in either mode.
 
         Nothing that the folder holds is run, and no class that it names is imported but this package's own emissions.
-        What it declares is compared with the weights that are there before any memory is taken for it.
+        What it declares is compared with the weights that are there before any memory is taken for it, unless a class
+        of your own is to be called.
 
         Args:
             folder: With ``config.json`` and ``model.safetensors``. Needs ``pip install 'vrnn-lightning[export]'``.
@@ -82,6 +85,7 @@ class Pretrained:
         """
         folder = Path(folder)
         config, source = folder / CONFIG, folder / WEIGHTS
+        trusted = {OWN, *([trust] if isinstance(trust, str) else trust)}
         options = _options(config)
         weights = _weights(source)
         given = {**options}
@@ -89,16 +93,17 @@ class Pretrained:
         for name, value in options.items():
             default = defaults.get(name)
             if isinstance(value, Mapping) and "class_path" in value:
-                given[name] = _emission(config, name, value, {OWN, *trust})
+                given[name] = _emission(config, name, value, trusted)
             elif isinstance(value, Mapping) and is_dataclass(default):
                 given[name] = _made(config, type(default), value)
         for name, value in [("layers", given.get("layers")), *((k, getattr(v, "depth", 0)) for k, v in given.items())]:
             if isinstance(value, int) and value > len(weights):
                 raise UserError(f"{config}: {name} is deeper than the weights of {WEIGHTS}")
-        with torch.device("meta"):  # no memory is taken
+        known = not trust and cls.__module__.partition(".")[0] == "vrnn_lightning"  # others' may look at their values
+        with torch.device("meta") if known else nullcontext():  # no memory is taken
             declared: Any = _made(config, cls, given)
         _compare(folder, declared.state_dict(), weights)
-        _require_numbers(source, weights)
+        require_numbers(source, weights)
         module = _made(config, cls, given)
         module.to(max((value.dtype for value in weights.values() if value.is_floating_point()), key=_bits))
         module.load_state_dict(weights)
@@ -109,25 +114,33 @@ def _bits(dtype: torch.dtype) -> int:
     return torch.finfo(dtype).bits
 
 
-def _defaults(made: Callable[..., Any]) -> dict[str, Any]:
-    """Return the options that make something, and what each is if not given."""
-    options = inspect.signature(made).parameters.items()
-    return {name: option.default for name, option in options if name not in OF_TRAINING}
+def _defaults(made: type) -> dict[str, Any]:
+    """Return the options that make something, and what each is if not given; those of its bases if it takes any."""
+    found: dict[str, Any] = {}
+    for cls in made.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        _, *options = inspect.signature(vars(cls)["__init__"]).parameters.values()
+        named = (o for o in options if o.kind not in (o.VAR_KEYWORD, o.VAR_POSITIONAL) and o.name not in OF_TRAINING)
+        found = {option.name: option.default for option in named} | found
+        if all(option.kind != option.VAR_KEYWORD for option in options):
+            break
+    return found
 
 
-def _require_options(config: Path, made: Callable[..., Any], options: Mapping[str, Any]) -> None:
+def _require_options(config: Path, made: type, options: Mapping[str, Any]) -> None:
     """Refuse options that something has not, or values of another kind than it has them of."""
     defaults = _defaults(made)
     for name, value in options.items():
         if name not in defaults:
-            raise UserError(f"{config}: {name} is no option of {getattr(made, '__name__', made)} in this version")
+            raise UserError(f"{config}: {name} is no option of {made.__name__} in this version")
         kind = type(defaults[name])
         fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
         if kind in (bool, int, float, str) and not fits:
             raise UserError(f"{config}: {name} {value!r} is no {kind.__name__}")
 
 
-def _made(config: Path, made: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+def _made(config: Path, made: type, options: Mapping[str, Any]) -> Any:
     """Call a class of ours with options of others."""
     _require_options(config, made, options)
     try:
@@ -170,7 +183,7 @@ def _weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _require_numbers(where: object, weights: Mapping[str, Tensor]) -> None:
+def require_numbers(where: object, weights: Mapping[str, Tensor]) -> None:
     """Refuse weights that no density can be found with."""
     for name, value in weights.items():
         if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
@@ -223,12 +236,13 @@ def replace_files(files: Mapping[Path, bytes]) -> None:
 
 
 def _content(path: Path) -> bytes:
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is no file; give a folder that save_pretrained wrote")
+    cure = "give a folder that save_pretrained wrote"
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no file; {cure}")
         return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; give a folder that save_pretrained wrote") from error
+    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}; {cure}") from error
 
 
 def _options(path: Path) -> dict[str, Any]:
