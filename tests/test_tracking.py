@@ -254,6 +254,8 @@ def test_a_best_checkpoint_needs_a_monitor(lightning, tiny, offline):
     said = lightning("fit", "-c", tiny, "-c", "configs/wandb.yaml", *words)
     assert said.code == 1
     assert said.err.splitlines()[-1].startswith("error: --trainer.logger.log_model best: no checkpoint has a monitor")
+    said = lightning("fit", "-c", tiny, "-c", "configs/wandb.yaml", "--trainer.logger.log_model=bset")
+    assert said.err == "error: --trainer.logger.log_model bset: expected one of ['best', 'all'], bool\n"
 
 
 @pytest.mark.parametrize(("log_model", "times"), [("true", 1), ("all", 2)])
@@ -273,7 +275,7 @@ def test_a_run_without_login_or_network_goes_on_offline(lightning, tiny, monkeyp
     for number, (cause, environment) in enumerate(
         {
             "(?i)api.key.* configured": {"WANDB_API_KEY": None},
-            "connection refused": {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"},
+            "127.0.0.1:9": {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"},
         }.items()
     ):
         for name, value in environment.items():
