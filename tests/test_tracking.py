@@ -254,13 +254,17 @@ def test_a_best_checkpoint_needs_a_monitor(lightning, tiny, offline):
     said = lightning("fit", "-c", tiny, "-c", "configs/wandb.yaml", *words)
     assert said.code == 1
     assert said.err.splitlines()[-1].startswith("error: --trainer.logger.log_model best: no checkpoint has a monitor")
+    said = lightning("fit", "-c", tiny, "-c", "configs/wandb.yaml", "--trainer.logger.log_model=bset")
+    assert said.err == "error: --trainer.logger.log_model bset: expected one of ['best', 'all'], bool\n"
 
 
-def test_lightnings_ways_of_logging_checkpoints_stay(folder, offline):
-    for log_model in (True, "all", False):
-        logger = WandbLogger(log_model=log_model)
-        assert (logger._log_model, logger.log_best) == (log_model, False)
-    assert WandbLogger(log_model="best")._log_model is False
+@pytest.mark.parametrize(("log_model", "times"), [("true", 1), ("all", 2)])
+def test_lightnings_ways_of_logging_checkpoints_stay(lightning, tiny, offline, log_model, times):
+    words = ["--trainer.max_epochs=2", f"--trainer.logger.log_model={log_model}"]
+    assert lightning("fit", "-c", tiny, "-c", "configs/wandb.yaml", *words).code == 0
+    run = tracked.read(Path("runs"))
+    found = [(artifact.name, json.loads(artifact.metadata)["original_filename"]) for artifact in run.artifacts]
+    assert sorted(found) == sorted([(f"model-{run.id}", "best.ckpt"), (f"last-{run.id}", "last.ckpt")] * times)
 
 
 def test_a_run_without_login_or_network_goes_on_offline(lightning, tiny, monkeypatch, anew):
@@ -270,8 +274,8 @@ def test_a_run_without_login_or_network_goes_on_offline(lightning, tiny, monkeyp
     words = ["fit", "-c", tiny, "-c", "configs/wandb.yaml"]
     for number, (cause, environment) in enumerate(
         {
-            "No API key configured": {"WANDB_API_KEY": None},
-            "connection refused": {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"},
+            "(?i)api.key.* configured": {"WANDB_API_KEY": None},
+            "127.0.0.1:9": {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"},
         }.items()
     ):
         for name, value in environment.items():
@@ -282,7 +286,7 @@ def test_a_run_without_login_or_network_goes_on_offline(lightning, tiny, monkeyp
         assert time.monotonic() - began < 30
         assert said.code == 0
         (line,) = [line for line in said.err.splitlines() if line.startswith("W&B: ")]
-        assert cause in line
+        assert re.search(cause, line)
         (kept,) = Path(f"runs/sines/version_{number}/wandb").resolve().glob("offline-run-*")
         assert f"`wandb sync {kept}`" in line
         run = tracked.read(kept)
@@ -292,11 +296,18 @@ def test_a_run_without_login_or_network_goes_on_offline(lightning, tiny, monkeyp
         anew()
 
 
-def test_an_option_that_wandb_takes_nowhere_is_one_line(lightning, tiny, offline):
-    said = lightning("fit", "-c", tiny, "-c", "configs/wandb.yaml", "--trainer.logger.project=a/b")
-    assert said.code == 1
-    assert "Traceback" not in said.err
-    assert "a/b" in said.err.splitlines()[-1]
+def test_what_wandb_takes_nowhere_is_one_line_and_leaves_no_folder(lightning, tiny, offline, monkeypatch):
+    words = ["fit", "-c", tiny, "-c", "configs/wandb.yaml"]
+    refused = [lightning(*words, "--trainer.logger.project=a/b")]
+    monkeypatch.setenv("WANDB_MODE", "on-line")
+    refused.append(lightning(*words))
+    for said, word in zip(refused, ("a/b", "on-line"), strict=True):
+        assert said.code == 1
+        line = said.err.splitlines()[-1]
+        assert line.startswith("error: --trainer.logger WandbLogger: ")
+        assert word in line
+        assert "Traceback" not in said.err
+    assert not list(Path("runs").rglob("*.*"))
 
 
 def test_wandbs_own_variables_hold(folder, offline, monkeypatch):

@@ -280,7 +280,7 @@ class WandbLogger(LightningWandbLogger):
         notes: A longer description.
         log_model: Which checkpoints become artifacts ``model-<id of the W&B run>``. "best": the best one by its
             monitor, once, when a fit ends in whatever way. Lightning's: True, each ModelCheckpoint's at the end of a
-            fit that succeeds; "all", each while it trains.
+            fit that succeeds; "all", each while it trains; those without a monitor become ``last-<id>``.
     """
 
     def __init__(
@@ -343,16 +343,16 @@ class WandbLogger(LightningWandbLogger):
         import wandb
 
         try:
-            run = super().experiment
-        except wandb.Error as error:
-            self._wandb_init.pop("resume", None)
-            self._wandb_init["mode"] = "offline"
             try:
                 run = super().experiment
-            except wandb.Error as again:
-                raise UserError(f"--trainer.logger WandbLogger: {' '.join(str(again).split())}") from again
-            cause, folder = str(error).splitlines()[0].rstrip("."), Path(run.dir).parent
-            print(f"W&B: {cause}; the run goes on offline, `wandb sync {folder}` sends it later", file=sys.stderr)
+            except wandb.Error as error:
+                self._wandb_init.pop("resume", None)
+                self._wandb_init["mode"] = "offline"
+                run = super().experiment
+                cause, folder = str(error).splitlines()[0].rstrip("."), Path(run.dir).parent
+                print(f"W&B: {cause}; the run goes on offline, `wandb sync {folder}` sends it later", file=sys.stderr)
+        except (wandb.Error, ValueError) as error:
+            raise UserError(f"--trainer.logger WandbLogger: {' '.join(str(error).split())}") from error
         for goal, names in BEST.items():
             for name in names:
                 run.define_metric(name, step_metric="trainer/global_step", summary=goal)
@@ -375,6 +375,11 @@ class WandbLogger(LightningWandbLogger):
         if self._best is None and checkpoint_callback.monitor is not None:
             self._best = checkpoint_callback
         super().after_save_checkpoint(checkpoint_callback)
+
+    def _scan_and_log_checkpoints(self, checkpoint_callback: ModelCheckpoint) -> None:
+        kind = "last" if checkpoint_callback.monitor is None else "model"  # Lightning's alias for either is "best"
+        self._checkpoint_name = f"{kind}-{self.experiment.id}"
+        super()._scan_and_log_checkpoints(checkpoint_callback)
 
     def _log_best(self, checkpoint: ModelCheckpoint) -> None:
         """Make the best checkpoint an artifact, which W&B adds no version of where it is the one logged before."""

@@ -36,6 +36,10 @@ class Parser(LightningArgumentParser):
     def _line(self, message: str) -> str:
         keys = re.findall(r'Parser key "([\w.+]+)"', message)  # a class' own option stands below the option it is for
         option = f"--{'.'.join(keys)}"
+        if "NestedArg(" in message:  # of a class in a list; what is outside of it expects the class
+            expected, value = re.findall(r"Subtypes: \[(.*)\]", message), re.findall(r"Given value: (.*)", message)
+            if len(expected) > 1 and len(value) > 1:
+                return self._wrong_type(option, expected[-1], value[0])
         for pattern, line in (
             (r"unrecognized arguments: (\S+)", self._unknown_option),
             (r"does not accept option '([\w.]+)'", self._unknown_key),
