@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules.sines import Sines
 from vrnn_lightning import UserError, VRNNLightningModule, tracking
+from vrnn_lightning.callbacks import Samples
 from vrnn_lightning.tracking import RunLogger, WandbLogger
 
 README = Path(__file__).parent.parent / "README.md"
@@ -247,6 +248,36 @@ def test_the_best_checkpoint_of_a_run_that_breaks_off_is_logged_from_python_too(
     assert Path(artifact.manifest.contents[0].local_path).read_bytes() == Path(best.best_model_path).read_bytes()
     assert json.loads(artifact.metadata)["step"] == 2
     assert run.exit_code == 1
+
+
+def test_pictures_sounds_and_tables_of_both(folder, offline):
+    class Heard(Sines):
+        modality = "audio"
+        sample_rate = 1000
+
+    options = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        max_epochs=1,
+        logger=WandbLogger(),
+        callbacks=[Samples(count=2)],
+        **options,
+    )
+    data = Heard(train_size=4, val_size=2, steps=5, batch_size=2)
+    trainer.fit(VRNNLightningModule(num_features=3, latent_size=2, hidden_size=4), data)
+    run = tracked.read(folder)
+    assert {"samples", "latent", "traversal", "interpolation", "table", "samples/real", "samples/sampled"} <= run.keys
+    (artifact,) = run.artifacts  # wandb keeps what a table's cells show in one
+    held = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
+    content = json.loads(held["table.table.json"].read_text())
+    assert content["columns"] == ["kind", "name", "elbo", "picture", "sound"]
+    assert [line[0] for line in content["data"]] == ["real", "real", "sampled", "sampled"]
+    for column, kind in ((3, "image-file"), (4, "audio-file")):
+        assert {line[column]["_type"] for line in content["data"]} == {kind}
+        assert {line[column]["path"] for line in content["data"]} <= held.keys()
+    assert len([name for name in run.media if name.endswith(".png")]) >= 8
+    assert len([name for name in run.media if name.endswith(".wav")]) >= 6
 
 
 def test_a_best_checkpoint_needs_a_monitor(lightning, tiny, offline):

@@ -56,7 +56,8 @@ def _read(file: Path) -> Tracked:
             found.id, found.about = record.run.run_id, record.run
             _update(found.config, record.run.config.update)
         elif kind == "history":
-            found.rows.append({_key(item)[-1]: json.loads(item.value_json) for item in record.history.item})
+            found.rows.append({})
+            _update(found.rows[-1], record.history.item)
         elif kind in ("summary", "config"):
             _update(getattr(found, kind), getattr(record, kind).update)
         elif kind == "artifact":
