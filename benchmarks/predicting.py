@@ -28,7 +28,8 @@ from vrnn_lightning.callbacks import Predictions
 from vrnn_lightning.callbacks.predictions import Draws
 
 SAMPLING = [Size(28, 100, 16, 64, 1000), Size(4, 64, 4, 64, 1000)]
-FEATURES, STEPS, SEQUENCES = 8, 300, 250
+FEATURES, STEPS = 8, 300
+SEQUENCES = {"score": 250, "reconstruct": 250, "forecast": 10, "impute": 10}  # of the smaller corpus
 TASKS = {
     "score": {},
     "reconstruct": {"shown": 4},
@@ -103,15 +104,16 @@ def sampling(options: argparse.Namespace) -> None:
 
 def memory(options: argparse.Namespace) -> None:
     """Print the peak memory of predictions over a corpus and over one that is eight times as large."""
-    print(f"\n| sequences of {STEPS} x {FEATURES}, peak | {SEQUENCES}, MB | {8 * SEQUENCES}, MB | written, MB |")
-    print("| --- | --- | --- | --- |")
+    print(f"\n| sequences of {STEPS} x {FEATURES} | their number | peak, MB | of 8 times as many, MB | written, MB |")
+    print("| --- | --- | --- | --- | --- |")
     for task in TASKS:
         words = [sys.executable, __file__, "--peak", task]
-        said = [
-            subprocess.run([*words, str(k * SEQUENCES)], check=True, capture_output=True, text=True).stdout.split()[-2:]
-            for k in (1, 8)
-        ]
-        print(f"| {task} | {float(said[0][0]):.0f} | {float(said[1][0]):.0f} | {float(said[1][1]):.0f} |", flush=True)
+        said = []
+        for count in (SEQUENCES[task], 8 * SEQUENCES[task]):
+            run = subprocess.run([*words, str(count)], check=True, capture_output=True, text=True)
+            said.append(run.stdout.split()[-2:])
+        cells = (SEQUENCES[task], *(f"{float(cell):.0f}" for cell in (said[0][0], *said[1])))
+        print(f"| {task} | {' | '.join(map(str, cells))} |", flush=True)
 
 
 def measure_peak(task: str, count: str) -> None:
