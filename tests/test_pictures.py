@@ -87,7 +87,7 @@ def test_a_fan_is_made_of_the_draws_quantiles():
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert lines["median"] == [[13, 50], [14, 50]]
     assert lines["given"] == [[10, 0], [11, 0], [12, 0]]
-    assert lines["came"][0] == [13, 7]
+    assert lines["truth"][0] == [13, 7]
     assert axes.get_ylabel() == "load"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ class Media:
 
     Args:
         data: The datamodule: its ``modality`` and, where it has them, ``sample_rate``, ``full_scale``, ``image_width``,
-            ``resolution`` and ``pen_starts_down`` decide.
+            ``resolution``, ``columns`` and ``pen_starts_down`` decide.
     """
 
     def __init__(self, data: Any) -> None:
@@ -40,6 +41,7 @@ class Media:
         self._width: int | None = getattr(data, "image_width", None)
         self._loudest = float(getattr(data, "full_scale", 1.0))
         self._resolution = int(getattr(data, "resolution", 4))
+        self._features = [str(name) for name in getattr(data, "columns", None) or []]
         self._pen_starts_down = bool(getattr(data, "pen_starts_down", False))
 
     def ready(self, rows: Shown) -> Shown:
@@ -63,9 +65,9 @@ class Media:
         """Return into how many steps a row of an image was cut; 1 for anything else."""
         return 1 if self._width is None else max(1, self._width // features)
 
-    def draw(self, rows: Shown, titles: list[str] | None = None) -> Figure:
-        """Draw what :meth:`ready` returned, a row per name and a column per sequence."""
-        return draw_rows(rows, self.modality, self.sample_rate, titles)
+    def draw(self, rows: Shown, titles: list[str] | None = None, shared: bool = False) -> Figure:
+        """Draw what :meth:`ready` returned, a row per name and a column per sequence, as :func:`draw_rows` does."""
+        return draw_rows(rows, self.modality, self.sample_rate, titles, shared, self._features)
 
     def write(self, rows: Shown, folder: Path, stem: str) -> dict[str, dict[str, list[Path]]]:
         """Write what :meth:`ready` returned, each sequence as files of its own.
@@ -119,7 +121,9 @@ class Media:
 
             roll = self.modality == "roll"
             wave = roll_sound(x.numpy(), self._resolution, ROLL_RATE) if roll else x.flatten().clamp(-1, 1).float()
-            soundfile.write(path, wave, self.sound_rate, format="WAV")
+            content = io.BytesIO()  # libsndfile's own word for a full disk is no OSError
+            soundfile.write(content, wave, self.sound_rate, format="WAV")
+            path.write_bytes(content.getvalue())
         elif suffix == "gif":
             save_animation(x, path)
         else:

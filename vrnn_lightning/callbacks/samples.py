@@ -132,7 +132,7 @@ class Samples(Callback):
         trace, drawn, rows = self._rows(module, batch)
         shown = exhibition.media.ready(rows)
         if self._shown_at != exhibition.step:  # else the last validation did
-            exhibition.picture("samples", exhibition.media.draw(shown))
+            exhibition.picture("samples", exhibition.media.draw(shown, batch.names))
             exhibition.sequences(shown)
         self._shown_at = exhibition.step
         if not last:
@@ -181,7 +181,7 @@ class Samples(Callback):
         order = trace.kl.sum((0, 1)).argsort(descending=True)
         kl = [x[:n, order[:MOST]] for x, n in zip(trace.kl, lengths, strict=True)]
         names = [f"z{d}" for d in order[:MOST].tolist()]
-        figure = draw_heat(kl, names, "KL, nats", real, media.modality, media.sample_rate)
+        figure = draw_heat(kl, names, "KL, nats", real, media.modality, media.sample_rate, batch.names)
         exhibition.picture("latent", figure)
 
         means, mask = trace.posterior.mean, batch.mask[..., None]
@@ -196,7 +196,7 @@ class Samples(Callback):
             given = None if inputs is None else inputs[:1].expand(len(SHIFTS), -1, -1)
             moved[f"z{d}"] = list(module.decode(z, given))
         titles = [f"{shift:+g} std" if shift else "as inferred" for shift in SHIFTS]
-        exhibition.picture("traversal", media.draw(media.ready(moved), titles))
+        exhibition.picture("traversal", media.draw(media.ready(moved), titles, shared=True))
 
         between = {}
         for a in range(0, min(2 * PAIRS, len(batch) - 1), 2):
@@ -207,4 +207,4 @@ class Samples(Callback):
             between[f"{a} to {a + 1}"] = list(module.decode(z, given))
         if between:
             titles = [f"{100 * place:g} %" for place in PLACES]
-            exhibition.picture("interpolation", media.draw(media.ready(between), titles))
+            exhibition.picture("interpolation", media.draw(media.ready(between), titles, shared=True))
