@@ -335,7 +335,7 @@ def _evaluation(folder: Path, curves: dict[str, _Curve]) -> Iterator[str]:
 def _spread(paths: list[Path]) -> Iterator[str]:
     parts, kl = [], np.zeros(0)
     for path in paths:
-        with _readable(path), np.load(path, allow_pickle=False) as archive:
+        with _readable(path), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if "test_elbo" in archive:
                 parts.append(archive["test_elbo"] / np.maximum(archive["test_lengths"], 1))
                 kl = np.sort(archive["test_kl_per_dim"])[::-1]  # of all processes
