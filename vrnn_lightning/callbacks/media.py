@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Exhibition", "Media", "Shown", "save_picture"]
 
 ROLL_RATE = 16000  # Hz, of a roll's sound
+DATA = ("real", "given")  # rows that the data made, not the model
 Shown = dict[str, list[Tensor]]
 """Name of a row to its sequences, each of shape (time, features)."""
 
@@ -45,16 +46,17 @@ class Media:
         self._pen_starts_down = bool(getattr(data, "pen_starts_down", False))
 
     def ready(self, rows: Shown) -> Shown:
-        """Return sequences in data units as they are drawn; missing values of anything but series are blank."""
+        """Return sequences in data units as they are drawn; where data miss a value, sound and pen rest."""
 
-        def of(x: Tensor) -> Tensor:
-            x = x.detach().cpu()
-            x = (x if self.modality == "series" else x.nan_to_num(0.0)) / self._loudest
+        def of(name: str, x: Tensor) -> Tensor:
+            x = x.detach().cpu() / self._loudest
+            if name in DATA and self.modality in ("audio", "strokes"):
+                x = x.nan_to_num(0.0)
             if self._width is not None:  # an image that was read in other pieces: the rows that are complete
                 x = x.flatten()[: x.numel() // self._width * self._width].view(-1, self._width)
             return on_paper(x) if self.modality == "strokes" and self._pen_starts_down else x
 
-        return {name: [of(x) for x in sequences] for name, sequences in rows.items()}
+        return {name: [of(name, x) for x in sequences] for name, sequences in rows.items()}
 
     @property
     def sounds(self) -> bool:
@@ -73,7 +75,8 @@ class Media:
         """Write what :meth:`ready` returned, each sequence as files of its own.
 
         Audio becomes wav; strokes become svg in which they are drawn one by one, and sampled ones gif; piano rolls
-        become wav, and MIDI where mido is installed. A sequence that holds NaN becomes none.
+        become wav, and MIDI where mido is installed. What data miss is silent; a sequence of the model's that holds
+        NaN becomes no file.
 
         Args:
             rows: The sequences.
@@ -88,7 +91,8 @@ class Media:
         """
         found: dict[str, dict[str, list[Path]]] = {}
         for name, sequences in rows.items():
-            for i, x in enumerate(sequences):
+            for i, shown in enumerate(sequences):
+                x = shown.nan_to_num(0.0) if name in DATA else shown
                 for suffix in self._suffixes(name, x):
                     path = folder / f"{stem}_{name}_{i}.{suffix}"
                     with replacing(path) as temporary:

@@ -37,8 +37,10 @@ PACE, LONGEST, HOLD = 0.04, 6.0, 1.5
 """Seconds that an animation takes for a point, at most for all of them, and holds the whole drawing."""
 FRAMES = 60
 """Most frames of an animation."""
-BANDS = ((0.05, 0.95), (0.25, 0.75))
-"""Quantiles between which a fan chart is shaded."""
+BANDS = (("90 %", 0.05, 0.95, "#c7ddee"), ("50 %", 0.25, 0.75, "#8fbbda"))
+"""Quantiles between which a fan chart is shaded, and the colours."""
+MISSING = "lightsteelblue"
+"""Colour of what is missing in a picture."""
 FANS = 4
 """Features that a fan chart shows."""
 MOST_LINES = 12
@@ -94,10 +96,13 @@ def draw_rows(
         axes.set_xlabel(_time(modality, sample_rate), fontsize=7)
     if len(grid[0, 0].lines) > 1 and modality == "series":
         _name_lines(grid[0, 0], features)
-    for c in range(columns):  # labels are most of what drawing costs
-        if len({len(sequences[c]) for sequences in rows.values() if c < len(sequences)}) == 1:
-            for axes in grid[:-1, c]:
-                axes.tick_params(labelbottom=False)
+    for c in range(columns):
+        if _time(modality, sample_rate):  # a row may end before the others do
+            lefts, rights = zip(*(axes.get_xlim() for axes in grid[:, c] if axes.has_data()), strict=True)
+            for axes in grid[:, c]:
+                axes.set_xlim(min(lefts), max(rights))
+        for axes in grid[:-1, c]:  # labels are most of what drawing costs
+            axes.tick_params(labelbottom=False)
         if shared and c > 0:
             for axes in grid[:, c]:
                 axes.tick_params(labelleft=False)
@@ -202,9 +207,9 @@ def draw_fans(fans: list[Fan], names: list[str] | None = None, titles: list[str]
         given, cloud, known = (x.detach().cpu().double().numpy() for x in fan[:3])
         before, time = np.arange(len(given)) + fan.begin, np.arange(cloud.shape[1]) + fan.start
         for f, axes in enumerate(grid[:, c]):
-            for share, (low, high) in zip(("90 %", "50 %"), BANDS, strict=True):
+            for share, low, high, colour in BANDS:
                 edges = np.quantile(cloud[:, :, f], (low, high), axis=0)
-                axes.fill_between(time, *edges, color="tab:blue", alpha=0.25, linewidth=0, label=share)
+                axes.fill_between(time, *edges, color=colour, linewidth=0, label=share)
             axes.plot(time, np.median(cloud[:, :, f], axis=0), color="tab:blue", linewidth=1, label="median")
             alone = "." if len(given) == 1 else None
             axes.plot(before, given[:, f], color="black", linewidth=1, label="given", marker=alone)
@@ -508,7 +513,7 @@ def _waveform(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
 def _spectrogram(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
     from scipy.signal import ShortTimeFFT
 
-    wave, rate = x.ravel(), sample_rate or 1
+    wave, rate = np.where(np.isfinite(x), x, 0.0).ravel(), sample_rate or 1
     window = np.hanning(min(256, wave.size) + 2)[1:-1]
     transform = ShortTimeFFT(window, hop=max(1, window.size // 4), fs=rate)
     power = 20 * np.log10(np.abs(transform.stft(wave)) + 1e-6)
@@ -539,13 +544,13 @@ def _roll(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
 def _pixels(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
     """Draw time to the right and features upward, from white, 0, to black, 1."""
     _grid(axes, x, 0)
-    axes.set_facecolor("lightsteelblue")  # shows where a value is missing
     axes.set_ylabel("feature", fontsize=7)
     _few_ticks(axes)
 
 
 def _grid(axes: Axes, x: np.ndarray, lowest: int) -> None:
     steps, lines = x.shape
+    axes.set_facecolor(MISSING)
     extent = (-0.5, steps - 0.5, lowest - 0.5, lowest + lines - 0.5)
     axes.imshow(
         x.T, origin="lower", aspect="auto", cmap="gray_r", interpolation="nearest", extent=extent, vmin=0, vmax=1
@@ -554,7 +559,9 @@ def _grid(axes: Axes, x: np.ndarray, lowest: int) -> None:
 
 
 def _image(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
-    axes.imshow(x, cmap="gray_r", interpolation="nearest")
+    known = x[np.isfinite(x)]
+    axes.set_facecolor(MISSING)
+    axes.imshow(x, cmap="gray_r", interpolation="nearest", vmin=known.min(initial=0.0), vmax=known.max(initial=0.0))
     axes.set_xticks([])
     axes.set_yticks([])
 

@@ -21,6 +21,7 @@ __all__ = ["Samples"]
 DIMENSIONS, SHIFTS = 3, (-2.0, -1.0, 0.0, 1.0, 2.0)  # of a traversal
 PAIRS, PLACES = 2, (0.0, 0.25, 0.5, 0.75, 1.0)  # of an interpolation
 MOST = 16  # latent dimensions in a heat map
+MOST_SHOWN = 64  # side by side they are 20,000 pixels wide
 
 
 class Samples(Callback):
@@ -41,14 +42,15 @@ class Samples(Callback):
     ``…_interpolation.png``
         what lies between the latents of two sequences.
     ``…_table.csv``
-        each sequence, real or drawn from the model, with its ELBO in nats per step (scaled units, as ``val/elbo``).
+        what is shown of each sequence, real or drawn from the model, with its ELBO in nats per step (scaled units, as
+        ``val/elbo``).
 
     Loggers that can show pictures, tables, or play audio get the same. The draws have a random stream of their own:
     training is the same with and without this callback.
 
     Args:
         every_n_validations: Show after every so many validations, and at the end; 0 never.
-        count: Sequences per row.
+        count: Sequences per row, at most 64.
         max_steps: Show no more than the first so many steps of a sequence, or rows of an image.
     """
 
@@ -60,6 +62,8 @@ class Samples(Callback):
         ):
             if value < least:
                 raise UserError(f"samples.{option} {value}: must be at least {least}")
+        if count > MOST_SHOWN:
+            raise UserError(f"samples.count {count}: a picture has room for {MOST_SHOWN} sequences")
         self.every_n_validations = every_n_validations
         self.count = count
         self.max_steps = max_steps
@@ -74,6 +78,10 @@ class Samples(Callback):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on counting from a checkpoint."""
         self.validations = state_dict["validations"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what another fit has shown."""
+        self._batch = self._shown_at = None
 
     def on_validation_batch_start(
         self,
