@@ -137,7 +137,7 @@ def test_what_is_missing_of_a_roll_is_shown_and_silent(tmp_path):
 
 def test_a_callback_shows_a_second_fit_too(tmp_path):
     """Though that has come to the same step."""
-    shows = Samples(count=2)
+    shows = Samples(every_n_validations=2, count=2)
     for name in ("one", "two"):
         data = Sines(train_size=4, val_size=2, steps=6, batch_size=4)
         fit(tmp_path / name, False, data, shows=shows, latent_size=0)
