@@ -143,12 +143,13 @@ def _curves(path: Path) -> dict[str, _Curve]:
     if not path.is_file():
         return curves
     with _readable(path), path.open(newline="", encoding="utf-8") as lines:
-        for row in csv.DictReader(lines):
-            for name, cell in row.items():
-                try:
-                    step, value = float(row["step"] or "nan"), float(cell or "nan")
-                except (ValueError, TypeError, KeyError):  # a line cut off by a kill
-                    continue
+        rows = csv.reader(lines)
+        head = next(rows, [])
+        for row in rows:
+            cells = dict(zip(head, row, strict=False))  # a line cut off by a kill is shorter
+            step = _number(cells.get("step", ""))
+            for name, cell in cells.items():
+                value = _number(cell)
                 if math.isfinite(value) and math.isfinite(step):
                     curve = curves.setdefault(name, _Curve([], []))
                     curve.step.append(step)
@@ -157,6 +158,16 @@ def _curves(path: Path) -> dict[str, _Curve]:
         order = np.argsort(curve.step, kind="stable").tolist()
         curve.step[:], curve.value[:] = [curve.step[i] for i in order], [curve.value[i] for i in order]
     return curves
+
+
+def _number(cell: str) -> float:
+    """Return what a cell says, NaN where that is no number."""
+    if not cell:
+        return math.nan
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
 
 
 def _head(folder: Path, title: str, curves: dict[str, _Curve]) -> Iterator[str]:
