@@ -36,9 +36,12 @@ def fill(folder: Path) -> Path:
     pen.write({"path_1": [strokes]}, forecast, "test")
     save_picture(series.draw({"real": [torch.randn(9, 2)]}), forecast / "test.png")
     (forecast / "figures.json").write_text('{"forecast": {"CRPS": 1.25}, "seasonal <naive>": {"CRPS": 2.5, "MASE": 1}}')
-    (forecast / "figures_1.json").write_text(json.dumps({"forecast": {f"coverage of {i} %": 0.5 for i in range(20)}}))
+    (forecast / "figures_1.json").write_text(
+        json.dumps({"forecast": {"coverage" + "_50" * bool(i) + "_" * i: 0.5 for i in range(20)}})
+    )
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "best.ckpt").touch()
+    (samples / "step_0000010_<i>own.png").write_bytes((samples / "step_0000010.png").read_bytes())
     (samples / "step_0000010_table.csv").write_text("kind,name,elbo,sound\nreal,<b>odd</b>,-1.5,a.wav\n")
     (folder / "metrics.csv").write_text(
         "epoch,step,train/elbo,train/beta,train/grad_norm,val/elbo,val/kl,val/active_units,test/elbo,test/elbo_stderr\n"
@@ -63,7 +66,7 @@ def page(tmp_path_factory):
 def test_a_page_is_whole_and_holds_the_figures(page):
     text = page.read_text()
     addresses = re.findall(r'(?:src|href)="([^"]*)"', text)
-    assert len(addresses) == 10  # five pictures, two drawings, three sounds
+    assert len(addresses) == 11  # six pictures, two drawings, three sounds
     assert all(address.startswith("data:") for address in addresses)
     for figure in (
         "-2.5</b><span>best val/elbo",
@@ -74,7 +77,9 @@ def test_a_page_is_whole_and_holds_the_figures(page):
         assert figure in text
     assert "<tr><td>seasonal &lt;naive&gt;</td><td>2.5</td><td>1</td></tr>" in text
     assert "<td>&lt;b&gt;odd&lt;/b&gt;</td>" in text
+    assert "<figcaption>&lt;i&gt;own</figcaption>" in text
     assert "<script" not in text
+    assert text.count("share of the true values") == 1, "of the table that has coverages alone"
     assert "a.wav" not in text
     assert text.count("data:audio/mpeg") == 1  # the long one
     assert "At step 5" in text

@@ -69,11 +69,17 @@ CAPTIONS = {
 TASKS = {
     "sample": "Sequences drawn from the model.",
     "reconstruct": "Test sequences and the emission's mean, with the latents inferred.",
-    "forecast": "What was given, and how it may go on.",
+    "forecast": "What was given, and how it may go on; each path begins with the end of what was given.",
     "impute": "What was given, and what may fill its gaps.",
     "score": "Test sequences, and the nats of each of their steps.",
     "encode": "Means of the posteriors at each step.",
 }
+
+
+COVERAGE = (
+    "Coverage is the share of the true values within the central 90 % of the draws, coverage_50 within the central "
+    "50 %. RMSE and CRPS are in the data's units."
+)
 
 
 class _Curve(NamedTuple):
@@ -277,7 +283,7 @@ def _samples(folder: Path) -> Iterator[str]:
     shown = steps[last]
     for key in [*CAPTIONS, *sorted(shown.pictures.keys() - CAPTIONS.keys())]:
         if key in shown.pictures:
-            yield _embedded(shown.pictures[key], CAPTIONS.get(key, key))
+            yield _embedded(shown.pictures[key], CAPTIONS.get(key, escape(key)))
         if not key:
             yield from _media(shown.sequences, f"step_{last:07d}_")
     for table in shown.tables.values():
@@ -329,7 +335,8 @@ def _judged(figures: dict[str, dict[str, float]]) -> str:
         + "</tr>"
         for who, line in figures.items()
     )
-    return f'<div class="wide"><table><tr>{head}</tr>{lines}</table></div>'
+    about = f"<p><small>{COVERAGE}</small></p>" if "coverage" in columns else ""
+    return f'<div class="wide"><table><tr>{head}</tr>{lines}</table></div>{about}'
 
 
 def _evaluation(folder: Path, curves: dict[str, _Curve]) -> Iterator[str]:
