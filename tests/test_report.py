@@ -36,7 +36,7 @@ def fill(folder: Path) -> Path:
     pen.write({"path_1": [strokes]}, forecast, "test")
     save_picture(series.draw({"real": [torch.randn(9, 2)]}), forecast / "test.png")
     (forecast / "figures.json").write_text('{"forecast": {"CRPS": 1.25}, "seasonal <naive>": {"CRPS": 2.5, "MASE": 1}}')
-    wide = {name: 0.5 for name in ("coverage", "coverage_50", *(f"figure_{i}" for i in range(20)))}
+    wide = dict.fromkeys(("coverage", "coverage_50", *(f"figure_{i}" for i in range(20))), 0.5)
     (forecast / "figures_1.json").write_text(json.dumps({"forecast": wide}))
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "best.ckpt").touch()
