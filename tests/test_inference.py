@@ -203,6 +203,26 @@ def test_what_comes_next_is_a_distribution(options):
             torch.testing.assert_close(drawn.std(0), ahead.stddev, rtol=0.15, atol=0.02)
 
 
+@pytest.mark.parametrize("options", [o for o in FOLLOWED if "latent_size" not in o], ids=str)
+def test_decoded_frames_are_the_emissions_of_a_pass_over_them(options):
+    """A pass whose noise brings its latents where they were said to be emits the frames that were decoded."""
+    module, _ = followed_model(**options)
+    target = torch.randn(2, 4, module.vrnn.latent_size, dtype=torch.float64)
+    decoded = module.scaler.scale(module.decode(target))
+    noise = torch.zeros_like(target)
+    for t in range(4):
+        posterior = module.vrnn(SequenceBatch(decoded, torch.tensor([4, 4])), noise).posterior
+        noise[:, t] = ((target - posterior.mean) / posterior.stddev)[:, t]
+    trace = module.vrnn(SequenceBatch(decoded, torch.tensor([4, 4])), noise)
+    torch.testing.assert_close(trace.z, target)
+    mean = trace.emission.mean
+    if module.vrnn.decoder.head.likelihood == "mixed":
+        mean = torch.cat([mean[..., :2], mean[..., 2:].round()], -1)
+    elif options.get("emission") is Bernoulli:
+        mean = mean.round()
+    torch.testing.assert_close(mean, decoded)
+
+
 def test_the_density_of_what_comes_next_integrates_to_one():
     module = model(1).eval()
     ahead = module.session(samples=4).step(torch.ones(1, 1)).next(draws=3)
@@ -474,6 +494,8 @@ def test_latents_decode_to_what_a_sample_of_no_noise_is(options):
 def test_latents_of_another_width():
     with pytest.raises(UserError, match=r"latents: have shape \(1, 4, 3\), expected \(batch, time, 2\)"):
         model().decode(torch.zeros(1, 4, 3))
+    with pytest.raises(UserError, match="latents: have no step"):
+        model().decode(torch.zeros(1, 0, 2))
     with pytest.raises(UserError, match=r"the model has no latent"):
         model(latent_size=0).decode(torch.zeros(1, 4, 0))
     with pytest.raises(UserError, match=r"covariates of shape \(1, 4, 2\)"):

@@ -16,6 +16,7 @@ from vrnn_lightning.callbacks.pictures import (
     draw_fans,
     draw_heat,
     draw_rows,
+    draw_scores,
     on_paper,
     save_strokes,
     strokes_svg,
@@ -87,7 +88,7 @@ def test_a_fan_is_made_of_the_draws_quantiles():
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert lines["median"] == [[13, 50], [14, 50]]
     assert lines["given"] == [[10, 0], [11, 0], [12, 0]]
-    assert lines["came"][0] == [13, 7]
+    assert lines["truth"][0] == [13, 7]
     assert axes.get_ylabel() == "load"
 
 
@@ -125,6 +126,77 @@ def test_an_animated_drawing_is_the_still_one_in_time():
 def test_series_share_the_limits_of_the_first_row():
     figure = draw_rows({"real": [torch.zeros(5, 1)], "sampled": [torch.full((5, 1), 9.0)]}, "series")
     np.testing.assert_array_equal(figure.axes[0].get_ylim(), figure.axes[1].get_ylim())
+
+
+def test_limits_show_what_differs_and_are_not_squashed_by_what_explodes():
+    t = torch.linspace(0, 1, 5)[:, None]
+    figure = draw_rows({"real": [t], "a": [1.4 * t], "b": [1e6 * t]}, "series")
+    low, high = figure.axes[0].get_ylim()
+    assert low <= 0
+    assert 1.4 < high < 2
+    constant = draw_rows({"real": [0 * t], "a": [9 + t]}, "series").axes[0].get_ylim()
+    assert constant[1] > 10, "else nothing would be seen of the second row"
+
+
+@pytest.mark.parametrize("modality", ["audio", "series", "roll"])
+def test_rows_of_one_column_have_one_axis_of_time(modality):
+    long, short = torch.rand(30, 16), torch.rand(10, 16)
+    figure = draw_rows({"real": [short], "path": [long]}, modality, 100)
+    alone = draw_rows({"path": [long]}, modality, 100)
+    for axes in figure.axes:
+        assert axes.get_xlim() == pytest.approx(alone.axes[0].get_xlim())
+
+
+def test_loudness_and_greys_compare():
+    """A quiet sound has a darker spectrogram than a loud one, and a faint picture is faint."""
+    noise = torch.randn(20, 50)
+    loud, quiet = (axes.images[0] for axes in draw_rows({"a": [noise], "b": [noise / 100]}, "audio", 100).axes[1::2])
+    assert loud.get_clim() == quiet.get_clim()
+    black, faint = draw_rows({"a": [torch.eye(4)], "b": [torch.eye(4) / 10]}, "image").axes
+    assert black.images[0].get_clim() == faint.images[0].get_clim() == (0, 1)
+    one, other = draw_rows({"z": [noise, 9 * noise]}, "series", shared=True).axes
+    assert one.images[0].get_clim() == other.images[0].get_clim()
+
+
+def test_what_is_missing_is_neither_white_nor_a_reason_for_lines():
+    x = torch.rand(40, 13)
+    x[torch.arange(40), torch.arange(40) % 13] = float("nan")  # every step misses something
+    x[:, 5] = float("nan")
+    (axes,) = draw_rows({"real": [x]}, "series").axes
+    drawn = axes.images[0].get_array()
+    assert (x.isnan().numpy() == np.ma.getmaskarray(drawn).T).all()
+    np.testing.assert_allclose(np.ma.compressed(drawn[0]).max(), 1)
+    assert axes.get_facecolor() != (1, 1, 1, 1)
+
+
+def test_88_features_are_no_piano():
+    (axes,) = draw_rows({"real": [torch.randn(9, 88)]}, "series").axes
+    assert axes.get_ylim() == (-0.5, 87.5)
+
+
+ODD = "$\\frac{$ and\n$x_{$"
+
+
+def test_names_are_written_as_they_are(tmp_path):
+    """A dollar begins no formula, and a long name keeps its end."""
+    series = draw_rows({"real": [torch.randn(9, 2)]}, "series", None, [ODD], features=[ODD, "load"])
+    assert [text.get_text() for text in series.axes[0].get_legend().get_texts()] == [ODD, "load"]
+    fan = Fan(torch.zeros(3, 1), torch.randn(5, 4, 1), torch.zeros(4, 1), 0, 3)
+    heat = draw_heat([torch.rand(3, 1)], ["z0"], "KL", titles=["folder/" * 20 + "a.wav"])
+    scores = draw_scores([torch.randn(9, 1)], [torch.randn(9)], titles=[ODD])
+    for figure in (series, draw_fans([fan], [ODD], [ODD]), heat, scores):
+        figure.savefig(tmp_path / "a.png")
+    assert series.axes[0].get_title() == "$\\frac{$ and $x_{$"
+    assert heat.axes[0].get_title().endswith("folder/a.wav")
+    assert len(heat.axes[0].get_title()) < 50
+
+
+def test_the_bands_of_a_fan_and_their_legend_have_their_own_colours():
+    fan = Fan(torch.zeros(3, 1), torch.randn(50, 4, 1), torch.zeros(4, 1), 0, 3)
+    handles, labels = draw_fans([fan]).axes[0].get_legend_handles_labels()
+    colours = [tuple(handle.get_facecolor()[0]) for handle in handles[:2]]
+    assert labels[:2] == ["90 %", "50 %"]
+    assert colours[0] != colours[1]
 
 
 DRAWING = torch.tensor([[1.0, 1, 0], [1, 0, 1], [0, 5, 1], [2, 0, 0], [0, -2.5, 1]])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import resource
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from datamodules.sines import Sines
-from vrnn_lightning import VRNNLightningModule
+from vrnn_lightning import UserError, VRNNLightningModule
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks import Samples
 from vrnn_lightning.callbacks.media import Media
@@ -35,7 +37,7 @@ class Shelf(DummyLogger):
         self.tables[key] = columns, lines
 
 
-def fit(folder, logger, data, **options):
+def fit(folder, logger, data, shows=None, **options):
     torch.manual_seed(0)
     module = VRNNLightningModule(num_features=3, **{"latent_size": 4, "hidden_size": 5} | options)
     runner = Trainer(
@@ -47,7 +49,7 @@ def fit(folder, logger, data, **options):
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
-        callbacks=[Samples(count=3)],
+        callbacks=[shows or Samples(count=3)],
     )
     runner.fit(module, data)
     return module
@@ -112,7 +114,50 @@ def test_what_a_model_or_data_have_not_is_left_out(tmp_path, options, data, miss
     assert written == everything - missing
 
 
-def test_a_sequence_of_nan_is_drawn_and_not_heard(tmp_path):
-    media = Media(SimpleNamespace(modality="audio", sample_rate=100))
-    found = media.write({"sampled": [torch.full((3, 2), torch.nan), torch.zeros(3, 2)]}, tmp_path, "x")
-    assert [path.name for path in found["wav"]["sampled"]] == ["x_sampled_1.wav"]
+@pytest.mark.parametrize(("modality", "features", "suffix"), [("audio", 2, "wav"), ("strokes", 3, "svg")])
+def test_a_sequence_of_nan_is_drawn_and_not_heard(tmp_path, modality, features, suffix):
+    """What a model makes of NaN is no silence; where data miss a value, it is."""
+    media = Media(SimpleNamespace(modality=modality, sample_rate=100))
+    lost = torch.full((3, features), torch.nan)
+    rows = media.ready({"real": [lost], "sampled": [lost, torch.zeros(3, features)]})
+    media.draw(rows).savefig(tmp_path / "x.png")
+    found = media.write(rows, tmp_path, "x")
+    assert [path.name for path in found[suffix]["sampled"]] == [f"x_sampled_1.{suffix}"]
+    assert [path.name for path in found[suffix]["real"]] == [f"x_real_0.{suffix}"]
+
+
+def test_what_is_missing_of_a_roll_is_shown_and_silent(tmp_path):
+    roll = torch.zeros(4, 88)
+    roll[1:3] = torch.nan
+    rows = Media(SimpleNamespace(modality="roll")).ready({"given": [roll]})
+    assert rows["given"][0].isnan().sum() == 2 * 88
+    found = Media(SimpleNamespace(modality="roll")).write(rows, tmp_path, "x")
+    assert [path.name for path in found["wav"]["given"]] == ["x_given_0.wav"]
+
+
+def test_a_callback_shows_a_second_fit_too(tmp_path):
+    """Though that has come to the same step."""
+    shows = Samples(every_n_validations=2, count=2)
+    for name in ("one", "two"):
+        data = Sines(train_size=4, val_size=2, steps=6, batch_size=4)
+        fit(tmp_path / name, False, data, shows=shows, latent_size=0)
+        assert (tmp_path / name / "samples/step_0000002.png").is_file()
+
+
+def test_a_full_disk_is_said_of_sound_too(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    media = Media(SimpleNamespace(modality="audio", sample_rate=8000))
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"x_sampled_0\.wav: can't be written \(File too large\)"):
+            media.write({"sampled": [torch.zeros(40, 200)]}, tmp_path, "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_than_a_picture_holds_is_refused():
+    with pytest.raises(UserError, match=r"samples\.count 65: a picture has room for 64"):
+        Samples(count=65)

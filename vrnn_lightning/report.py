@@ -8,7 +8,10 @@ import io
 import json
 import math
 import re
+import shlex
+import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -52,7 +55,8 @@ audio { width: 250px; height: 36px; display: block; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .2em .9em .2em 0; text-align: left; border-bottom: 1px solid #eee; }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: .85em; } details { margin: .8em 0; }
-summary { cursor: pointer; }
+summary { cursor: pointer; } code { overflow-wrap: anywhere; } .wide { overflow-x: auto; }
+@media (max-width: 760px) { .picture { overflow-x: auto; } .picture img { max-width: none; width: 760px; } }
 """
 CAPTIONS = {
     "": "Sequences of the validation split, what the model makes of them, and sequences that it draws itself.",
@@ -60,16 +64,22 @@ CAPTIONS = {
     "tells.",
     "traversal": "The first sequence, with one latent dimension moved at every step by so many of its standard "
     "deviations.",
-    "interpolation": "What lies between the latents of two sequences.",
+    "interpolation": "What lies between the latents of two sequences, which are counted from 0.",
 }
 TASKS = {
     "sample": "Sequences drawn from the model.",
     "reconstruct": "Test sequences and the emission's mean, with the latents inferred.",
-    "forecast": "What was given, and how it may go on.",
+    "forecast": "What was given, and how it may go on; each path begins with the end of what was given.",
     "impute": "What was given, and what may fill its gaps.",
     "score": "Test sequences, and the nats of each of their steps.",
     "encode": "Means of the posteriors at each step.",
 }
+
+
+COVERAGE = (
+    "Coverage is the share of the true values within the central 90 % of the draws, coverage_50 within the central "
+    "50 %. RMSE and CRPS are in the data's units."
+)
 
 
 class _Curve(NamedTuple):
@@ -98,16 +108,18 @@ def write_report(folder: str | Path) -> Path:
     Raises:
         UserError: This is no run's folder, or it can't be written to.
     """
-    folder = Path(folder)
-    if not any((folder / name).exists() for name in ("metrics.csv", "config.yaml", "samples", "predictions")):
-        raise UserError(
-            f"{folder}: no run's folder, it has neither metrics.csv nor config.yaml; give runs/NAME/VERSION"
-        )
-    curves = _curves(folder / "metrics.csv")
-    title = "/".join(folder.resolve().parts[-2:])
-    body = "\n".join([*_head(folder, title, curves), *_training(curves), *_samples(folder), *_predictions(folder)])
-    body += "\n".join(_encodings(folder))
-    body += "\n".join([*_evaluation(folder, curves), *_config(folder)])
+    named, folder = Path(folder), Path(folder).resolve()
+    title = "/".join(folder.parts[-2:])
+    try:
+        if not any((folder / name).exists() for name in ("metrics.csv", "config.yaml", "samples", "predictions")):
+            raise UserError(
+                f"{named}: no run's folder, it has neither metrics.csv nor config.yaml; give runs/NAME/VERSION"
+            )
+        curves = _curves(folder / "metrics.csv")
+        parts = [*_head(folder, title, curves), *_training(curves), *_samples(folder), *_predictions(folder)]
+        body = "\n".join([*parts, *_encodings(folder), *_evaluation(folder, curves), *_config(folder)])
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: can't be read ({error.strerror or error})") from error
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style></head>\n'
@@ -115,38 +127,65 @@ def write_report(folder: str | Path) -> Path:
     )
     with replacing(folder / NAME) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    return folder / NAME
+    return named / NAME
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Say in one line which file is damaged.
+
+    Raises:
+        UserError: Instead of what a parser says.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, LookupError, EOFError, csv.Error, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: is damaged ({error}); remove it, or write it anew") from error
 
 
 def _curves(path: Path) -> dict[str, _Curve]:
-    """Return the finite values of every metric and the steps they were logged at."""
+    """Return the finite values of every metric in the order of the steps they were logged at."""
     curves: dict[str, _Curve] = {}
     if not path.is_file():
         return curves
-    with path.open(newline="", encoding="utf-8") as lines:
-        for row in csv.DictReader(lines):
-            for name, cell in row.items():
-                try:
-                    step, value = float(row["step"] or "nan"), float(cell or "nan")
-                except (ValueError, TypeError, KeyError):  # a line cut off by a kill
-                    continue
+    with _readable(path), path.open(newline="", encoding="utf-8") as lines:
+        rows = csv.reader(lines)
+        head = next(rows, [])
+        for row in rows:
+            cells = dict(zip(head, row, strict=False))  # a line cut off by a kill is shorter
+            step = _number(cells.get("step", ""))
+            for name, cell in cells.items():
+                value = _number(cell)
                 if math.isfinite(value) and math.isfinite(step):
                     curve = curves.setdefault(name, _Curve([], []))
                     curve.step.append(step)
                     curve.value.append(value)
+    for curve in curves.values():  # a validation of an earlier checkpoint stands at the end of the file
+        order = np.argsort(curve.step, kind="stable").tolist()
+        curve.step[:], curve.value[:] = [curve.step[i] for i in order], [curve.value[i] for i in order]
     return curves
 
 
+def _number(cell: str) -> float:
+    """Return what a cell says, NaN where that is no number."""
+    if not cell:
+        return math.nan
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
+
+
 def _head(folder: Path, title: str, curves: dict[str, _Curve]) -> Iterator[str]:
-    last_step = max((curve.step[-1] for curve in curves.values()), default=0)
-    epochs = f", {curves['epoch'].value[-1] + 1:.0f} epochs" if "epoch" in curves else ""
-    yield f'<h1>{escape(title)}</h1>\n<p class="sub">{last_step + 1:.0f} optimiser steps{epochs}</p>'
+    done = [f"optimiser steps: {max(curve.step[-1] for curve in curves.values()) + 1:.0f}"] if curves else []
+    done += [f"epochs: {max(curves['epoch'].value) + 1:.0f}"] if "epoch" in curves else []
+    yield f'<h1>{escape(title)}</h1>\n<p class="sub">{", ".join(done) or "no figures yet"}</p>'
     tiles = []
     if "val/elbo" in curves:
         tiles.append((f"{max(curves['val/elbo'].value):.4g}", "best val/elbo, nats per step"))
     for name, what in (
-        ("val/reconstruction", "last val/reconstruction"),
-        ("val/kl", "last val/kl"),
+        ("val/reconstruction", "last val/reconstruction, nats per step"),
+        ("val/kl", "last val/kl, nats per step"),
         ("val/active_units", "active latent units"),
         ("val/gap", "last gap to the exact log-likelihood"),
     ):
@@ -155,12 +194,13 @@ def _head(folder: Path, title: str, curves: dict[str, _Curve]) -> Iterator[str]:
     for name in ("test/elbo", "test/iwae", "test/fivo"):
         if name in curves:
             error = curves.get(f"{name}_stderr")
-            tiles.append((f"{curves[name].value[-1]:.4g}" + (f" ± {error.value[-1]:.2g}" if error else ""), name))
+            spread = f" ± {error.value[-1]:.2g}" if error else ""
+            tiles.append((f"{curves[name].value[-1]:.4g}{spread}", f"{name}, nats per step"))
     boxes = "".join(f'<div class="tile"><b>{value}</b><span>{what}</span></div>' for value, what in tiles)
     yield f'<div class="tiles">{boxes}</div>'
     if (folder / "checkpoints" / "best.ckpt").is_file():
-        place = escape(f"{folder.parent.parent.name}/{title}/checkpoints/best.ckpt")
-        yield f"<p><code>lightning test --ckpt_path {place}</code></p>"
+        place = shlex.quote("/".join([*folder.parts[-3:], "checkpoints/best.ckpt"]))
+        yield f"<p><code>lightning test --ckpt_path {escape(place)}</code></p>"
 
 
 def _training(curves: dict[str, _Curve]) -> Iterator[str]:
@@ -191,7 +231,8 @@ def _training(curves: dict[str, _Curve]) -> Iterator[str]:
         for name in names:
             _plot(axes, curves[name], name)
         axes.set_title(title, fontsize=9)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(labelsize=7, which="both")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if title.startswith("gradient") and min(curves[names[0]].value) > 0:
             axes.set_yscale("log")
         if len(names) > 1:
@@ -242,7 +283,7 @@ def _samples(folder: Path) -> Iterator[str]:
     shown = steps[last]
     for key in [*CAPTIONS, *sorted(shown.pictures.keys() - CAPTIONS.keys())]:
         if key in shown.pictures:
-            yield _embedded(shown.pictures[key], CAPTIONS.get(key, key))
+            yield _embedded(shown.pictures[key], CAPTIONS.get(key, escape(key)))
         if not key:
             yield from _media(shown.sequences, f"step_{last:07d}_")
     for table in shown.tables.values():
@@ -259,19 +300,29 @@ def _predictions(folder: Path) -> Iterator[str]:
         yield f"<h2>Prediction: {escape(task.name)}</h2>\n<p>{TASKS.get(task.name, '')}</p>"
         for path in files:
             if path.name.startswith("figures") and path.suffix == ".json":
-                yield _judged(json.loads(path.read_text(encoding="utf-8")))
+                with _readable(path):
+                    table = _judged(json.loads(path.read_text(encoding="utf-8")))
+                yield table
         pictures = [path for path in files if path.suffix == ".png"]
         yield from (_embedded(path, "") for path in pictures[:MOST_FILES])
-        yield from _media([path for path in files if path.suffix in KINDS and path.suffix != ".png"], "test_")
+        yield from _media([path for path in files if path.suffix in KINDS and path.suffix != ".png"], r"test_(?:\d+_)?")
         archives = [path for path in files if path.suffix in (".npz", ".csv")]
         names = ", ".join(f"<code>{escape(str(path.relative_to(folder)))}</code>" for path in archives)
         yield f"<p><small>All of it: {names}</small></p>" if names else ""
 
 
 def _encodings(folder: Path) -> Iterator[str]:
-    """Show what ``lightning predict`` left beside ``encodings.npz``."""
-    if (folder / "encodings.png").is_file():
-        yield f"<h2>Prediction: encode</h2>\n{_embedded(folder / 'encodings.png', TASKS['encode'])}"
+    """Show what ``lightning predict`` left beside ``encodings.npz``, or the first process beside its own."""
+    for path in _newest(folder, "encodings", ".png")[:1]:
+        yield f"<h2>Prediction: encode</h2>\n{_embedded(path, TASKS['encode'])}"
+
+
+def _newest(folder: Path, name: str, suffix: str) -> list[Path]:
+    """Return the file of that name, or those of several processes, which have their numbers, if they are newer."""
+    alone, several = folder / f"{name}{suffix}", sorted(folder.glob(f"{name}_*{suffix}"))
+    if not alone.is_file():
+        return several
+    return several if several and several[0].stat().st_mtime > alone.stat().st_mtime else [alone]
 
 
 def _judged(figures: dict[str, dict[str, float]]) -> str:
@@ -284,7 +335,8 @@ def _judged(figures: dict[str, dict[str, float]]) -> str:
         + "</tr>"
         for who, line in figures.items()
     )
-    return f"<table><tr>{head}</tr>{lines}</table>"
+    about = f"<p><small>{COVERAGE}</small></p>" if "coverage" in columns else ""
+    return f'<div class="wide"><table><tr>{head}</tr>{lines}</table></div>{about}'
 
 
 def _evaluation(folder: Path, curves: dict[str, _Curve]) -> Iterator[str]:
@@ -294,22 +346,23 @@ def _evaluation(folder: Path, curves: dict[str, _Curve]) -> Iterator[str]:
         return
     yield "<h2>Test</h2>"
     lines = "".join(f"<tr><td>{escape(name)}</td><td>{value:.6g}</td></tr>" for name, value in figures.items())
-    path = folder / "evaluation.npz"
-    if path.is_file():
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        yield from _spread(arrays)
-    yield f"<details><summary>All figures</summary><table>{lines}</table></details>"
+    yield from _spread(_newest(folder, "evaluation", ".npz"))
+    yield f'<details class="wide"><summary>All figures</summary><table>{lines}</table></details>'
 
 
-def _spread(arrays: dict[str, np.ndarray]) -> Iterator[str]:
-    split = next((name.removesuffix("_elbo") for name in arrays if name.endswith("_elbo")), None)
-    if split is None:
+def _spread(paths: list[Path]) -> Iterator[str]:
+    parts, kl = [], np.zeros(0)
+    for path in paths:
+        with _readable(path), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            if "test_elbo" in archive:
+                parts.append(archive["test_elbo"] / np.maximum(archive["test_lengths"], 1))
+                kl = np.sort(archive["test_kl_per_dim"])[::-1]  # of all processes
+    if not parts:
         return
     from matplotlib.figure import Figure
 
-    per_step = arrays[f"{split}_elbo"] / np.maximum(arrays[f"{split}_lengths"], 1)
-    per_step, kl = per_step[np.isfinite(per_step)], np.sort(arrays[f"{split}_kl_per_dim"])[::-1]
+    per_step = np.concatenate(parts)
+    per_step = per_step[np.isfinite(per_step)]
     figure = Figure(figsize=(8.0, 2.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.hist(per_step, bins=30, color="tab:blue")
@@ -326,18 +379,18 @@ def _spread(arrays: dict[str, np.ndarray]) -> Iterator[str]:
 def _config(folder: Path) -> Iterator[str]:
     path = folder / "config.yaml"
     if path.is_file():
-        yield f"<h2>Config</h2><details><summary>config.yaml</summary><pre>{escape(path.read_text())}</pre></details>"
+        text = escape(path.read_text(encoding="utf-8", errors="replace"))
+        yield f"<h2>Config</h2><details><summary>config.yaml</summary><pre>{text}</pre></details>"
 
 
 def _media(paths: Iterable[Path], prefix: str) -> Iterator[str]:
     """Return players and drawings, a line for each row: ``<prefix><row>_<i>.<suffix>``."""
     rows: dict[str, list[Path]] = {}
     for path in paths:
-        if path.suffix in KINDS and path.stem.startswith(prefix):
-            row, _, place = path.stem.removeprefix(prefix).rpartition("_")
-            if place.isdigit():
-                rows.setdefault(row, []).append(path)
-    for row, files in rows.items():
+        found = re.fullmatch(rf"{prefix}(\D.*)_\d+", path.stem)
+        if path.suffix in KINDS and found:
+            rows.setdefault(found[1].replace("_", " "), []).append(path)
+    for row, files in sorted(rows.items(), key=lambda item: (item[0] != "real", item[0])):
         by_place: dict[int, list[Path]] = {}
         for path in files:
             by_place.setdefault(int(path.stem.rpartition("_")[2]), []).append(path)
@@ -362,7 +415,7 @@ def _player(path: Path) -> str:
 
 
 def _table(path: Path) -> str:
-    with path.open(newline="", encoding="utf-8") as lines:
+    with _readable(path), path.open(newline="", encoding="utf-8") as lines:
         head, *rows = list(csv.reader(lines)) or [[]]
     kept = [i for i, name in enumerate(head) if name not in ("picture", "sound")]
 
@@ -370,7 +423,8 @@ def _table(path: Path) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cells[i])}</{tag}>" for i in kept if i < len(cells)) + "</tr>"
 
     body = "".join(line(row, "td") for row in rows[:MOST_ROWS])
-    return f"<p>Each sequence's ELBO, in nats per step.</p><table>{line(head, 'th')}{body}</table>"
+    about = "The ELBO of what is shown of each sequence, in nats per step."
+    return f'<p>{about}</p><div class="wide"><table>{line(head, "th")}{body}</table></div>'
 
 
 def _embedded(path: Path, caption: str) -> str:
@@ -378,7 +432,8 @@ def _embedded(path: Path, caption: str) -> str:
 
 
 def _figure(source: str, caption: str, alt: str) -> str:
-    return f'<figure><img alt="{escape(alt)}" src="{source}"><figcaption>{caption}</figcaption></figure>'
+    picture = f'<div class="picture"><img alt="{escape(alt)}" src="{source}"></div>'
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
 
 def _png(figure: Figure) -> str:
@@ -396,7 +451,11 @@ def _sound(path: Path) -> str:
     if path.stat().st_size > LONG_SOUND:
         import soundfile
 
-        wave, rate = soundfile.read(path, dtype="float32")
+        with _readable(path):
+            try:
+                wave, rate = soundfile.read(path, dtype="float32")
+            except soundfile.LibsndfileError as error:
+                raise ValueError(error) from None
         if rate in MP3_RATES and "MP3" in soundfile.available_formats():
             content = io.BytesIO()
             soundfile.write(content, wave, rate, format="MP3")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Exhibition", "Media", "Shown", "save_picture"]
 
 ROLL_RATE = 16000  # Hz, of a roll's sound
+DATA = ("real", "given")  # rows that the data made, not the model
 Shown = dict[str, list[Tensor]]
 """Name of a row to its sequences, each of shape (time, features)."""
 
@@ -31,7 +33,7 @@ class Media:
 
     Args:
         data: The datamodule: its ``modality`` and, where it has them, ``sample_rate``, ``full_scale``, ``image_width``,
-            ``resolution`` and ``pen_starts_down`` decide.
+            ``resolution``, ``columns`` and ``pen_starts_down`` decide.
     """
 
     def __init__(self, data: Any) -> None:
@@ -40,19 +42,21 @@ class Media:
         self._width: int | None = getattr(data, "image_width", None)
         self._loudest = float(getattr(data, "full_scale", 1.0))
         self._resolution = int(getattr(data, "resolution", 4))
+        self._features = [str(name) for name in getattr(data, "columns", None) or []]
         self._pen_starts_down = bool(getattr(data, "pen_starts_down", False))
 
     def ready(self, rows: Shown) -> Shown:
-        """Return sequences in data units as they are drawn; missing values of anything but series are blank."""
+        """Return sequences in data units as they are drawn; where data miss a value, sound and pen rest."""
 
-        def of(x: Tensor) -> Tensor:
-            x = x.detach().cpu()
-            x = (x if self.modality == "series" else x.nan_to_num(0.0)) / self._loudest
+        def of(name: str, x: Tensor) -> Tensor:
+            x = x.detach().cpu() / self._loudest
+            if name in DATA and self.modality in ("audio", "strokes"):
+                x = x.nan_to_num(0.0)
             if self._width is not None:  # an image that was read in other pieces: the rows that are complete
                 x = x.flatten()[: x.numel() // self._width * self._width].view(-1, self._width)
             return on_paper(x) if self.modality == "strokes" and self._pen_starts_down else x
 
-        return {name: [of(x) for x in sequences] for name, sequences in rows.items()}
+        return {name: [of(name, x) for x in sequences] for name, sequences in rows.items()}
 
     @property
     def sounds(self) -> bool:
@@ -63,15 +67,16 @@ class Media:
         """Return into how many steps a row of an image was cut; 1 for anything else."""
         return 1 if self._width is None else max(1, self._width // features)
 
-    def draw(self, rows: Shown, titles: list[str] | None = None) -> Figure:
-        """Draw what :meth:`ready` returned, a row per name and a column per sequence."""
-        return draw_rows(rows, self.modality, self.sample_rate, titles)
+    def draw(self, rows: Shown, titles: list[str] | None = None, shared: bool = False) -> Figure:
+        """Draw what :meth:`ready` returned, a row per name and a column per sequence, as :func:`draw_rows` does."""
+        return draw_rows(rows, self.modality, self.sample_rate, titles, shared, self._features)
 
     def write(self, rows: Shown, folder: Path, stem: str) -> dict[str, dict[str, list[Path]]]:
         """Write what :meth:`ready` returned, each sequence as files of its own.
 
         Audio becomes wav; strokes become svg in which they are drawn one by one, and sampled ones gif; piano rolls
-        become wav, and MIDI where mido is installed. A sequence that holds NaN becomes none.
+        become wav, and MIDI where mido is installed. What data miss is silent; a sequence of the model's that holds
+        NaN becomes no file.
 
         Args:
             rows: The sequences.
@@ -86,7 +91,8 @@ class Media:
         """
         found: dict[str, dict[str, list[Path]]] = {}
         for name, sequences in rows.items():
-            for i, x in enumerate(sequences):
+            for i, shown in enumerate(sequences):
+                x = shown.nan_to_num(0.0) if name in DATA else shown
                 for suffix in self._suffixes(name, x):
                     path = folder / f"{stem}_{name}_{i}.{suffix}"
                     with replacing(path) as temporary:
@@ -119,7 +125,9 @@ class Media:
 
             roll = self.modality == "roll"
             wave = roll_sound(x.numpy(), self._resolution, ROLL_RATE) if roll else x.flatten().clamp(-1, 1).float()
-            soundfile.write(path, wave, self.sound_rate, format="WAV")
+            content = io.BytesIO()  # libsndfile's own word for a full disk is no OSError
+            soundfile.write(content, wave, self.sound_rate, format="WAV")
+            path.write_bytes(content.getvalue())
         elif suffix == "gif":
             save_animation(x, path)
         else:

@@ -37,27 +37,42 @@ PACE, LONGEST, HOLD = 0.04, 6.0, 1.5
 """Seconds that an animation takes for a point, at most for all of them, and holds the whole drawing."""
 FRAMES = 60
 """Most frames of an animation."""
-BANDS = ((0.05, 0.95), (0.25, 0.75))
-"""Quantiles between which a fan chart is shaded."""
+BANDS = (("90 %", 0.05, 0.95, "#c7ddee"), ("50 %", 0.25, 0.75, "#8fbbda"))
+"""Quantiles between which a fan chart is shaded, and the colours."""
+MISSING = "lightsteelblue"
+"""Colour of what is missing in a picture."""
 FANS = 4
 """Features that a fan chart shows."""
 MOST_LINES = 12
 """Features up to which a series is drawn as lines."""
+DECIBELS = 70
+"""Range of a spectrogram's colours, downward from the loudest."""
+MOST_LETTERS = 44
+"""Of a title, for which a column has room."""
 
 
 def draw_rows(
-    rows: dict[str, list[Tensor]], modality: str, sample_rate: int | None = None, titles: list[str] | None = None
+    rows: dict[str, list[Tensor]],
+    modality: str,
+    sample_rate: int | None = None,
+    titles: list[str] | None = None,
+    shared: bool = False,
+    features: list[str] | None = None,
 ) -> Figure:
     """Draw sequences in a grid: a row per name, a column per sequence, audio with a spectrogram under each waveform.
 
     Series are lines; where there are too many, or where all are 0 or 1, a picture with a line of pixels per feature,
-    from its smallest value in the first row of the grid (white) to its largest (black).
+    from its smallest value in the first row of the grid (white) to its largest (black); what is missing is blue.
+    A column's pictures have the same colours, and its lines the limits of the first row, or wider ones by at most half
+    where other rows need them.
 
     Args:
         rows: Name of the row to its sequences, each in data units, shape (time, features).
         modality: How to show a sequence: "audio", "strokes", "series", "roll" or "image".
         sample_rate: Of audio, in Hz; ``None`` counts time in samples.
         titles: What stands above each column.
+        shared: All columns have the same limits and colours, the widest of any.
+        features: Names of a series' features.
     """
     from matplotlib.figure import Figure
 
@@ -76,16 +91,25 @@ def draw_rows(
                 if c == 0:
                     label = axes.get_ylabel()
                     axes.set_ylabel(f"{name}\n{label}" if label else name)
-    for axes, title in zip(grid[0], titles or [], strict=False):
-        axes.set_title(title, fontsize=9)
-    for c in range(columns):  # labels are most of what drawing costs
-        if len({len(sequences[c]) for sequences in rows.values() if c < len(sequences)}) == 1:
-            for axes in grid[:-1, c]:
-                axes.tick_params(labelbottom=False)
-        if titles and c > 0:  # all have the same limits
+    _name_columns(grid[0], titles)
+    for axes in grid[-1]:
+        axes.set_xlabel(_time(modality, sample_rate), fontsize=7)
+    if len(grid[0, 0].lines) > 1 and modality == "series":
+        _name_lines(grid[0, 0], features)
+    for c in range(columns):
+        if _time(modality, sample_rate):  # a row may end before the others do
+            lefts, rights = zip(*(axes.get_xlim() for axes in grid[:, c] if axes.has_data()), strict=True)
+            for axes in grid[:, c]:
+                axes.set_xlim(min(lefts), max(rights))
+        for axes in grid[:-1, c]:  # labels are most of what drawing costs
+            axes.tick_params(labelbottom=False)
+        if shared and c > 0:
             for axes in grid[:, c]:
                 axes.tick_params(labelleft=False)
-    _share_limits(grid, list(rows), len(panels), bool(titles))
+                axes.set_ylabel("")
+    for place in [grid] if shared else [grid[:, c : c + 1] for c in range(columns)]:
+        _share_limits(place[:: len(panels)], shared)
+        _share_colours(place, DECIBELS if modality == "audio" else None)
     return figure
 
 
@@ -96,6 +120,7 @@ def draw_heat(
     above: list[Tensor] | None = None,
     modality: str = "series",
     sample_rate: int | None = None,
+    titles: list[str] | None = None,
 ) -> Figure:
     """Draw what each latent dimension does over time, a column per sequence, dimensions from the top downward.
 
@@ -107,6 +132,7 @@ def draw_heat(
         above: Sequences to draw above them, in data units, shape (time, features).
         modality: How to show those, as for :func:`draw_rows`.
         sample_rate: Of audio, in Hz.
+        titles: What stands above each column.
     """
     from matplotlib.figure import Figure
 
@@ -124,6 +150,8 @@ def draw_heat(
     for c, x in enumerate(values):
         for p, panel in enumerate(panels):
             panel(grid[p, c], shown[""][c].detach().cpu().double().numpy(), sample_rate)
+            if modality == "audio":
+                grid[p, c].set_xlabel(_time(modality, sample_rate), fontsize=7)
         axes = grid[-1, c]
         image = axes.imshow(
             x.detach().cpu().double().numpy().T,
@@ -136,6 +164,7 @@ def draw_heat(
         axes.set_yticks(range(len(names)), names) if c == 0 and len(names) <= 32 else axes.set_yticks([])
         axes.tick_params(labelsize=7)
         axes.set_xlabel("step", fontsize=7)
+    _name_columns(grid[0], titles)
     figure.colorbar(image, ax=list(grid[-1]), label=label, pad=0.01)
     return figure
 
@@ -158,7 +187,7 @@ class Fan(NamedTuple):
     start: int
 
 
-def draw_fans(fans: list[Fan], names: list[str] | None = None) -> Figure:
+def draw_fans(fans: list[Fan], names: list[str] | None = None, titles: list[str] | None = None) -> Figure:
     """Draw what may be as a fan, a column per sequence, a row for each of its first features.
 
     Shaded are the central 50 and 90 % of the draws at each step, with their median; dark is what was given, and dots
@@ -167,6 +196,7 @@ def draw_fans(fans: list[Fan], names: list[str] | None = None) -> Figure:
     Args:
         fans: Of each sequence.
         names: Of the features.
+        titles: What stands above each column.
     """
     from matplotlib.figure import Figure
 
@@ -177,17 +207,19 @@ def draw_fans(fans: list[Fan], names: list[str] | None = None) -> Figure:
         given, cloud, known = (x.detach().cpu().double().numpy() for x in fan[:3])
         before, time = np.arange(len(given)) + fan.begin, np.arange(cloud.shape[1]) + fan.start
         for f, axes in enumerate(grid[:, c]):
-            for share, (low, high) in zip(("90 %", "50 %"), BANDS, strict=True):
+            for share, low, high, colour in BANDS:
                 edges = np.quantile(cloud[:, :, f], (low, high), axis=0)
-                axes.fill_between(time, *edges, color="tab:blue", alpha=0.25, linewidth=0, label=share)
+                axes.fill_between(time, *edges, color=colour, linewidth=0, label=share)
             axes.plot(time, np.median(cloud[:, :, f], axis=0), color="tab:blue", linewidth=1, label="median")
             alone = "." if len(given) == 1 else None
             axes.plot(before, given[:, f], color="black", linewidth=1, label="given", marker=alone)
-            axes.plot(time, known[:, f], ".", color="tab:orange", markersize=3, label="came")
+            axes.plot(time, known[:, f], ".", color="tab:orange", markersize=3, label="truth")
             axes.margins(x=0)
             _few_ticks(axes)
             if c == 0:
-                axes.set_ylabel(names[f] if names else f"x{f}", fontsize=8)
+                axes.set_ylabel(names[f] if names else f"x{f}", fontsize=8, parse_math=False)
+        axes.set_xlabel("step", fontsize=7)
+    _name_columns(grid[0], titles)
     grid[0, 0].legend(fontsize=6, loc="best", framealpha=0.6)
     return figure
 
@@ -199,6 +231,7 @@ def draw_scores(
     faulty: list[Tensor] | None = None,
     modality: str = "series",
     sample_rate: int | None = None,
+    titles: list[str] | None = None,
 ) -> Figure:
     """Draw sequences, and below each the nats of its steps: dots are those below the threshold, shades known faults.
 
@@ -209,6 +242,7 @@ def draw_scores(
         faulty: True at steps of each sequence that are known to be, shape (time,), if that is known.
         modality: How to show the sequences, as for :func:`draw_rows`.
         sample_rate: Of audio, in Hz.
+        titles: What stands above each column.
     """
     from matplotlib.figure import Figure
 
@@ -231,8 +265,12 @@ def draw_scores(
             below = np.flatnonzero(values < threshold)
             axes.axhline(threshold, color="tab:red", linewidth=0.6, linestyle="--")
             axes.plot(below, values[below], ".", color="tab:red", markersize=4)
+        axes.set_xlabel("step", fontsize=7)
+        if modality == "audio":
+            grid[0, c].set_xlabel(_time(modality, sample_rate), fontsize=7)
         if c == 0:
             axes.set_ylabel("nats", fontsize=8)
+    _name_columns(grid[0], titles)
     return figure
 
 
@@ -394,28 +432,63 @@ def is_binary(sequences: list[Tensor]) -> bool:
 def _lines_or_pixels(rows: dict[str, list[Tensor]]) -> tuple[str, dict[str, list[Tensor]]]:
     """Return how to show series, and what to draw of them."""
     first = torch.cat(next(iter(rows.values())))
-    finite = first[torch.isfinite(first).all(1)]
-    features = first.shape[1]
-    binary = is_binary([finite])
-    if len(finite) == 0 or (features <= MOST_LINES and not binary):
+    finite = torch.isfinite(first)
+    binary = is_binary([first])
+    if not finite.any() or (first.shape[1] <= MOST_LINES and not binary):
         return "series", rows
-    low, high = finite.amin(0), finite.amax(0)
+    low, high = first.masked_fill(~finite, torch.inf).amin(0), first.masked_fill(~finite, -torch.inf).amax(0)
     if binary:
         low, high = torch.zeros_like(low), torch.ones_like(high)
+    low = torch.where(low <= high, low, torch.zeros_like(low))  # of a feature that is missing throughout
     spread = torch.where(high > low, high - low, torch.ones_like(low))
-    return "roll", {name: [(x - low) / spread for x in sequences] for name, sequences in rows.items()}
+    return "pixels", {name: [(x - low) / spread for x in sequences] for name, sequences in rows.items()}
 
 
-def _share_limits(grid: np.ndarray, names: list[str], panels: int, everywhere: bool) -> None:
-    """Give line plots the limits of their column's first row, so that amplitudes compare; or all of them the widest."""
-    if not grid[0, 0].lines or grid[0, 0].get_aspect() != "auto":
+def _share_limits(grid: np.ndarray, widest: bool) -> None:
+    """Give line plots the limits of the first, somewhat wider where others need it, so that amplitudes compare."""
+    drawn = [axes for axes in grid.flat if axes.lines]
+    if not drawn or not grid[0, 0].lines or drawn[0].get_aspect() != "auto":
         return
-    for c in range(grid.shape[1]):
-        chosen = grid[::panels] if everywhere else grid[:1, c : c + 1]
-        bounds = [axes.get_ylim() for axes in chosen.flat if axes.lines]
-        low, high = min(bound[0] for bound in bounds), max(bound[1] for bound in bounds)
-        for r in range(len(names)):
-            grid[r * panels, c].set_ylim(low, high)
+    lows, highs = zip(*(axes.get_ylim() for axes in drawn), strict=True)
+    low, high = min(lows), max(highs)
+    if not widest and grid[0, 0].dataLim.height > 0:  # else it is constant, or all of it missing
+        more = (highs[0] - lows[0]) / 2
+        low, high = max(low, lows[0] - more), min(high, highs[0] + more)
+    for axes in drawn:
+        axes.set_ylim(low, high)
+
+
+def _share_colours(grid: np.ndarray, span: float | None) -> None:
+    """Give pictures the same colours, over so much below the largest value if that is said."""
+    images = [image for axes in grid.flat for image in axes.images]
+    if images:
+        lows, highs = zip(*(image.get_clim() for image in images), strict=True)
+        for image in images:
+            image.set_clim(min(lows) if span is None else max(highs) - span, max(highs))
+
+
+def _name_columns(row: np.ndarray, titles: list[str] | None) -> None:
+    """Write titles above axes, the ends of long ones, and nothing of them taken for a formula."""
+    for axes, title in zip(row, titles or [], strict=False):
+        line = " ".join(title.split())
+        short = line if len(line) <= MOST_LETTERS else f"…{line[1 - MOST_LETTERS :]}"
+        axes.set_title(short, fontsize=8, parse_math=False)
+
+
+def _name_lines(axes: Axes, names: list[str] | None) -> None:
+    """Say which line is which feature."""
+    lines = axes.lines
+    known = names if names and len(names) == len(lines) else [f"x{i}" for i in range(len(lines))]
+    legend = axes.legend(lines, known, fontsize=5, ncols=2, loc="upper right", framealpha=0.6)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _time(modality: str, sample_rate: int | None) -> str:
+    """Return what is counted to the right."""
+    if modality == "audio":
+        return "s" if sample_rate else "sample"
+    return "step" if modality in ("series", "pixels", "roll") else ""
 
 
 def _series(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
@@ -440,13 +513,19 @@ def _waveform(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
 def _spectrogram(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
     from scipy.signal import ShortTimeFFT
 
-    wave, rate = x.ravel(), sample_rate or 1
+    wave, rate = np.where(np.isfinite(x), x, 0.0).ravel(), sample_rate or 1
     window = np.hanning(min(256, wave.size) + 2)[1:-1]
     transform = ShortTimeFFT(window, hop=max(1, window.size // 4), fs=rate)
     power = 20 * np.log10(np.abs(transform.stft(wave)) + 1e-6)
     top = power.max()
     axes.imshow(
-        power, origin="lower", aspect="auto", cmap="magma", vmin=top - 70, vmax=top, extent=transform.extent(wave.size)
+        power,
+        origin="lower",
+        aspect="auto",
+        cmap="magma",
+        vmin=top - DECIBELS,
+        vmax=top,
+        extent=transform.extent(wave.size),
     )
     axes.set_xlim(0, wave.size / rate)
     axes.set_ylabel("Hz" if sample_rate else "cycles / sample", fontsize=7)
@@ -455,20 +534,34 @@ def _spectrogram(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
 
 def _roll(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
     """Draw time to the right and keys upward, black where one surely sounds; a piano's with the C of each octave."""
-    steps, keys = x.shape
-    lowest = LOWEST if keys == KEYS else 0
-    extent = (-0.5, steps - 0.5, lowest - 0.5, lowest + keys - 0.5)
-    axes.imshow(
-        x.T, origin="lower", aspect="auto", cmap="gray_r", interpolation="nearest", extent=extent, vmin=0, vmax=1
-    )
+    lowest = LOWEST if x.shape[1] == KEYS else 0
+    _grid(axes, x, lowest)
     if lowest:
         axes.set_yticks(range(24, LOWEST + KEYS, 12), [f"C{octave}" for octave in range(1, 9)])
         axes.grid(axis="y", linewidth=0.3, alpha=0.5)
+
+
+def _pixels(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
+    """Draw time to the right and features upward, from white, 0, to black, 1."""
+    _grid(axes, x, 0)
+    axes.set_ylabel("feature", fontsize=7)
+    _few_ticks(axes)
+
+
+def _grid(axes: Axes, x: np.ndarray, lowest: int) -> None:
+    steps, lines = x.shape
+    axes.set_facecolor(MISSING)
+    extent = (-0.5, steps - 0.5, lowest - 0.5, lowest + lines - 0.5)
+    axes.imshow(
+        x.T, origin="lower", aspect="auto", cmap="gray_r", interpolation="nearest", extent=extent, vmin=0, vmax=1
+    )
     axes.tick_params(labelsize=7)
 
 
 def _image(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
-    axes.imshow(x, cmap="gray_r", interpolation="nearest")
+    known = x[np.isfinite(x)]
+    axes.set_facecolor(MISSING)
+    axes.imshow(x, cmap="gray_r", interpolation="nearest", vmin=known.min(initial=0.0), vmax=known.max(initial=0.0))
     axes.set_xticks([])
     axes.set_yticks([])
 
@@ -487,6 +580,7 @@ def _strokes(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
 _PANELS: dict[str, list[Callable[[Axes, np.ndarray, int | None], None]]] = {
     "audio": [_waveform, _spectrogram],
     "image": [_image],
+    "pixels": [_pixels],
     "roll": [_roll],
     "series": [_series],
     "strokes": [_strokes],

@@ -573,17 +573,18 @@ class Predictions(Callback):
     def _picture(self, media: Media, rows: Shown) -> Figure:
         """Draw what is to be shown."""
         values = [torch.from_numpy(piece.arrays["values"]) for piece in self._shown]
+        titles = [str(piece.arrays["names"][0]) for piece in self._shown]
         if self.task == "score":
             faulty = [piece.faulty for piece in self._shown if piece.faulty is not None] or None
             nats = [x[:, 0] for x in values]
-            return draw_scores(rows["real"], nats, self.threshold, faulty, media.modality, media.sample_rate)
+            return draw_scores(rows["real"], nats, self.threshold, faulty, media.modality, media.sample_rate, titles)
         if self.task == "encode" and values[0].shape[1]:
             names = [f"z{d}" for d in range(values[0].shape[1])]
-            return draw_heat(values, names, "posterior mean", rows["real"], media.modality, media.sample_rate)
+            return draw_heat(values, names, "posterior mean", rows["real"], media.modality, media.sample_rate, titles)
         fans = [piece.fan for piece in self._shown if piece.fan is not None]
         if fans and media.modality == "series" and not is_binary(rows["real"]):
-            return draw_fans(fans, self._columns(fans[0].draws.shape[2]))
-        return media.draw(rows)
+            return draw_fans(fans, self._columns(fans[0].draws.shape[2]), titles)
+        return media.draw(rows, titles)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind."""

@@ -21,6 +21,7 @@ __all__ = ["Samples"]
 DIMENSIONS, SHIFTS = 3, (-2.0, -1.0, 0.0, 1.0, 2.0)  # of a traversal
 PAIRS, PLACES = 2, (0.0, 0.25, 0.5, 0.75, 1.0)  # of an interpolation
 MOST = 16  # latent dimensions in a heat map
+MOST_SHOWN = 64  # side by side they are 20,000 pixels wide
 
 
 class Samples(Callback):
@@ -41,14 +42,15 @@ class Samples(Callback):
     ``…_interpolation.png``
         what lies between the latents of two sequences.
     ``…_table.csv``
-        each sequence, real or drawn from the model, with its ELBO in nats per step (scaled units, as ``val/elbo``).
+        what is shown of each sequence, real or drawn from the model, with its ELBO in nats per step (scaled units, as
+        ``val/elbo``).
 
     Loggers that can show pictures, tables, or play audio get the same. The draws have a random stream of their own:
     training is the same with and without this callback.
 
     Args:
         every_n_validations: Show after every so many validations, and at the end; 0 never.
-        count: Sequences per row.
+        count: Sequences per row, at most 64.
         max_steps: Show no more than the first so many steps of a sequence, or rows of an image.
     """
 
@@ -60,6 +62,8 @@ class Samples(Callback):
         ):
             if value < least:
                 raise UserError(f"samples.{option} {value}: must be at least {least}")
+        if count > MOST_SHOWN:
+            raise UserError(f"samples.count {count}: a picture has room for {MOST_SHOWN} sequences")
         self.every_n_validations = every_n_validations
         self.count = count
         self.max_steps = max_steps
@@ -74,6 +78,10 @@ class Samples(Callback):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on counting from a checkpoint."""
         self.validations = state_dict["validations"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what another fit has shown."""
+        self._batch = self._shown_at = None
 
     def on_validation_batch_start(
         self,
@@ -132,7 +140,7 @@ class Samples(Callback):
         trace, drawn, rows = self._rows(module, batch)
         shown = exhibition.media.ready(rows)
         if self._shown_at != exhibition.step:  # else the last validation did
-            exhibition.picture("samples", exhibition.media.draw(shown))
+            exhibition.picture("samples", exhibition.media.draw(shown, batch.names))
             exhibition.sequences(shown)
         self._shown_at = exhibition.step
         if not last:
@@ -181,7 +189,7 @@ class Samples(Callback):
         order = trace.kl.sum((0, 1)).argsort(descending=True)
         kl = [x[:n, order[:MOST]] for x, n in zip(trace.kl, lengths, strict=True)]
         names = [f"z{d}" for d in order[:MOST].tolist()]
-        figure = draw_heat(kl, names, "KL, nats", real, media.modality, media.sample_rate)
+        figure = draw_heat(kl, names, "KL, nats", real, media.modality, media.sample_rate, batch.names)
         exhibition.picture("latent", figure)
 
         means, mask = trace.posterior.mean, batch.mask[..., None]
@@ -196,7 +204,7 @@ class Samples(Callback):
             given = None if inputs is None else inputs[:1].expand(len(SHIFTS), -1, -1)
             moved[f"z{d}"] = list(module.decode(z, given))
         titles = [f"{shift:+g} std" if shift else "as inferred" for shift in SHIFTS]
-        exhibition.picture("traversal", media.draw(media.ready(moved), titles))
+        exhibition.picture("traversal", media.draw(media.ready(moved), titles, shared=True))
 
         between = {}
         for a in range(0, min(2 * PAIRS, len(batch) - 1), 2):
@@ -207,4 +215,4 @@ class Samples(Callback):
             between[f"{a} to {a + 1}"] = list(module.decode(z, given))
         if between:
             titles = [f"{100 * place:g} %" for place in PLACES]
-            exhibition.picture("interpolation", media.draw(media.ready(between), titles))
+            exhibition.picture("interpolation", media.draw(media.ready(between), titles, shared=True))
