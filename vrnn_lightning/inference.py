@@ -596,9 +596,10 @@ class Inference:
         A particle filter: :math:`z_t` comes from the posterior where a step has data and from the prior where it has
         none, what is missing of :math:`x_t` from the emission given what is there, and the weights are those of the
         observed part. A gap is drawn from the particles' ancestry up to ``lag`` steps behind it (Kitagawa and Sato
-        2001), or before that where what comes later would leave it fewer effective ancestors than half the samples
-        (adaptive lag, Alenlov and Olsson 2019): with many features a single frame may. Draws of one number in different
-        gaps do not belong together, nor do those far apart in a long stretch of frames that are partly there.
+        2001). Where a frame in reach would leave it fewer than 32 effective ancestors (a quarter of the particles, if
+        they are fewer than 128), as a frame of many features may, the frame counts with the power that leaves so many,
+        and nothing behind it counts: draws are then wider than they should be, rather than one. Draws of one number in
+        different gaps do not belong together, nor do those far apart in a long stretch of frames that are partly there.
 
         A model that was told of missing values (``missing``) goes on with what it saw; any other with what was drawn.
 
@@ -793,7 +794,8 @@ class _Imputer:
 
         for s in range(t, end + 1):
             lineage = descent if s == t else lineage[self._before(s - 1, row, descent)]
-            increments = self.increments[s][:, row].double().clamp(min=-1e30)  # none of them can: all are even
+            impossible = -1e30  # where all particles find it so, they are even
+            increments = self.increments[s][:, row].double().nan_to_num(nan=impossible, neginf=impossible)
             shares = found(1.0)
             if shares.square().sum() * enough > 1:
                 low, high = 0.0, 1.0
