@@ -161,8 +161,7 @@ def test_full_disk_leaves_nothing(tmp_path, disk, room):
     disk(room)
     with pytest.raises(UserError, match=r"test.npz: can't be written \(No space left on device\).*make room"):
         predict(tmp_path, task="forecast", prefix=3, samples=20)
-    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".csv"] == []
-    assert not list(tmp_path.rglob(".*"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_full_disk_while_the_archive_is_joined(tmp_path, monkeypatch):
@@ -679,7 +678,51 @@ def test_a_debugging_run_leaves_nothing(tmp_path):
         enable_progress_bar=False,
     )
     trainer.predict(model(), datamodule=Ramps(), return_predictions=False)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.iterdir())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_fails_changes_nothing_of_an_earlier_prediction(tmp_path, monkeypatch):
+    """The archive is joined last; where that fails, nothing new takes an old one's place."""
+    options = {"task": "forecast", "prefix": 3, "samples": 4}
+    predict(tmp_path, **options, shown=1)
+    folder = tmp_path / "predictions/forecast"
+    before = contents(folder)
+    assert before.keys() == {"test.npz", "test.csv", "test.png", "figures.json", "lead_times.csv"}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.lib.format, "write_array_header_1_0", full)
+        with pytest.raises(UserError, match="No space left"):
+            predict(tmp_path, **options, seed=1)
+    with pytest.raises(UserError, match="no test sequence has something to forecast"):
+        predict(tmp_path, task="forecast", prefix=99)
+    assert contents(folder) == before
+
+
+def test_nothing_of_an_earlier_prediction_stays_beside_a_new_one(tmp_path):
+    """Neither its picture and figures, nor archives of more processes; what is none of ours stays."""
+    predict(tmp_path, task="forecast", prefix=3, samples=4, shown=1)
+    folder = tmp_path / "predictions/forecast"
+    for name in ("test_0.npz", "test_1.csv", "test_sampled_0.wav", "notes.txt", "test.txt"):
+        (folder / name).write_text("")
+    predict(tmp_path, task="forecast", steps=2, samples=4)
+    assert contents(folder).keys() == {"test.npz", "test.csv", "notes.txt", "test.txt"}
+    for name in ("encodings_1.npz", "figures.json"):
+        (tmp_path / name).write_text("")
+    predict(tmp_path, task="encode", shown=0)
+    assert {path.name for path in tmp_path.iterdir()} == {"encodings.npz", "predictions", "figures.json"}
+
+
+def test_a_refused_prediction_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError, match="no test sequence has something to forecast"):
+        predict(tmp_path / "runs" / "new", task="forecast", prefix=99)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -730,7 +773,7 @@ def test_bad_options(options, line):
 def test_data_that_a_task_can_make_nothing_of(tmp_path, data, options, line):
     with pytest.raises(UserError, match=line):
         predict(tmp_path, data(), **options)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.iterdir())
 
 
 def test_covariates_that_nobody_knows(tmp_path):

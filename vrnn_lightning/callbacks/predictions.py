@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -189,6 +191,7 @@ class Predictions(Callback):
         """What :class:`~vrnn_lightning.metrics.DrawScores` says, where the truth is known, of draws and a baseline."""
         self.skipped = 0
         self._writer: ArchiveWriter | None = None
+        self._made: list[Path] = []  # folders that were not there before
         self._shown: list[_Found] = []
         self._longest = 0
         self._seasons = 0  # forecasts whose past is a season long
@@ -262,6 +265,8 @@ class Predictions(Callback):
         self.figures, self._lead_times = {}, {}
         judged = {"forecast": ("forecast", "seasonal naive"), "impute": ("imputation",)}.get(self.task, ())
         self._judges = {name: metrics.DrawScores().to(module.device) for name in judged}
+        missing = [folder for folder in self.path.parents if not folder.exists()]
+        self._made = trainer.strategy.broadcast(missing)  # before any process makes one
         self._writer = ArchiveWriter(self.path, "test")
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -469,21 +474,52 @@ class Predictions(Callback):
             for nats, faulty in labelled:
                 detection.update(nats, faulty, self.threshold)
             self.figures["detection"] = {key: x.item() for key, x in detection.compute().items()}
-        if getattr(trainer, "fast_dev_run", False) or not len(writer):  # the first leaves nothing behind
-            writer.discard()
+        if getattr(trainer, "fast_dev_run", False):  # leaves nothing behind
+            self._tidy()
             self.path = None
             return
-        if self._lead_times and trainer.is_global_zero:
-            self._write_lead_times(self.path.with_name("lead_times.csv"))
-        if self.figures and trainer.is_global_zero:
-            with replacing(self.path.with_name("figures.json")) as temporary:
-                temporary.write_text(json.dumps(self.figures, indent=1) + "\n", encoding="utf-8")
-        if self.task == "score" or (self.task != "encode" and self._modality == "series"):
-            self._write_table(writer, self.path.with_suffix(".csv"))
-        writer.finish()
-        self._writer = None
+        with ExitStack() as stack:  # all files or none
+            if trainer.is_global_zero:
+                if self._lead_times:
+                    self._write_lead_times(stack.enter_context(replacing(self.path.with_name("lead_times.csv"))))
+                if self.figures:
+                    path = stack.enter_context(replacing(self.path.with_name("figures.json")))
+                    path.write_text(json.dumps(self.figures, indent=1) + "\n", encoding="utf-8")
+            if len(writer):
+                if self.task == "score" or (self.task != "encode" and self._modality == "series"):
+                    self._write_table(writer, stack.enter_context(replacing(self.path.with_suffix(".csv"))))
+                writer.finish()
+            self._clear(trainer)
+        self._tidy()
         if self._shown:
             self._show(self.path.with_suffix(".png"))
+
+    def _clear(self, trainer: Trainer) -> None:
+        """Remove what an earlier prediction of this task left, with more files or of another number of processes."""
+        assert self.path is not None
+        assert self._writer is not None
+        stem, pair = "encodings" if self.task == "encode" else "test", ("npz", "csv")
+        written = {self.path.name} if len(self._writer) else set()  # the others that are new are not there yet
+        if trainer.is_global_zero:
+            written |= {f"{stem}_{rank}.{suffix}" for rank in range(1, trainer.world_size) for suffix in pair}
+            figures = "" if self.task == "encode" else r"|figures\.json|lead_times\.csv"
+            ours = re.compile(rf"{stem}(_\w+)?\.(npz|csv|png|wav|mid|svg|gif){figures}")
+            found = {path.name for path in self.path.parent.iterdir() if ours.fullmatch(path.name)}
+        else:
+            found = {f"{self.path.stem}.{suffix}" for suffix in pair}
+        for name in found - written:
+            self.path.with_name(name).unlink(missing_ok=True)
+
+    def _tidy(self) -> None:
+        """Let go of the parts, and of folders that were made for nothing."""
+        if self._writer is not None:
+            self._writer.discard()
+            self._writer = None
+        for folder in self._made:
+            try:
+                folder.rmdir()
+            except OSError:  # it holds something
+                break
 
     def _refuse_season(self, trainer: Trainer) -> None:
         """Refuse a season that no forecast's past holds, as nothing could be compared with."""
@@ -509,7 +545,7 @@ class Predictions(Callback):
 
     def _write_lead_times(self, path: Path) -> None:
         """Write a line for each forecast and step ahead."""
-        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(["forecast", "ahead", *next(iter(self._lead_times.values()))])
             for name, figures in self._lead_times.items():
@@ -519,7 +555,7 @@ class Predictions(Callback):
 
     def _write_table(self, writer: ArchiveWriter, path: Path) -> None:
         """Write a line for each step, sequence after sequence."""
-        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             judged = self.task in ("forecast", "impute")
             more = {"forecast": ["truth", "start"], "impute": ["truth"]}.get(self.task, [])
             if self.threshold is not None:
@@ -589,9 +625,7 @@ class Predictions(Callback):
         """Leave nothing behind."""
         if isinstance(pl_module, VRNNLightningModule):
             pl_module.traced = True
-        if self._writer is not None:
-            self._writer.discard()
-            self._writer = None
+        self._tidy()
 
 
 def _real(batch: SequenceBatch) -> list[int]:
