@@ -786,6 +786,16 @@ def test_covariates_that_nobody_knows(tmp_path):
     assert found["test_lengths"].tolist() == [6, 6, 1, 1, 9, 9, 4, 4]
 
 
+@pytest.mark.parametrize("task", ["encode", "sample", "reconstruct", "score", "impute"])
+def test_a_model_that_lost_its_numbers(tmp_path, task):
+    module = model()
+    with torch.no_grad():
+        module.vrnn.decoder.head.linear.weight[0, 0] = math.nan
+    with pytest.raises(UserError, match="weights of this model are no numbers.*earlier checkpoint"):
+        predict(tmp_path, None, module, task=task)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_untrained_model_can_not_sample(tmp_path):
     trainer = Trainer(default_root_dir=tmp_path, callbacks=[Predictions("sample")], logger=False, accelerator="cpu")
     with pytest.raises(UserError, match="no scaler, as it was never trained"):

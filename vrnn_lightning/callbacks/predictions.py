@@ -254,6 +254,12 @@ class Predictions(Callback):
             raise UserError(
                 "prediction.task sample: this model has no scaler, as it was never trained; give --ckpt_path"
             )
+        lost = torch.tensor(sum(not weights.isfinite().all() for weights in module.parameters()))
+        if trainer.strategy.reduce(lost.to(module.device), reduce_op="sum"):
+            raise UserError(
+                f"prediction.task {self.task}: weights of this model are no numbers, its training went astray; give an "
+                "earlier checkpoint as --ckpt_path"
+            )
         if self.task == "sample" and module.vrnn.num_inputs:
             raise UserError(
                 f"prediction.task sample: the model reads {module.vrnn.num_inputs} covariates at each step, which are "
