@@ -791,7 +791,7 @@ def test_a_model_that_lost_its_numbers(tmp_path, task):
     module = model()
     with torch.no_grad():
         module.vrnn.decoder.head.linear.weight[0, 0] = math.nan
-    with pytest.raises(UserError, match="weights of this model are no numbers.*earlier checkpoint"):
+    with pytest.raises(UserError, match=r"weights of this model are no numbers.*earlier checkpoint"):
         predict(tmp_path, None, module, task=task)
     assert not list(tmp_path.iterdir())
 
