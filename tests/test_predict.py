@@ -732,6 +732,7 @@ def test_a_refused_prediction_leaves_no_folder(tmp_path):
         ({"task": "sample", "count": 0}, "prediction.count 0"),
         ({"task": "sample", "steps": 0}, "prediction.steps 0"),
         ({"task": "sample", "temperature": 0.0}, "prediction.temperature 0"),
+        ({"task": "sample", "temperature": math.inf}, "prediction.temperature inf"),
         ({"task": "sample", "seed": -1}, "prediction.seed -1"),
         ({"task": "sample", "shown": 1000}, "prediction.shown 1000: a picture has room for 64 sequences"),
         ({"task": "sample", "prefix": 3}, "prediction.prefix 3: is no option of the task sample, but of forecast"),
@@ -767,6 +768,7 @@ def test_bad_options(options, line):
         (Ramps, {"task": "forecast", "prefix": 8, "steps": 5, "stride": 1}, "prefix 8: no test sequence"),
         (Ramps, {"task": "forecast", "prefix": 3, "season": 13}, "season 13: is longer than the past of every"),
         (lambda: Ramps(nothing=True), {"task": "forecast", "steps": 2}, "forecast: no test sequence has an observed"),
+        (Ramps, {"task": "impute", "samples": 2, "hide": 0.1, "gap": 12}, "gap 12: leaves nothing of .* has 12 steps"),
         (lambda: Ramps(nothing=True), {"task": "impute"}, "impute: no test sequence has an observed value"),
     ],
 )

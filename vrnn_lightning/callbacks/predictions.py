@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -125,8 +126,8 @@ class Predictions(Callback):
     the truth is known, and, of the first ``shown`` sequences, ``test.png`` (a fan chart of draws of a series, nats
     below the sequences, a heat map of encodings) and files as the modality asks: wav of audio, svg and gif of pen
     strokes, wav and MIDI of piano rolls (the latter where mido is installed). Each of several processes writes
-    ``test_0.npz`` and so on. Archives and tables are written whole or not at all, from parts on the disk: memory does
-    not grow with the corpus.
+    ``test_0.npz`` and so on. Archives and tables of a process are written all and whole, or none, from parts on the
+    disk: memory does not grow with the corpus. They take the place of all that an earlier prediction of the task left.
 
     Draws depend on ``seed`` and on a sequence's name alone: neither on the batch size nor on the number of
     processes. Those of ``sample`` depend on ``seed``, ``count`` and ``steps``.
@@ -149,7 +150,7 @@ class Predictions(Callback):
         season: Steps of a season, for the seasonal naive forecast that a forecast is compared with; default 1.
         temperature: Of the emission in ``sample`` and ``forecast``, default 1.
         seed: Of the draws; default 0.
-    shown: Sequences in the picture, and as files of their own; default 4, at most 64, 0 for none.
+        shown: Sequences in the picture, and as files of their own; default 4, at most 64, 0 for none.
 
     Raises:
         UserError: An option outside its range, or of another task.
@@ -195,6 +196,7 @@ class Predictions(Callback):
         self._shown: list[_Found] = []
         self._longest = 0
         self._seasons = 0  # forecasts whose past is a season long
+        self._hides = 0  # steps
         self._lead_times: dict[str, dict[str, Tensor]] = {}
         self.threshold: float | None = None
         """Nats below which steps are flagged."""
@@ -220,8 +222,8 @@ class Predictions(Callback):
                 raise UserError(f"prediction.{key} {value}: must be at least {low}")
         if self.options.get("shown", 0) > MOST_SHOWN:
             raise UserError(f"prediction.shown {self.options['shown']}: a picture has room for {MOST_SHOWN} sequences")
-        if not self.options.get("temperature", 1.0) > 0:
-            raise UserError(f"prediction.temperature {self.options['temperature']}: must be above 0")
+        if not 0 < self.options.get("temperature", 1.0) < math.inf:
+            raise UserError(f"prediction.temperature {self.options['temperature']}: must be a number above 0")
         quantile = self.options.get("quantile")
         if quantile is not None and not 0 < quantile < 1:
             raise UserError(f"prediction.quantile {quantile}: must lie between 0 and 1")
@@ -267,7 +269,7 @@ class Predictions(Callback):
             )
         module.traced = self.task == "encode"
         self.data = getattr(trainer, "datamodule", None) or self.data
-        self._shown, self._longest, self._seasons, self.skipped = [], 0, 0, 0
+        self._shown, self._longest, self._seasons, self._hides, self.skipped = [], 0, 0, 0, 0
         self.figures, self._lead_times = {}, {}
         judged = {"forecast": ("forecast", "seasonal naive"), "impute": ("imputation",)}.get(self.task, ())
         self._judges = {name: metrics.DrawScores().to(module.device) for name in judged}
@@ -398,7 +400,9 @@ class Predictions(Callback):
         for i in real:
             row = batch.rows([i])
             truth = self._truth(module, batch, i)
-            seen = row.counted & ~self._hidden(self._seed(batch, i), row.x.shape[1]).to(row.x.device)[None, :, None]
+            hidden = self._hidden(self._seed(batch, i), row.x.shape[1])
+            self._hides += int(hidden.sum())
+            seen = row.counted & ~hidden.to(row.x.device)[None, :, None]
             self._longest = max(self._longest, row.x.shape[1])
             if not seen.any():
                 self.skipped += 1
@@ -467,6 +471,8 @@ class Predictions(Callback):
             raise UserError(self._nothing())
         if self.task == "forecast":
             self._refuse_season(trainer)
+        if self.options.get("hide"):
+            self._refuse_gap(trainer)
         ahead = max(_gathered(trainer, [judge.steps for judge in self._judges.values()]), default=0)
         for judge in self._judges.values():
             judge.grow(ahead)
@@ -534,6 +540,15 @@ class Predictions(Callback):
             raise UserError(
                 f"prediction.season {self.options['season']}: is longer than the past of every forecast, of sequences "
                 f"of at most {max(longest)} steps; give a smaller one, or a larger prediction.prefix"
+            )
+
+    def _refuse_gap(self, trainer: Trainer) -> None:
+        """Refuse a gap that no sequence has room for, as nothing would be hidden."""
+        hides, longest = zip(*_gathered(trainer, [(self._hides, self._longest)]), strict=True)
+        if not sum(hides):
+            raise UserError(
+                f"prediction.gap {self.options['gap']}: leaves nothing of the longest sequence, which has {max(longest)} "
+                "steps, to impute from; give a smaller one"
             )
 
     def _nothing(self) -> str:
