@@ -547,8 +547,8 @@ class Predictions(Callback):
         hides, longest = zip(*_gathered(trainer, [(self._hides, self._longest)]), strict=True)
         if not sum(hides):
             raise UserError(
-                f"prediction.gap {self.options['gap']}: leaves nothing of the longest sequence, which has {max(longest)} "
-                "steps, to impute from; give a smaller one"
+                f"prediction.gap {self.options['gap']}: leaves nothing of the longest sequence, which has "
+                f"{max(longest)} steps, to impute from; give a smaller one"
             )
 
     def _nothing(self) -> str:
