@@ -517,6 +517,26 @@ def test_planted_faults_are_flagged(tmp_path):
     assert [row["flagged"] == "1" for row in rows] == found["test_flagged"].tolist()
 
 
+def test_values_too_large_for_a_score_are_flagged(tmp_path):
+    class Broken(Ramps):
+        def sequences(self, split):
+            found = super().sequences(split)
+            for s in found if split != "train" else []:
+                s.x[3] = 1e33
+            return found
+
+        def anomalies(self, batch):
+            return (torch.arange(batch.x.shape[1]) == 3).expand(len(batch), -1)
+
+    found, callback = predict(tmp_path, Broken(), task="score", quantile=0.1, shown=0)
+    fourths = np.cumsum([0, *LENGTHS[:-1]]) + 3
+    assert not np.isfinite(found["test_values"][fourths]).any()
+    assert found["test_flagged"][fourths].all()
+    assert math.isfinite(callback.threshold)
+    assert callback.figures["detection"]["AUROC"] == 1.0
+    assert callback.figures["detection"]["recall"] == 1.0
+
+
 def test_seasonal_naive_repeats_what_was(tmp_path):
     naive, error = seasonal_naive(torch.arange(6.0)[:, None], steps=4, season=3)
     assert naive.ravel().tolist() == [3.0, 4.0, 5.0, 3.0]

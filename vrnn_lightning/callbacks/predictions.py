@@ -109,7 +109,8 @@ class Predictions(Callback):
         ``predictions/reconstruct/test.npz``: the emission's mean at each step, with the latents inferred.
     ``score``
         ``predictions/score/test.npz``: nats of each step in data units, shape (total steps, 1); with ``quantile`` also
-        ``test_flagged``, True at steps below that quantile of the validation steps' scores, shape (total steps,).
+        ``test_flagged``, True at steps below that quantile of the validation steps' scores and at those whose score
+        is no number, shape (total steps,).
     ``forecast``
         ``predictions/forecast/test.npz``: ``samples`` paths of each sequence, one after another; ``test_start``, the
         step that each path begins at; ``test_truth``, what came, NaN where that is not known, of shape (total steps of
@@ -290,6 +291,9 @@ class Predictions(Callback):
             )
             scores = [nats.cpu() for batch, real in batches for nats in self._scores(module, batch, real)]
         every = torch.cat(_gathered(trainer, scores)).double().numpy()
+        every = every[np.isfinite(every)]
+        if not len(every):
+            raise UserError(f"prediction.quantile {self.options['quantile']}: no validation step has a finite score")
         self.threshold = float(np.quantile(every, self.options["quantile"]))
 
     def on_predict_batch_end(
@@ -346,7 +350,7 @@ class Predictions(Callback):
         known = getattr(self.data, "anomalies", None)
         faulty = known(batch) if known is not None and self.threshold is not None else None
         for i, nats in zip(real, self._scores(module, batch, real), strict=True):
-            more = {} if self.threshold is None else {"flagged": (nats < self.threshold).cpu().numpy()}
+            more = {} if self.threshold is None else {"flagged": metrics.below(nats, self.threshold).cpu().numpy()}
             wrong = None if faulty is None else faulty[i, : len(nats)].cpu()
             if wrong is not None:
                 self._labelled.append((nats.cpu(), wrong))
