@@ -197,8 +197,8 @@ def prediction(
     std = covariance.diagonal(dim1=1, dim2=2).sqrt().expand_as(mean)
     session, frames, nats = module.session(len(x), particles), [], torch.zeros(len(x)).double()
     for frame in x.unbind(1):
-        frames.append(session.predict(draws).double())
-        nats += session.step(frame.to(module.scale_mean))
+        frames.append(session.now.forecast(1, draws)[:, :, 0].double())
+        nats += session.step(frame.to(module.scale_mean)).nats
     ideal = torch.distributions.MultivariateNormal(mean, covariance, validate_args=False).sample((draws,))
     lacking = float((exact.log_likelihood(x) - nats).mean()) / x.shape[1]
     return figures(torch.stack(frames, 2), mean, std, x), figures(ideal, mean, std, x), lacking

@@ -85,7 +85,8 @@ class Tables(SequenceDataModule):
         stride: Steps from the beginning of one such window to the next. ``None``: ``length``, so that they don't
             overlap.
         context: ``lightning predict`` reads so many steps before each series' test part too, as the past that its
-            first forecasts begin from. No other command does. Only for a split by "time".
+            first forecasts begin from. No other command does. Only for a split by "time". Other tasks than "forecast"
+            take them for steps of the test, in scores and their figures too.
         anomaly: A column of 0 and 1 that says which steps are faulty, 1. The model never sees it: the scores of
             ``lightning predict`` are judged by it. Steps that have no row count as 0.
         missing: Allow missing values. False refuses them, and builds a model that doesn't ask.

@@ -528,3 +528,12 @@ def test_a_precision_that_there_is_not_is_refused_in_one_line(lightning, tiny, p
     (line,) = [line for line in said.err.splitlines() if not line.startswith("Seed set")]
     assert line.startswith("error: --trainer")
     assert precision.replace("-", "_") in line.replace("-", "_")
+
+
+def test_a_logger_whose_package_is_missing_is_one_line(lightning, tiny, monkeypatch):
+    for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
+        monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard.{name}", False)
+    said = lightning("fit", "-c", tiny, "--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=here")
+    assert said.code == 1
+    assert said.err.splitlines()[-1].startswith("error: TensorBoardLogger: Neither `tensorboard` nor")
+    assert "Traceback" not in said.err

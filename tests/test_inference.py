@@ -358,13 +358,13 @@ def joint(module, x, draws):
     return scaler.unscale(torch.stack(frames, 1))[..., 0], weights
 
 
-def sharp(**options):
-    """A model of one feature whose gaps depend on both sides."""
-    module = model(1, residual_posterior=True, **options)
+def sharp(features=1, **options):
+    """A model whose gaps depend on both sides."""
+    module = model(features, residual_posterior=True, **options)
     with torch.no_grad():
         for parameter in module.vrnn.parameters():
             parameter.mul_(2.5)
-        module.vrnn.decoder.head.linear.bias[1] -= 1.5  # little noise: neighbours of a gap say more
+        module.vrnn.decoder.head.linear.bias[features:] -= 1.5  # little noise: neighbours of a gap say more
         linear = module.vrnn.encoder.head.linear  # wider than the prior: weights of a small variance
         linear.weight.zero_()
         linear.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 1.0]))
@@ -390,6 +390,40 @@ def test_imputed_draws_have_the_moments_of_the_posterior(gap):
         alone = frames[:, t].mean()  # of the past alone, without weights
         if t == gap[0] > 0:
             assert abs(alone - mean) > 5 * error, "the observed part says nothing: the test can't fail"
+
+
+def test_a_sharp_frame_leaves_a_gap_more_than_one_ancestor():
+    """Of 40 features no particle meets the next frame: what is drawn spreads as what may come of the past."""
+    module = sharp(40)
+    xs = module.sample(1, 12, seed=0)
+    holes = xs.clone()
+    holes[:, 5:8] = NAN
+    (drawn,) = module.impute(holes, samples=100, seed=0)
+    free = module.forecast(xs[:, :5], 3, samples=400, seed=0)[:, 0]
+    spread = drawn[:, 5:8].std(0) / free.std(0)
+    assert 0.7 < spread.mean() < 1.1
+    assert spread.min() > 0.3
+
+
+def test_early_draws_of_a_feature_that_is_never_seen_do_not_descend_from_one():
+    module = sharp(40)
+    holes = module.sample(1, 60, seed=0)
+    holes[..., 0] = NAN
+    (drawn,) = module.impute(holes, samples=100, seed=0)
+    apart = [len(frame.unique()) for frame in drawn[..., 0].T]
+    assert min(apart) >= 12
+    assert sum(apart) / len(apart) > 25
+
+
+def test_missing_steps_that_no_particle_can_explain():
+    """A value that the emission rules out says nothing about what is missing before it."""
+    module = VRNNLightningModule(2, latent_size=2, hidden_size=3, emission=Bernoulli)
+    x = torch.tensor([[1.0, 1.0], [NAN, NAN], [1.0, 1.0]])
+    with torch.no_grad():
+        module.vrnn.decoder.head.linear.bias[0] = -math.inf  # never 1
+    (drawn,) = module.impute([x], samples=20, seed=0)
+    assert set(drawn[:, 1, 0].tolist()) == {0.0}
+    assert set(drawn[:, 1, 1].tolist()) == {0.0, 1.0}
 
 
 def test_a_missing_end_is_a_forecast():

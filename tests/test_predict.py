@@ -161,8 +161,7 @@ def test_full_disk_leaves_nothing(tmp_path, disk, room):
     disk(room)
     with pytest.raises(UserError, match=r"test.npz: can't be written \(No space left on device\).*make room"):
         predict(tmp_path, task="forecast", prefix=3, samples=20)
-    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".csv"] == []
-    assert not list(tmp_path.rglob(".*"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_full_disk_while_the_archive_is_joined(tmp_path, monkeypatch):
@@ -518,6 +517,26 @@ def test_planted_faults_are_flagged(tmp_path):
     assert [row["flagged"] == "1" for row in rows] == found["test_flagged"].tolist()
 
 
+def test_values_too_large_for_a_score_are_flagged(tmp_path):
+    class Broken(Ramps):
+        def sequences(self, split):
+            found = super().sequences(split)
+            for s in found if split != "train" else []:
+                s.x[3] = 1e33
+            return found
+
+        def anomalies(self, batch):
+            return (torch.arange(batch.x.shape[1]) == 3).expand(len(batch), -1)
+
+    found, callback = predict(tmp_path, Broken(), task="score", quantile=0.1, shown=0)
+    fourths = np.cumsum([0, *LENGTHS[:-1]]) + 3
+    assert not np.isfinite(found["test_values"][fourths]).any()
+    assert found["test_flagged"][fourths].all()
+    assert math.isfinite(callback.threshold)
+    assert callback.figures["detection"]["AUROC"] == 1.0
+    assert callback.figures["detection"]["recall"] == 1.0
+
+
 def test_seasonal_naive_repeats_what_was(tmp_path):
     naive, error = seasonal_naive(torch.arange(6.0)[:, None], steps=4, season=3)
     assert naive.ravel().tolist() == [3.0, 4.0, 5.0, 3.0]
@@ -679,7 +698,51 @@ def test_a_debugging_run_leaves_nothing(tmp_path):
         enable_progress_bar=False,
     )
     trainer.predict(model(), datamodule=Ramps(), return_predictions=False)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.iterdir())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_fails_changes_nothing_of_an_earlier_prediction(tmp_path, monkeypatch):
+    """The archive is joined last; where that fails, nothing new takes an old one's place."""
+    options = {"task": "forecast", "prefix": 3, "samples": 4}
+    predict(tmp_path, **options, shown=1)
+    folder = tmp_path / "predictions/forecast"
+    before = contents(folder)
+    assert before.keys() == {"test.npz", "test.csv", "test.png", "figures.json", "lead_times.csv"}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.lib.format, "write_array_header_1_0", full)
+        with pytest.raises(UserError, match="No space left"):
+            predict(tmp_path, **options, seed=1)
+    with pytest.raises(UserError, match="no test sequence has something to forecast"):
+        predict(tmp_path, task="forecast", prefix=99)
+    assert contents(folder) == before
+
+
+def test_nothing_of_an_earlier_prediction_stays_beside_a_new_one(tmp_path):
+    """Neither its picture and figures, nor archives of more processes; what is none of ours stays."""
+    predict(tmp_path, task="forecast", prefix=3, samples=4, shown=1)
+    folder = tmp_path / "predictions/forecast"
+    for name in ("test_0.npz", "test_1.csv", "test_sampled_0.wav", "notes.txt", "test.txt"):
+        (folder / name).write_text("")
+    predict(tmp_path, task="forecast", steps=2, samples=4)
+    assert contents(folder).keys() == {"test.npz", "test.csv", "notes.txt", "test.txt"}
+    for name in ("encodings_1.npz", "figures.json"):
+        (tmp_path / name).write_text("")
+    predict(tmp_path, task="encode", shown=0)
+    assert {path.name for path in tmp_path.iterdir()} == {"encodings.npz", "predictions", "figures.json"}
+
+
+def test_a_refused_prediction_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError, match="no test sequence has something to forecast"):
+        predict(tmp_path / "runs" / "new", task="forecast", prefix=99)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -689,6 +752,7 @@ def test_a_debugging_run_leaves_nothing(tmp_path):
         ({"task": "sample", "count": 0}, "prediction.count 0"),
         ({"task": "sample", "steps": 0}, "prediction.steps 0"),
         ({"task": "sample", "temperature": 0.0}, "prediction.temperature 0"),
+        ({"task": "sample", "temperature": math.inf}, "prediction.temperature inf"),
         ({"task": "sample", "seed": -1}, "prediction.seed -1"),
         ({"task": "sample", "shown": 1000}, "prediction.shown 1000: a picture has room for 64 sequences"),
         ({"task": "sample", "prefix": 3}, "prediction.prefix 3: is no option of the task sample, but of forecast"),
@@ -724,13 +788,14 @@ def test_bad_options(options, line):
         (Ramps, {"task": "forecast", "prefix": 8, "steps": 5, "stride": 1}, "prefix 8: no test sequence"),
         (Ramps, {"task": "forecast", "prefix": 3, "season": 13}, "season 13: is longer than the past of every"),
         (lambda: Ramps(nothing=True), {"task": "forecast", "steps": 2}, "forecast: no test sequence has an observed"),
+        (Ramps, {"task": "impute", "samples": 2, "hide": 0.1, "gap": 12}, "gap 12: leaves nothing of .* has 12 steps"),
         (lambda: Ramps(nothing=True), {"task": "impute"}, "impute: no test sequence has an observed value"),
     ],
 )
 def test_data_that_a_task_can_make_nothing_of(tmp_path, data, options, line):
     with pytest.raises(UserError, match=line):
         predict(tmp_path, data(), **options)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.iterdir())
 
 
 def test_covariates_that_nobody_knows(tmp_path):
@@ -741,6 +806,16 @@ def test_covariates_that_nobody_knows(tmp_path):
         predict(tmp_path, Ramps(num_inputs=1), reads, task="forecast", prefix=3, steps=9)
     found, _ = predict(tmp_path, Ramps(num_inputs=1), reads, task="forecast", prefix=3, samples=2)
     assert found["test_lengths"].tolist() == [6, 6, 1, 1, 9, 9, 4, 4]
+
+
+@pytest.mark.parametrize("task", ["encode", "sample", "reconstruct", "score", "impute"])
+def test_a_model_that_lost_its_numbers(tmp_path, task):
+    module = model()
+    with torch.no_grad():
+        module.vrnn.decoder.head.linear.weight[0, 0] = math.nan
+    with pytest.raises(UserError, match=r"weights of this model are no numbers.*earlier checkpoint"):
+        predict(tmp_path, None, module, task=task)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_untrained_model_can_not_sample(tmp_path):

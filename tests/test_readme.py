@@ -86,6 +86,10 @@ def test_python(here, capsys):
     Path("snippet.py").write_text(block("python", "import torch\nfrom lightning"))
     found = runpy.run_path("snippet.py")
     assert found["sequences"].shape == (8, 50, 3)
+    assert found["futures"].shape == (100, 8, 24, 3)
+    assert [nats.shape for nats in found["scores"]] == [(50,)] * 8
+    assert [draws.shape for draws in found["filled"]] == [(20, 50, 3)] * 8
+    assert not any(draws.isnan().any() for draws in found["filled"])
     assert found["ahead"].mean.shape == (8, 3)
     assert found["paths"].shape == (100, 8, 24, 3)
 

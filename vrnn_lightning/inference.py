@@ -34,6 +34,8 @@ Given = Tensor | SequenceOf[Tensor] | SequenceBatch
 """Sequences in data units: one tensor of shape (batch, time, features), or tensors of shape (time, features), NaN where
 a value is missing; or a datamodule's batch, which is in scaled units."""
 RESAMPLING = Resampling()
+ENOUGH = 32
+"""Effective particles that a gap is drawn from: fewer would be too close together."""
 
 
 class Encoding(NamedTuple):
@@ -596,9 +598,10 @@ class Inference:
         A particle filter: :math:`z_t` comes from the posterior where a step has data and from the prior where it has
         none, what is missing of :math:`x_t` from the emission given what is there, and the weights are those of the
         observed part. A gap is drawn from the particles' ancestry up to ``lag`` steps behind it (Kitagawa and Sato
-        2001), or before that where what comes later would leave it fewer effective ancestors than half the samples
-        (adaptive lag, Alenlov and Olsson 2019): with many features a single frame may. Draws of one number in different
-        gaps do not belong together, nor do those far apart in a long stretch of frames that are partly there.
+        2001). Where a frame in reach would leave it fewer than 32 effective ancestors (a quarter of the particles, if
+        they are fewer than 128), as a frame of many features may, the frame counts with the power that leaves so many,
+        and nothing behind it counts: draws are then wider than they should be, rather than one. Draws of one number in
+        different gaps do not belong together, nor do those far apart in a long stretch of frames that are partly there.
 
         A model that was told of missing values (``missing``) goes on with what it saw; any other with what was drawn.
 
@@ -710,7 +713,8 @@ class _Imputer:
         self.weights = Weights(batch.lengths, batch.x.new_full((particles, size), -math.log(particles)), RESAMPLING)
         self.frames: list[Tensor] = []  # as drawn, each (particles, batch, features)
         self.ancestors: list[Tensor | None] = []  # of the particles after a step, each (particles, batch)
-        self.log_weights: list[Tensor] = []
+        self.log_weights: list[Tensor] = []  # before a step
+        self.increments: list[Tensor] = []  # what the step's frame adds to them
 
     def run(self) -> _Imputer:
         """Follow the sequences to their ends."""
@@ -730,9 +734,10 @@ class _Imputer:
             seen = model.look(x, counted) if model.missing else model.look(frame, None)
             states = _advanced(model, torch.cat([model.phi_x(seen), *u, phi_z], -1), states)
             draws = torch.rand(RESAMPLING.draws(count), len(batch), device=x.device)
-            source = self.weights.advance(t, increments.unflatten(0, (count, -1)), draws)
             self.frames.append(frame.unflatten(0, (count, -1)))
             self.log_weights.append(self.weights.log_weights)
+            self.increments.append(increments.unflatten(0, (count, -1)))
+            source = self.weights.advance(t, self.increments[-1], draws)
             if source is not None:
                 states = [part[source] for part in states]
             self.ancestors.append(None if source is None else source.unflatten(0, (count, -1)) // len(batch))
@@ -763,20 +768,13 @@ class _Imputer:
             if not open_steps[stop - 1]:
                 stop -= 1
                 continue
-            last = self._last(row, stop - 1, min(stop - 1 + lag, length - 1), samples / 2)
-            chosen, apart = _drawn(self.log_weights[last][:, row : row + 1], samples)[:, 0], 0
-            for t in range(last, -1, -1):
-                chosen = self._before(t, row, chosen)
-                if t >= stop:
-                    continue
-                left = len(chosen.unique())
-                apart = left if t == stop - 1 else apart
-                if not open_steps[t] or left < apart / 2:
-                    break
-                paths[:, t] = self.frames[t][chosen, row]
-            else:
-                t = -1
-            stop = t + 1
+            shares = self._shares(row, stop - 1, min(stop - 1 + lag, length - 1))
+            chosen = _drawn(shares.log()[:, None], samples)[:, 0]
+            apart = len(chosen.unique())
+            while stop > 0 and open_steps[stop - 1] and len(chosen.unique()) >= apart / 2:
+                stop -= 1
+                paths[:, stop] = self.frames[stop][chosen, row]
+                chosen = self._before(stop - 1, row, chosen) if stop else chosen
         return paths
 
     def _before(self, t: int, row: int, chosen: Tensor) -> Tensor:
@@ -784,17 +782,31 @@ class _Imputer:
         ancestors = self.ancestors[t]
         return chosen if ancestors is None else ancestors[chosen, row]
 
-    def _last(self, row: int, t: int, end: int, enough: float) -> int:
-        """Return the last step until ``end`` whose particles still have enough effective ancestors at step t, or t."""
-        lineage = torch.arange(self.particles, device=self.batch.x.device)
-        lineage = self._before(t, row, lineage)
-        for s in range(t + 1, end + 1):
-            lineage = lineage[self._before(s, row, torch.arange(self.particles, device=lineage.device))]
-            weights = self.log_weights[s][:, row].double().softmax(0)
-            shares = torch.zeros_like(weights).index_add(0, lineage, weights)
-            if 1 / shares.square().sum() < enough:
-                return s - 1
-        return end
+    def _shares(self, row: int, t: int, end: int) -> Tensor:
+        """Return weights of the particles of step t, given all frames until ``end``, shape (particles,).
+
+        The first frame that would leave fewer effective ancestors than enough is tempered, and is the last to count.
+        """
+        descent = lineage = torch.arange(self.particles, device=self.batch.x.device)
+        enough = min(ENOUGH, self.particles / 4)
+
+        def found(power: float) -> Tensor:
+            weights = (self.log_weights[s][:, row] + power * increments).softmax(0)
+            return torch.zeros_like(weights).index_add(0, lineage, weights)
+
+        for s in range(t, end + 1):
+            lineage = descent if s == t else lineage[self._before(s - 1, row, descent)]
+            impossible = -1e30  # where all particles find it so, they are even
+            increments = self.increments[s][:, row].double().nan_to_num(nan=impossible, neginf=impossible)
+            shares = found(1.0)
+            if shares.square().sum() * enough > 1:
+                low, high = 0.0, 1.0
+                for _ in range(30):
+                    middle = (low + high) / 2
+                    narrow = found(middle).square().sum() * enough > 1
+                    low, high = (low, middle) if narrow else (middle, high)
+                return found(low)
+        return shares
 
 
 def _completed(emission: Distribution, x: Tensor, counted: Tensor) -> Tensor:

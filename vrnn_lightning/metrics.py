@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-__all__ = ["ActiveUnits", "Bound", "Detection", "DrawScores", "Estimate", "seasonal_naive"]
+__all__ = ["ActiveUnits", "Bound", "Detection", "DrawScores", "Estimate", "below", "seasonal_naive"]
 
 
 WIDE = torch.float32 if torch.backends.mps.is_available() else torch.float64  # Apple GPUs have no float64
@@ -163,11 +163,11 @@ class Detection(Metric):
         Args:
             nats: Log-likelihood of each, shape (steps,).
             faulty: True at those that are, shape (steps,).
-            threshold: Steps below it are flagged.
+            threshold: Steps below it are flagged, and those whose log-likelihood is no number.
         """
-        self.nats.append(nats.detach().to(WIDE))
+        self.nats.append(torch.where(nats.isnan(), -math.inf, nats.detach().to(WIDE)))
         self.faulty.append(faulty.to(nats.device))
-        self.flagged.append(nats < threshold)
+        self.flagged.append(below(nats, threshold))
 
     def compute(self) -> dict[str, Tensor]:
         """Return the figures by name, those that are defined."""
@@ -184,6 +184,11 @@ class Detection(Metric):
             ranks = (ties.cumsum(0) - (ties - 1) / 2)[place].to(WIDE)  # of ties, their mean
             figures["AUROC"] = (ranks[faulty].sum() - bad * (bad + 1) / 2) / (bad * good)
         return figures
+
+
+def below(nats: Tensor, threshold: float) -> Tensor:
+    """Return True where a log-likelihood is below a threshold or no number, as that of values too large for one is."""
+    return ~(nats >= threshold)
 
 
 class DrawScores(Metric):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -106,7 +109,8 @@ class Predictions(Callback):
         ``predictions/reconstruct/test.npz``: the emission's mean at each step, with the latents inferred.
     ``score``
         ``predictions/score/test.npz``: nats of each step in data units, shape (total steps, 1); with ``quantile`` also
-        ``test_flagged``, True at steps below that quantile of the validation steps' scores, shape (total steps,).
+        ``test_flagged``, True at steps below that quantile of the validation steps' scores and at those whose score
+        is no number, shape (total steps,).
     ``forecast``
         ``predictions/forecast/test.npz``: ``samples`` paths of each sequence, one after another; ``test_start``, the
         step that each path begins at; ``test_truth``, what came, NaN where that is not known, of shape (total steps of
@@ -123,8 +127,8 @@ class Predictions(Callback):
     the truth is known, and, of the first ``shown`` sequences, ``test.png`` (a fan chart of draws of a series, nats
     below the sequences, a heat map of encodings) and files as the modality asks: wav of audio, svg and gif of pen
     strokes, wav and MIDI of piano rolls (the latter where mido is installed). Each of several processes writes
-    ``test_0.npz`` and so on. Archives and tables are written whole or not at all, from parts on the disk: memory does
-    not grow with the corpus.
+    ``test_0.npz`` and so on. Archives and tables of a process are written all and whole, or none, from parts on the
+    disk: memory does not grow with the corpus. They take the place of all that an earlier prediction of the task left.
 
     Draws depend on ``seed`` and on a sequence's name alone: neither on the batch size nor on the number of
     processes. Those of ``sample`` depend on ``seed``, ``count`` and ``steps``.
@@ -147,7 +151,7 @@ class Predictions(Callback):
         season: Steps of a season, for the seasonal naive forecast that a forecast is compared with; default 1.
         temperature: Of the emission in ``sample`` and ``forecast``, default 1.
         seed: Of the draws; default 0.
-    shown: Sequences in the picture, and as files of their own; default 4, at most 64, 0 for none.
+        shown: Sequences in the picture, and as files of their own; default 4, at most 64, 0 for none.
 
     Raises:
         UserError: An option outside its range, or of another task.
@@ -189,9 +193,11 @@ class Predictions(Callback):
         """What :class:`~vrnn_lightning.metrics.DrawScores` says, where the truth is known, of draws and a baseline."""
         self.skipped = 0
         self._writer: ArchiveWriter | None = None
+        self._made: list[Path] = []  # folders that were not there before
         self._shown: list[_Found] = []
         self._longest = 0
         self._seasons = 0  # forecasts whose past is a season long
+        self._hides = 0  # steps
         self._lead_times: dict[str, dict[str, Tensor]] = {}
         self.threshold: float | None = None
         """Nats below which steps are flagged."""
@@ -217,8 +223,8 @@ class Predictions(Callback):
                 raise UserError(f"prediction.{key} {value}: must be at least {low}")
         if self.options.get("shown", 0) > MOST_SHOWN:
             raise UserError(f"prediction.shown {self.options['shown']}: a picture has room for {MOST_SHOWN} sequences")
-        if not self.options.get("temperature", 1.0) > 0:
-            raise UserError(f"prediction.temperature {self.options['temperature']}: must be above 0")
+        if not 0 < self.options.get("temperature", 1.0) < math.inf:
+            raise UserError(f"prediction.temperature {self.options['temperature']}: must be a number above 0")
         quantile = self.options.get("quantile")
         if quantile is not None and not 0 < quantile < 1:
             raise UserError(f"prediction.quantile {quantile}: must lie between 0 and 1")
@@ -251,6 +257,12 @@ class Predictions(Callback):
             raise UserError(
                 "prediction.task sample: this model has no scaler, as it was never trained; give --ckpt_path"
             )
+        lost = torch.tensor(sum(not weights.isfinite().all() for weights in module.parameters()))
+        if trainer.strategy.reduce(lost.to(module.device), reduce_op="sum"):
+            raise UserError(
+                f"prediction.task {self.task}: weights of this model are no numbers, its training went astray; give an "
+                "earlier checkpoint as --ckpt_path"
+            )
         if self.task == "sample" and module.vrnn.num_inputs:
             raise UserError(
                 f"prediction.task sample: the model reads {module.vrnn.num_inputs} covariates at each step, which are "
@@ -258,10 +270,12 @@ class Predictions(Callback):
             )
         module.traced = self.task == "encode"
         self.data = getattr(trainer, "datamodule", None) or self.data
-        self._shown, self._longest, self._seasons, self.skipped = [], 0, 0, 0
+        self._shown, self._longest, self._seasons, self._hides, self.skipped = [], 0, 0, 0, 0
         self.figures, self._lead_times = {}, {}
         judged = {"forecast": ("forecast", "seasonal naive"), "impute": ("imputation",)}.get(self.task, ())
         self._judges = {name: metrics.DrawScores().to(module.device) for name in judged}
+        missing = [folder for folder in self.path.parents if not folder.exists()]
+        self._made = trainer.strategy.broadcast(missing)  # before any process makes one
         self._writer = ArchiveWriter(self.path, "test")
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -277,6 +291,9 @@ class Predictions(Callback):
             )
             scores = [nats.cpu() for batch, real in batches for nats in self._scores(module, batch, real)]
         every = torch.cat(_gathered(trainer, scores)).double().numpy()
+        every = every[np.isfinite(every)]
+        if not len(every):
+            raise UserError(f"prediction.quantile {self.options['quantile']}: no validation step has a finite score")
         self.threshold = float(np.quantile(every, self.options["quantile"]))
 
     def on_predict_batch_end(
@@ -333,7 +350,7 @@ class Predictions(Callback):
         known = getattr(self.data, "anomalies", None)
         faulty = known(batch) if known is not None and self.threshold is not None else None
         for i, nats in zip(real, self._scores(module, batch, real), strict=True):
-            more = {} if self.threshold is None else {"flagged": (nats < self.threshold).cpu().numpy()}
+            more = {} if self.threshold is None else {"flagged": metrics.below(nats, self.threshold).cpu().numpy()}
             wrong = None if faulty is None else faulty[i, : len(nats)].cpu()
             if wrong is not None:
                 self._labelled.append((nats.cpu(), wrong))
@@ -387,7 +404,9 @@ class Predictions(Callback):
         for i in real:
             row = batch.rows([i])
             truth = self._truth(module, batch, i)
-            seen = row.counted & ~self._hidden(self._seed(batch, i), row.x.shape[1]).to(row.x.device)[None, :, None]
+            hidden = self._hidden(self._seed(batch, i), row.x.shape[1])
+            self._hides += int(hidden.sum())
+            seen = row.counted & ~hidden.to(row.x.device)[None, :, None]
             self._longest = max(self._longest, row.x.shape[1])
             if not seen.any():
                 self.skipped += 1
@@ -456,6 +475,8 @@ class Predictions(Callback):
             raise UserError(self._nothing())
         if self.task == "forecast":
             self._refuse_season(trainer)
+        if self.options.get("hide"):
+            self._refuse_gap(trainer)
         ahead = max(_gathered(trainer, [judge.steps for judge in self._judges.values()]), default=0)
         for judge in self._judges.values():
             judge.grow(ahead)
@@ -469,21 +490,52 @@ class Predictions(Callback):
             for nats, faulty in labelled:
                 detection.update(nats, faulty, self.threshold)
             self.figures["detection"] = {key: x.item() for key, x in detection.compute().items()}
-        if getattr(trainer, "fast_dev_run", False) or not len(writer):  # the first leaves nothing behind
-            writer.discard()
+        if getattr(trainer, "fast_dev_run", False):  # leaves nothing behind
+            self._tidy()
             self.path = None
             return
-        if self._lead_times and trainer.is_global_zero:
-            self._write_lead_times(self.path.with_name("lead_times.csv"))
-        if self.figures and trainer.is_global_zero:
-            with replacing(self.path.with_name("figures.json")) as temporary:
-                temporary.write_text(json.dumps(self.figures, indent=1) + "\n", encoding="utf-8")
-        if self.task == "score" or (self.task != "encode" and self._modality == "series"):
-            self._write_table(writer, self.path.with_suffix(".csv"))
-        writer.finish()
-        self._writer = None
+        with ExitStack() as stack:  # all files or none
+            if trainer.is_global_zero:
+                if self._lead_times:
+                    self._write_lead_times(stack.enter_context(replacing(self.path.with_name("lead_times.csv"))))
+                if self.figures:
+                    path = stack.enter_context(replacing(self.path.with_name("figures.json")))
+                    path.write_text(json.dumps(self.figures, indent=1) + "\n", encoding="utf-8")
+            if len(writer):
+                if self.task == "score" or (self.task != "encode" and self._modality == "series"):
+                    self._write_table(writer, stack.enter_context(replacing(self.path.with_suffix(".csv"))))
+                writer.finish()
+            self._clear(trainer)
+        self._tidy()
         if self._shown:
             self._show(self.path.with_suffix(".png"))
+
+    def _clear(self, trainer: Trainer) -> None:
+        """Remove what an earlier prediction of this task left, with more files or of another number of processes."""
+        assert self.path is not None
+        assert self._writer is not None
+        stem, pair = "encodings" if self.task == "encode" else "test", ("npz", "csv")
+        written = {self.path.name} if len(self._writer) else set()  # the others that are new are not there yet
+        if trainer.is_global_zero:
+            written |= {f"{stem}_{rank}.{suffix}" for rank in range(1, trainer.world_size) for suffix in pair}
+            figures = "" if self.task == "encode" else r"|figures\.json|lead_times\.csv"
+            ours = re.compile(rf"{stem}(_\w+)?\.(npz|csv|png|wav|mid|svg|gif){figures}")
+            found = {path.name for path in self.path.parent.iterdir() if ours.fullmatch(path.name)}
+        else:
+            found = {f"{self.path.stem}.{suffix}" for suffix in pair}
+        for name in found - written:
+            self.path.with_name(name).unlink(missing_ok=True)
+
+    def _tidy(self) -> None:
+        """Let go of the parts, and of folders that were made for nothing."""
+        if self._writer is not None:
+            self._writer.discard()
+            self._writer = None
+        for folder in self._made:
+            try:
+                folder.rmdir()
+            except OSError:  # it holds something
+                break
 
     def _refuse_season(self, trainer: Trainer) -> None:
         """Refuse a season that no forecast's past holds, as nothing could be compared with."""
@@ -492,6 +544,15 @@ class Predictions(Callback):
             raise UserError(
                 f"prediction.season {self.options['season']}: is longer than the past of every forecast, of sequences "
                 f"of at most {max(longest)} steps; give a smaller one, or a larger prediction.prefix"
+            )
+
+    def _refuse_gap(self, trainer: Trainer) -> None:
+        """Refuse a gap that no sequence has room for, as nothing would be hidden."""
+        hides, longest = zip(*_gathered(trainer, [(self._hides, self._longest)]), strict=True)
+        if not sum(hides):
+            raise UserError(
+                f"prediction.gap {self.options['gap']}: leaves nothing of the longest sequence, which has "
+                f"{max(longest)} steps, to impute from; give a smaller one"
             )
 
     def _nothing(self) -> str:
@@ -509,7 +570,7 @@ class Predictions(Callback):
 
     def _write_lead_times(self, path: Path) -> None:
         """Write a line for each forecast and step ahead."""
-        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(["forecast", "ahead", *next(iter(self._lead_times.values()))])
             for name, figures in self._lead_times.items():
@@ -519,7 +580,7 @@ class Predictions(Callback):
 
     def _write_table(self, writer: ArchiveWriter, path: Path) -> None:
         """Write a line for each step, sequence after sequence."""
-        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             judged = self.task in ("forecast", "impute")
             more = {"forecast": ["truth", "start"], "impute": ["truth"]}.get(self.task, [])
             if self.threshold is not None:
@@ -590,9 +651,7 @@ class Predictions(Callback):
         """Leave nothing behind."""
         if isinstance(pl_module, VRNNLightningModule):
             pl_module.traced = True
-        if self._writer is not None:
-            self._writer.discard()
-            self._writer = None
+        self._tidy()
 
 
 def _real(batch: SequenceBatch) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import operator
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -257,11 +258,14 @@ class CLI(LightningCLI):
         """Build data, model and trainer.
 
         Raises:
-            UserError: As a datamodule's constructor raised it; jsonargparse wraps it.
+            UserError: As a datamodule's constructor raised it; jsonargparse wraps it. Or a logger's package is missing.
         """
         try:
             super().instantiate_classes()
         except ValueError as error:
+            absent = re.search(r"class_path '[\w.]*?(\w+)':\s*(.*(?:pip install|No module named).*)", str(error))
+            if absent:
+                raise UserError(f"{absent[1]}: {absent[2]}") from error
             raise _user_error(error) or error from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
