@@ -23,7 +23,7 @@ from vrnn_lightning.heads import (
     Poisson,
     StudentT,
 )
-from vrnn_lightning.inference import _completed
+from vrnn_lightning.inference.imputing import _completed
 from vrnn_lightning.noise import Noise
 
 NAN = float("nan")

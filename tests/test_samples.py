@@ -68,10 +68,10 @@ def shown(tmp_path_factory):
 
 def test_loggers_get_pictures_once_and_the_table_with_pictures_and_sounds(shown):
     folder, logger, _, _ = shown
-    kinds = ["samples", "samples", "latent", "traversal", "interpolation"]
+    kinds = ["samples", "samples", "samples/latent", "samples/traversal", "samples/interpolation"]
     assert [key for key, _ in logger.pictures] == kinds, "the last validation's picture is not drawn again"
     assert all(Path(images[0]).parent == folder / "samples" for _, images in logger.pictures)
-    columns, lines = logger.tables["table"]
+    columns, lines = logger.tables["samples/table"]
     assert columns == ["kind", "name", "elbo", "picture", "sound"]
     assert [line[0] for line in lines] == ["real"] * 3 + ["sampled"] * 3
     assert all(line[3].is_file() and line[4].is_file() for line in lines)
@@ -91,9 +91,14 @@ def test_the_tables_elbo_is_the_models(shown):
             trace = module.eval().vrnn(SequenceBatch(batch.x, batch.lengths))
             estimates.append((trace.log_px.sum(1) - trace.kl.sum((1, 2))) / batch.lengths)
     mean, std = torch.stack(estimates).mean(0), torch.stack(estimates).std(0)
-    found = torch.tensor([line[2] for line in logger.tables["table"][1][:3]])
+    found = torch.tensor([line[2] for line in logger.tables["samples/table"][1][:3]])
     assert ((found - mean).abs() < 5 * std + 1e-4).all()
-    assert [line[1] for line in logger.tables["table"][1]] == [*batch.names, "sampled 0", "sampled 1", "sampled 2"]
+    assert [line[1] for line in logger.tables["samples/table"][1]] == [
+        *batch.names,
+        "sampled 0",
+        "sampled 1",
+        "sampled 2",
+    ]
 
 
 @pytest.mark.parametrize(

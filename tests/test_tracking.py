@@ -267,10 +267,11 @@ def test_pictures_sounds_and_tables_of_both(folder, offline):
     data = Heard(train_size=4, val_size=2, steps=5, batch_size=2)
     trainer.fit(VRNNLightningModule(num_features=3, latent_size=2, hidden_size=4), data)
     run = tracked.read(folder)
-    assert {"samples", "latent", "traversal", "interpolation", "table", "samples/real", "samples/sampled"} <= run.keys
+    shown = {"latent", "traversal", "interpolation", "table", "real", "reconstructed", "sampled"}
+    assert {"samples", *(f"samples/{key}" for key in shown)} <= run.keys
     (artifact,) = run.artifacts  # wandb keeps what a table's cells show in one
     held = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
-    content = json.loads(held["table.table.json"].read_text())
+    content = json.loads(held["samples/table.table.json"].read_text())
     assert content["columns"] == ["kind", "name", "elbo", "picture", "sound"]
     assert [line[0] for line in content["data"]] == ["real", "real", "sampled", "sampled"]
     for column, kind in ((3, "image-file"), (4, "audio-file")):

@@ -173,8 +173,10 @@ class Exhibition:
 
     def picture(self, key: str, figure: Figure) -> None:
         """Show a figure as ``<step>_<key>.png``, or ``<step>.png`` for the samples themselves."""
-        path = self.folder / f"{self.stem}{'' if key == 'samples' else f'_{key}'}.png"
+        whole = key == "samples"
+        path = self.folder / f"{self.stem}{'' if whole else f'_{key}'}.png"
         save_picture(figure, path)
+        key = key if whole else f"samples/{key}"
         for logger in self.loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image(key, [str(path)])
@@ -211,6 +213,6 @@ class Exhibition:
             csv.writer(file, lineterminator="\n").writerows([columns, *named])
         for logger in self.loggers:
             if hasattr(logger, "log_media_table"):
-                logger.log_media_table(key, columns, lines)
+                logger.log_media_table(f"samples/{key}", columns, lines)
             elif hasattr(logger, "log_table"):
-                logger.log_table(key, columns, named)
+                logger.log_table(f"samples/{key}", columns, named)

@@ -1,0 +1,282 @@
+"""Sequences followed frame by frame, and what a frame may be given those before it."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Distribution
+
+from vrnn_lightning.data import Scaler
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.heads import Head, log_prob
+from vrnn_lightning.heads.base import SampleShape, at_least_float32
+from vrnn_lightning.inference.parts import (
+    choose,
+    log_std,
+    require,
+    require_shape,
+)
+from vrnn_lightning.recurrence import State, Stream, repeat_rows
+from vrnn_lightning.vrnn import VRNN
+
+__all__ = ["Predictive", "Session", "Step", "upcoming"]
+
+
+def upcoming(model: VRNN, hidden: Tensor, inputs: Tensor | None, noise: Tensor) -> Tensor:
+    """Return what the emission of step t+1 reads, z_{t+1} being drawn from the prior.
+
+    Args:
+        model: The model.
+        hidden: h_t of the top layer, shape (rows, hidden).
+        inputs: Covariates of step t+1, shape (rows, covariates), if the model reads any.
+        noise: Standard normal noise, shape (rows, latent).
+
+    Returns:
+        Features of the emission's head, shape (rows, width).
+    """
+    known = torch.cat([hidden, cast(Tensor, inputs).to(hidden)], -1) if model.num_inputs else hidden
+    if model.prior is None or model.phi_z is None:
+        return cast(Tensor, model.decoder.body(known))
+    prior = model.prior(known).base_dist
+    z = prior.loc + prior.scale * noise.to(known)
+    return cast(Tensor, model.decoder.body(torch.cat([model.phi_z(z.to(known)), known], -1)))
+
+
+class Predictive(Distribution):
+    r"""What a frame may be, given all before it: a mixture of emissions, in data units.
+
+    .. math:: p(x_{t+1} \mid x_{\le t}) \approx \sum_k \bar w_t^k \frac 1 M \sum_m
+        p(x_{t+1} \mid z_{t+1}^{k,m}, h_t^k), \qquad z_{t+1}^{k,m} \sim p(z_{t+1} \mid h_t^k)
+
+    Batch shape (batch,), event shape (features,). What is asked of it is found when it is asked for.
+
+    Args:
+        head: Maps features to an emission in scaled units.
+        features: What it reads of each component, shape (batch, components, width).
+        log_weights: Of the components, normalised, shape (batch, components).
+        scaler: Between data units and the model's.
+    """
+
+    arg_constraints: ClassVar = {}
+
+    def __init__(self, head: Head, features: Tensor, log_weights: Tensor, scaler: Scaler) -> None:
+        super().__init__(log_weights.shape[:1], torch.Size([head.num_features]), validate_args=False)
+        self._head, self._features, self._scaler = head, features, scaler
+        self.log_weights = log_weights
+
+    @cached_property
+    @torch.no_grad()
+    def components(self) -> Distribution:
+        """The emissions, batch shape (batch, components), in scaled units."""
+        return cast(Distribution, self._head(self._features))
+
+    @property
+    def mean(self) -> Tensor:
+        """Shape (batch, features)."""
+        return self._scaler.unscale(self._average(self.components.mean))
+
+    @property
+    def variance(self) -> Tensor:
+        """Of each feature, shape (batch, features).
+
+        Raises:
+            NotImplementedError: The emission has none.
+        """
+        each = self.components.mean
+        around = (each - self._average(each)[:, None]).square()
+        return self._average(self.components.variance + around) * self._scaler.std.to(each).square()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-likelihood of frames in nats and data units; of what is no NaN, as a session's step does.
+
+        Args:
+            value: Frames, shape (..., batch, features).
+
+        Returns:
+            Shape (..., batch).
+        """
+        missing = value.isnan()
+        return self._log_prob(value, ~missing if missing.any() else None)
+
+    def marginal_log_prob(self, value: Tensor, observed: Tensor) -> Tensor:
+        """Return the log-likelihood of the observed features alone.
+
+        Args:
+            value: Frames, shape (..., batch, features); what stands at unobserved features does not count.
+            observed: True where a feature was measured, shape (..., batch, features).
+
+        Returns:
+            Nats in data units, shape (..., batch).
+        """
+        return self._log_prob(value, observed)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: SampleShape = ()) -> Tensor:
+        """Draw frames, shape (*sample_shape, batch, features)."""
+        chosen = Categorical(logits=self.log_weights, validate_args=False).sample(torch.Size(sample_shape))
+        rows = torch.arange(len(self._features), device=chosen.device)
+        return self._scaler.unscale(self._head.draw(self._features[rows, chosen]))
+
+    def _log_prob(self, value: Tensor, observed: Tensor | None) -> Tensor:
+        scaled = self._scaler.scale(value.double()).to(self._features)
+        seen = None if observed is None else observed[..., None, :]
+        each = log_prob(self.components, scaled[..., None, :], seen)
+        counted = torch.ones_like(value, dtype=torch.bool) if observed is None else observed
+        return (each + self.log_weights).logsumexp(-1) - log_std(self._scaler, counted).to(each)
+
+    def _average(self, each: Tensor) -> Tensor:
+        """Return the weighted mean over components of values of shape (batch, components, features)."""
+        return (self.log_weights.exp()[..., None] * each).sum(1)
+
+
+class Step:
+    """Where a session stands after a frame: what the frame scored, and all that is needed to look ahead.
+
+    Looking ahead costs nothing until it is asked for, and a step stands where it does when the session has gone on.
+
+    Args:
+        nats: An estimate of log p(x_t | x_<t) in nats and data units, shape (batch,); zeros before the first frame.
+        state: State of the particles, of samples * batch rows; row ``k * batch + i`` is particle k of sequence i.
+        log_weights: Of the particles, normalised, shape (samples, batch).
+        model: The model.
+        scaler: Between data units and the model's.
+    """
+
+    def __init__(self, nats: Tensor, state: State, log_weights: Tensor, model: VRNN, scaler: Scaler) -> None:
+        self.nats, self.state, self.log_weights = nats, state, log_weights
+        self._model, self._scaler = model, scaler
+
+    @torch.no_grad()
+    def next(self, draws: int = 1, inputs: Tensor | None = None, noise: Tensor | None = None) -> Predictive:
+        """Return p(x_{t+1} | x_<=t), a mixture over the particles and over draws of z_{t+1} from each one's prior.
+
+        Exact without a latent; with one, the closer, the more particles and draws there are. Of one particle and one
+        draw it is the emission of a single z_{t+1}.
+
+        Args:
+            draws: Of z_{t+1} for each particle.
+            inputs: Covariates of step t+1, shape (batch, covariates), if the model reads any.
+            noise: Standard normal noise for the draws, shape (draws * samples * batch, latent), row
+                ``(m * samples + k) * batch + i`` for draw m of particle k of sequence i; torch's generator decides if
+                not given.
+
+        Returns:
+            A distribution of batch shape (batch,) and event shape (features,), in data units.
+
+        Raises:
+            UserError: No draws, or something is missing or has another shape.
+        """
+        require("draws", draws)
+        model, (samples, batch) = self._model, self.log_weights.shape
+        draws = draws if model.latent_size else 1
+        rows = draws * samples * batch
+        if model.num_inputs:
+            require_shape("inputs of the next step", inputs, batch, model.num_inputs)
+            inputs = repeat_rows(cast(Tensor, inputs), draws * samples)
+        if noise is None:
+            noise = torch.randn(rows, model.latent_size)
+        require_shape("noise of the next step", noise, rows, model.latent_size)
+        features = upcoming(model, repeat_rows(self.state.h[:, -1], draws), inputs, noise)
+        features = features.unflatten(0, (draws * samples, batch)).transpose(0, 1)
+        log_weights = self.log_weights.repeat(draws, 1).t().to(at_least_float32(features)) - math.log(draws)
+        return Predictive(model.decoder.head, features, log_weights, self._scaler)
+
+    @torch.no_grad()
+    def forecast(
+        self, steps: int = 1, samples: int = 100, temperature: float = 1.0, inputs: Tensor | None = None
+    ) -> Tensor:
+        """Draw how the sequences may go on, each path from a particle drawn by the weights.
+
+        Args:
+            steps: How far to go.
+            samples: Paths of each sequence.
+            temperature: Of the emission.
+            inputs: Covariates of the steps to come, shape (batch, steps, covariates), if the model reads any.
+
+        Returns:
+            Data units, shape (samples, batch, steps, features).
+
+        Raises:
+            UserError: No steps or samples, or not the covariates that the model reads.
+        """
+        require("steps", steps)
+        require("samples", samples)
+        state = choose(self.log_weights, self.state, samples)
+        known = None if inputs is None else repeat_rows(inputs.to(state.h), samples)
+        drawn = self._model.generate(steps, state=state, inputs=known, temperature=temperature).x
+        paths: Tensor = self._scaler.unscale(drawn).unflatten(0, (samples, self.log_weights.shape[1]))
+        return paths
+
+
+class Session:
+    """Sequences followed frame by frame, in data units; it finds what a pass over the whole sequences would.
+
+    Args:
+        stream: Where they are, in scaled units.
+        model: The model.
+        scaler: Between the two.
+
+    >>> from vrnn_lightning import VRNNLightningModule
+    >>> session = VRNNLightningModule(num_features=3).session(batch_size=2, samples=4)
+    >>> found = session.step(torch.zeros(2, 3))
+    >>> found.nats.shape, found.next(draws=8).mean.shape, found.forecast(steps=5, samples=10).shape
+    (torch.Size([2]), torch.Size([2, 3]), torch.Size([10, 2, 5, 3]))
+    """
+
+    def __init__(self, stream: Stream, model: VRNN, scaler: Scaler) -> None:
+        self._stream, self._model = stream, model
+        self._scaler = Scaler(scaler.mean.double(), scaler.std.double())
+        self._jacobian = self._scaler.std.log().expand(model.num_features).sum()  # of a frame without gaps
+        self._nats = stream.log_weights.new_zeros(stream.batch)
+
+    @property
+    def state(self) -> State:
+        """State after the last frame, of samples * batch rows."""
+        return self._stream.state
+
+    @property
+    def now(self) -> Step:
+        """What the last :meth:`step` returned, or where the session began: from there p(x_1) can be asked for."""
+        return Step(self._nats, self._stream.state, self._stream.log_weights, self._model, self._scaler)
+
+    def step(
+        self, x: Tensor, observed: Tensor | None = None, inputs: Tensor | None = None, noise: Tensor | None = None
+    ) -> Step:
+        """Take the next frame of each sequence.
+
+        Args:
+            x: Frames in data units, shape (batch, features).
+            observed: True at measured values, shape (batch, features); where x is no NaN if not given.
+            inputs: Covariates, shape (batch, covariates), if the model reads any.
+            noise: Standard normal noise, shape (samples * batch, latent); torch's generator decides if not given.
+
+        Returns:
+            Its ``nats``, shape (batch,), estimate log p(x_t | x_<t) in data units, and its ``next()`` is the
+            distribution of the step to come.
+
+        Raises:
+            UserError: Something is missing or has another shape, or a measured value is no number.
+        """
+        model = self._model
+        require_shape("x", x, self._stream.batch, model.num_features)
+        x = x.to(model.input_mean.device)
+        if observed is not None and observed.dtype != torch.bool:
+            raise UserError(f"observed: is of {observed.dtype}, and must be bool: True where a value was measured")
+        counted = torch.ones_like(x, dtype=torch.bool) if observed is None else observed.to(x.device)
+        if model.num_inputs and inputs is not None and not inputs.isfinite().all():
+            raise UserError("inputs: holds a value that is no number")
+        if not x.sum().isfinite():
+            if observed is None:
+                observed = counted = ~x.isnan()
+            require_shape("observed", counted, *x.shape)
+            if not x[counted].isfinite().all():
+                raise UserError("x: holds a value that is no number; mend it, or let NaN say that it is missing")
+        scaled = self._scaler.scale(x.double())
+        nats = self._stream.step(scaled, None if observed is None else counted, inputs, noise)
+        jacobian = self._jacobian if observed is None else log_std(self._scaler, counted)
+        self._nats = nats - jacobian.to(nats)
+        return self.now
