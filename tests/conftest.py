@@ -67,6 +67,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
     os.environ.clear()
     os.environ.update(environment)
+    os.environ.pop("WANDB_SERVICE", None)  # a service that the test may have ended
 
 
 @pytest.fixture

@@ -66,6 +66,7 @@ def run(base: str, *more: str) -> dict:
         "2",
     ]
     small = ["--model.hidden_size", "8", "--samples.every_n_validations", "2", "--trainer.log_every_n_steps", "1"]
+    small += ["--samples.count", "1", "--report", "false"]
     words = ["fit", "-c", f"configs/{base}.yaml", *more, *TINY[base], *quick, *small]
     assert main([*words, "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]) == 0
     (config,) = Path("runs").glob("*/version_0/config.yaml")

@@ -26,6 +26,8 @@ TINY = [
     "--trainer.max_epochs=1",
     "--trainer.check_val_every_n_epoch=1",
     "--trainer.enable_progress_bar=false",
+    "--samples.every_n_validations=0",
+    "--report=false",
 ]
 
 
@@ -72,7 +74,9 @@ def test_what_is_done_with_a_run(here):
         few = {"--prediction.samples": 3, "--prediction.steps": 5} | (
             {} if "fit" in command else {"--data.batch_size": 4}
         )
-        tiny = TINY if "fit" in command else [TINY[-1], "--trainer.limit_predict_batches=1"]
+        tiny = (
+            TINY if "fit" in command else ["--trainer.enable_progress_bar=false", "--trainer.limit_predict_batches=1"]
+        )
         tiny = [*tiny, *(f"{k}={v}" for k, v in few.items() if k in command or "batch" in k)]
         assert cli.main([*shlex.split(command)[1:], *tiny]) == 0
 

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -109,6 +110,7 @@ def anew(monkeypatch, folder):
     for name, value in {"SILENT": "true", "CONSOLE": "off", **apart}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     wandb.teardown()
+    os.environ.pop("WANDB_SERVICE", None)  # of another test's service, which has ended
     yield wandb.teardown
     wandb.teardown()
 
