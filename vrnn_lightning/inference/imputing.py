@@ -15,10 +15,10 @@ from vrnn_lightning.filtering import Weights
 from vrnn_lightning.heads import Factorised, Mixture, log_prob
 from vrnn_lightning.inference.parts import (
     RESAMPLING,
-    advanced,
     drawn_by_weight,
 )
 from vrnn_lightning.recurrence import log_ratio, repeat_rows
+from vrnn_lightning.recurrence.textbook import advanced
 from vrnn_lightning.vrnn import VRNN
 
 __all__ = ["Imputer"]

@@ -23,7 +23,6 @@ from vrnn_lightning.heads import Bernoulli, Head, Pen
 from vrnn_lightning.inference.imputing import Imputer
 from vrnn_lightning.inference.parts import (
     RESAMPLING,
-    advanced,
     choose,
     log_std,
     require,
@@ -31,6 +30,7 @@ from vrnn_lightning.inference.parts import (
 from vrnn_lightning.inference.session import Session
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import State, repeat_rows
+from vrnn_lightning.recurrence.textbook import advanced
 from vrnn_lightning.vrnn import VRNN, Particles, Trace
 
 __all__ = ["Encoding", "Given", "Inference"]

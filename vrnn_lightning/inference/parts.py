@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.recurrence import State
-from vrnn_lightning.vrnn import VRNN
 
-__all__ = ["RESAMPLING", "advanced", "choose", "drawn_by_weight", "log_std", "require", "require_shape"]
+__all__ = ["RESAMPLING", "choose", "drawn_by_weight", "log_std", "require", "require_shape"]
 
 RESAMPLING = Resampling()
 """Of every particle filter here."""
@@ -60,15 +59,3 @@ def choose(log_weights: Tensor, state: State, count: int) -> State:
     batch = log_weights.shape[1]
     rows = (drawn_by_weight(log_weights, count) * batch + torch.arange(batch, device=log_weights.device)).flatten()
     return State(state.h[rows], None if state.c is None else state.c[rows])
-
-
-def advanced(model: VRNN, reads: Tensor, states: list[Tensor]) -> list[Tensor]:
-    """Return h of each layer, then c of each layer, a step later."""
-    states, layers = list(states), len(model.cells)
-    for layer, cell in enumerate(model.cells):
-        if isinstance(cell, nn.LSTMCell):
-            states[layer], states[layers + layer] = cell(reads, (states[layer], states[layers + layer]))
-        else:
-            states[layer] = cell(reads, states[layer])
-        reads = states[layer]
-    return states

@@ -15,7 +15,7 @@ from vrnn_lightning.heads import log_prob, tempered
 from vrnn_lightning.recurrence.generation import Generated
 from vrnn_lightning.recurrence.parts import Masks, Networks, State, as_state, repeat_rows
 
-__all__ = ["Reference", "Scored", "textbook", "textbook_filter", "textbook_generation", "textbook_step"]
+__all__ = ["Reference", "Scored", "advanced", "textbook", "textbook_filter", "textbook_generation", "textbook_step"]
 
 
 class Reference(NamedTuple):
@@ -229,11 +229,24 @@ def textbook_generation(
         x = emission.sample()
         drawn.append((x, emission.mean, z))
         reads = torch.cat([model.phi_x(model.look(x, torch.ones_like(x, dtype=torch.bool))), *u, phi_z], -1)
-        for layer, cell in enumerate(model.cells):
-            if isinstance(cell, nn.LSTMCell):
-                states[layer], states[layers + layer] = cell(reads, (states[layer], states[layers + layer]))
-            else:
-                states[layer] = cell(reads, states[layer])
-            reads = states[layer]
+        states = advanced(model, reads, states)
     x, mean, z = (torch.stack(part, 1) for part in zip(*drawn, strict=True))
     return Generated(x, mean, z, as_state(tuple(states), layers))
+
+
+def advanced(model: Networks, reads: Tensor, states: list[Tensor]) -> list[Tensor]:
+    """Return h of each layer, then c of each layer, a step later.
+
+    Args:
+        model: The networks.
+        reads: What the first layer's cell reads, shape (rows, width).
+        states: As :meth:`State.layers` returns them.
+    """
+    states, layers = list(states), len(model.cells)
+    for layer, cell in enumerate(model.cells):
+        if isinstance(cell, nn.LSTMCell):
+            states[layer], states[layers + layer] = cell(reads, (states[layer], states[layers + layer]))
+        else:
+            states[layer] = cell(reads, states[layer])
+        reads = states[layer]
+    return states
