@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    "errors", "batch", "noise", "filtering", "nn", "heads", "recurrence", "vrnn", "objectives", "schedules", "metrics",
+    "errors", "files", "batch", "noise", "filtering", "nn", "heads", "recurrence", "vrnn", "objectives", "schedules", "metrics",
     "data", "testing", "inference", "pretrained", "exporting", "module",
     "callbacks", "report", "tracking", "discovery", "cli",
 ]  # fmt: skip
