@@ -25,8 +25,8 @@ def replacing(path: Path, option: str = "") -> Iterator[Path]:
     """Yield the path of a temporary file, which replaces ``path`` when the block ends without an error.
 
     The temporary file lies in the folder of ``path``, which is made if it does not exist, so that the replacement is
-    one atomic step; file and folder are flushed to the disk (fsync). A crash, a kill or a full disk at any moment leaves
-    the earlier file or the new one, never a part.
+    one atomic step; file and folder are flushed to the disk (fsync). A crash, a kill or a full disk at any moment
+    leaves the earlier file or the new one, never a part.
 
     Args:
         path: The file to write or replace.
