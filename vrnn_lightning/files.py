@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vrnn_lightning.errors import UserError
 
-__all__ = ["explained", "replacing", "require_intact_zip", "write_files"]
+__all__ = ["explained", "flush", "replacing", "require_intact_zip", "write_files"]
 
 PIECE = 2**20
 """Bytes that are read at once."""
@@ -69,7 +69,7 @@ def write_files(files: Mapping[Path, bytes], option: str = "") -> None:
                 temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_numbers)}.part")
                 stack.callback(_remove, temporary)
                 temporary.write_bytes(content)
-                _flush(temporary)
+                flush(temporary)
                 written[temporary] = path
         with explained(next(iter(files), Path()), option):
             _replace(written)
@@ -137,15 +137,16 @@ def _fix(error: OSError) -> str:
 def _replace(files: Mapping[Path, Path]) -> None:
     """Let temporary files take the places of others, and flush the folders."""
     for temporary in files:
-        _flush(temporary)
+        flush(temporary)
     for temporary, path in files.items():
         temporary.replace(path)
     for folder in {path.parent for path in files.values()}:
         with suppress(OSError):  # not every file system flushes folders
-            _flush(folder)
+            flush(folder)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -31,6 +31,7 @@ from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO, Carried, ImportanceBound, Objective
 from vrnn_lightning.pretrained import Pretrained
 from vrnn_lightning.recurrence import State
+from vrnn_lightning.resuming import make_resumable
 from vrnn_lightning.vrnn import VRNN, Particles, Trace
 
 __all__ = ["VRNNLightningModule"]
@@ -175,6 +176,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):
         Raises:
             UserError: The data's width is not the model's, or the precision leaves the densities no room.
         """
+        make_resumable(self.trainer)
         precision, strategy = self.trainer.precision, self.trainer.strategy
         if precision in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
             raise UserError(f"--trainer.precision {precision}: too narrow for densities; use bf16-mixed")

@@ -13,6 +13,7 @@ import torch
 
 from vrnn_lightning.cli.words import mentions
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.resuming import resume_record
 
 __all__ = ["Checkpoint", "find_checkpoint"]
 
@@ -33,6 +34,7 @@ class Checkpoint:
         data_class: Import path of the datamodule, or ``None``.
         data_state: What the datamodule keeps besides its options.
         weights: The model's ``state_dict``.
+        rows: Rows of metrics.csv behind it, ``None`` if it is not known.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class Checkpoint:
     data_class: str | None
     data_state: dict[str, Any]
     weights: dict[str, torch.Tensor]
+    rows: int | None
 
     @classmethod
     def read(cls, path: Path, option: str = "--ckpt_path") -> Checkpoint:
@@ -79,6 +82,7 @@ class Checkpoint:
             data_class,
             content.get((data_class or "").rpartition(".")[2]) or {},
             content["state_dict"],
+            resume_record(content).get("rows"),
         )
 
     @property

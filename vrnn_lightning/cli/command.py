@@ -38,7 +38,7 @@ COMMON = {
 }
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "checkpoint": {"monitor": "val/elbo", "mode": "max", "filename": "best", **COMMON},
-    "last": {"filename": "last", **COMMON},  # `save_last` would write only where there is a new best
+    "last": {"filename": "last", "every": "15min", **COMMON},  # `save_last` would write only where there is a new best
 }
 RUN_OPTIONS = frozenset({"root", "batch_size", "num_workers"})
 
@@ -293,7 +293,8 @@ class CLI(LightningCLI):
         run.place(Path(trainer.default_root_dir), type(self.datamodule).__name__.lower())
         if self.checkpoint and self.checkpoint.folder:
             training = self.subcommand == "fit"
-            run.resume(self.checkpoint.folder, self.checkpoint.step, self.checkpoint.epoch, training)
+            at = self.checkpoint
+            run.resume(self.checkpoint.folder, at.step, at.epoch, training, at.rows)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.run = run
