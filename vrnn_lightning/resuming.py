@@ -61,9 +61,11 @@ class Stage(StrEnum):
 class Stopped(SystemExit):
     """A signal ended the command: exits with 128 + its number, as a shell expects."""
 
-    def __init__(self, signum: int) -> None:
+    def __init__(self, signum: int, saved: str = "") -> None:
         super().__init__(128 + signum)
         self.signum = signum
+        self.saved = saved
+        """The checkpoint that was written before."""
 
 
 class Interruption:
@@ -293,16 +295,14 @@ class ResumableFitLoop(_FitLoop):
     def at_save_point(self, is_epoch_end: bool = False) -> None:
         """Let callbacks save, now that nothing of a batch or epoch is left; end where a signal asked for it."""
         trainer = self.trainer
-        callbacks = [c for c in _callbacks(trainer) if hasattr(c, "on_save_point")]
-        stop, save = interruption.signum, any(c.is_due(trainer) for c in callbacks if hasattr(c, "is_due"))
+        stop, save = interruption.signum, any(c.is_due(trainer) for c in _callbacks(trainer) if hasattr(c, "is_due"))
         if trainer.world_size > 1:
             wishes = torch.tensor([stop, int(save)], device=trainer.strategy.root_device)
             torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MAX)
             stop, save = wishes.tolist()
-        for callback in callbacks:
-            callback.on_save_point(trainer, trainer.lightning_module, is_epoch_end, save=bool(save), stop=bool(stop))
+        self._call_save_point(is_epoch_end, bool(save), bool(stop))
         if stop:
-            raise Stopped(stop)
+            raise Stopped(stop, _last_checkpoint(trainer))
 
     def end_if_asked(self) -> None:
         """Save and end between two batches of a validation, if a signal asked for it."""
@@ -316,10 +316,14 @@ class ResumableFitLoop(_FitLoop):
         averaging = [c for c in _callbacks(trainer) if isinstance(c, WeightAveraging) and c._average_model is not None]
         for callback in averaging:  # they put the average in place of the weights for the time of a validation
             callback._swap_models(trainer.lightning_module)
-        for callback in _callbacks(trainer):
+        self._call_save_point(is_epoch_end=False, save=False, stop=True)
+        raise Stopped(stop, _last_checkpoint(trainer))
+
+    def _call_save_point(self, is_epoch_end: bool, save: bool, stop: bool) -> None:
+        for callback in _callbacks(self.trainer):
             if hasattr(callback, "on_save_point"):
-                callback.on_save_point(trainer, trainer.lightning_module, False, save=False, stop=True)
-        raise Stopped(stop)
+                module = self.trainer.lightning_module
+                callback.on_save_point(self.trainer, module, is_epoch_end, save=save, stop=stop)
 
     # ---- resuming
 
@@ -447,6 +451,11 @@ class ResumableFitLoop(_FitLoop):
 
 def _callbacks(trainer: Trainer) -> list[Any]:
     return cast("list[Any]", getattr(trainer, "callbacks", []))  # a connector sets them
+
+
+def _last_checkpoint(trainer: Trainer) -> str:
+    savers = [c for c in _callbacks(trainer) if hasattr(c, "on_save_point") and getattr(c, "monitor", None) is None]
+    return str(getattr(savers[0], "best_model_path", "")) if savers else ""
 
 
 def _conditions(trainer: Trainer) -> dict[str, Any]:

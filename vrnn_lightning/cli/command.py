@@ -6,6 +6,7 @@ import argparse
 import logging
 import operator
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,12 +23,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from vrnn_lightning import discovery
 from vrnn_lightning.callbacks import Diagnostics, Evaluation, Loop, Predictions, Samples
 from vrnn_lightning.callbacks.predictions import Draws
+from vrnn_lightning.cli import processes, slurm
 from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint
 from vrnn_lightning.cli.parser import Parser
 from vrnn_lightning.cli.words import mentions, with_configs
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.report import NAME, write_report
+from vrnn_lightning.resuming import Stopped, interruption
 from vrnn_lightning.tracking import ElboBar, RunCheckpoint, RunLogger, SaveConfig, WandbLogger, run_logger
 
 __all__ = ["CLI", "main"]
@@ -59,20 +62,29 @@ def main(args: list[str] | None = None) -> int:
     if not {"", here} & set(sys.path):
         sys.path.append(here)  # appended, so that nothing there hides an installed package
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), interruption.watching(signal.SIGTERM, signal.SIGINT, *slurm.signals()):
             _silence()
+            processes.follow_parent()
             words = [word for word in words if word != "--debug"]
             _report(words[1:]) if words[:1] == ["report"] else CLI(words)
+    except Stopped as stopped:
+        if stopped.signum in slurm.signals():
+            slurm.requeue()
+        then = f"; continue with: lightning fit --ckpt_path {_short(stopped.saved)}" if stopped.saved else ""
+        line = f"ended by {signal.Signals(stopped.signum).name}{then}"
+        return processes.end(128 + stopped.signum, line, is_stop=True)
     except (UserError, MisconfigurationException) as error:  # Lightning's own word for a user's mistake
         if debug:
             raise
-        print(f"error: {_own_line(error)}", file=sys.stderr)
-        return 1
-    except (MemoryError, RuntimeError) as error:
-        if debug or not _is_out_of_memory(error):
+        return processes.end(1, f"error: {_own_line(error)}")
+    except Exception as error:
+        if not debug and _is_out_of_memory(error):
+            fix = "give a smaller --data.batch_size, fewer samples or particles, or a smaller --evaluation.rows"
+            return processes.end(1, f"error: not enough memory. Fix: {fix}")
+        if not debug and processes.is_lost_peer(error):
+            return processes.end_without(error)
+        if debug or processes.is_first_cause():
             raise
-        cure = "give a smaller --data.batch_size, fewer samples or particles, or a smaller --evaluation.rows"
-        print(f"error: not enough memory; {cure}", file=sys.stderr)
         return 1
     return 0
 
@@ -284,6 +296,7 @@ class CLI(LightningCLI):
         asked = options.get("precision")
         if asked in (16, "16", "16-mixed") and trainer.precision == "bf16-mixed" and trainer.is_global_zero:
             print(f"--trainer.precision {asked}: needs a GPU; bf16-mixed runs instead", file=sys.stderr)
+        processes.remember(trainer.strategy.launcher)
         run = run_logger(trainer)
         if run is not None:
             self._settle(run, trainer)
