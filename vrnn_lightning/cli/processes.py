@@ -19,6 +19,7 @@ GRACE = 10.0
 POLL = 0.1
 """Seconds between two looks at them."""
 CAUSE = "vrnn_lightning/first_cause"
+PARENT = os.getppid()
 
 _launchers: list[Any] = []
 
@@ -36,6 +37,8 @@ def remember(launcher: Any) -> None:
 def is_first_cause() -> bool:
     """Tell whether no other process of this run has failed before; the store that connects them counts."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return True
+    if _is_launched() and os.getppid() != PARENT:  # which keeps the store
         return True
     try:
         count: int = torch.distributed.distributed_c10d._get_default_store().add(CAUSE, 1)
@@ -72,12 +75,11 @@ def end_without(error: BaseException) -> int:
     """End because another process is gone; say so where that process had no time to."""
     time.sleep(GRACE / 5)  # whoever failed first prints why
     _wait(0.0)
-    killed = [
-        f"process {rank} was killed by signal {-p.returncode}" for rank, p in enumerate(launched(), 1) if _died(p)
-    ]
+    codes = {rank: process.returncode or 0 for rank, process in enumerate(launched(), 1)}
+    killed = [f"process {rank} was killed by signal {-code}" for rank, code in codes.items() if code < 0]
     said = "; ".join(killed) or "another process of this run ended without a message"
     fix = "check the memory and the messages of every node, and continue with --ckpt_path last"
-    return end(1, f"error: {said} ({str(error).splitlines()[0][:120]}). Fix: {fix}")
+    return end(1, f"error: {said} ({str(error).splitlines()[0][:60]}). Fix: {fix}")
 
 
 def _wait(seconds: float) -> None:
@@ -100,10 +102,9 @@ def follow_parent() -> None:
     """End this process soon after the one that launched it, which may be killed while this one waits for it."""
     if not _is_launched():
         return
-    parent = os.getppid()
 
     def follow() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == PARENT:
             time.sleep(1)
         time.sleep(GRACE)
         os.kill(os.getpid(), signal.SIGKILL)
