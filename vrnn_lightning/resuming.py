@@ -35,10 +35,21 @@ from torch import Tensor
 
 from vrnn_lightning.files import replacing
 
-__all__ = ["Interruption", "Stage", "Stopped", "interruption", "make_resumable", "resume_record"]
+__all__ = [
+    "OPTIMIZED",
+    "Interruption",
+    "Stage",
+    "Stopped",
+    "interruption",
+    "make_resumable",
+    "match_optimizer_states",
+    "resume_record",
+]
 
 RECORD = "resume"
 """Key of the record in a checkpoint's state of the fit loop."""
+OPTIMIZED = "optimizer_parameters"
+"""Key in a checkpoint: the names of each optimiser's parameters, in the order of its state."""
 
 
 class Stage(StrEnum):
@@ -140,6 +151,32 @@ def make_resumable(trainer: Trainer) -> None:
     signals = trainer._signal_connector
     if interruption.is_watching:
         signals.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # ours are there already
+
+
+def match_optimizer_states(checkpoint: dict[str, Any], names: list[list[str]]) -> None:
+    """Bring a checkpoint's optimiser states into the order of the parameters that are there now, by name.
+
+    Args:
+        checkpoint: With the names that were stored; its states are replaced.
+        names: Those of each optimiser's parameters now.
+    """
+    states = checkpoint.get("optimizer_states", [])
+    for number, (state, stored, present) in enumerate(zip(states, checkpoint[OPTIMIZED], names, strict=False)):
+        if stored == present or any(not isinstance(key, int) for key in state["state"]):  # FSDP's are by name already
+            continue
+        new = [name for name in present if name not in stored]
+        gone = [name for name in stored if name not in present]
+        if new or gone:
+            rank_zero_warn(
+                f"the optimiser's state has none of {', '.join(new) or 'no new parameter'}, which start without one, "
+                f"and drops that of {', '.join(gone) or 'no parameter'}"
+            )
+        moved = {place: stored.index(name) for place, name in enumerate(present) if name in stored}
+        entries = {place: state["state"][old] for place, old in moved.items() if old in state["state"]}
+        groups = [dict(group) for group in state["param_groups"]]
+        if len(groups) == 1:
+            groups[0]["params"] = list(range(len(present)))
+        states[number] = {**state, "state": entries, "param_groups": groups}
 
 
 class CheckpointConnector(_CheckpointConnector):

@@ -25,7 +25,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import explained, flush, replacing
+from vrnn_lightning.files import FolderLock, explained, flush, replacing
 
 __all__ = ["ElboBar", "RunCheckpoint", "RunLogger", "SaveConfig", "WandbLogger", "run_logger"]
 
@@ -109,6 +109,7 @@ class RunLogger(CSVLogger):
         self.resumed = False
         self.first_step: int | None = None
         self.kept_rows: int | None = None
+        self._lock: FolderLock | None = None
         self.place_in_time: tuple[int, int] | None = None
 
     def place(self, root: Path, name: str) -> None:
@@ -164,7 +165,12 @@ class RunLogger(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
-        """The writer of metrics.csv."""
+        """The writer of metrics.csv; it keeps the run's folder to this process."""
+        if self._lock is None or not self._lock.is_held:
+            self._lock = FolderLock(Path(self.log_dir))
+            self._lock.acquire()
+            for part in Path(self.log_dir).rglob(".*.part"):  # what a kill has left
+                part.unlink(missing_ok=True)
         if self._experiment is None:
             self._experiment = _Rows(self.log_dir, self.resumed, self.first_step, self.kept_rows)
         return self._experiment  # type: ignore[return-value]  # the base annotates a wider class
@@ -180,6 +186,8 @@ class RunLogger(CSVLogger):
     def finalize(self, status: str) -> None:
         """Write what remains; a run that failed before it wrote anything leaves no folder."""
         super().finalize(status)
+        if self._lock is not None:
+            self._lock.release()
         with contextlib.suppress(OSError):  # a folder that holds something stays
             Path(self.log_dir).rmdir()
 

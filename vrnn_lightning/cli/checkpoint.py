@@ -15,7 +15,7 @@ from vrnn_lightning.cli.words import mentions
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.resuming import resume_record
 
-__all__ = ["Checkpoint", "find_checkpoint"]
+__all__ = ["Checkpoint", "find_checkpoint", "runs_folder"]
 
 FROM_DATA = ("num_features", "num_inputs", "missing")  # linked, so no option of the command line
 NOT_ARCHITECTURE = ("optimizer", "lr_scheduler", "objective")  # a test may be run under a YAML that trains otherwise
@@ -172,13 +172,18 @@ def find_checkpoint(words: list[str], data: str | None) -> Path | None:
         return None
     if asked[-1] not in ("last", "best"):
         return Path(asked[-1])
-    said = mentions(words, "trainer.logger.save_dir") or mentions(words, "trainer.logger.init_args.save_dir")
-    root = Path(said[-1]) if said else Path(*mentions(words, "trainer.default_root_dir")[-1:]) / "runs"
+    root = runs_folder(words)
     name = _run_name(words) or (data.rpartition(".")[2].lower() if data else "*")
     found = sorted(root.glob(f"{name}/*/checkpoints/{asked[-1]}.ckpt"), key=lambda file: file.stat().st_mtime)
     if not found:
         raise UserError(f"--ckpt_path {asked[-1]}: no run under {root / name} has a {asked[-1]}.ckpt")
     return found[-1]
+
+
+def runs_folder(words: list[str]) -> Path:
+    """Return the folder of all runs that a command line says."""
+    said = mentions(words, "trainer.logger.save_dir") or mentions(words, "trainer.logger.init_args.save_dir")
+    return Path(said[-1]) if said else Path(*mentions(words, "trainer.default_root_dir")[-1:]) / "runs"
 
 
 def _run_name(words: list[str]) -> str | None:

@@ -24,7 +24,7 @@ from vrnn_lightning import discovery
 from vrnn_lightning.callbacks import Diagnostics, Evaluation, Loop, Predictions, Samples
 from vrnn_lightning.callbacks.predictions import Draws
 from vrnn_lightning.cli import processes, slurm
-from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint
+from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint, runs_folder
 from vrnn_lightning.cli.parser import Parser
 from vrnn_lightning.cli.words import mentions, with_configs
 from vrnn_lightning.errors import UserError
@@ -137,6 +137,7 @@ class CLI(LightningCLI):
     """
 
     def __init__(self, words: list[str]) -> None:
+        self.command_line = words
         self.words = with_configs(words)
         names = [
             _class_name(value)
@@ -173,8 +174,12 @@ class CLI(LightningCLI):
         return {asked: commands[asked]} if asked in commands else commands
 
     def _read_checkpoint(self, classes: list[type[LightningDataModule]]) -> Checkpoint | None:
+        if {"-h", "--help"} & set(self.words):
+            return None
         path = find_checkpoint(self.words, classes[-1].__name__ if classes else None)
-        if path is None or {"-h", "--help"} & set(self.words):
+        if path is None and "fit" in self.words:
+            path = self._requeued()
+        if path is None:
             return None
         checkpoint = Checkpoint.read(path)
         if checkpoint.data_class and not classes:
@@ -184,6 +189,17 @@ class CLI(LightningCLI):
                 own = checkpoint.data_class.rpartition(".")[2]
                 raise UserError(f"--data {data.__name__}: {path} was trained on {own}; leave --data out or give {own}")
         return checkpoint
+
+    def _requeued(self) -> Path | None:
+        """Return the checkpoint from which a requeued SLURM job continues, if it had come to one."""
+        folder = slurm.interrupted_run(runs_folder(self.words), self.command_line)
+        if folder is None:
+            return None
+        if slurm.is_finished(folder):
+            print(f"{_short(str(folder))}: this job has ended its fit already", file=sys.stderr)
+            raise SystemExit(0)
+        path = folder / "checkpoints" / "last.ckpt"
+        return path if path.is_file() else None
 
     def _read_origin(self) -> Checkpoint | None:
         """Return the checkpoint whose weights a fit starts from; one that is resumed has its own."""
@@ -308,6 +324,8 @@ class CLI(LightningCLI):
             training = self.subcommand == "fit"
             at = self.checkpoint
             run.resume(self.checkpoint.folder, at.step, at.epoch, training, at.rows)
+        if self.subcommand == "fit" and trainer.is_global_zero:
+            slurm.mark(Path(run.log_dir), self.command_line)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.run = run
@@ -405,6 +423,9 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Print what came of it."""
+        run = run_logger(self.trainer)
+        if run is not None and self.trainer.is_global_zero:
+            slurm.mark(Path(run.log_dir), self.command_line, is_finished=True)
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # likewise
             print("\n".join(self._summary()))
             self._write_report(anew=True)
