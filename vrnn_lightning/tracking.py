@@ -342,6 +342,7 @@ class RunCheckpoint(ModelCheckpoint):
             best = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
             state_dict = {**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath}
         self._defer_save_until_validation = state_dict.get("is_deferred", False)
+        self.current_score = state_dict.get("current_score")
         super().load_state_dict(state_dict)
 
     def _here(self, path: str) -> str:

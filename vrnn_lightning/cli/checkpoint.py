@@ -13,7 +13,7 @@ import torch
 
 from vrnn_lightning.cli.words import mentions
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.resuming import resume_record
+from vrnn_lightning.resuming import Stage, resume_record
 
 __all__ = ["Checkpoint", "find_checkpoint", "runs_folder"]
 
@@ -35,6 +35,7 @@ class Checkpoint:
         data_state: What the datamodule keeps besides its options.
         weights: The model's ``state_dict``.
         rows: Rows of metrics.csv behind it, ``None`` if it is not known.
+        stage: The moment of its epoch, ``None`` if it is not known.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class Checkpoint:
     data_state: dict[str, Any]
     weights: dict[str, torch.Tensor]
     rows: int | None
+    stage: str | None
 
     @classmethod
     def read(cls, path: Path, option: str = "--ckpt_path") -> Checkpoint:
@@ -83,7 +85,13 @@ class Checkpoint:
             content.get((data_class or "").rpartition(".")[2]) or {},
             content["state_dict"],
             resume_record(content).get("rows"),
+            resume_record(content).get("stage"),
         )
+
+    @property
+    def is_epoch_complete(self) -> bool:
+        """Whether nothing of its epoch is left to be done."""
+        return self.stage in (None, Stage.EPOCH)
 
     @property
     def folder(self) -> Path | None:

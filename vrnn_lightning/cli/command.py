@@ -195,9 +195,6 @@ class CLI(LightningCLI):
         folder = slurm.interrupted_run(runs_folder(self.words), self.command_line)
         if folder is None:
             return None
-        if slurm.is_finished(folder):
-            print(f"{_short(str(folder))}: this job has ended its fit already", file=sys.stderr)
-            raise SystemExit(0)
         path = folder / "checkpoints" / "last.ckpt"
         return path if path.is_file() else None
 
@@ -406,7 +403,7 @@ class CLI(LightningCLI):
             print(f"report: {_short(str(write_report(run.log_dir)))}")
 
     def before_fit(self) -> None:
-        """Take the weights to start from; refuse to resume what has more epochs behind it than it is to have.
+        """Take the weights to start from, and compare the epochs of a resumed run with those that it is to have.
 
         Raises:
             UserError: It has, or the weights are those of another architecture.
@@ -417,15 +414,16 @@ class CLI(LightningCLI):
             except UserError as error:
                 raise UserError(f"--init_from {self.origin.path}: {error}") from None
         wanted = self.trainer.max_epochs
-        if self.checkpoint and wanted is not None and -1 < wanted <= self.checkpoint.epoch:
-            done = f"{self.checkpoint.path} has {self.checkpoint.epoch + 1} epochs behind it"
-            raise UserError(f"--trainer.max_epochs {wanted}: {done}; give more")
+        if not self.checkpoint or wanted is None or wanted < 0 or wanted > self.checkpoint.epoch + 1:
+            return
+        done = f"{self.checkpoint.path} has {self.checkpoint.epoch + 1} epochs behind it"
+        if wanted <= self.checkpoint.epoch:
+            raise UserError(f"--trainer.max_epochs {wanted}: {done}. Fix: give more epochs than that")
+        if self.checkpoint.is_epoch_complete and self.trainer.is_global_zero:
+            print(f"{done}; more of them need a larger --trainer.max_epochs than {wanted}", file=sys.stderr)
 
     def after_fit(self) -> None:
         """Print what came of it."""
-        run = run_logger(self.trainer)
-        if run is not None and self.trainer.is_global_zero:
-            slurm.mark(Path(run.log_dir), self.command_line, is_finished=True)
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # likewise
             print("\n".join(self._summary()))
             self._write_report(anew=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from vrnn_lightning.files import write_files
 
-__all__ = ["interrupted_run", "is_finished", "mark", "requeue", "signals"]
+__all__ = ["interrupted_run", "mark", "requeue", "signals"]
 
 FILE = "slurm_job.json"
-"""In a run's folder: the job that it belongs to, its command line, and whether the fit has ended."""
+"""In a run's folder: the job that it belongs to and its command line."""
 
 
 def _job() -> str | None:
@@ -43,12 +43,11 @@ def requeue() -> None:
     print(line, file=sys.stderr)
 
 
-def mark(folder: Path, words: Sequence[str], is_finished: bool = False) -> None:
+def mark(folder: Path, words: Sequence[str]) -> None:
     """Note in a run's folder which job and command line it belongs to."""
     job = _job()
     if job is not None:
-        content = {"job": job, "command": list(words), "is_finished": is_finished}
-        write_files({folder / FILE: json.dumps(content, indent=1).encode()})
+        write_files({folder / FILE: json.dumps({"job": job, "command": list(words)}, indent=1).encode()})
 
 
 def interrupted_run(root: Path, words: Sequence[str]) -> Path | None:
@@ -62,18 +61,12 @@ def interrupted_run(root: Path, words: Sequence[str]) -> Path | None:
     if job is None or not int(os.environ.get("SLURM_RESTART_COUNT", 0)):
         return None
     files = sorted(root.glob(f"*/*/{FILE}"), key=lambda file: file.stat().st_mtime)
-    own = [file.parent for file in files if _read(file)[:2] == (job, list(words))]
+    own = [file.parent for file in files if _read(file) == {"job": job, "command": list(words)}]
     return own[-1] if own else None
 
 
-def is_finished(folder: Path) -> bool:
-    """Tell whether the fit of a folder has ended."""
-    return _read(folder / FILE)[2]
-
-
-def _read(file: Path) -> tuple[str, list[str], bool]:
+def _read(file: Path) -> object:
     try:
-        content = json.loads(file.read_text())
-        return str(content["job"]), list(content["command"]), bool(content["is_finished"])
-    except (OSError, ValueError, KeyError, TypeError):  # it belongs to no job that is known
-        return "", [], False
+        return json.loads(file.read_text())
+    except (OSError, ValueError):  # it belongs to no job that is known
+        return None
