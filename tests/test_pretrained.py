@@ -17,8 +17,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from torch.nn.utils import prune
+from vrnn_lightning.datamodules.sines import Sines
 
-from datamodules.sines import Sines
 from vrnn_lightning import VRNNLightningModule
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads import Bernoulli, DiscretisedLogisticMixture, Gaussian, GaussianMixture, Pen, StudentT
