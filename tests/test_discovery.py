@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
 
 import pytest
 
@@ -56,7 +57,8 @@ def test_installed_are_those_that_come_with_the_package(drop):
     assert not discovery.is_installed("datamodules.sines.Sines")
 
 
-def test_import_by_an_old_name_says_the_new_one(drop):
+def test_import_by_an_old_name_says_the_new_one(drop, monkeypatch):
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if not Path(place, "datamodules").is_dir()])
     drop("old_import.py", "from datamodules.sines import Sines\nclass OldImport(Sines, SequenceDataModule): pass\n")
     with pytest.raises(UserError, match=r"old_import.py, line 1: ModuleNotFoundError: .*datamodules.*Fix: import from"):
         discovery.load("OldImport")
@@ -96,8 +98,6 @@ def test_file_of_an_installed_name_hides_nothing(drop):
 
 
 def test_folder_that_is_both_is_read_once(folder, monkeypatch):
-    from pathlib import Path
-
     monkeypatch.chdir(Path(discovery.__file__).parents[1])
     assert len(discovery.known()["Sines"].places) == 1
 

@@ -72,7 +72,7 @@ def require_known_format(number: object, place: object) -> None:
 
 
 def current_class(path: str) -> str:
-    """Return the class path that a class has now.
+    """Return the class path that a class has now; a name without a package counts where a class of that name had one.
 
     >>> current_class("datamodules.sines.Sines")
     'vrnn_lightning.datamodules.sines.Sines'
@@ -80,7 +80,7 @@ def current_class(path: str) -> str:
     'torch.optim.Adam'
     """
     for old, new in CLASSES:
-        if path == old:
+        if path and path in (old, old.rpartition(".")[2]):
             return new
         module, _, name = path.removeprefix(old).rpartition(".")
         if old.endswith(".") and path.startswith(old) and _is_module(new[:-1], module):
@@ -126,7 +126,8 @@ def current_options(
     if isinstance(options, list):
         return [current_options(value, place, say) for value in options]
     if not isinstance(options, Mapping):
-        return current_class(options) if isinstance(options, str) else options
+        is_class = isinstance(options, str) and not place.endswith("name")
+        return current_class(options) if is_class else options
     made = next((options[key] for key in ("class_path", "_class_path") if isinstance(options.get(key), str)), "")
     found = {}
     for key, value in options.items():

@@ -136,6 +136,8 @@ class CLI(LightningCLI):
         classes = [discovery.load(name) for name in names if name]
         self.checkpoint = self._read_checkpoint(classes)
         self.origin = self._read_origin()
+        if self.checkpoint:
+            self.words = with_current_names(self.words, self.checkpoint.defaults())
         if self.checkpoint and self.checkpoint.folder and not _has_config(self.words) and "fit" in self.words:
             self.words.insert(self.words.index("fit") + 1, f"--config={self.checkpoint.folder / 'config.yaml'}")
         epilog = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 import vrnn_lightning
-from vrnn_lightning.compatibility import OPTIONS, current_class, current_option, current_options
+from vrnn_lightning.compatibility import OPTIONS, current_option, current_options
 from vrnn_lightning.errors import UserError
 
 __all__ = ["mentions", "with_configs", "with_current_names"]
@@ -46,28 +46,33 @@ def with_configs(words: list[str]) -> list[str]:
     return resolved
 
 
-def in_current_names(options: Any) -> Any:
-    """Return the options of a config under the names that they have now."""
-    return current_options(options, say=_say, commands=LightningCLI.subcommands())
+def in_current_names(options: Any, place: str = "") -> Any:
+    """Return the options of a config, or the value of one, under the names that they have now."""
+    return current_options(options, place, _say, LightningCLI.subcommands())
 
 
-def with_current_names(words: list[str]) -> list[str]:
-    """Return the command line with every option and class under the name that it has now."""
-    current = []
+def with_current_names(words: list[str], defaults: Mapping[str, Any] | None = None) -> list[str]:
+    """Return the command line with every option and class under the name that it has now.
+
+    Args:
+        words: The command line.
+        defaults: Options that it need not state, by name: those of a checkpoint.
+    """
+    current: list[str] = []
     for word in words:
         option, equals, value = word.partition("=")
         if option.startswith("--"):
             new = f"--{current_option(option[2:])}"
             group, _, last = new.rpartition(".")
-            for name in mentions(words, group[2:]) if group else ():
-                made = name.get("class_path") if isinstance(name, dict) else name  # of the class that the group has
-                full = (old for old in OPTIONS if old.endswith(f".{made}.{last}") or old == f"{made}.{last}")
-                new = next((f"{group}.{OPTIONS[old]}" for old in full), new)
+            names = [old for old in OPTIONS if old.endswith(f".{last}")]
+            for chosen in (mentions(words, group[2:]) or [(defaults or {}).get(group[2:])]) if names else ():
+                made = chosen.get("class_path") if isinstance(chosen, dict) else chosen
+                new = next((f"{group}.{OPTIONS[old]}" for old in names if f".{old}".endswith(f".{made}.{last}")), new)
             if new != option:
                 _say(option[2:], new[2:])
-            current.append(f"{new}{equals}{current_class(value)}")
+            current.append(f"{new}{equals}{in_current_names(value, option)}")
         else:
-            current.append(current_class(word))
+            current.append(in_current_names(word, current[-1] if current else ""))
     return current
 
 
