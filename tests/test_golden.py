@@ -91,7 +91,7 @@ def test_old_names_of_options_classes_and_weights(run, lightning, renamed):
     assert said.code == 0
     lines = ["--model.states: is now --model.latent_size", "--data.length: is now --data.steps"]
     assert said.err.splitlines()[:2] == lines
-    Path("old.yaml").write_text("fit: {model: {states: 2}, loop: {every: 3}}")
+    Path("old.yaml").write_text("{model: {states: 2}, loop: {every: 3}}")
     words = ["-c", run / "config.yaml", "-c", "old.yaml", "--model.emission=OldT", "--model.emission.floor=0.01"]
     said = lightning("fit", *words, "--print_config")
     assert said.code == 0, said.err
@@ -131,3 +131,8 @@ def test_a_newer_format_is_one_line(run, lightning):
         VRNNLightningModule.load_from_checkpoint(path)
     with pytest.raises(UserError, match=f"has format {newer}"):
         VRNNLightningModule.from_pretrained(run / "pretrained")
+
+
+def test_options_of_a_command_are_those_of_the_command_line(renamed):
+    found = compatibility.current_options({"fit": {"model": {"states": 2, "name": "OldT"}}}, commands={"fit"})
+    assert found == {"fit": {"model": {"latent_size": 2, "name": "OldT"}}}
