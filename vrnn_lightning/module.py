@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.compatibility import FORMAT, KEY, upgrade, upgraded
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.exporting import Exported
@@ -142,6 +143,11 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):
         self.bound = Bound()
         self.held_out = Estimate()
         self.active = ActiveUnits(latent_size)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Return the model of a checkpoint, one of an earlier release too; the arguments are Lightning's."""
+        return super().load_from_checkpoint(upgraded(checkpoint_path), *args, **kwargs)
 
     @property
     def scaler(self) -> Scaler:
@@ -437,6 +443,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the seed of the noise, from which every process derives its own, and what streams carry."""
+        checkpoint[KEY] = FORMAT
         checkpoint["noise_seed"] = self.noise_seed
         if "optimizer_states" in checkpoint:
             checkpoint[OPTIMIZED] = [_parameter_names(self, optimizer) for optimizer in self.trainer.optimizers]
@@ -445,6 +452,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the seed of the noise and what streams carry."""
+        upgrade(checkpoint, "the checkpoint")
         self.noise_seed = checkpoint.get("noise_seed", self.noise_seed)
         self._resumed = checkpoint.get("carried")
         self._loaded = checkpoint if OPTIMIZED in checkpoint else None

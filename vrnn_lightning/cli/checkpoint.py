@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vrnn_lightning.cli.words import mentions
+from vrnn_lightning.compatibility import upgrade
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.resuming import Stage, resume_record
 
@@ -68,6 +69,8 @@ class Checkpoint:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
             raise UserError(f"{option} {path}: is damaged, or holds more than weights and options") from error
+        if isinstance(content, dict):
+            upgrade(content, path)
         model = content.get("hyper_parameters") if isinstance(content, dict) else None
         if not isinstance(model, dict) or "num_features" not in model:
             raise UserError(f"{option} {path}: is no checkpoint that `lightning fit` of vrnn-lightning wrote")

@@ -25,8 +25,9 @@ from vrnn_lightning.callbacks import Diagnostics, Evaluation, Loop, Predictions,
 from vrnn_lightning.callbacks.predictions import Draws
 from vrnn_lightning.cli import processes, slurm
 from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint, runs_folder
-from vrnn_lightning.cli.parser import Parser
-from vrnn_lightning.cli.words import mentions, with_configs
+from vrnn_lightning.cli.parser import MODE, Parser
+from vrnn_lightning.cli.words import mentions, with_configs, with_current_names
+from vrnn_lightning.datamodules import local
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.report import NAME, write_report
@@ -137,8 +138,9 @@ class CLI(LightningCLI):
     """
 
     def __init__(self, words: list[str]) -> None:
+        local.use_working_directory()
         self.command_line = words
-        self.words = with_configs(words)
+        self.words = with_current_names(with_configs(words))
         names = [
             _class_name(value)
             for key in ("data", "data.class_path", "data.help")
@@ -147,13 +149,15 @@ class CLI(LightningCLI):
         classes = [discovery.load(name) for name in names if name]
         self.checkpoint = self._read_checkpoint(classes)
         self.origin = self._read_origin()
+        if self.checkpoint:
+            self.words = with_current_names(self.words, self.checkpoint.defaults())
         if self.checkpoint and self.checkpoint.folder and not _has_config(self.words) and "fit" in self.words:
             self.words.insert(self.words.index("fit") + 1, f"--config={self.checkpoint.folder / 'config.yaml'}")
         epilog = (
             f"Datamodules: {', '.join(discovery.known()) or 'none'}. `--data.help NAME` shows one's options. "
             "`lightning report FOLDER` writes the page of a run."
         )
-        commands = {command: {"epilog": epilog} for command in self.subcommands()}
+        commands = {command: {"allow_abbrev": False, "epilog": epilog} for command in self.subcommands()}
         super().__init__(
             VRNNLightningModule,
             LightningDataModule,
@@ -161,7 +165,7 @@ class CLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={"logger": [{"class_path": "vrnn_lightning.tracking.RunLogger"}]},
             parser_class=Parser,
-            parser_kwargs={"allow_abbrev": False, **{c: {"allow_abbrev": False, **kw} for c, kw in commands.items()}},
+            parser_kwargs={"allow_abbrev": False, "parser_mode": MODE, **commands},
             seed_everything_default=0,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -461,12 +465,9 @@ def _has_config(words: list[str]) -> bool:
 
 
 def _class_name(value: object) -> str | None:
-    """Return the datamodule's name from ``Name``, ``{class_path: Name}`` or the path of a file in ``datamodules``."""
+    """Return the datamodule's name from ``Name`` or ``{class_path: Name}``."""
     name = value.get("class_path") if isinstance(value, dict) else value
-    if not isinstance(name, str) or name.startswith("-"):
-        return None
-    package, _, rest = name.partition(".")
-    return rest.rpartition(".")[2] if package == "datamodules" and rest else name
+    return name if isinstance(name, str) and not name.startswith("-") else None
 
 
 def _short(path: str) -> str:
