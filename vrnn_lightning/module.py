@@ -36,7 +36,7 @@ from vrnn_lightning.vrnn import VRNN, Particles, Trace
 __all__ = ["VRNNLightningModule"]
 
 
-class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):
+class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # type: ignore[misc]  # trust= is ours
     """Trains a VRNN on the ELBO and reports it, split into reconstruction and KL.
 
     Every argument is a hyperparameter: it travels in the checkpoint, and ``load_from_checkpoint`` needs nothing else.

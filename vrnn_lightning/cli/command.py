@@ -24,11 +24,12 @@ from vrnn_lightning.callbacks import Diagnostics, Evaluation, Loop, Predictions,
 from vrnn_lightning.callbacks.predictions import Draws
 from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint
 from vrnn_lightning.cli.parser import Parser
-from vrnn_lightning.cli.words import mentions, with_configs
+from vrnn_lightning.cli.words import mentions, named, with_configs
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.report import NAME, write_report
 from vrnn_lightning.tracking import ElboBar, RunCheckpoint, RunLogger, SaveConfig, WandbLogger, run_logger
+from vrnn_lightning.trust import Gate, strings_of
 
 __all__ = ["CLI", "main"]
 
@@ -39,6 +40,19 @@ COMMON = {
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "checkpoint": {"monitor": "val/elbo", "mode": "max", "filename": "best", **COMMON},
     "last": {"filename": "last", **COMMON},  # `save_last` would write only where there is a new best
+}
+CALLBACKS = {
+    "samples": Samples,
+    "diagnostics": Diagnostics,
+    "evaluation": Evaluation,
+    "loop": Loop,
+    "prediction": Predictions,
+}
+GROUPS: dict[str, type] = {
+    "model": VRNNLightningModule,
+    "trainer": Trainer,
+    **dict.fromkeys(CHECKPOINTS, RunCheckpoint),
+    **CALLBACKS,
 }
 RUN_OPTIONS = frozenset({"root", "batch_size", "num_workers"})
 
@@ -135,7 +149,9 @@ class CLI(LightningCLI):
         self.checkpoint = self._read_checkpoint(classes)
         self.origin = self._read_origin()
         if self.checkpoint and self.checkpoint.folder and not _has_config(self.words) and "fit" in self.words:
-            self.words.insert(self.words.index("fit") + 1, f"--config={self.checkpoint.folder / 'config.yaml'}")
+            config = self.checkpoint.folder / "config.yaml"
+            self._require_trusted(config, classes)
+            self.words.insert(self.words.index("fit") + 1, f"--config={config}")
         epilog = (
             f"Datamodules: {', '.join(discovery.known()) or 'none'}. `--data.help NAME` shows one's options. "
             "`lightning report FOLDER` writes the page of a run."
@@ -165,8 +181,7 @@ class CLI(LightningCLI):
         if path is None or {"-h", "--help"} & set(self.words):
             return None
         checkpoint = Checkpoint.read(path)
-        if checkpoint.data_class and not classes:
-            discovery.load(_class_name(checkpoint.data_class) or "")
+        checkpoint.require_trusted(self._gate(f"--ckpt_path {path}", classes))
         for data in classes:
             if checkpoint.data_class and checkpoint.data_class != f"{data.__module__}.{data.__qualname__}":
                 own = checkpoint.data_class.rpartition(".")[2]
@@ -182,18 +197,44 @@ class CLI(LightningCLI):
             raise UserError(
                 f"--init_from {paths[-1]}: --ckpt_path goes on with a run, which has its weights; give one of the two"
             )
-        return None if self.checkpoint else Checkpoint.read(Path(paths[-1]), "--init_from")
+        if self.checkpoint:
+            return None
+        origin = Checkpoint.read(Path(paths[-1]), "--init_from")
+        origin.require_trusted(self._gate(f"--init_from {paths[-1]}", []), training=False)
+        return origin
+
+    def _gate(self, source: str, classes: list[type[LightningDataModule]], folder: Path | None = None) -> Gate:
+        """Return what a file may name: what is allowed in general, what this call names, and what it trusts."""
+        trusted = strings_of([yaml.safe_load(v) if isinstance(v, str) else v for v in mentions(self.words, "trust")])
+        names = {f"{data.__module__}.{data.__qualname__}" for data in classes}
+        return Gate(source, tuple(trusted), frozenset(named(self.words) | names), "add --trust {}", folder)
+
+    def _require_trusted(self, config: Path, classes: list[type[LightningDataModule]]) -> None:
+        """Raise if the config beside a checkpoint names what a file may not import.
+
+        Raises:
+            UserError: It does, or is no config.
+        """
+        gate = self._gate(str(config), classes, config.parent)
+        try:
+            document = yaml.safe_load(config.read_text())
+        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError(f"{config}: can't be read ({' '.join(str(error).split())}). Fix: give -c") from error
+        if not isinstance(document, dict):
+            raise UserError(f"{config}: holds no options. Fix: give -c")
+        for name, value in document.items():
+            if name in GROUPS and value is not None:
+                gate.check_options(GROUPS[name], value, name)
+            elif name != "trust":  # what a file says of itself does not count
+                gate.check(value, LightningDataModule if name == "data" else str | bool | int | None, str(name))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what every run has, and put the checkpoint's options beneath the user's."""
         for group, defaults in CHECKPOINTS.items():
             parser.add_lightning_class_args(RunCheckpoint, group)
             parser.set_defaults({f"{group}.{key}": value for key, value in defaults.items()})
-        parser.add_lightning_class_args(Samples, "samples")
-        parser.add_lightning_class_args(Diagnostics, "diagnostics")
-        parser.add_lightning_class_args(Evaluation, "evaluation")
-        parser.add_lightning_class_args(Loop, "loop")
-        parser.add_lightning_class_args(Predictions, "prediction")
+        for group, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, group)
         parser.link_arguments("data", "model.num_features", compute_fn=self.num_features, apply_on="instantiate")
         parser.link_arguments("data", "model.num_inputs", compute_fn=_num_inputs, apply_on="instantiate")
         parser.link_arguments("data", "model.missing", compute_fn=_missing, apply_on="instantiate")
@@ -202,6 +243,12 @@ class CLI(LightningCLI):
             type=str | None,
             default=None,
             help="Fit: a checkpoint whose weights to start from, on any data, with a new optimiser, at step 0.",
+        )
+        parser.add_argument(
+            "--trust",
+            type=str | list[str] | None,
+            default=None,
+            help="A class path or module of yours that the files named by --ckpt_path and --init_from may import.",
         )
         parser.add_argument(
             "--report",
@@ -234,9 +281,10 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:
         """Parse, and compare what was stated with the checkpoint."""
         self.config = parser.parse_args(self.words)
+        command = self.config["subcommand"]
+        self.config[command]["trust"] = None  # for this call alone: a saved config trusts nothing
         if self.checkpoint is None:
             return
-        command = self.config["subcommand"]
         self.config[command]["ckpt_path"] = str(self.checkpoint.path)
         dumped = yaml.safe_load(
             parser.dump(self.config, skip_link_targets=False, skip_none=False, skip_validation=True)
