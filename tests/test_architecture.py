@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    "errors", "files", "batch", "noise", "filtering", "nn", "heads", "recurrence", "vrnn", "objectives", "schedules",
-    "metrics", "data", "testing", "inference", "pretrained", "exporting", "module",
+    "errors", "files", "trust", "checkpoints", "batch", "noise", "filtering", "nn", "heads", "recurrence", "vrnn",
+    "objectives", "schedules", "metrics", "data", "testing", "inference", "pretrained", "exporting", "module",
     "callbacks", "report", "tracking", "discovery", "cli",
 ]  # fmt: skip
 FRAMEWORKS = {"lightning", "wandb", "jsonargparse", "pytorch_lightning"}

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, require_intact_zip
-from vrnn_lightning.trust import require_bounded
+from vrnn_lightning.trust import Gate, require_bounded
 
-__all__ = ["read_checkpoint"]
+__all__ = ["options_of", "read_checkpoint"]
 
 FIX = "Fix: give a checkpoint that `lightning fit` wrote"
 KINDS: dict[str, type | tuple[type, ...]] = {
@@ -67,6 +67,28 @@ def read_checkpoint(path: Path, option: str = "", map_location: Any = "cpu") -> 
         raise UserError(f"{place}: is damaged, or holds more than weights and options ({line}). {FIX}") from error
     _require_shape(content, place)
     return content  # type: ignore[no-any-return]  # checked by the call
+
+
+def options_of(
+    content: Mapping[str, Any], key: str, cls: type, gate: Gate, given: Mapping[str, Any]
+) -> tuple[type, dict[str, Any]]:
+    """Return the class that a checkpoint's options belong to, and its arguments.
+
+    Args:
+        content: What :func:`read_checkpoint` returned.
+        key: Where the options are.
+        cls: The class to make, or its base class if the options name one.
+        gate: What they may name.
+        given: Arguments in place of the checkpoint's.
+
+    Raises:
+        UserError: They name what a file may not import.
+    """
+    stored = content.get(key, {})
+    named = stored.get("_class_path", "")
+    made = cls if named in ("", f"{cls.__module__}.{cls.__qualname__}") else gate.resolve(named, (cls,), "_class_path")
+    kept = {name: value for name, value in stored.items() if not name.startswith("_") and name not in given}
+    return made, gate.build(made, kept) | gate.build(made, given)
 
 
 def _require_stored(path: Path, place: str) -> None:

@@ -13,9 +13,9 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
-from vrnn_lightning.checkpoints import read_checkpoint
+from vrnn_lightning.checkpoints import options_of, read_checkpoint
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.trust import Gate, parameters_of, strings_of
+from vrnn_lightning.trust import Gate, parameters_of
 
 __all__ = ["Pretrained", "replace_files", "require_model", "require_numbers"]
 
@@ -82,7 +82,7 @@ class Pretrained:
         """
         folder = Path(folder)
         config, source = folder / CONFIG, folder / WEIGHTS
-        gate = Gate(str(config), _listed(trust))
+        gate = Gate.of_call(config, trust)
         options = _options(config)
         weights = _weights(source)
         _require_options(config, cls, options)
@@ -100,7 +100,7 @@ class Pretrained:
         cls,
         checkpoint_path: Any,
         map_location: Any = None,
-        hparams_file: None = None,
+        hparams_file: Any = None,
         strict: bool | None = None,
         weights_only: bool | None = None,
         trust: str | Sequence[str] = (),
@@ -127,12 +127,10 @@ class Pretrained:
             )
         path = Path(checkpoint_path)
         content = read_checkpoint(path, map_location=map_location or _here)
-        stored = content.get("hyper_parameters", {})
-        gate = Gate(str(path), _listed(trust), frozenset(strings_of(options)))
-        made = gate.resolve(stored["_class_path"], (cls,), "_class_path") if "_class_path" in stored else cls
-        given = {name: value for name, value in stored.items() if not name.startswith("_")} | options
+        gate = Gate.of_call(path, trust, options)
+        made, given = options_of(content, "hyper_parameters", cls, gate, options)
         weights = content.get("state_dict", {})
-        given = require_model(path, made, given, weights, gate)
+        require_model(path, made, given, weights)
         module = _made(path, made, given)
         module.on_load_checkpoint(content)
         try:
@@ -143,23 +141,19 @@ class Pretrained:
         return cast("Self", module.to(device))
 
 
-def require_model(
-    source: object, made: type, options: Mapping[str, Any], weights: Mapping[str, Tensor], gate: Gate
-) -> dict[str, Any]:
-    """Return the arguments that a checkpoint's options are, if they name nothing foreign and fit its weights.
+def require_model(source: object, made: type, given: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Raise if a checkpoint's options do not fit its weights; they are compared before memory is taken for a model.
 
     Args:
         source: The file, for messages.
         made: The model's class.
-        options: Its options.
-        weights: Its ``state_dict``; the sizes that the options declare are compared with it before memory is taken.
-        gate: What the file may name.
+        given: Its arguments.
+        weights: Its ``state_dict``.
 
     Raises:
-        UserError: They do, or don't fit.
+        UserError: They do not.
     """
-    _require_options(source, made, options, of_training=True)
-    given = gate.build(made, options)
+    _require_options(source, made, given, of_training=True)
     declared = _declared(source, made, given, weights)
     for name in declared.keys() & weights.keys():
         there, here = tuple(weights[name].shape), tuple(declared[name].shape)
@@ -168,7 +162,6 @@ def require_model(
     size, stored = (sum(value.numel() for value in part.values()) for part in (declared, weights))
     if size > stored:
         raise UserError(f"{source}: the options make a model of {size} numbers, but it holds {stored}")
-    return given
 
 
 def _declared(source: object, made: type, given: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -188,10 +181,6 @@ def _is_known(value: Any) -> bool:
     """Tell whether an option is a plain value or of a class that is known to build on any device."""
     made = value.func if isinstance(value, partial) else value if isinstance(value, type) else type(value)
     return made.__module__.partition(".")[0] in ("vrnn_lightning", "torch", "lightning", "builtins")
-
-
-def _listed(trust: str | Sequence[str]) -> tuple[str, ...]:
-    return (trust,) if isinstance(trust, str) else tuple(trust)
 
 
 def _here(storage: Any, location: str) -> Any:

@@ -87,10 +87,12 @@ class Gate:
         fix: How to trust a name, with ``{}`` in its place.
         folder: Where a text may be the name of a file, besides the working directory.
 
-    >>> Gate("a.ckpt").check("os.system", Callable[[int], float], "lr_lambda")
+    >>> from torch.optim import Optimizer
+    >>> Gate("a.ckpt").check({"class_path": "torch.optim.Adam"}, Callable[..., Optimizer], "optimizer")
+    >>> Gate("a.ckpt").check("os.system", Callable[..., Optimizer], "optimizer")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    vrnn_lightning.errors.UserError: a.ckpt: lr_lambda names os.system, ... Fix: if you trust it, give trust=['os']
+    vrnn_lightning.errors.UserError: a.ckpt: optimizer names os.system, ... Fix: if you trust it, give trust=['os']
     """
 
     source: str
@@ -104,6 +106,18 @@ class Gate:
         wrong = next((name for name in self.trusted if not NAME.fullmatch(name)), None)
         if wrong is not None:
             raise UserError(f"trust {wrong!r}: is neither a class path nor a module. Fix: give the name of one")
+
+    @classmethod
+    def of_call(cls, source: object, trust: str | Iterable[str], options: Mapping[str, Any] | None = None) -> Gate:
+        """Return the gate of a call from Python.
+
+        Args:
+            source: The file.
+            trust: What the user trusts.
+            options: Arguments of the call, which may name anything.
+        """
+        trusted = (trust,) if isinstance(trust, str) else tuple(trust)
+        return cls(str(source), trusted, frozenset(strings_of(options)))
 
     def check(self, value: Any, annotation: object, place: str) -> None:
         """Raise if a value names what a file may not import; nothing is called.
@@ -163,6 +177,8 @@ class Gate:
             inner = f"{place}.{name}" if place else str(name)
             if not isinstance(name, str) or not name.removesuffix("+").isidentifier():
                 raise UserError(f"{self.source}: {inner[:80]!r} is not the name of an option")
+            if name not in known and is_dataclass(made):
+                raise UserError(f"{self.source}: {inner} is no option of {made.__name__} in this version")
             expected = _expected(known.get(name.removesuffix("+"), inspect.Parameter.empty))
             found[name] = self._walk(value, expected, inner, make=make)
         return found
@@ -243,8 +259,8 @@ class Gate:
             raise UserError(f"{self.source}: {place} {name} can't be imported ({error})") from error
         defined = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', attribute)}"
         explicit = name in self.trusted or name in self.named
-        if not explicit and not self._allows(defined):
-            raise self._refusal(place, name, f"which is {defined}" if isinstance(found, (type, FunctionType)) else "")
+        if isinstance(found, (type, FunctionType)) and not explicit and not self._allows(defined):
+            raise self._refusal(place, name, defined)
         if isinstance(found, FunctionType):
             own = _within(defined, OWN) and not attribute.startswith("_") and not expected.bases
             if expected.functions and (own or explicit or self._trusts(defined)):
@@ -256,12 +272,14 @@ class Gate:
             if (fits or callable_instances) and not inspect.isabstract(found):
                 return found
         kinds = " or ".join(dict.fromkeys(base.__name__ for base in expected.bases)) or "class of this kind"
-        raise UserError(f"{self.source}: {place} {name} is no {kinds} that can be made")
+        raise UserError(f"{self.source}: {place} {name} is not a {kinds} that can be called")
 
-    def _refusal(self, place: str, name: str, what: str = "") -> UserError:
-        what = what or "which is not of vrnn-lightning, torch.optim, torch.nn or Lightning"
-        line = f"{self.source}: {place} names {name}, {what}; it is not imported. Fix: if you trust it, "
-        return UserError(line + self.fix.format(name.rpartition(".")[0]))
+    def _refusal(self, place: str, name: str, defined: str = "") -> UserError:
+        what = (
+            f"which is {defined}" if defined else "which is not of vrnn-lightning, torch.optim, torch.nn or Lightning"
+        )
+        fix = self.fix.format(name if defined else name.rpartition(".")[0])
+        return UserError(f"{self.source}: {place} names {name}, {what}; it is not called. Fix: if you trust it, {fix}")
 
     def _allows(self, name: str) -> bool:
         if name in self.named or self._trusts(name):

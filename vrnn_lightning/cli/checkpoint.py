@@ -91,10 +91,10 @@ class Checkpoint:
         """
         skipped = () if training else NOT_ARCHITECTURE
         model = {key: value for key, value in self.model.items() if key not in skipped}
-        require_model(gate.source, VRNNLightningModule, model, self.weights, gate)
+        made = VRNNLightningModule
+        require_model(gate.source, made, gate.build(made, model, "model"), self.weights)
         if self.data_class and training:
-            made = gate.resolve(self.data_class, (LightningDataModule,), "data")
-            gate.check_options(made, self.data, "data")
+            gate.check_options(gate.resolve(self.data_class, (LightningDataModule,), "data"), self.data, "data")
 
     @property
     def folder(self) -> Path | None:

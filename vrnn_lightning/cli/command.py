@@ -7,6 +7,7 @@ import logging
 import operator
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,8 @@ GROUPS: dict[str, type] = {
     **dict.fromkeys(CHECKPOINTS, RunCheckpoint),
     **CALLBACKS,
 }
+RESTORING = frozenset({"resume_start", "restore", "_restore_modules_and_callbacks", "restore_training_state"})
+"""Functions of Lightning that take a checkpoint's state."""
 RUN_OPTIONS = frozenset({"root", "batch_size", "num_workers"})
 
 
@@ -283,8 +286,11 @@ class CLI(LightningCLI):
         self.config = parser.parse_args(self.words)
         command = self.config["subcommand"]
         self.config[command]["trust"] = None  # for this call alone: a saved config trusts nothing
+        if self.config[command].get("weights_only") is False:
+            raise UserError("--weights_only false: a checkpoint that holds code is not loaded. Fix: leave it out")
         if self.checkpoint is None:
             return
+        self.config[command]["weights_only"] = True
         self.config[command]["ckpt_path"] = str(self.checkpoint.path)
         dumped = yaml.safe_load(
             parser.dump(self.config, skip_link_targets=False, skip_none=False, skip_validation=True)
@@ -347,6 +353,23 @@ class CLI(LightningCLI):
                 logger.run = run
                 if self.subcommand == "fit":
                     logger.choose(trainer.checkpoint_callbacks)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command; whatever is raised while a checkpoint's state is restored is the checkpoint's fault.
+
+        Raises:
+            UserError: The state is not one that this run could have written.
+        """
+        try:
+            super()._run_subcommand(subcommand)
+        except (UserError, MisconfigurationException):
+            raise
+        except Exception as error:
+            calls = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+            if self.checkpoint is None or not calls & RESTORING:
+                raise
+            line = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UserError(f"--ckpt_path {self.checkpoint.path}: its state does not fit this run ({line})") from error
 
     def before_validate(self) -> None:
         """Say that the model is untrained, if it is."""
