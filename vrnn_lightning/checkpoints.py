@@ -15,7 +15,7 @@ from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, require_intact_zip
 from vrnn_lightning.trust import Gate, require_bounded
 
-__all__ = ["options_of", "read_checkpoint"]
+__all__ = ["options_of", "read_checkpoint", "require_types"]
 
 FIX = "Fix: give a checkpoint that `lightning fit` wrote"
 KINDS: dict[str, type | tuple[type, ...]] = {
@@ -89,6 +89,24 @@ def options_of(
     made = cls if named in ("", f"{cls.__module__}.{cls.__qualname__}") else gate.resolve(named, (cls,), "_class_path")
     kept = {name: value for name, value in stored.items() if not name.startswith("_") and name not in given}
     return made, gate.build(made, kept) | gate.build(made, given)
+
+
+def require_types(state: object, owner: object, **types: type | tuple[type, ...]) -> None:
+    """Raise if a checkpoint's state lacks values or has them of other types.
+
+    Args:
+        state: The state.
+        owner: The object that it is for.
+        types: The types of its values by name.
+
+    Raises:
+        UserError: It does.
+    """
+    for name, kind in types.items():
+        value = state.get(name) if isinstance(state, Mapping) else None
+        if not isinstance(value, kind):
+            what = f"{name} of type {type(value).__name__}"
+            raise UserError(f"{type(owner).__name__}: the checkpoint's state has a {what}. {FIX}")
 
 
 def _require_stored(path: Path, place: str) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.checkpoints import options_of, read_checkpoint
+from vrnn_lightning.checkpoints import options_of, read_checkpoint, require_types
 from vrnn_lightning.data.loading import BatchSampler, ScaledSequences, SequenceLoader
 from vrnn_lightning.data.sequences import Modality, Scaler, Sequences, Split
 from vrnn_lightning.errors import UserError
@@ -289,4 +289,7 @@ class SequenceDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the checkpoint's scaler."""
+        require_types(state_dict, self, mean=Tensor, std=Tensor)
+        if any(state_dict[name].numel() not in (1, self.num_features) for name in ("mean", "std")):
+            raise UserError(f"{type(self).__name__}: the checkpoint's scaler is not for {self.num_features} features")
         self._scaler = Scaler(state_dict["mean"], state_dict["std"])
