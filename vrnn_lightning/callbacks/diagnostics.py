@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.annealing import KLAnnealing
+from vrnn_lightning.checkpoints import require_types
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 
@@ -76,6 +77,7 @@ class Diagnostics(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint; what was said is not said again."""
+        require_types(state_dict, self, low=int, spikes=list, norms=list, warned=(list, set))
         self.low, self.spikes = state_dict["low"], list(state_dict["spikes"])
         self.norms = deque(state_dict["norms"], self.window)
         self.warned = set(state_dict["warned"])

@@ -12,6 +12,7 @@ from torch import Tensor
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.media import Exhibition, Media, Shown, save_picture
 from vrnn_lightning.callbacks.pictures import draw_heat
+from vrnn_lightning.checkpoints import require_types
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.vrnn import Trace
@@ -77,6 +78,7 @@ class Samples(Callback):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on counting from a checkpoint."""
+        require_types(state_dict, self, validations=int)
         self.validations = state_dict["validations"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from lightning.pytorch.utilities import rank_zero_only
 import vrnn_lightning
 from vrnn_lightning.compatibility import OPTIONS, current_option, current_options
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.trust import strings_of
 
-__all__ = ["mentions", "with_configs", "with_current_names"]
+__all__ = ["mentions", "named", "with_configs", "with_current_names"]
 
 
 def shipped(path: str) -> str:
@@ -95,6 +97,21 @@ def mentions(words: list[str], key: str) -> list[Any]:
         elif option in ("-c", "--config"):
             found += _in_yaml(value, _command(words), key)
     return [value for value in found if value is not None]
+
+
+def named(words: list[str]) -> set[str]:
+    """Return every text that a command line and its YAML files hold, among them the classes that they name.
+
+    >>> sorted(named(["fit", "--model.optimizer=mine.Adam"]))
+    ['fit', 'mine.Adam']
+    """
+    texts = [word.partition("=")[2] or word for word in words]
+    texts += [Path(path).read_text() for option, path in _pairs(words) if option in ("-c", "--config")]
+    found = set()
+    for text in texts:
+        with suppress(yaml.YAMLError, ValueError):  # not every word is YAML
+            found |= set(strings_of(yaml.safe_load(text)))
+    return found
 
 
 def _pairs(words: list[str]) -> Iterator[tuple[str, str]]:
