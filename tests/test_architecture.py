@@ -10,11 +10,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     "errors", "files", "trust", "checkpoints", "batch", "noise", "filtering", "nn", "heads", "recurrence", "vrnn",
-    "objectives", "schedules", "metrics", "data", "testing", "inference", "pretrained", "exporting", "module",
+    "objectives", "schedules", "metrics", "data", "testing", "inference", "pretrained", "exporting", "resuming",
+    "module",
     "callbacks", "report", "tracking", "discovery", "cli",
 ]  # fmt: skip
 FRAMEWORKS = {"lightning", "wandb", "jsonargparse", "pytorch_lightning"}
-MAY_KNOW_LIGHTNING = {"data", "testing", "pretrained", "module", "callbacks", "tracking", "discovery", "cli"}
+MAY_KNOW_LIGHTNING = {
+    "data",
+    "testing",
+    "pretrained",
+    "resuming",
+    "module",
+    "callbacks",
+    "tracking",
+    "discovery",
+    "cli",
+}
 DATAMODULES_MAY_IMPORT = {"batch", "data", "errors"}
 
 

@@ -82,7 +82,7 @@ def test_old_rows_are_never_overwritten_unasked(folder):
     first, second = logger(folder, version="same"), logger(folder, version="same")
     first.log_metrics({"loss": 1.0}, 0)
     first.finalize("success")
-    with pytest.raises(UserError, match=r"metrics.csv: is there already"):
+    with pytest.raises(UserError, match=r"metrics.csv: exists already"):
         second.log_metrics({"loss": 1.0}, 0)
 
 
