@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningCLI
 
 import vrnn_lightning
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.trust import strings_of
+from vrnn_lightning.trust import require_bounded, strings_of
 
 __all__ = ["mentions", "named", "with_configs"]
 
@@ -70,7 +70,9 @@ def named(words: list[str]) -> set[str]:
     found = set()
     for text in texts:
         with suppress(yaml.YAMLError, ValueError):  # not every word is YAML
-            found |= set(strings_of(yaml.safe_load(text)))
+            value = yaml.safe_load(text)
+            require_bounded(value, text[:40])
+            found |= set(strings_of(value))
     return found
 
 
