@@ -324,9 +324,7 @@ def test_weights_are_taken_without_what_trained_them(lightning, own, run):
 def test_a_model_of_own_classes_comes_back(own, folder):
     head = importlib.import_module(own).OwnHead
     model = VRNNLightningModule(num_features=1, hidden_size=4, emission=head)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.strategy.connect(model)
-    trainer.save_checkpoint("a.ckpt")
+    torch.save({"hyper_parameters": dict(model.hparams), "state_dict": model.state_dict()}, "a.ckpt")
     with pytest.raises(UserError, match="emission names"):
         VRNNLightningModule.load_from_checkpoint("a.ckpt")
     assert type(VRNNLightningModule.load_from_checkpoint("a.ckpt", emission=head).vrnn.decoder.head) is head
@@ -353,8 +351,8 @@ def test_a_model_of_own_classes_comes_back(own, folder):
         ({"loops": {"a": [[[[[[0]]]]]]} | {str(i): [0] * 999 for i in range(300)}}, "loops: holds more than"),
         ({"pytorch-lightning_version": "no version"}, "is not a version"),
         ({"optimizer_states": [1]}, "optimizer_states are not states"),
-        ({"callbacks": {"a": 1}}, "callbacks are not states"),
         ({"loops": {"fit_loop": {"epoch_progress": 3}}}, "its state does not fit this run"),
+        ({"loops": {"fit_loop": {"epoch_progress": {"total": {"ready": "3"}}}}}, "ready is not a count"),
     ],
 )
 def test_wrong_types_are_one_line(lightning, run, content, message):
@@ -369,7 +367,7 @@ def test_wrong_types_are_one_line(lightning, run, content, message):
     [
         ({"hidden_size": 10**6}, "has shape"),
         ({"hidden_size": 10**9}, "no model can be made of its options"),
-        ({"hidden_size": "4"}, "hidden_size '4' is no int"),
+        ({"hidden_size": "4"}, "hidden_size '4' is not of type int"),
         ({"layers": 10**9}, "layers is deeper than"),
         ({"phi_x": {"width": 4, "depth": 10**9}}, "phi_x is deeper than"),
         ({"smoothing": True}, "numbers, but it holds|has shape"),

@@ -32,7 +32,10 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "lr_schedulers": list,
     "noise_seed": int,
     "carried": (list, tuple),
+    "optimizer_parameters": list,
 }
+COUNTS = frozenset({"ready", "started", "processed", "completed", "_batches_that_stepped"})
+"""What Lightning's loops count."""
 OPTIONS = ("hyper_parameters", "datamodule_hyper_parameters", "loops", "lr_schedulers")
 
 
@@ -134,11 +137,19 @@ def _require_shape(content: Any, place: str) -> None:
         require_bounded(content.get(key), f"{place}: its {key}")
         if isinstance(content.get(key), dict) and not all(isinstance(name, str) for name in content[key]):
             raise UserError(f"{place}: its {key} has names that are not text. {FIX}")
-    for key in ("callbacks", "optimizer_states", "lr_schedulers"):
-        states = content.get(key, [])
-        if not all(isinstance(state, dict) for state in (states.values() if isinstance(states, dict) else states)):
+    for key in ("optimizer_states", "lr_schedulers"):
+        if not all(isinstance(state, dict) for state in content.get(key, [])):
             raise UserError(f"{place}: its {key} are not states by name. {FIX}")
+    _require_counts(content.get("loops", {}), f"{place}: its loops")
     _require_weights(content.get("state_dict", {}), place)
+
+
+def _require_counts(loops: Mapping[Any, Any], place: str) -> None:
+    for name, value in loops.items():
+        if isinstance(value, dict) and name not in COUNTS:
+            _require_counts(value, f"{place}.{str(name)[:80]}")
+        elif name in COUNTS and not (isinstance(value, int) and 0 <= value < 2**63):
+            raise UserError(f"{place}.{name} is not a count. {FIX}")
 
 
 def _require_weights(weights: Mapping[Any, Any], place: str) -> None:

@@ -514,7 +514,17 @@ def _has_state(callback: Callback) -> bool:
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes checkpoints whole or not at all, beside the earlier ones that they replace, and compares what it reads."""
+    """Writes checkpoints that are whole or not there, beside the earlier ones that they replace, and reads such."""
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Return what a checkpoint holds: weights, numbers and text, whatever else is asked for.
+
+        Raises:
+            UserError: It is missing or damaged, or holds anything else.
+        """
+        if "://" in str(path):
+            return super().load_checkpoint(path, weights_only=True)
+        return read_checkpoint(Path(path), map_location=map_location or "cpu")
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint.
@@ -531,15 +541,3 @@ class WholeCheckpoints(TorchCheckpointIO):
             except RuntimeError as error:  # torch hides the system's error
                 hidden = error.__context__
                 raise hidden if isinstance(hidden, OSError) else OSError(errno.EIO, str(error)) from error
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any = lambda storage, location: storage, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Return what a checkpoint holds, after its checksums were compared.
-
-        Raises:
-            UserError: It is damaged or not a checkpoint.
-        """
-        if "://" in str(path) or weights_only is False:
-            return super().load_checkpoint(path, map_location, weights_only)
-        return read_checkpoint(Path(path), map_location=map_location)

@@ -38,6 +38,7 @@ ALLOWED = (
 )
 ENTRY_POINTS = "vrnn_lightning.datamodules"
 PLAIN = (str, int, float, complex, bytes, NoneType, PurePath, Enum, timedelta, date)
+SCALARS = (bool, int, float, str)
 MAX_DEPTH = 32
 MAX_SIZE = 200_000
 """Values that the options of a file may hold, those of repeated parts counted each time."""
@@ -179,7 +180,10 @@ class Gate:
                 raise UserError(f"{self.source}: {inner[:80]!r} is not the name of an option")
             if name not in known and is_dataclass(made):
                 raise UserError(f"{self.source}: {inner} is no option of {made.__name__} in this version")
-            expected = _expected(known.get(name.removesuffix("+"), inspect.Parameter.empty))
+            annotation = known.get(name.removesuffix("+"), inspect.Parameter.empty)
+            if annotation in SCALARS and not _is_scalar(value, annotation, is_text=not make):
+                raise UserError(f"{self.source}: {inner} {str(value)[:80]!r} is not of type {annotation.__name__}")
+            expected = _expected(annotation)
             found[name] = self._walk(value, expected, inner, make=make)
         return found
 
@@ -224,7 +228,8 @@ class Gate:
         found = self._found(name, expected._replace(functions=False), place, expected.functions)
         options: dict[str, Any] = {}
         for part in ("init_args", "dict_kwargs"):
-            options |= self._options(found, value.get(part) or {}, place, make=make)
+            if value.get(part) is not None:
+                options |= self._options(found, value[part], place, make=make)
         if not make:
             return value
         if expected.functions:
@@ -346,6 +351,12 @@ def strings_of(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple, set, frozenset)):
         for part in value:
             yield from strings_of(part)
+
+
+def _is_scalar(value: Any, kind: type, *, is_text: bool) -> bool:
+    """Tell whether a value is of a type, or, where a parser reads it, a text that may be."""
+    fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    return fits or (is_text and isinstance(value, str))
 
 
 def _within(name: str, package: str) -> bool:

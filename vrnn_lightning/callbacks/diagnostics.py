@@ -78,9 +78,9 @@ class Diagnostics(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint; what was said is not said again."""
         require_types(state_dict, self, low=int, spikes=list, norms=list, warned=(list, set))
-        self.low, self.spikes = state_dict["low"], list(state_dict["spikes"])
-        self.norms = deque(state_dict["norms"], self.window)
-        self.warned = set(state_dict["warned"])
+        self.low, self.spikes = state_dict["low"], [int(step) for step in state_dict["spikes"]]
+        self.norms = deque(map(float, state_dict["norms"]), self.window)
+        self.warned = set(map(str, state_dict["warned"]))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from the steps that a checkpoint has behind it."""

@@ -59,8 +59,12 @@ GROUPS: dict[str, type] = {
     **dict.fromkeys(CHECKPOINTS, RunCheckpoint),
     **CALLBACKS,
 }
-RESTORING = frozenset({"resume_start", "restore", "_restore_modules_and_callbacks", "restore_training_state"})
-"""Functions of Lightning that take a checkpoint's state."""
+RESTORING = frozenset(
+    {"resume_start", "restore", "_restore_modules_and_callbacks", "restore_training_state", "match_optimizer_states"}
+)
+"""Functions that take a checkpoint's state."""
+OPTIMIZERS = str(Path(torch.optim.__file__).parent)
+"""Where an optimiser or a schedule reads the state that it has taken."""
 RUN_OPTIONS = frozenset({"root", "batch_size", "num_workers"})
 
 
@@ -398,8 +402,9 @@ class CLI(LightningCLI):
         except (UserError, MisconfigurationException):
             raise
         except Exception as error:
-            calls = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-            if self.checkpoint is None or not calls & RESTORING:
+            frames = traceback.extract_tb(error.__traceback__)
+            restores = any(f.name in RESTORING or f.filename.startswith(OPTIMIZERS) for f in frames)
+            if self.checkpoint is None or not restores or _is_out_of_memory(error):
                 raise
             line = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise UserError(f"--ckpt_path {self.checkpoint.path}: its state does not fit this run ({line})") from error

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 import vrnn_lightning
 from vrnn_lightning.compatibility import OPTIONS, current_option, current_options
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.trust import strings_of
+from vrnn_lightning.trust import require_bounded, strings_of
 
 __all__ = ["mentions", "named", "with_configs", "with_current_names"]
 
@@ -110,7 +110,9 @@ def named(words: list[str]) -> set[str]:
     found = set()
     for text in texts:
         with suppress(yaml.YAMLError, ValueError):  # not every word is YAML
-            found |= set(strings_of(yaml.safe_load(text)))
+            value = yaml.safe_load(text)
+            require_bounded(value, text[:40])
+            found |= set(strings_of(value))
     return found
 
 
