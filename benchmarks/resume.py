@@ -237,7 +237,7 @@ class Run:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
-    def wait(self, limit: float = 120) -> Ended:
+    def wait(self, limit: float = 60) -> Ended:
         """Wait for all of its processes; those that exceed the limit are killed."""
         begin, code, over = time.time(), 0, False
         while True:
@@ -379,13 +379,12 @@ def send(*signals: signal.Signals) -> Callable[[], None]:
 
 
 def fill_disk() -> None:
-    """Leave no room for a checkpoint."""
+    """Leave no room for a checkpoint, nor for one that overwrites another in its place."""
     here = Path.cwd()
-    if here.stat().st_dev == here.parent.stat().st_dev:  # no file system of its own
-        resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))
-        return
-    disk = os.statvfs(here)
-    (here / "ballast").write_bytes(bytes(disk.f_bavail * disk.f_frsize - ROOM))
+    if here.stat().st_dev != here.parent.stat().st_dev:  # a file system of its own
+        disk = os.statvfs(here)
+        (here / "ballast").write_bytes(bytes(disk.f_bavail * disk.f_frsize - ROOM))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))
 
 
 def die_in_write() -> None:
@@ -442,7 +441,7 @@ def compare(expected: Path, found: Path) -> list[str]:
         differences.append(f"checkpoints {names[1]}, not {names[0]}")
     for name in sorted(set(names[0]) & set(names[1])):
         try:
-            a, b = (_values(run, run / "checkpoints" / name) for run in (one, two))
+            a, b = (_values(run / "checkpoints" / name, (str(one), str(two))) for run in (one, two))
         except Exception as error:  # a damaged file raises anything
             differences.append(f"{name} is damaged: {type(error).__name__}")
             continue
@@ -468,27 +467,32 @@ def _compare_rows(expected: Path, found: Path) -> list[str]:
     ]
 
 
-def _values(run: Path, path: Path) -> dict[str, object]:
+def _values(path: Path, folders: tuple[str, str]) -> dict[str, object]:
     content = torch.load(path, map_location="cpu", weights_only=True)
-    return {key: value for key, value in _flatten(content, str(run)) if not key.startswith(NOT_COMPARED)}
+    own = re.compile("|".join(map(re.escape, folders)))  # a run's own folder has another name in each
+    return {
+        own.sub("", key): own.sub("", value) if isinstance(value, str) else value
+        for key, value in _flatten(content)
+        if not key.startswith(NOT_COMPARED)
+    }
 
 
 NOT_COMPARED = "loops."  # counters; what matters of them shows in the next resume
 
 
-def _flatten(value: object, run: str, key: str = "") -> Iterator[tuple[str, object]]:
-    """Yield the values in nested containers by their paths, tensors as bytes, without the path of the run's folder."""
+def _flatten(value: object, key: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the values in nested containers by their keys, tensors as bytes and others as text."""
     if isinstance(value, dict) and value:
         for name, part in value.items():
-            yield from _flatten(part, run, f"{key}.{name}".lstrip(".").replace(run, ""))
+            yield from _flatten(part, f"{key}.{name}".lstrip("."))
     elif isinstance(value, (list, tuple)) and value:
         for number, part in enumerate(value):
-            yield from _flatten(part, run, f"{key}.{number}")
+            yield from _flatten(part, f"{key}.{number}")
     elif isinstance(value, torch.Tensor):
         plain = value.detach().contiguous().reshape(-1).view(torch.uint8)
         yield key, (value.dtype, value.shape, plain.numpy().tobytes())
     else:
-        yield key, repr(value).replace(run, "")
+        yield key, repr(value)
 
 
 def _some(names: Sequence[str]) -> str:
