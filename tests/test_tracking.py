@@ -15,8 +15,8 @@ import tracked
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from vrnn_lightning.datamodules.sines import Sines
 
-from datamodules.sines import Sines
 from vrnn_lightning import UserError, VRNNLightningModule, tracking
 from vrnn_lightning.callbacks import Samples
 from vrnn_lightning.tracking import RunLogger, WandbLogger
@@ -82,7 +82,7 @@ def test_old_rows_are_never_overwritten_unasked(folder):
     first, second = logger(folder, version="same"), logger(folder, version="same")
     first.log_metrics({"loss": 1.0}, 0)
     first.finalize("success")
-    with pytest.raises(UserError, match=r"metrics.csv: is there already"):
+    with pytest.raises(UserError, match=r"metrics.csv: exists already"):
         second.log_metrics({"loss": 1.0}, 0)
 
 

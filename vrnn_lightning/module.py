@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.compatibility import FORMAT, KEY, upgrade, upgraded
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.exporting import Exported
@@ -31,6 +32,7 @@ from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO, Carried, ImportanceBound, Objective
 from vrnn_lightning.pretrained import Pretrained
 from vrnn_lightning.recurrence import State
+from vrnn_lightning.resuming import OPTIMIZED, make_resumable, match_optimizer_states
 from vrnn_lightning.vrnn import VRNN, Particles, Trace
 
 __all__ = ["VRNNLightningModule"]
@@ -131,6 +133,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):
         self._first_epoch = 0
         self._carried: Carried | None = None
         self._resumed: list[list[Tensor]] | None = None
+        self._loaded: dict[str, Any] | None = None
         self.batch_kl: Tensor | None = None
         """KL per step of the last training batch in nats, over all processes; ``None`` if it had no steps."""
         self.noise_seed = torch.initial_seed()
@@ -140,6 +143,11 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):
         self.bound = Bound()
         self.held_out = Estimate()
         self.active = ActiveUnits(latent_size)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Return the model of a checkpoint, one of an earlier release too; the arguments are Lightning's."""
+        return super().load_from_checkpoint(upgraded(checkpoint_path), *args, **kwargs)
 
     @property
     def scaler(self) -> Scaler:
@@ -175,6 +183,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):
         Raises:
             UserError: The data's width is not the model's, or the precision leaves the densities no room.
         """
+        make_resumable(self.trainer)
         precision, strategy = self.trainer.precision, self.trainer.strategy
         if precision in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
             raise UserError(f"--trainer.precision {precision}: too narrow for densities; use bf16-mixed")
@@ -195,6 +204,9 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):
 
     def on_fit_start(self) -> None:
         """Take the data's scaler, and before the very first training what phi_x and the emission start from."""
+        if self._loaded is not None:
+            match_optimizer_states(self._loaded, [_parameter_names(self, o) for o in self.trainer.optimizers])
+            self._loaded = None
         self._take_scaler(anew=True)
         if not self.prepared and hasattr(self._data, "input_statistics"):
             moments = self._data.input_statistics()
@@ -431,19 +443,30 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the seed of the noise, from which every process derives its own, and what streams carry."""
+        checkpoint[KEY] = FORMAT
         checkpoint["noise_seed"] = self.noise_seed
+        if "optimizer_states" in checkpoint:
+            checkpoint[OPTIMIZED] = [_parameter_names(self, optimizer) for optimizer in self.trainer.optimizers]
         if self._carried is not None:  # the streams' states; every process has its own
             checkpoint["carried"] = [self._gathered(part) for part in _flatten(self._carried)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the seed of the noise and what streams carry."""
+        upgrade(checkpoint, "the checkpoint")
         self.noise_seed = checkpoint.get("noise_seed", self.noise_seed)
         self._resumed = checkpoint.get("carried")
+        self._loaded = checkpoint if OPTIMIZED in checkpoint else None
 
     def _gathered(self, part: list[Tensor]) -> list[Tensor]:
         """Return what each process has of some tensors, shape (processes, ...)."""
         one = self._trainer is None or self.trainer.world_size == 1
         return [x[None] if one else cast(Tensor, self.all_gather(x)) for x in part]
+
+
+def _parameter_names(module: LightningModule, optimizer: Optimizer) -> list[str]:
+    """Return the names of an optimiser's parameters, in its order."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [names.get(id(parameter), "") for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _flatten(carried: Carried) -> list[list[Tensor]]:

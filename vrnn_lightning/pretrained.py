@@ -16,6 +16,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
+from vrnn_lightning.compatibility import FORMAT, current_options, current_weights, require_known_format
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads import Head
 
@@ -24,7 +25,8 @@ __all__ = ["Pretrained", "replace_files", "require_numbers"]
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OF_TRAINING = frozenset({"optimizer", "lr_scheduler", "lr_interval", "objective", "_instantiator"})
 OWN = "vrnn_lightning.heads"
-FORMAT = "vrnn-lightning 1"
+NAME = "vrnn-lightning"
+"""The word before the number of the format."""
 
 
 class Pretrained:
@@ -51,7 +53,7 @@ class Pretrained:
         if altered is not None:
             raise UserError(f"{altered}: is of a pruned or parametrised layer; make it permanent first (prune.remove)")
         require_numbers("the model", weights)
-        config = {"format": FORMAT, "model": options}
+        config = {"format": f"{NAME} {FORMAT}", "model": options}
         try:
             text = json.dumps(config, indent=2) + "\n"
         except TypeError as error:
@@ -87,7 +89,7 @@ class Pretrained:
         config, source = folder / CONFIG, folder / WEIGHTS
         trusted = {OWN, *([trust] if isinstance(trust, str) else trust)}
         options = _options(config)
-        weights = _weights(source)
+        weights = current_weights(_weights(source))
         given = {**options}
         defaults = _defaults(cls)
         for name, value in options.items():
@@ -250,7 +252,8 @@ def _options(path: Path) -> dict[str, Any]:
         config = json.loads(_content(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error})") from error
-    known = isinstance(config, dict) and config.get("format") == FORMAT
-    if not known or not isinstance(config.get("model"), dict):
-        raise UserError(f"{path}: is not what save_pretrained of this version writes (format {FORMAT!r})")
-    return dict(config["model"])
+    name, _, number = str(config.get("format") if isinstance(config, dict) else None).partition(" ")
+    if name != NAME or not number.isdecimal() or not isinstance(config.get("model"), dict):
+        raise UserError(f"{path}: is not what save_pretrained writes. Fix: give the config.json that it wrote")
+    require_known_format(int(number), path)
+    return dict(current_options(config["model"], "model"))

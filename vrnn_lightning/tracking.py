@@ -6,7 +6,9 @@ import contextlib
 import csv
 import math
 import os
+import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +25,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import FolderLock, explained, flush, replacing
 
 __all__ = ["ElboBar", "RunCheckpoint", "RunLogger", "SaveConfig", "WandbLogger", "run_logger"]
 
@@ -36,11 +39,14 @@ BEST = {  # what W&B's summary holds of a figure, instead of its last value
 
 
 class _Rows(ExperimentWriter):
-    """Writes metrics.csv; on a resume it goes on below the rows that are older than the checkpoint."""
+    """Writes metrics.csv; on a resume it continues below the rows that the checkpoint has behind it."""
 
-    def __init__(self, log_dir: str, resumed: bool, first_step: int | None) -> None:
+    def __init__(self, log_dir: str, resumed: bool, first_step: int | None, kept: int | None) -> None:
         self.resumed = resumed
         self.first_step = first_step
+        self.kept = kept
+        self.count = 0
+        """Rows that were written, those before a resume included."""
         super().__init__(log_dir)
 
     def _check_log_dir_exists(self) -> None:  # Lightning's deletes the old rows here and has no other hook
@@ -48,37 +54,44 @@ class _Rows(ExperimentWriter):
         if not file.is_file():
             return
         if not self.resumed:
-            raise UserError(f"{file}: is there already; leave the logger's `version` out, or go on with --ckpt_path")
-        with file.open(newline="") as lines:
+            raise UserError(f"{file}: exists already. Fix: leave the logger's `version` out, or give --ckpt_path")
+        with explained(file), file.open(newline="") as lines:
             reader = csv.DictReader(lines)
-            rows = [row for row in reader if self._keeps(row)]
+            rows = [row for number, row in enumerate(reader) if self._keeps(number, row)]
             self.metrics_keys = list(reader.fieldnames or [])
-        with _replacing(file) as temporary, temporary.open("w", newline="") as lines:
+        self.count = len(rows)
+        self._write(rows)
+
+    def _keeps(self, number: int, row: dict[str, str]) -> bool:
+        """Tell whether a row was written before the checkpoint; a line cut off by a kill was not."""
+        step = row.get("step") or ""
+        if not step.isdigit() or (self.first_step is not None and int(step) >= self.first_step):
+            return False
+        return self.kept is None or number < self.kept or any(row[key] for key in row if key.startswith("test/"))
+
+    def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
+        """Keep a row until it is saved, and count it."""
+        super().log_metrics(metrics_dict, step)
+        self.count += 1
+
+    def save(self) -> None:
+        """Write the rows that were kept, on the disk."""
+        if not self.metrics:
+            return
+        with explained(self.metrics_file_path, "--trainer.logger"):
+            super().save()
+            flush(Path(self.metrics_file_path))
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        with Path(self.metrics_file_path).open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        self._write(rows)
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        with replacing(Path(self.metrics_file_path)) as temporary, temporary.open("w", newline="") as lines:
             writer = csv.DictWriter(lines, self.metrics_keys)
             writer.writeheader()
             writer.writerows(rows)
-
-    def _keeps(self, row: dict[str, str]) -> bool:
-        """Tell whether a row was written before the checkpoint; a line cut off by a kill was not."""
-        step = row.get("step") or ""
-        return step.isdigit() and (self.first_step is None or int(step) < self.first_step)
-
-
-class _replacing:  # noqa: N801  # reads as a verb in a with statement
-    """Write to a temporary file that takes a file's place at the end, so that a kill leaves the old or the new."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.temporary = file.with_name(f".{file.name}.{os.getpid()}")
-
-    def __enter__(self) -> Path:
-        return self.temporary
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is None:
-            self.temporary.replace(self.file)
-        else:
-            self.temporary.unlink(missing_ok=True)
 
 
 class RunLogger(CSVLogger):
@@ -95,6 +108,8 @@ class RunLogger(CSVLogger):
         self._open = {key for key, value in (("save_dir", save_dir), ("name", name)) if value is None}
         self.resumed = False
         self.first_step: int | None = None
+        self.kept_rows: int | None = None
+        self._lock: FolderLock | None = None
         self.place_in_time: tuple[int, int] | None = None
 
     def place(self, root: Path, name: str) -> None:
@@ -109,20 +124,27 @@ class RunLogger(CSVLogger):
         if "name" in self._open:
             self._name = name
 
-    def resume(self, folder: Path, step: int, epoch: int, training: bool) -> None:
-        """Go on in the folder of an earlier run.
+    @property
+    def rows(self) -> int:
+        """Rows that metrics.csv has."""
+        return getattr(self._experiment, "count", 0)
+
+    def resume(self, folder: Path, step: int, epoch: int, training: bool, rows: int | None = None) -> None:
+        """Continue in the folder of an earlier run.
 
         Args:
             folder: That folder, ``<save_dir>/<name>/<version>``.
             step: Optimiser steps that the checkpoint has behind it.
             epoch: The epoch it was written in.
             training: Drop the rows of later steps, which will come again; else append rows of this one step.
+            rows: Rows of training and validation that were written before the checkpoint; ``None`` if it is not known.
         """
         folder = folder.resolve()
         self._save_dir = self._root_dir = str(folder.parents[1])
         self._name, self._version = folder.parent.name, folder.name
         self.resumed = True
         self.first_step = step if training else None
+        self.kept_rows = rows if training else None
         self.place_in_time = None if training else (max(0, step - 1), epoch)
 
     def share(self, trainer: Trainer) -> None:
@@ -143,9 +165,14 @@ class RunLogger(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
-        """The writer of metrics.csv."""
+        """The writer of metrics.csv; it keeps the run's folder to this process."""
+        if self._lock is None or not self._lock.is_held:
+            self._lock = FolderLock(Path(self.log_dir))
+            self._lock.acquire()
+            for part in Path(self.log_dir).rglob(".*.part"):  # what a kill has left
+                part.unlink(missing_ok=True)
         if self._experiment is None:
-            self._experiment = _Rows(self.log_dir, self.resumed, self.first_step)
+            self._experiment = _Rows(self.log_dir, self.resumed, self.first_step, self.kept_rows)
         return self._experiment  # type: ignore[return-value]  # the base annotates a wider class
 
     @rank_zero_only
@@ -159,6 +186,8 @@ class RunLogger(CSVLogger):
     def finalize(self, status: str) -> None:
         """Write what remains; a run that failed before it wrote anything leaves no folder."""
         super().finalize(status)
+        if self._lock is not None:
+            self._lock.release()
         with contextlib.suppress(OSError):  # a folder that holds something stays
             Path(self.log_dir).rmdir()
 
@@ -193,36 +222,116 @@ class SaveConfig(SaveConfigCallback):
         text = self.parser.dump(config, skip_none=False)
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
-                with _replacing(Path(logger.log_dir) / "config.yaml") as temporary:
+                with replacing(Path(logger.log_dir) / "config.yaml") as temporary:
                     temporary.write_text(text)
             else:
                 logger.log_hyperparams(yaml.safe_load(text))
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, with two habits more.
+    """Lightning's ModelCheckpoint, which saves where a resume is exact and knows its files in a folder that was moved.
 
-    It knows its files again after the run's folder was moved. And without a monitor it writes at the end of every
-    epoch, validated or not, and at the step that ``max_steps`` ends on, while the epoch still counts as unfinished.
+    Without a monitor it saves when all of an epoch is done (validated or not), when training ends within one, after
+    every validation within one, every so often by the clock, and when a signal ends the run. With a monitor that a
+    validation yields, it saves after validations alone, so that no score is that of earlier weights.
+
+    Args:
+        every: Also save when so much time has passed since the last save, as "15min" (s, min, h, d); ``None``: never.
+        options: Those of ModelCheckpoint.
+
+    Raises:
+        UserError: ``every`` is no time.
     """
+
+    def __init__(self, every: str | None = None, **options: Any) -> None:
+        self.every = None if every is None else _seconds(every)
+        self._saved_at = time.monotonic()
+        super().__init__(**options)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        super().on_train_start(trainer, pl_module)
+        self._saved_at = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save at the last step of all."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if 0 < trainer.max_steps <= trainer.global_step:
-            self._save_last_of_all(trainer)
+        """Do nothing: :meth:`on_save_point` follows, when also the batch's row of metrics is written."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the best."""
+        if self.monitor is not None:
+            super().on_validation_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save at the end of an epoch that nothing validated."""
-        super().on_train_epoch_end(trainer, pl_module)
-        self._save_last_of_all(trainer)
+        """Save the best."""
+        if self.monitor is not None:
+            super().on_train_epoch_end(trainer, pl_module)
 
-    def _save_last_of_all(self, trainer: Trainer) -> None:
-        every_epoch = self.monitor is None and self._every_n_epochs == 1  # private parts: Lightning has no hook here
-        if every_epoch and not self._should_skip_saving_checkpoint(trainer):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+    def is_due(self, trainer: Trainer) -> bool:
+        """Tell whether the clock asks for a save; process zero's decides."""
+        return self.every is not None and trainer.is_global_zero and time.monotonic() - self._saved_at >= self.every
+
+    def on_save_point(
+        self, trainer: Trainer, pl_module: LightningModule, is_epoch_end: bool, *, save: bool, stop: bool
+    ) -> None:
+        """Save if it is time to, now that nothing of a batch or epoch is left to be done.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+            is_epoch_end: Whether a whole epoch is done, and not only a batch.
+            save: Whether the clock of a callback in process zero asks for it.
+            stop: Whether the run ends after this.
+        """
+        if trainer.fast_dev_run or trainer.sanity_checking:  # type: ignore[attr-defined]  # a connector sets it
+            return
+        if self.monitor is not None:
+            if not is_epoch_end and not stop:
+                self._save_monitored(trainer, pl_module)
+            return
+        epochs = self._every_n_epochs  # private parts: Lightning has no hook here
+        if is_epoch_end:
+            wanted = epochs >= 1 and (trainer.current_epoch + 1) % epochs == 0
+        else:
+            wanted = self._is_due_within(trainer)
+        if stop or wanted or (save and self.every is not None):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+            self._saved_at = time.monotonic()
+
+    def _is_due_within(self, trainer: Trainer) -> bool:
+        """Tell whether the end of a batch is a moment to save without a monitor."""
+        loop = trainer.fit_loop.epoch_loop
+        is_last, steps = loop._num_ready_batches_reached(), self._every_n_train_steps
+        validated = getattr(loop, "has_validated", False) and not is_last and self._every_n_epochs >= 1
+        stepped = steps >= 1 and trainer.global_step % steps == 0 and self._last_global_step_saved < trainer.global_step
+        interval, checked = self._train_time_interval, self._last_time_checked
+        late = interval is not None and checked is not None and time.monotonic() - checked >= interval.total_seconds()
+        if late:
+            self._last_time_checked = time.monotonic()
+        return validated or stepped or trainer.strategy.broadcast(late) or (loop.done and not is_last)
+
+    def _save_monitored(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save by step or clock; where a validation yields the score, after the next one."""
+        if self._every_n_train_steps < 1 and self._train_time_interval is None:
+            return
+        stale = str(self.monitor).startswith("val/")
+        due = self._every_n_train_steps >= 1 and trainer.global_step % self._every_n_train_steps == 0
+        if not stale:
+            super().on_train_batch_end(trainer, pl_module, None, None, trainer.fit_loop.epoch_loop.batch_idx)
+        elif due and self._last_global_step_saved != trainer.global_step:
+            if getattr(trainer.fit_loop.epoch_loop, "has_validated", False):
+                candidates = self._monitor_candidates(trainer)
+                self._save_topk_checkpoint(trainer, candidates)
+                self._save_last_checkpoint(trainer, candidates)
+            else:
+                self._defer_save_until_validation = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return Lightning's state, and whether a save waits for a validation."""
+        return {**super().state_dict(), "is_deferred": self._defer_save_until_validation}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of an earlier run in this folder; a run that starts in another one has no best yet."""
@@ -232,10 +341,25 @@ class RunCheckpoint(ModelCheckpoint):
             paths = {key: self._here(state_dict[key]) for key in state_dict if key.endswith("_model_path")}
             best = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
             state_dict = {**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath}
+        self._defer_save_until_validation = state_dict.get("is_deferred", False)
+        self.current_score = state_dict.get("current_score")
         super().load_state_dict(state_dict)
 
     def _here(self, path: str) -> str:
         return str(Path(self.dirpath or "", Path(path).name)) if path else path
+
+
+def _seconds(text: str) -> float:
+    """Return a length of time in seconds.
+
+    >>> _seconds("15min"), _seconds("90 s")
+    (900.0, 90.0)
+    """
+    units = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h|d)", text.strip())
+    if not found or not float(found[1]):
+        raise UserError(f"every {text}: is not a length of time. Fix: write it as 90s, 15min, 2h or 1d")
+    return float(found[1]) * units[found[2]]
 
 
 class ElboBar(RichProgressBar):

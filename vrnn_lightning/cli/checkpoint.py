@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from vrnn_lightning.cli.words import mentions
+from vrnn_lightning.compatibility import upgrade
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.resuming import Stage, resume_record
 
-__all__ = ["Checkpoint", "find_checkpoint"]
+__all__ = ["Checkpoint", "find_checkpoint", "runs_folder"]
 
 FROM_DATA = ("num_features", "num_inputs", "missing")  # linked, so no option of the command line
 NOT_ARCHITECTURE = ("optimizer", "lr_scheduler", "objective")  # a test may be run under a YAML that trains otherwise
@@ -33,6 +35,8 @@ class Checkpoint:
         data_class: Import path of the datamodule, or ``None``.
         data_state: What the datamodule keeps besides its options.
         weights: The model's ``state_dict``.
+        rows: Rows of metrics.csv behind it, ``None`` if it is not known.
+        stage: The moment of its epoch, ``None`` if it is not known.
     """
 
     path: Path
@@ -43,6 +47,8 @@ class Checkpoint:
     data_class: str | None
     data_state: dict[str, Any]
     weights: dict[str, torch.Tensor]
+    rows: int | None
+    stage: str | None
 
     @classmethod
     def read(cls, path: Path, option: str = "--ckpt_path") -> Checkpoint:
@@ -63,6 +69,8 @@ class Checkpoint:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
             raise UserError(f"{option} {path}: is damaged, or holds more than weights and options") from error
+        if isinstance(content, dict):
+            upgrade(content, path)
         model = content.get("hyper_parameters") if isinstance(content, dict) else None
         if not isinstance(model, dict) or "num_features" not in model:
             raise UserError(f"{option} {path}: is no checkpoint that `lightning fit` of vrnn-lightning wrote")
@@ -79,7 +87,14 @@ class Checkpoint:
             data_class,
             content.get((data_class or "").rpartition(".")[2]) or {},
             content["state_dict"],
+            resume_record(content).get("rows"),
+            resume_record(content).get("stage"),
         )
+
+    @property
+    def is_epoch_complete(self) -> bool:
+        """Whether nothing of its epoch is left to be done."""
+        return self.stage in (None, Stage.EPOCH)
 
     @property
     def folder(self) -> Path | None:
@@ -168,13 +183,18 @@ def find_checkpoint(words: list[str], data: str | None) -> Path | None:
         return None
     if asked[-1] not in ("last", "best"):
         return Path(asked[-1])
-    said = mentions(words, "trainer.logger.save_dir") or mentions(words, "trainer.logger.init_args.save_dir")
-    root = Path(said[-1]) if said else Path(*mentions(words, "trainer.default_root_dir")[-1:]) / "runs"
+    root = runs_folder(words)
     name = _run_name(words) or (data.rpartition(".")[2].lower() if data else "*")
     found = sorted(root.glob(f"{name}/*/checkpoints/{asked[-1]}.ckpt"), key=lambda file: file.stat().st_mtime)
     if not found:
         raise UserError(f"--ckpt_path {asked[-1]}: no run under {root / name} has a {asked[-1]}.ckpt")
     return found[-1]
+
+
+def runs_folder(words: list[str]) -> Path:
+    """Return the folder of all runs that a command line says."""
+    said = mentions(words, "trainer.logger.save_dir") or mentions(words, "trainer.logger.init_args.save_dir")
+    return Path(said[-1]) if said else Path(*mentions(words, "trainer.default_root_dir")[-1:]) / "runs"
 
 
 def _run_name(words: list[str]) -> str | None:

@@ -6,6 +6,7 @@ import argparse
 import logging
 import operator
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,12 +23,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from vrnn_lightning import discovery
 from vrnn_lightning.callbacks import Diagnostics, Evaluation, Loop, Predictions, Samples
 from vrnn_lightning.callbacks.predictions import Draws
-from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint
-from vrnn_lightning.cli.parser import Parser
-from vrnn_lightning.cli.words import mentions, with_configs
+from vrnn_lightning.cli import processes, slurm
+from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint, runs_folder
+from vrnn_lightning.cli.parser import MODE, Parser
+from vrnn_lightning.cli.words import mentions, with_configs, with_current_names
+from vrnn_lightning.datamodules import local
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.report import NAME, write_report
+from vrnn_lightning.resuming import Stopped, interruption
 from vrnn_lightning.tracking import ElboBar, RunCheckpoint, RunLogger, SaveConfig, WandbLogger, run_logger
 
 __all__ = ["CLI", "main"]
@@ -38,7 +42,7 @@ COMMON = {
 }
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "checkpoint": {"monitor": "val/elbo", "mode": "max", "filename": "best", **COMMON},
-    "last": {"filename": "last", **COMMON},  # `save_last` would write only where there is a new best
+    "last": {"filename": "last", "every": "15min", **COMMON},  # `save_last` would write only where there is a new best
 }
 RUN_OPTIONS = frozenset({"root", "batch_size", "num_workers"})
 
@@ -59,20 +63,29 @@ def main(args: list[str] | None = None) -> int:
     if not {"", here} & set(sys.path):
         sys.path.append(here)  # appended, so that nothing there hides an installed package
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), interruption.watching(signal.SIGTERM, signal.SIGINT, *slurm.signals()):
             _silence()
+            processes.follow_parent()
             words = [word for word in words if word != "--debug"]
             _report(words[1:]) if words[:1] == ["report"] else CLI(words)
+    except Stopped as stopped:
+        if stopped.signum in slurm.signals():
+            slurm.requeue()
+        then = f"; continue with: lightning fit --ckpt_path {_short(stopped.saved)}" if stopped.saved else ""
+        line = f"ended by {signal.Signals(stopped.signum).name}{then}"
+        return processes.end(128 + stopped.signum, line, is_stop=True)
     except (UserError, MisconfigurationException) as error:  # Lightning's own word for a user's mistake
         if debug:
             raise
-        print(f"error: {_own_line(error)}", file=sys.stderr)
-        return 1
-    except (MemoryError, RuntimeError) as error:
-        if debug or not _is_out_of_memory(error):
+        return processes.end(1, f"error: {_own_line(error)}")
+    except Exception as error:
+        if not debug and _is_out_of_memory(error):
+            fix = "give a smaller --data.batch_size, fewer samples or particles, or a smaller --evaluation.rows"
+            return processes.end(1, f"error: not enough memory. Fix: {fix}")
+        if not debug and processes.is_lost_peer(error):
+            return processes.end_without(error)
+        if debug or processes.is_first_cause():
             raise
-        cure = "give a smaller --data.batch_size, fewer samples or particles, or a smaller --evaluation.rows"
-        print(f"error: not enough memory; {cure}", file=sys.stderr)
         return 1
     return 0
 
@@ -125,7 +138,9 @@ class CLI(LightningCLI):
     """
 
     def __init__(self, words: list[str]) -> None:
-        self.words = with_configs(words)
+        local.use_working_directory()
+        self.command_line = words
+        self.words = with_current_names(with_configs(words))
         names = [
             _class_name(value)
             for key in ("data", "data.class_path", "data.help")
@@ -134,13 +149,15 @@ class CLI(LightningCLI):
         classes = [discovery.load(name) for name in names if name]
         self.checkpoint = self._read_checkpoint(classes)
         self.origin = self._read_origin()
+        if self.checkpoint:
+            self.words = with_current_names(self.words, self.checkpoint.defaults())
         if self.checkpoint and self.checkpoint.folder and not _has_config(self.words) and "fit" in self.words:
             self.words.insert(self.words.index("fit") + 1, f"--config={self.checkpoint.folder / 'config.yaml'}")
         epilog = (
             f"Datamodules: {', '.join(discovery.known()) or 'none'}. `--data.help NAME` shows one's options. "
             "`lightning report FOLDER` writes the page of a run."
         )
-        commands = {command: {"epilog": epilog} for command in self.subcommands()}
+        commands = {command: {"allow_abbrev": False, "epilog": epilog} for command in self.subcommands()}
         super().__init__(
             VRNNLightningModule,
             LightningDataModule,
@@ -148,7 +165,7 @@ class CLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={"logger": [{"class_path": "vrnn_lightning.tracking.RunLogger"}]},
             parser_class=Parser,
-            parser_kwargs={"allow_abbrev": False, **{c: {"allow_abbrev": False, **kw} for c, kw in commands.items()}},
+            parser_kwargs={"allow_abbrev": False, "parser_mode": MODE, **commands},
             seed_everything_default=0,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -161,8 +178,12 @@ class CLI(LightningCLI):
         return {asked: commands[asked]} if asked in commands else commands
 
     def _read_checkpoint(self, classes: list[type[LightningDataModule]]) -> Checkpoint | None:
+        if {"-h", "--help"} & set(self.words):
+            return None
         path = find_checkpoint(self.words, classes[-1].__name__ if classes else None)
-        if path is None or {"-h", "--help"} & set(self.words):
+        if path is None and "fit" in self.words:
+            path = self._requeued()
+        if path is None:
             return None
         checkpoint = Checkpoint.read(path)
         if checkpoint.data_class and not classes:
@@ -172,6 +193,14 @@ class CLI(LightningCLI):
                 own = checkpoint.data_class.rpartition(".")[2]
                 raise UserError(f"--data {data.__name__}: {path} was trained on {own}; leave --data out or give {own}")
         return checkpoint
+
+    def _requeued(self) -> Path | None:
+        """Return the checkpoint from which a requeued SLURM job continues, if it had come to one."""
+        folder = slurm.interrupted_run(runs_folder(self.words), self.command_line)
+        if folder is None:
+            return None
+        path = folder / "checkpoints" / "last.ckpt"
+        return path if path.is_file() else None
 
     def _read_origin(self) -> Checkpoint | None:
         """Return the checkpoint whose weights a fit starts from; one that is resumed has its own."""
@@ -284,6 +313,7 @@ class CLI(LightningCLI):
         asked = options.get("precision")
         if asked in (16, "16", "16-mixed") and trainer.precision == "bf16-mixed" and trainer.is_global_zero:
             print(f"--trainer.precision {asked}: needs a GPU; bf16-mixed runs instead", file=sys.stderr)
+        processes.remember(trainer.strategy.launcher)
         run = run_logger(trainer)
         if run is not None:
             self._settle(run, trainer)
@@ -293,7 +323,10 @@ class CLI(LightningCLI):
         run.place(Path(trainer.default_root_dir), type(self.datamodule).__name__.lower())
         if self.checkpoint and self.checkpoint.folder:
             training = self.subcommand == "fit"
-            run.resume(self.checkpoint.folder, self.checkpoint.step, self.checkpoint.epoch, training)
+            at = self.checkpoint
+            run.resume(self.checkpoint.folder, at.step, at.epoch, training, at.rows)
+        if self.subcommand == "fit" and trainer.is_global_zero:
+            slurm.mark(Path(run.log_dir), self.command_line)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.run = run
@@ -374,7 +407,7 @@ class CLI(LightningCLI):
             print(f"report: {_short(str(write_report(run.log_dir)))}")
 
     def before_fit(self) -> None:
-        """Take the weights to start from; refuse to resume what has more epochs behind it than it is to have.
+        """Take the weights to start from, and compare the epochs of a resumed run with those that it is to have.
 
         Raises:
             UserError: It has, or the weights are those of another architecture.
@@ -385,9 +418,13 @@ class CLI(LightningCLI):
             except UserError as error:
                 raise UserError(f"--init_from {self.origin.path}: {error}") from None
         wanted = self.trainer.max_epochs
-        if self.checkpoint and wanted is not None and -1 < wanted <= self.checkpoint.epoch:
-            done = f"{self.checkpoint.path} has {self.checkpoint.epoch + 1} epochs behind it"
-            raise UserError(f"--trainer.max_epochs {wanted}: {done}; give more")
+        if not self.checkpoint or wanted is None or wanted < 0 or wanted > self.checkpoint.epoch + 1:
+            return
+        done = f"{self.checkpoint.path} has {self.checkpoint.epoch + 1} epochs behind it"
+        if wanted <= self.checkpoint.epoch:
+            raise UserError(f"--trainer.max_epochs {wanted}: {done}. Fix: give more epochs than that")
+        if self.checkpoint.is_epoch_complete and self.trainer.is_global_zero:
+            print(f"{done}; more of them need a larger --trainer.max_epochs than {wanted}", file=sys.stderr)
 
     def after_fit(self) -> None:
         """Print what came of it."""
@@ -428,12 +465,9 @@ def _has_config(words: list[str]) -> bool:
 
 
 def _class_name(value: object) -> str | None:
-    """Return the datamodule's name from ``Name``, ``{class_path: Name}`` or the path of a file in ``datamodules``."""
+    """Return the datamodule's name from ``Name`` or ``{class_path: Name}``."""
     name = value.get("class_path") if isinstance(value, dict) else value
-    if not isinstance(name, str) or name.startswith("-"):
-        return None
-    package, _, rest = name.partition(".")
-    return rest.rpartition(".")[2] if package == "datamodules" and rest else name
+    return name if isinstance(name, str) and not name.startswith("-") else None
 
 
 def _short(path: str) -> str:
