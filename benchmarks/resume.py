@@ -44,6 +44,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vrnn_lightning.cli import main as lightning
+from vrnn_lightning.cli import processes
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 
@@ -95,7 +96,7 @@ WAYS = {
 SAVING = {
     "": [],
     "every 2 steps": ["--last.every_n_train_steps=2"],
-    "every batch": ["--last.train_time_interval=0:00:00.000001"],
+    "every batch": ["--last.every=0.000001s"],
 }
 """When last.ckpt is written besides what the run does by itself."""
 
@@ -177,12 +178,11 @@ class Scenario(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What came of a scenario; ``left`` are files that a killed run leaves, which nothing can remove at once."""
+    """What came of a scenario."""
 
     name: str
     verdict: str
     reason: str
-    left: list[str]
 
 
 class Ended(NamedTuple):
@@ -290,6 +290,7 @@ def _be_the_command(
         sys.argv = ["lightning", *words]
         tempfile.tempdir = None
         _prefork_rank()
+        processes.PARENT = os.getppid()  # as on import
         _on_call("on_fit_start", lambda _: os.write(started, b"."))
         if prepare:
             prepare()
@@ -529,12 +530,12 @@ def judge(scenario: Scenario, references: Path, folder: Path) -> Result:
         trial.problems.append(str(error))
     finally:
         shutil.rmtree(trial.temporary)
-    warning, left = " ".join(trial.warnings), sorted(trial.left)
+    warning = " ".join(trial.warnings)
     if trial.problems or (differences and not warning):
-        return Result(scenario.name, "wrong", "; ".join([*trial.problems, *differences]), left)
+        return Result(scenario.name, "wrong", "; ".join([*trial.problems, *differences]))
     if differences:
-        return Result(scenario.name, "warned", f"{warning} [{'; '.join(differences)}]", left)
-    return Result(scenario.name, "equal", f"but warned: {warning}" if warning else "", left)
+        return Result(scenario.name, "warned", f"{warning} [{'; '.join(differences)}]")
+    return Result(scenario.name, "equal", f"but warned: {warning}" if warning else "")
 
 
 class Trial:
@@ -546,7 +547,6 @@ class Trial:
         self.folder = folder
         self.problems: list[str] = []
         self.warnings: list[str] = []
-        self.left: set[str] = set()
         disk = ELSEWHERE if scenario.other_disk and ELSEWHERE.is_dir() else folder.parent
         self.temporary = Path(tempfile.mkdtemp(prefix="resume-tmp-", dir=disk))
         self.environment = {"TMPDIR": str(self.temporary)}
@@ -579,9 +579,8 @@ class Trial:
                 break
             words = self._words_to_resume()
         (self.folder / "ballast").unlink(missing_ok=True)
-        self.left |= self._strange_files()
-        if self.left and not self.scenario.is_killed:
-            self.problems.append(f"leaves {_some(sorted(self.left))}")
+        if not self.scenario.is_killed:
+            self._check_files()
 
     def resume(self) -> None:
         """Start the run again, which should now come to its end."""
@@ -593,7 +592,7 @@ class Trial:
         usual = (said_of(self.reference) / "err-0.txt").read_text()
         lines = [line for line in ended.err.splitlines() if line not in usual]
         self.warnings += [line for line in lines if WARNING.search(line) and not line.startswith("error: ")]
-        self.left |= self._strange_files()
+        self._check_files()
 
     def _wrong_endings(self, ended: Ended) -> Iterator[str]:
         """Yield what is wrong with how a run ended after its fault."""
@@ -637,13 +636,16 @@ class Trial:
         shutil.rmtree(self.folder / "runs", ignore_errors=True)
         return self.scenario.words
 
-    def _strange_files(self) -> set[str]:
-        """Return the names of files that a run should have removed, or written into its own folder."""
+    def _check_files(self) -> None:
+        """Note files that should have been removed, or written into the run's folder; not what a killed run can't."""
         known = {"runs", "config.yaml", "scontrol", "scontrol.txt"}
         strange = {file.name for file in self.folder.iterdir()} - known
-        names = {file.name for file in self.folder.rglob("*")}
-        parts = {name for name in names if name.endswith(".part") or name.startswith("hpc_ckpt")}
-        return strange | parts | {file.name for file in self.temporary.iterdir()}
+        strange |= {file.name for file in self.folder.rglob("*") if file.name.startswith("hpc_ckpt")}
+        strange |= {file.name for file in self.folder.rglob("*.part")}
+        if not self.scenario.is_killed:
+            strange |= {file.name for file in self.temporary.iterdir()}
+        if strange:
+            self.problems.append(f"leaves {_some(sorted(strange))}")
 
 
 WARNING = re.compile(r"\b(resum|differ)", re.IGNORECASE)
@@ -684,7 +686,7 @@ def refer(way: str, saving: str, references: Path) -> Result:
     begin = time.time()
     ended = run.wait()
     (folder / "duration").write_text(str(time.time() - begin))
-    return Result(folder.name, "wrong" if ended.code else "equal", _last_line(ended.err) if ended.code else "", [])
+    return Result(folder.name, "wrong" if ended.code else "equal", _last_line(ended.err) if ended.code else "")
 
 
 def _key(way: str, saving: str) -> str:
@@ -910,9 +912,7 @@ def print_totals(results: Sequence[Result]) -> None:
         if result.reason:
             print(f"- {result.name}: {result.verdict}: {result.reason}")
     count = {verdict: sum(r.verdict == verdict for r in results) for verdict in ("equal", "warned", "wrong")}
-    left = sorted({re.sub(r"\d+|(?<=^tmp)\w+", "*", name) for result in results for name in result.left})
-    print(f"\n{len(results)} cases: {', '.join(f'{verdict} {n}' for verdict, n in count.items())}")
-    print(f"files left behind by killed runs: {', '.join(left) or 'none'}\n")
+    print(f"\n{len(results)} cases: {', '.join(f'{verdict} {n}' for verdict, n in count.items())}\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
