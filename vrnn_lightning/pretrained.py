@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import is_dataclass
@@ -17,9 +16,10 @@ import torch
 from torch import Tensor
 
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import write_files
 from vrnn_lightning.heads import Head
 
-__all__ = ["Pretrained", "replace_files", "require_numbers"]
+__all__ = ["Pretrained", "require_numbers"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OF_TRAINING = frozenset({"optimizer", "lr_scheduler", "lr_interval", "objective", "_instantiator"})
@@ -62,7 +62,7 @@ class Pretrained:
         except (OSError, ValueError) as error:  # a name that no folder can have is a ValueError
             said = getattr(error, "strerror", None) or error
             raise UserError(f"{folder}: {said}; the model is not saved there") from error
-        replace_files({folder / WEIGHTS: save(weights), folder / CONFIG: text.encode()})
+        write_files({folder / WEIGHTS: save(weights), folder / CONFIG: text.encode()})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, trust: str | Sequence[str] = ()) -> Self:
@@ -214,25 +214,6 @@ def _safetensors() -> Any:
     except ModuleNotFoundError as error:
         raise UserError("safetensors is not installed; pip install 'vrnn-lightning[export]'") from error
     return safetensors
-
-
-def replace_files(files: Mapping[Path, bytes]) -> None:
-    """Write files that are all whole or, where that fails, as they were.
-
-    Raises:
-        UserError: One of them can't be written.
-    """
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
-    try:
-        for path, part in parts.items():
-            part.write_bytes(files[path])
-        for path, part in parts.items():
-            part.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; it is not written") from error
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
 
 
 def _content(path: Path) -> bytes:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vrnn_lightning.callbacks.archives import replacing
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import explained, read_cell, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,7 +110,7 @@ def write_report(folder: str | Path) -> Path:
     """
     named, folder = Path(folder), Path(folder).resolve()
     title = "/".join(folder.parts[-2:])
-    try:
+    with explained(named):
         if not any((folder / name).exists() for name in ("metrics.csv", "config.yaml", "samples", "predictions")):
             raise UserError(
                 f"{named}: no run's folder, it has neither metrics.csv nor config.yaml; give runs/NAME/VERSION"
@@ -118,15 +118,13 @@ def write_report(folder: str | Path) -> Path:
         curves = _curves(folder / "metrics.csv")
         parts = [*_head(folder, title, curves), *_training(curves), *_samples(folder), *_predictions(folder)]
         body = "\n".join([*parts, *_encodings(folder), *_evaluation(folder, curves), *_config(folder)])
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: can't be read ({error.strerror or error})") from error
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style></head>\n'
         f"<body>\n{body}\n</body></html>\n"
     )
     with replacing(folder / NAME) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     return named / NAME
 
 
@@ -420,7 +418,9 @@ def _table(path: Path) -> str:
     kept = [i for i, name in enumerate(head) if name not in ("picture", "sound")]
 
     def line(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cells[i])}</{tag}>" for i in kept if i < len(cells)) + "</tr>"
+        return (
+            "<tr>" + "".join(f"<{tag}>{escape(read_cell(cells[i]))}</{tag}>" for i in kept if i < len(cells)) + "</tr>"
+        )
 
     body = "".join(line(row, "td") for row in rows[:MOST_ROWS])
     about = "The ELBO of what is shown of each sequence, in nats per step."

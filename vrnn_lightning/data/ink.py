@@ -315,7 +315,7 @@ def _rows(place: object, strokes: Iterable[NDArray[np.float64]]) -> NDArray[np.f
     return rows
 
 
-def read_sketch_rnn(path: Path, word: str) -> list[Any]:
+def read_sketch_rnn(path: Path, word: str, max_gb: float = MAX_GB) -> list[Any]:
     """Return the drawings of a split of a sketch-rnn archive, whatever they are.
 
     Such a file holds object arrays called train, valid and test, which are pickles: nothing but plain data and numpy
@@ -324,28 +324,37 @@ def read_sketch_rnn(path: Path, word: str) -> list[Any]:
     Args:
         path: The ``.npz`` file.
         word: The array.
+        max_gb: Gigabytes that it may take, or 16 times the file's size.
 
     Raises:
         UserError: It can't be read, holds no such array, or its pickle names anything else.
     """
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{word}.npy") as file:
-            return _object_array(file)
-    except KeyError:
-        raise UserError(f"{path}: has no array {word}; a sketch-rnn archive holds train, valid and test") from None
-    except UnsafePickleError as error:
-        raise UserError(f"{path}: {word} is no plain data: {error}; get the file from where you trust it") from None
-    except (UnpicklingError, zipfile.BadZipFile, zlib.error, *ARRAY_ERRORS) as error:
-        raise UserError(f"{path}: {word} can't be read ({error}); copy the file anew") from None
+    with opened_archive(path, "--data.root") as archive:
+        if f"{word}.npy" not in archive.archive.namelist():
+            raise UserError(f"{path}: has no array {word}; a sketch-rnn archive holds train, valid and test")
+        require_size(path, archive.archive.getinfo(f"{word}.npy").file_size, max_gb)
+        with undamaged(f"{path}: {word} can't be read", "copy the file again"):
+            with archive.archive.open(f"{word}.npy") as file:
+                try:
+                    drawings = _object_array(file)
+                except UnsafePickleError as error:
+                    raise UserError(
+                        f"{path}: {word} is no plain data: {error}; get the file from where you trust it"
+                    ) from None
+                if file.read(1):  # reading on to the end compares the checksum
+                    raise ValueError("bytes follow the array")
+    require_size(path, sum(map(_nbytes, drawings)), max_gb)
+    return drawings
+
+
+def _nbytes(drawing: Any) -> int:
+    """Return the bytes of a drawing, of which a few bytes of a pickle may name thousands."""
+    return int(drawing.nbytes) if isinstance(drawing, np.ndarray) else 24 * len(drawing) if _is_list(drawing) else 0
 
 
 def _object_array(file: IO[bytes]) -> list[Any]:
     """Read an ``.npy`` file, with our own unpickler in the place of numpy's."""
-    version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
-    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in header:
-        raise ValueError(f"a file of numpy's format {version[0]}.{version[1]}")
-    shape, fortran, dtype = header[version](file)  # type: ignore[no-untyped-call]
+    shape, fortran, dtype = npy_header(file)
     if dtype.hasobject:
         found = unpickle(file)  # type: ignore[arg-type]  # a member of a zip reads like any binary file
         if not isinstance(found, (np.ndarray, list)):
