@@ -24,6 +24,7 @@ __all__ = [
     "replacing",
     "require_intact_zip",
     "require_local",
+    "require_plain_yaml",
     "require_size",
     "temporary_name",
     "text_cell",
@@ -36,6 +37,8 @@ MAX_GB = 4.0
 """Gigabytes that the content of one file may take, unless an option says otherwise."""
 EXPANSION = 16
 """How many times its own size a file may take all the same."""
+SHORT_YAML, DEEPEST_YAML, MOST_VALUES = 100, 100, 100_000
+"""Characters of YAML that can't do harm without an alias, the deepest nesting, and the most values of a short one."""
 PIECE = 2**20
 """Bytes that are read at once."""
 ABANDONED = 3600.0
@@ -113,7 +116,7 @@ def upload(local: Path, url: str, option: str = "") -> None:
         UserError: It can't be uploaded, or the copy has another size; an earlier file of that name stays.
     """
     try:
-        from fsspec.core import url_to_fs
+        from fsspec.core import url_to_fs  # type: ignore[import-untyped]  # it has no types
 
         remote, place = url_to_fs(url)
         folder, _, name = place.rpartition("/")
@@ -270,6 +273,47 @@ def undamaged(problem: str, fix: str) -> Iterator[None]:
         raise UserError(f"{problem} ({reason}). Fix: {fix}") from error
 
 
+def require_plain_yaml(text: str, place: str) -> None:
+    """Raise if YAML holds far more values than it has characters, as aliases of aliases do, or is nested very deeply.
+
+    Args:
+        text: The YAML, which is not loaded. What is no YAML passes: its reader says why.
+        place: Where it stands, for the message.
+
+    Raises:
+        UserError: It does.
+
+    >>> require_plain_yaml("{a: &a [1, 2], b: [*a, *a]}", "a.yaml")
+    """
+    if len(text) < SHORT_YAML and "&" not in text:
+        return
+    import yaml
+
+    anchors: dict[str, int] = {}
+    inside: list[tuple[str | None, int]] = [(None, 0)]  # of each open collection its anchor, and its values so far
+    with suppress(yaml.YAMLError):
+        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            anchor, values = getattr(event, "anchor", None), 0
+            if isinstance(event, yaml.CollectionStartEvent):
+                inside.append((anchor, 1))
+                if len(inside) > DEEPEST_YAML:
+                    raise UserError(f"{place}: is nested more than {DEEPEST_YAML} deep. Fix: write it flatter")
+            elif isinstance(event, yaml.CollectionEndEvent):
+                anchor, values = inside.pop()
+            elif isinstance(event, yaml.AliasEvent):
+                anchor, values = None, anchors.get(event.anchor, 1)
+            elif isinstance(event, yaml.ScalarEvent):
+                values = 1
+            if anchor and values:
+                anchors[anchor] = values
+            inside[-1] = inside[-1][0], inside[-1][1] + values
+            if inside[-1][1] > max(MOST_VALUES, len(text)):
+                raise UserError(
+                    f"{place}: its {len(text)} characters expand to more than {max(MOST_VALUES, len(text))} values by "
+                    "aliases. Fix: write them out, or repeat less"
+                )
+
+
 def require_size(path: Path, needed: int, max_gb: float, option: str = "--data.max_gb") -> None:
     """Raise if a file asks for much more memory than it has bytes; call it before the memory is taken.
 
@@ -294,8 +338,8 @@ def _fix(error: OSError) -> str:
     fixes = {
         errno.ENOSPC: "free some space, or choose a folder on another disk",
         errno.EDQUOT: "free some of your quota, or choose another folder",
-        errno.EACCES: "give yourself permission, or choose another folder",
-        errno.EPERM: "give yourself permission, or choose another folder",
+        errno.EACCES: "give yourself permission, or choose another path",
+        errno.EPERM: "give yourself permission, or choose another path",
         errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
         errno.EROFS: "choose a folder that can be written to",
         errno.ENOENT: "check the path; the folder may have been deleted",

@@ -7,8 +7,10 @@ import inspect
 import re
 import sys
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -16,12 +18,23 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from vrnn_lightning import discovery
+from vrnn_lightning.files import require_plain_yaml
 from vrnn_lightning.heads import Head
 from vrnn_lightning.objectives import Objective
 
 __all__ = ["Parser"]
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")  # those that leave the densities room
+
+
+def _load_yaml(text: str) -> Any:
+    """Load the YAML of an option, or of a file that an option names."""
+    require_plain_yaml(text, "an option's YAML")
+    return LOAD_YAML(text)
+
+
+LOAD_YAML = get_loader("yaml")
+set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
 
 
 class Parser(LightningArgumentParser):

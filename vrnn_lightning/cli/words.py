@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningCLI
 
 import vrnn_lightning
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import explained, require_plain_yaml
 
 __all__ = ["mentions", "with_configs"]
 
@@ -19,12 +20,14 @@ def shipped(path: str) -> str:
     """Return a config's path; what is missing here but comes with the package is found there.
 
     Raises:
-        UserError: There is no such file.
+        UserError: There is no such file, it can't be read, or its aliases multiply.
     """
     package = Path(vrnn_lightning.__file__).parent
-    for folder in (Path(), package, package.parent):  # in a wheel, then in a checkout
-        if (folder / path).is_file():
-            return str(folder / path)
+    with explained(path, "--config"):
+        for folder in (Path(), package, package.parent):  # in a wheel, then in a checkout
+            if (folder / path).is_file():
+                require_plain_yaml((folder / path).read_text("utf-8", "replace"), f"--config {path}")
+                return str(folder / path)
     raise UserError(f"{path}: no such config file")
 
 

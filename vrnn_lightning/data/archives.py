@@ -259,9 +259,9 @@ class Archived:
                 raise ValueError(f"it declares {needed:,} bytes, shape {shape} of {dtype}, but holds {there:,}")
             require_size(self.path, needed, max_gb)
             array: NDArray[Any] = np.empty(math.prod(shape), dtype)
-            filled, content = 0, memoryview(array).cast("B") if needed else memoryview(b"")
+            content, filled = array.view(np.uint8), 0
             while filled < needed and (piece := member.read(min(PIECE, needed - filled))):
-                content[filled : filled + len(piece)] = piece
+                content[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
                 filled += len(piece)
             if filled < needed or member.read(1):  # reading on to the end compares the checksum
                 raise ValueError("it breaks off")

@@ -143,12 +143,24 @@ class SequenceDataModule(LightningDataModule):
         """
         if self._scaler is None:
             scaler = self.fit_scaler()
-            if not (torch.isfinite(scaler.mean).all() and torch.isfinite(scaler.std).all()):
-                raise UserError(
-                    f"{type(self).__name__}: training values are too large to be scaled; mend or rescale them"
-                )
+            self._require_range(scaler)
             self._scaler = scaler
         return self._scaler
+
+    def _require_range(self, scaler: Scaler) -> None:
+        """Raise if float32, in which models keep the scaler, can't hold it: nothing could be returned to data units."""
+        mean, std = (value.double().abs().expand(self.num_features) for value in (scaler.mean, scaler.std))
+        kind = torch.finfo(torch.float32)
+        large = ~(mean.maximum(std) <= kind.max)
+        small = (std < kind.tiny) | ((mean > 0) & (mean < kind.tiny) & (std == 1))  # a std of 1: nothing else was found
+        if (large | small).any():
+            feature = int((large | small).int().argmax())
+            names = getattr(self, "columns", None) or range(self.num_features)
+            raise UserError(
+                f"{type(self).__name__}: training values of feature {names[feature]} are too "
+                f"{'large' if large[feature] else 'small'} for float32, mean {scaler.mean.expand_as(std)[feature]:.3g} "
+                f"and std {scaler.std.expand_as(std)[feature]:.3g}. Fix: write them in another unit"
+            )
 
     def fit_scaler(self) -> Scaler:
         """Fit the scaler on the training split: none, one scalar mean and std, or one per feature (``scaling``)."""
