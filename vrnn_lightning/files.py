@@ -291,17 +291,18 @@ def require_plain_yaml(text: str, place: str) -> None:
 
     anchors: dict[str, int] = {}
     inside: list[tuple[str | None, int]] = [(None, 0)]  # of each open collection its anchor, and its values so far
-    with suppress(yaml.YAMLError):
+    deep = f"{place}: is nested more than {DEEPEST_YAML} deep. Fix: write it flatter"
+    try:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             anchor, values = getattr(event, "anchor", None), 0
             if isinstance(event, yaml.CollectionStartEvent):
                 inside.append((anchor, 1))
                 if len(inside) > DEEPEST_YAML:
-                    raise UserError(f"{place}: is nested more than {DEEPEST_YAML} deep. Fix: write it flatter")
+                    raise UserError(deep)
             elif isinstance(event, yaml.CollectionEndEvent):
                 anchor, values = inside.pop()
             elif isinstance(event, yaml.AliasEvent):
-                anchor, values = None, anchors.get(event.anchor, 1)
+                values, anchor = anchors.get(str(anchor), 1), None
             elif isinstance(event, yaml.ScalarEvent):
                 values = 1
             if anchor and values:
@@ -312,6 +313,9 @@ def require_plain_yaml(text: str, place: str) -> None:
                     f"{place}: its {len(text)} characters expand to more than {max(MOST_VALUES, len(text))} values by "
                     "aliases. Fix: write them out, or repeat less"
                 )
+    except yaml.YAMLError as error:
+        if "nesting depth" in str(error):
+            raise UserError(deep) from None
 
 
 def require_size(path: Path, needed: int, max_gb: float, option: str = "--data.max_gb") -> None:

@@ -16,6 +16,7 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.data.loading import BatchSampler, ScaledSequences, SequenceLoader
 from vrnn_lightning.data.sequences import Modality, Scaler, Sequences, Split
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import explained
 
 __all__ = ["SequenceDataModule"]
 
@@ -128,7 +129,8 @@ class SequenceDataModule(LightningDataModule):
             UserError: The split is empty.
         """
         if split not in self._splits:
-            found = self.sequences(split)
+            with explained(getattr(self, "root", type(self).__name__), "--data.root"):
+                found = self.sequences(split)
             if len(found) == 0:
                 raise UserError(f"{type(self).__name__}: the {split} split is empty; check the options that split data")
             self._splits[split] = found
