@@ -11,12 +11,14 @@ file must be what the whole file holds.
 from __future__ import annotations
 
 import argparse
+import csv
 import gzip
 import hashlib
 import io
 import json
 import os
 import pickle
+import re
 import resource
 import signal
 import struct
@@ -26,7 +28,6 @@ import traceback
 import warnings
 import wave
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,12 +76,12 @@ def read_apart(read: Callable[[Path], object], path: Path) -> Outcome:
     from vrnn_lightning.errors import UserError
 
     ours, theirs = os.pipe()
-    before = _resident()
     child = os.fork()
     if not child:
         os.close(ours)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+        room = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (room, room))
+        os.write(theirs, f"{_resident()}\n".encode())
         signal.alarm(SECONDS)
         try:
             with warnings.catch_warnings():
@@ -90,14 +91,14 @@ def read_apart(read: Callable[[Path], object], path: Path) -> Outcome:
             said = "refused" if "\n" not in str(error) else "traceback", str(error)
         except BaseException:
             said = "traceback", traceback.format_exc()
-        with os.fdopen(theirs, "w", errors="backslashreplace") as pipe:
+        with os.fdopen(theirs, "w") as pipe:
             json.dump(said, pipe)
         os._exit(0)
     os.close(theirs)
-    with os.fdopen(ours, errors="replace") as pipe:
-        text = pipe.read()
-    _, status, used_by_child = os.wait4(child, 0)
-    peak = max(0, used_by_child.ru_maxrss * 1024 - before)
+    with os.fdopen(ours) as pipe:
+        before, text = int(pipe.readline()), pipe.read()
+    _, status, used = os.wait4(child, 0)
+    peak = max(0, used.ru_maxrss * 1024 - before)
     if os.WIFSIGNALED(status):
         stopped = os.WTERMSIG(status)
         return Outcome("slow" if stopped == signal.SIGALRM else "died", f"signal {stopped}", peak)
@@ -152,7 +153,9 @@ def _drawings(path: Path) -> None:
     parts = {}
     for split, count in (("train", 5), ("valid", 2), ("test", 2)):
         parts[split] = np.empty(count, dtype=object)
-        parts[split][:] = [np.c_[random.integers(-9, 9, (12, 2)), np.arange(12) == 11].astype("i2") for _ in parts[split]]
+        parts[split][:] = [
+            np.c_[random.integers(-9, 9, (12, 2)), np.arange(12) == 11].astype("i2") for _ in parts[split]
+        ]
     np.savez_compressed(path, **parts)
 
 
@@ -296,7 +299,12 @@ def _loaded_pretrained(path: Path) -> object:
 
 def _checkpoint(path: Path) -> None:
     module = _module()
-    content = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "global_step": 3, "epoch": 1}
+    content = {
+        "state_dict": module.state_dict(),
+        "hyper_parameters": dict(module.hparams),
+        "global_step": 3,
+        "epoch": 1,
+    }
     content["hyper_parameters"] = {"num_features": 3, "latent_size": 2, "hidden_size": 4}
     torch.save(content, path)
 
@@ -362,12 +370,8 @@ KINDS = {
     "report figures": Kind(
         "predictions/forecast/figures.json", _member("predictions/forecast/figures.json")(_run), _report
     ),
-    "report table": Kind(
-        "samples/step_0000019_table.csv", _member("samples/step_0000019_table.csv")(_run), _report
-    ),
-    "report sound": Kind(
-        "samples/step_0000019_real_0.wav", _member("samples/step_0000019_real_0.wav")(_run), _report
-    ),
+    "report table": Kind("samples/step_0000019_table.csv", _member("samples/step_0000019_table.csv")(_run), _report),
+    "report sound": Kind("samples/step_0000019_real_0.wav", _member("samples/step_0000019_real_0.wav")(_run), _report),
 }
 """The formats that are damaged."""
 
@@ -410,7 +414,13 @@ def damaged(seed: int = 0, count: int = 1200, kinds: tuple[str, ...] = tuple(KIN
         "loaded"; "peak bytes" beyond the whole file's per byte of a file; and "examples" of what went wrong.
     """
     totals: dict[str, Any] = dict.fromkeys(("files", "tracebacks", "slow", "died", "loads that differ"), 0)
-    totals |= {"refused": 0, "loaded": 0, "peak bytes per byte": 0.0, "examples": [], "loads that differ, no checksum": {}}
+    totals |= {
+        "refused": 0,
+        "loaded": 0,
+        "peak bytes per byte": 0.0,
+        "examples": [],
+        "loads that differ, no checksum": {},
+    }
     random = np.random.default_rng(seed)
     for name in kinds:
         kind = KINDS[name]
@@ -438,16 +448,318 @@ def _count(
     totals[{"traceback": "tracebacks"}.get(outcome.what, outcome.what)] += 1
     if outcome.what not in ("refused", "loaded"):
         totals["examples"].append(f"{what}: {outcome.said[-600:]}")
-    if whole is not None:
-        if outcome.what == "loaded" and outcome.said != whole.said:
-            if strict:
-                totals["loads that differ"] += 1
-                totals["examples"].append(f"{what}: loads, and differs")
-            else:
-                other = totals["loads that differ, no checksum"]
-                other[name] = other.get(name, 0) + 1
+    if whole is not None and outcome.what == "loaded" and outcome.said != whole.said:
+        if strict:
+            totals["loads that differ"] += 1
+            totals["examples"].append(f"{what}: loads, and differs")
+        else:
+            other = totals["loads that differ, no checksum"]
+            other[name] = other.get(name, 0) + 1
     taken = outcome.peak - (whole.peak if whole else 0)
     totals["peak bytes per byte"] = max(totals["peak bytes per byte"], taken / max(size, 2**16))
+
+
+SMALL = 0.05
+"""Gigabytes that bombs may take: a limit that is lower than the default, so that bombs are made quickly."""
+
+
+def _bombs(folder: Path) -> list[tuple[str, Path, Callable[[Path], object]]]:
+    """Write files that declare or unpack to much more than they hold; return what each is, and its reader."""
+    from datamodules.archive import Archive
+    from datamodules.handwriting import Handwriting
+    from datamodules.mnist_rows import MNISTRows
+    from datamodules.piano_rolls import PianoRolls
+    from datamodules.speech import Speech
+    from datamodules.tables import Tables
+
+    made: list[tuple[str, Path, Callable[[Path], object]]] = []
+
+    def add(what: str, name: str, content: bytes, read: Callable[[Path], object]) -> Path:
+        path = folder / what.replace(" ", "_") / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+        made.append((what, path, read))
+        return path
+
+    def setup(make: Callable[..., Any], **options: Any) -> Callable[[Path], object]:
+        def read(path: Path) -> object:
+            os.environ["XDG_CACHE_HOME"] = str(path.parent / "cache")
+            data = make(str(path), max_gb=SMALL, **options)
+            data.setup("fit")
+            return next(iter(data.train_dataloader())).x
+
+        return read
+
+    def zipped(members: dict[str, bytes], deflate: bool = False) -> bytes:
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED if deflate else zipfile.ZIP_STORED) as archive:
+            for name, member in members.items():
+                archive.writestr(f"{name}.npy", member)
+        return content.getvalue()
+
+    def npy(shape: tuple[int, ...], kind: str, content: bytes) -> bytes:
+        file = io.BytesIO()
+        np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
+        return file.getvalue() + content
+
+    one = npy((1,), "<i8", struct.pack("<q", 1))
+    archive = setup(Archive, features=1)
+    lie = zipped({"train_values": npy((2 * 10**10, 1), "<f4", bytes(64)), "train_lengths": one})
+    add("npy header", "a.npz", lie, archive)
+    two = bytearray(lie)
+    for place in (i for i in range(len(two)) if two[i : i + 4] == struct.pack("<I", 192)):
+        two[place : place + 4] = struct.pack("<I", 2**32 - 2)
+    add("npy and zip headers", "a.npz", bytes(two), archive)
+    zeros = npy((5 * 10**7, 1), "<f4", bytes(2 * 10**8))
+    add("zip bomb", "a.npz", zipped({"train_values": zeros, "train_lengths": one}, deflate=True), archive)
+    add("pickle of one array many times", "a.npz", _object_bomb(), setup(Handwriting, layout="sketch-rnn"))
+    deep: object = [0, 0, 0]
+    for _ in range(40):
+        deep = [deep, deep, deep]
+    nested = zipped({"train": npy((1,), "|O", pickle.dumps([deep]))})
+    add("pickle of nested lists", "a.npz", nested, setup(Handwriting, layout="sketch-rnn"))
+    rolls = setup(PianoRolls)
+    step: list[list[int]] = [[60]] * 20000
+    add("pickle of one roll many times", "a.pickle", pickle.dumps(dict.fromkeys(NOTES, [step] * 20000)), rolls)
+    key: object = (0, 0)
+    for _ in range(60):
+        key = (key, key)
+    add("pickle of nested keys", "a.pickle", pickle.dumps([key, 0])[:-2] + b"", rolls)
+    made[-1][1].write_bytes(b"\x80\x04}" + pickle.dumps(key, 4)[2:-1] + b"K\x00s.")
+    add("pickle of nested notes", "a.pickle", pickle.dumps({"train": [[[deep]]]}), rolls)
+    add("deep pickle", "a.pickle", b"\x80\x04" + b"]" * 10**6 + b"a" * (10**6 - 1) + b".", rolls)
+    add("deep json", "a.json", b"[" * 10**6, rolls)
+    far = b"MThd\0\0\0\x06\0\0\0\x01\0\x60MTrk\0\0\0\x13\0\x90<P`\x80<\0\xff\xff\xff\x7f\x90<P`\x80<\0"
+    add("far note", "a.mid", far, lambda path: setup(PianoRolls)(path.parent))
+    images = np.array([2051, 2**32 - 1, 28, 28], ">u4").tobytes() + bytes(784)
+    digits = setup(MNISTRows, val_size=1)
+    add("idx header", "train-images-idx3-ubyte", images, lambda path: digits(path.parent))
+    inflating = gzip.compress(np.array([2051, 10**6, 28, 28], ">u4").tobytes() + bytes(784 * 10**6 // 4))
+    add("gzip bomb", "train-images-idx3-ubyte.gz", inflating, lambda path: digits(path.parent))
+    table = setup(Tables, columns=["y"])
+    add("csv.gz of one line", "a.csv.gz", gzip.compress(b"y\n" + b"1" * 2 * 10**8), table)
+    add("csv.gz of many lines", "a.csv.gz", gzip.compress(b"y\n" + b"1\n" * 10**8), table)
+    add("csv of one field", "a.csv", b"y\n" + b"1" * 5 * 10**7, table)
+    add("csv of NUL", "a.csv", b"y\n" + bytes(10**6), table)
+    _parquet_bombs(add, table, setup(Tables, columns=["y"], id="id"))
+    speech = setup(Speech, sample_rate=16000, resample=True)
+    for what, content in _sound_bombs():
+        add(what, f"a.{what.split()[0]}", content, lambda path: speech(path.parent))
+    ink = setup(Handwriting, layout="inkml", val=0.3, test=0.3)
+    laughs = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10 if i else "ha"}">' for i in range(10))
+    add("inkml entities", "a.inkml", f"<!DOCTYPE ink [{laughs}]><ink>&l9;</ink>".encode(), lambda p: ink(p.parent))
+    add("deep inkml", "a.inkml", b"<ink>" + b"<a>" * 10**6, lambda path: ink(path.parent))
+    drawn = setup(Handwriting, layout="quickdraw")
+    add("deep ndjson", "a.ndjson", b'{"drawing": ' + b"[" * 10**6, drawn)
+    aliases = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
+    aliases += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+    add("yaml aliases", "a.yaml", aliases.encode(), _config)
+    add("deep yaml", "a.yaml", b"[" * 10**5 + b"]" * 10**5, _config)
+    add("long yaml", "a.yaml", b"- " * 10**5, _config)
+    for what, name, content in (
+        ("report of a long field", "metrics.csv", b"step,val/elbo\n" + b"1" * 5 * 10**7),
+        ("report of a deep file", "predictions/forecast/figures.json", b"[" * 10**6),
+        ("report of a header", "evaluation.npz", zipped({"test_elbo": npy((2 * 10**10,), "<f4", bytes(64))})),
+        ("report of a flac bomb", "samples/step_0000019_real_0.wav", dict(_sound_bombs())["flac bomb"]),
+    ):
+        path = folder / what.replace(" ", "_")
+        path.mkdir()
+        _run(path)
+        (path / name).write_bytes(content)
+        made.append((what, path / name, _report))
+    return made
+
+
+def _object_bomb() -> bytes:
+    array = np.zeros((20000, 3), np.int16)
+    parts = {split: np.empty(20000, dtype=object) for split in ("train", "valid", "test")}
+    for part in parts.values():
+        part[:] = [array] * len(part)
+    content = io.BytesIO()
+    np.savez_compressed(content, **parts)
+    return content.getvalue()
+
+
+def _parquet_bombs(add: Callable[..., Path], table: Callable[[Path], object], named: Callable[[Path], object]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    ones = pyarrow.table({"y": pyarrow.array(np.ones(3 * 10**7))})
+    parquet.write_table(ones, add("parquet of one value", "a.parquet", b"", table))
+    words = pyarrow.DictionaryArray.from_arrays(np.zeros(60000, np.int32), pyarrow.array(["x" * 10**6]))
+    names = pyarrow.table({"y": np.arange(60000.0), "id": words})
+    parquet.write_table(names, add("parquet of one long word", "a.parquet", b"", named))
+
+
+def _sound_bombs() -> list[tuple[str, bytes]]:
+    import soundfile
+
+    quiet = io.BytesIO()
+    with soundfile.SoundFile(quiet, "w", 8000, 8, subtype="PCM_16", format="FLAC") as file:
+        for _ in range(16):
+            file.write(np.zeros((2**18, 8), "int16"))
+    riff = b"RIFF" + struct.pack("<I", 2**32 - 1) + b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 8000, 16000, 2, 16)
+    slow = b"RIFF" + struct.pack("<I", 10036) + b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 1, 2, 2, 16)
+    sphere = (
+        "NIST_1A\n   1024\nsample_count -i {}\nsample_n_bytes -i 2\nchannel_count -i 1\nsample_rate -i 8000\nend_head\n"
+    )
+    return [
+        ("flac bomb", quiet.getvalue()),
+        ("wav of unknown length", riff + b"data" + struct.pack("<I", 2**32 - 1) + bytes(1000)),
+        ("wav of a false length", riff + b"data" + struct.pack("<I", 2**31 - 2) + bytes(1000)),
+        ("wav of one Hz", slow + b"data" + struct.pack("<I", 10000) + bytes(range(100)) * 100),
+        ("sph of a false length", sphere.format(10**12).encode().ljust(1024) + bytes(1000)),
+        ("sph of many digits", sphere.format("9" * 5000).encode()[:1024].ljust(1024) + bytes(1000)),
+    ]
+
+
+def bombs(seed: int = 0) -> dict[str, Any]:
+    """Read files that declare or unpack to far more than they hold.
+
+    Args:
+        seed: Not used: nothing here is random.
+
+    Returns:
+        Counts as of :func:`damaged`, and the most memory that one of them took, "peak MB".
+    """
+    totals: dict[str, Any] = dict.fromkeys(("files", "tracebacks", "slow", "died", "refused", "loaded"), 0)
+    totals |= {"peak bytes per byte": 0.0, "peak MB": 0.0, "examples": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for what, path, read in _bombs(Path(folder)):
+            outcome = read_apart(read, path)
+            _count(totals, what, what, outcome, None, path.stat().st_size, strict=False)
+            if outcome.what == "loaded" or outcome.peak > 4e8:
+                totals["examples"].append(f"{what}: {outcome.what}, {outcome.peak / 1e6:.0f} MB: {outcome.said[:200]}")
+            totals["peak MB"] = max(totals["peak MB"], outcome.peak / 1e6)
+    return totals
+
+
+TEXTS = (
+    *(
+        "=1+1",
+        "+cmd|' /C calc'!A0",
+        "-2+3",
+        "@sum(1)",
+        "\t=1",
+        "\r=1",
+        "'=1",
+        "''=1",
+        "'quoted",
+        "-1.5",
+        "+3",
+        "-1e5",
+        "-inf",
+    ),
+    *("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</td></table>", "&lt;", "{{7*7}}", "${7*7}"),
+    *("\x00", "a\x00b", "\x1b[31mred", "\u202etxt.exe", "\u200b", "a\nb", "a\r\nb", "a,b", 'a"b', "a;b", " a ", ""),
+    *(
+        "../../etc/passwd",
+        "/etc/passwd",
+        "a/b",
+        "a\\b",
+        "CON",
+        "..",
+        "%s%n",
+        "$\\frac{1}{2}$",
+        "\udcff",
+        "é",
+        "x" * 10**6,
+    ),
+)
+"""Names of sequences that somebody may have thought of."""
+
+
+def hostile_text(seed: int = 0) -> dict[str, Any]:
+    """Give sequences hostile names, and see what becomes of them in tables, pages and pictures.
+
+    Args:
+        seed: Of random names, which join the others.
+
+    Returns:
+        Counts: "texts", "tracebacks", "not restored" (cells that are read back as another text), "run by a spreadsheet"
+        (cells that begin like a formula), "markup" (texts that a page holds unescaped); and "examples".
+    """
+    totals: dict[str, Any] = dict.fromkeys(("texts", "tracebacks", "not restored", "run by a spreadsheet", "markup"), 0)
+    totals["examples"] = []
+    random = np.random.default_rng(seed)
+    letters = "='+-@\t\r\n\",;<>&/\\ \x00ab1."
+    texts = [*TEXTS, *("".join(random.choice(list(letters), random.integers(1, 9))) for _ in range(100))]
+    for text in texts:
+        totals["texts"] += 1
+        for check in (_as_cell, _in_a_table, _on_a_page, _as_title):
+            with tempfile.TemporaryDirectory() as folder:
+                outcome = read_apart(lambda path, text=text, check=check: _passed(check(path, text)), Path(folder))
+            if outcome.what in ("refused", "loaded"):
+                continue
+            problem = next((word for word in totals if f"HostileTextError: {word}" in outcome.said), "tracebacks")
+            totals[problem] += 1
+            totals["examples"].append(f"{check.__name__} {text[:40]!r}: {outcome.what} {outcome.said[-500:]}")
+    return totals
+
+
+class HostileTextError(Exception):
+    """A text got through; the message is the count that it belongs to."""
+
+
+def _passed(problem: str | None) -> str:
+    if problem:
+        raise HostileTextError(problem)
+    return ""
+
+
+def _as_cell(folder: Path, text: str) -> str | None:
+    from vrnn_lightning.files import csv_line, read_cell
+
+    line = csv_line([text, 1, "end"])
+    cells = next(csv.reader(io.StringIO(line, newline=""), strict=True))
+    if [read_cell(cells[0]), *cells[1:]] != [text, "1", "end"]:
+        return "not restored"
+    is_number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", cells[0])
+    return "run by a spreadsheet" if cells[0][:1] in tuple("=+-@\t\r") and not is_number else None
+
+
+def _in_a_table(folder: Path, text: str) -> str | None:
+    """Read a table whose ids are hostile, and write the names of its series."""
+    from datamodules.tables import Tables
+    from vrnn_lightning.files import csv_line, read_cell
+
+    lines = [csv_line(["id", "y"]), *(csv_line([text, i * i]) for i in range(40))]
+    (folder / "a.csv").write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    data = Tables(str(folder / "a.csv"), ["y"], id="id")
+    data.setup("fit")
+    name = data.sequences("train")[0].name.rpartition(" from ")[0]
+    expected = text.encode("utf-8", "backslashreplace").decode().strip()
+    return None if name in (expected, read_cell(expected)) else "not restored"
+
+
+def _on_a_page(folder: Path, text: str) -> str | None:
+    """Write a report of a run whose names are hostile."""
+    from vrnn_lightning.files import csv_line
+    from vrnn_lightning.report import write_report
+
+    _run(folder)
+    lines = [csv_line(["kind", "name", "elbo"]), csv_line(["real", text, -1.5])]
+    table = folder / "samples" / "step_0000019_table.csv"
+    table.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    (folder / "predictions" / "forecast" / "figures.json").write_text(json.dumps({text: {text: 0.5}}))
+    (folder / "config.yaml").write_text(text, encoding="utf-8", errors="backslashreplace")
+    if 0 < len(os.fsencode(text)) < 200 and not set(text) & set("/\x00") and text not in ("..", "."):
+        (folder / "predictions" / text).mkdir(exist_ok=True)
+        (folder / "predictions" / text / f"{text}.csv").write_text("a")
+    page = write_report(folder).read_text("utf-8")
+    bare = text.encode("utf-8", "backslashreplace").decode()
+    return "markup" if set(text) & set("<>") and len(bare) > 4 and bare in page else None
+
+
+def _as_title(folder: Path, text: str) -> str | None:
+    """Draw a sequence whose name and whose features' names are hostile."""
+    from types import SimpleNamespace
+
+    from vrnn_lightning.callbacks.media import Media, save_picture
+
+    media = Media(SimpleNamespace(modality="series", columns=[text, f"{text}2"]))
+    save_picture(media.draw({"real": [torch.randn(9, 2)]}, [text]), folder / "a.png")
+    return None
 
 
 def main() -> None:
@@ -466,7 +778,11 @@ def main() -> None:
         print(f"{name}: {', '.join(f'{key} {value}' for key, value in found.items())}", flush=True)
 
 
-PARTS: dict[str, Callable[..., dict[str, Any]]] = {"damaged": damaged}
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "damaged": damaged,
+    "bombs": bombs,
+    "hostile_text": hostile_text,
+}
 
 if __name__ == "__main__":
     main()

@@ -570,7 +570,7 @@ def test_a_folder_that_may_not_be_written(chorales, monkeypatch, tmp_path):
 
 def test_a_folder_that_is_a_file(chorales, tmp_path):
     (tmp_path / "file").write_text("mine")
-    refused("jsb", tmp_path / "file" / "jsb.npz", "Not a directory")
+    refused("jsb", tmp_path / "file" / "jsb.npz", "File exists")
     assert left(tmp_path) == ["file"]
 
 

@@ -9,7 +9,6 @@ import json
 import math
 import re
 import shlex
-import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from html import escape
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from vrnn_lightning.data.archives import opened_archive
+from vrnn_lightning.data.audio import opened, read_header
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, read_cell, replacing
 
@@ -137,8 +138,8 @@ def _readable(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, AttributeError, LookupError, EOFError, csv.Error, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: is damaged ({error}); remove it, or write it anew") from error
+    except (ValueError, TypeError, AttributeError, LookupError, EOFError, RecursionError, csv.Error) as error:
+        raise UserError(f"{path}: is damaged ({str(error)[:200]}); remove it, or write it anew") from error
 
 
 def _curves(path: Path) -> dict[str, _Curve]:
@@ -351,10 +352,10 @@ def _evaluation(folder: Path, curves: dict[str, _Curve]) -> Iterator[str]:
 def _spread(paths: list[Path]) -> Iterator[str]:
     parts, kl = [], np.zeros(0)
     for path in paths:
-        with _readable(path), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            if "test_elbo" in archive:
-                parts.append(archive["test_elbo"] / np.maximum(archive["test_lengths"], 1))
-                kl = np.sort(archive["test_kl_per_dim"])[::-1]  # of all processes
+        with _readable(path), opened_archive(path) as archive:
+            if "test_elbo" in archive.names:
+                parts.append(archive.read("test_elbo") / np.maximum(archive.read("test_lengths"), 1))
+                kl = np.sort(archive.read("test_kl_per_dim"))[::-1]  # of all processes
     if not parts:
         return
     from matplotlib.figure import Figure
@@ -451,11 +452,9 @@ def _sound(path: Path) -> str:
     if path.stat().st_size > LONG_SOUND:
         import soundfile
 
-        with _readable(path):
-            try:
-                wave, rate = soundfile.read(path, dtype="float32")
-            except soundfile.LibsndfileError as error:
-                raise ValueError(error) from None
+        rate = read_header(path).rate
+        with opened(path) as sound:
+            wave = sound.read(dtype="float32")
         if rate in MP3_RATES and "MP3" in soundfile.available_formats():
             content = io.BytesIO()
             soundfile.write(content, wave, rate, format="MP3")
