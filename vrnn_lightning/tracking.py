@@ -25,7 +25,8 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import FolderLock, explained, flush, replacing
+from vrnn_lightning.files import explained, flush, replacing
+from vrnn_lightning.locks import FolderLock
 
 __all__ = ["ElboBar", "RunCheckpoint", "RunLogger", "SaveConfig", "WandbLogger", "run_logger"]
 

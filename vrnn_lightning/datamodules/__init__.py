@@ -24,4 +24,4 @@ def is_installed(class_path: str) -> bool:
     False
     """
     package, _, stem = class_path.rpartition(".")[0].rpartition(".")
-    return package == __name__ and (INSTALLED / f"{stem}.py").is_file()
+    return package == "vrnn_lightning.datamodules" and (INSTALLED / f"{stem}.py").is_file()
