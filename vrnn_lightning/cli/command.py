@@ -30,6 +30,7 @@ from vrnn_lightning.cli.parser import MODE, Parser
 from vrnn_lightning.cli.words import mentions, named, with_configs, with_current_names
 from vrnn_lightning.datamodules import local
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import require_local
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.report import NAME, write_report
 from vrnn_lightning.resuming import Stopped, interruption
@@ -378,7 +379,8 @@ class CLI(LightningCLI):
         return trainer
 
     def _settle(self, run: RunLogger, trainer: Trainer) -> None:
-        run.place(Path(trainer.default_root_dir), type(self.datamodule).__name__.lower())
+        root = require_local(trainer.default_root_dir, "--trainer.default_root_dir")
+        run.place(root, type(self.datamodule).__name__.lower())
         if self.checkpoint and self.checkpoint.folder:
             training = self.subcommand == "fit"
             at = self.checkpoint
