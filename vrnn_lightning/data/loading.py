@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from functools import cached_property
@@ -311,6 +312,12 @@ class ScaledSequences(Dataset[SequenceBatch]):
         return Sequence(s.x[:0], observed, inputs, "(none)")
 
 
+def _leave_interrupts(worker: int) -> None:
+    """Let a reading process ignore Ctrl-C, which reaches all processes: the main one ends it when it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class SequenceLoader:
     """Padded batches of an epoch; goes on where a checkpoint in the middle of an epoch left off.
 
@@ -337,6 +344,8 @@ class SequenceLoader:
         self.sampler = sampler  # where Lightning looks to announce the epoch
         self.batch_sampler = None  # where it looks next
         self.dataset = ScaledSequences(sequences, scaler, num_features, num_inputs)
+        if options.get("num_workers"):
+            options.setdefault("worker_init_fn", _leave_interrupts)
         self._loader: DataLoader[SequenceBatch] = DataLoader(
             self.dataset, batch_size=None, sampler=_Announcing(sampler), **options
         )
