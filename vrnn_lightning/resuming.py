@@ -236,6 +236,11 @@ class ResumableValidationLoop(_EvaluationLoop):
             self._fit.end_if_asked()
         super()._evaluation_step(*args)
 
+    def teardown(self) -> None:
+        """Let go of what was evaluated, and end the processes that read ahead."""
+        super().teardown()
+        self._fit.close_loaders()
+
     def _on_evaluation_end(self, *args: Any, **kwargs: Any) -> None:
         cast(ResumableEpochLoop, self.trainer.fit_loop.epoch_loop).stage = Stage.VALIDATED
         super()._on_evaluation_end(*args, **kwargs)
@@ -516,6 +521,18 @@ class ResumableFitLoop(_FitLoop):
             finally:
                 for progress in (self.epoch_progress.total, self.epoch_progress.current):
                     progress.completed += 1
+
+    def teardown(self) -> None:
+        """Let go of the data, and end the processes that read ahead."""
+        super().teardown()
+        self.close_loaders()
+
+    def close_loaders(self) -> None:
+        """End the processes that read ahead."""
+        for combined in (self._combined_loader, self.epoch_loop.val_loop._combined_loader):
+            for loader in [] if combined is None else combined.flattened:
+                if hasattr(loader, "close"):
+                    loader.close()
 
     def on_run_end(self) -> None:
         """Call the hooks of a training's end; from here on a signal ends the command at once."""

@@ -23,6 +23,8 @@ __all__ = ["BatchSampler", "ScaledSequences", "SequenceLoader", "Window"]
 
 POOL = 50
 """Training batches whose sequences are sorted by length together: more of them pad less, and mix less."""
+LINGER = 20
+"""Seconds that a reading process outlives a signal that asks it to end."""
 
 
 class Window(NamedTuple):
@@ -312,10 +314,13 @@ class ScaledSequences(Dataset[SequenceBatch]):
         return Sequence(s.x[:0], observed, inputs, "(none)")
 
 
-def _leave_interrupts(worker: int) -> None:
-    """Let a reading process ignore Ctrl-C, which reaches all processes: the main one ends it when it has saved."""
+def _outlive_signals(worker: int) -> None:
+    """Let a reading process go on at signals that reach all processes of a run: the main one ends it when it has saved.
+
+    If the main one does not, it ends by itself after :data:`LINGER` seconds.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LINGER))
 
 
 class SequenceLoader:
@@ -345,7 +350,7 @@ class SequenceLoader:
         self.batch_sampler = None  # where it looks next
         self.dataset = ScaledSequences(sequences, scaler, num_features, num_inputs)
         if options.get("num_workers"):
-            options.setdefault("worker_init_fn", _leave_interrupts)
+            options.setdefault("worker_init_fn", _outlive_signals)
         self._loader: DataLoader[SequenceBatch] = DataLoader(
             self.dataset, batch_size=None, sampler=_Announcing(sampler), **options
         )
