@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from vrnn_lightning.datamodules.linear_gaussian import LinearGaussian
 
-from datamodules.linear_gaussian import LinearGaussian
 from vrnn_lightning import Layers, VRNNLightningModule
 from vrnn_lightning.batch import Sequence, pad
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Normal
 
-from datamodules._synthetic import Redrawn, measured, opening
 from vrnn_lightning.batch import Sequence, SequenceBatch, pad
 from vrnn_lightning.data import Modality, SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
+
+from ._synthetic import Redrawn, measured, opening
 
 __all__ = ["HiddenMarkov"]
 

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from datamodules._synthetic import Draw, Floats, SyntheticDataModule, require
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.data import Modality
+
+from ._synthetic import Draw, Floats, SyntheticDataModule, require
 
 __all__ = ["Jumps"]
 

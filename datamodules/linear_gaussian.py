@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from datamodules._synthetic import Redrawn, measured, opening
 from vrnn_lightning.batch import Sequence, SequenceBatch
 from vrnn_lightning.data import Modality, SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
+
+from ._synthetic import Redrawn, measured, opening
 
 __all__ = ["LinearGaussian"]
 

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules._synthetic import Draw, Floats, SyntheticDataModule, integrate, require
 from vrnn_lightning.data import Modality
+
+from ._synthetic import Draw, Floats, SyntheticDataModule, integrate, require
 
 __all__ = ["Lorenz"]
 

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from datamodules._synthetic import Draw, Floats, SyntheticDataModule, require
 from vrnn_lightning.data import Modality, Scaler
 from vrnn_lightning.errors import UserError
+
+from ._synthetic import Draw, Floats, SyntheticDataModule, require
 
 __all__ = ["Spirals"]
 

@@ -9,8 +9,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules._synthetic import Draw, Floats, SyntheticDataModule, require
 from vrnn_lightning.data import Modality
+
+from ._synthetic import Draw, Floats, SyntheticDataModule, require
 
 __all__ = ["StochasticVolatility"]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vrnn_lightning.cli import main
+from vrnn_lightning.datamodules import local
 
 TINY = """
 trainer: {accelerator: cpu, max_epochs: 1, log_every_n_steps: 1, enable_model_summary: false}
@@ -57,12 +58,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     Imported modules stay: jsonargparse resolves short names among all classes that this process ever saw. So a test's
     own classes and modules have names that no other test gives to something else.
     """
-    import datamodules
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning"])
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(datamodules, "__path__", list(datamodules.__path__))
+    monkeypatch.setattr(local, "__path__", list(local.__path__))
     environment = dict(os.environ)
     yield tmp_path
     os.environ.clear()

@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from vrnn_lightning.datamodules.sines import Sines
 
-from datamodules.sines import Sines
 from vrnn_lightning import Layers, UserError, VRNNLightningModule
 from vrnn_lightning.callbacks import ConstantKLWeight, ControlVAE, CyclicalKLAnnealing, LinearKLAnnealing
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from vrnn_lightning.datamodules.archive import Archive
 
-from datamodules.archive import Archive
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.testing import CHECKS
 

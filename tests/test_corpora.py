@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from vrnn_lightning.datamodules.speech import Speech
 
-from datamodules.speech import Speech
 from vrnn_lightning.data import corpora
 from vrnn_lightning.data.audio import read_header
 from vrnn_lightning.errors import UserError

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
 
 import pytest
 
@@ -30,12 +31,37 @@ def test_files_are_found_without_being_imported(drop):
     names = set(discovery.known())
     assert {"Base", "FoundOne", "FoundTwo", "FoundThree", "Sines", "Speech"} <= names
     assert not {"Not", "Hidden", "_Hidden"} & names
-    assert not any(name.startswith("datamodules.found") for name in sys.modules)
+    assert not any(name.startswith("vrnn_lightning.datamodules.local.found") for name in sys.modules)
 
 
-def test_dropped_file_is_imported_as_part_of_the_package(drop):
+def test_dropped_file_is_loaded_from_this_working_directory(drop, tmp_path_factory, monkeypatch):
     drop("dropped.py", HEAD + "class Dropped(SequenceDataModule): pass\n")
-    assert discovery.load("Dropped").__module__ == "datamodules.dropped"
+    drop("leans.py", "from .dropped import Dropped\nclass LeansDataModule(Dropped): pass\n")
+    drop("leans_too.py", "from .leans import LeansDataModule\nclass LeansToo(LeansDataModule): pass\n")
+    assert discovery.load("Dropped").__module__ == "vrnn_lightning.datamodules.local.dropped"
+    assert discovery.load("LeansToo").__mro__[2].__name__ == "Dropped"
+    other = tmp_path_factory.mktemp("other") / "datamodules"
+    other.mkdir()
+    (other / "dropped.py").write_text(HEAD + "class Dropped(SequenceDataModule):\n    number = 2\n")
+    monkeypatch.chdir(other.parent)
+    assert discovery.load("Dropped").number == 2
+
+
+def test_installed_are_those_that_come_with_the_package(drop):
+    drop("dropped_too.py", HEAD + "class DroppedToo(SequenceDataModule): pass\n")
+    for name, found in discovery.known().items():
+        path = f"vrnn_lightning.datamodules.{found.places[0].stem}.{name}"
+        assert discovery.is_installed(path) == (name != "DroppedToo")
+    for name in ("Sines", "sines.Sine", "sines.Sequence", "local.sines.Sines"):
+        assert not discovery.is_installed(f"vrnn_lightning.datamodules.{name}")
+    assert not discovery.is_installed("datamodules.sines.Sines")
+
+
+def test_import_by_an_old_name_says_the_new_one(drop, monkeypatch):
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if not Path(place, "datamodules").is_dir()])
+    drop("old_import.py", "from datamodules.sines import Sines\nclass OldImport(Sines, SequenceDataModule): pass\n")
+    with pytest.raises(UserError, match=r"old_import.py, line 1: ModuleNotFoundError: .*datamodules.*Fix: import from"):
+        discovery.load("OldImport")
 
 
 def test_broken_file_breaks_only_its_own_command(drop):
@@ -65,16 +91,13 @@ def test_two_classes_of_one_name_are_refused_when_asked_for(drop):
         discovery.load("Twice")
 
 
-def test_file_hidden_by_the_package_is_refused_when_asked_for(drop):
-    hidden = drop("sines.py", HEAD + "class OwnSines(SequenceDataModule): pass\n")
-    assert discovery.load("Sines").__name__ == "Sines"
-    with pytest.raises(UserError, match=rf"{hidden} is hidden by .*datamodules/sines.py"):
-        discovery.load("OwnSines")
+def test_file_of_an_installed_name_hides_nothing(drop):
+    drop("sines.py", HEAD + "class OwnSines(SequenceDataModule): pass\n")
+    assert discovery.load("Sines").__module__ == "vrnn_lightning.datamodules.sines"
+    assert discovery.load("OwnSines").__module__ == "vrnn_lightning.datamodules.local.sines"
 
 
 def test_folder_that_is_both_is_read_once(folder, monkeypatch):
-    from pathlib import Path
-
     monkeypatch.chdir(Path(discovery.__file__).parents[1])
     assert len(discovery.known()["Sines"].places) == 1
 
@@ -83,9 +106,9 @@ def test_folder_that_is_both_is_read_once(folder, monkeypatch):
     ("name", "message"),
     [
         ("Sine", "no such datamodule. Did you mean 'Sines'?"),
-        ("datamodules.sines.Sine", "has no Sine. Did you mean 'Sines'?"),
+        ("vrnn_lightning.datamodules.sines.Sine", "has no Sine. Did you mean 'Sines'?"),
         ("no_package.Data", "cannot import no_package"),
-        ("datamodules.nothing.Data", "cannot import datamodules.nothing"),
+        ("vrnn_lightning.datamodules.nothing.Data", "cannot import vrnn_lightning.datamodules.nothing"),
         ("torch.nn.Linear", "is no LightningDataModule"),
     ],
 )
@@ -97,13 +120,14 @@ def test_what_cannot_be_found_is_said(folder, name, message):
 
 
 def test_entry_points_are_known_by_name_and_loaded_when_asked_for(folder, monkeypatch):
-    point = EntryPoint("Elsewhere", "datamodules.sines:Sines", discovery.ENTRY_POINTS)
+    point = EntryPoint("Elsewhere", "vrnn_lightning.datamodules.sines:Sines", discovery.ENTRY_POINTS)
     monkeypatch.setattr(discovery, "entry_points", lambda group: EntryPoints([point]))
     assert "Elsewhere" in discovery.known()
     assert discovery.load("Elsewhere").__name__ == "Sines"
 
 
 def test_importing_the_command_line_prints_nothing_and_imports_no_data_and_no_wandb():
-    code = "import sys, vrnn_lightning.cli; sys.exit('wandb' in sys.modules or 'datamodules.sines' in sys.modules)"
+    never = "{'wandb', 'vrnn_lightning.datamodules.sines'}"
+    code = f"import sys, vrnn_lightning.cli; sys.exit(bool({never} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(f for package in ("vrnn_lightning", "datamodules") for f in (ROOT / package).rglob("*.py"))
-MODULES = [".".join(f.relative_to(ROOT).with_suffix("").parts) for f in FILES if ">>>" in f.read_text()]
+NAMES = [".".join(f.relative_to(ROOT).with_suffix("").parts) for f in FILES if ">>>" in f.read_text()]
+MODULES = [f"vrnn_lightning.{name}" if name.startswith("datamodules.") else name for name in NAMES]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from vrnn_lightning.datamodules.handwriting import Handwriting
+from vrnn_lightning.datamodules.mnist_rows import MNISTRows
+from vrnn_lightning.datamodules.piano_rolls import PianoRolls
+from vrnn_lightning.datamodules.speech import Speech
 
-from datamodules.handwriting import Handwriting
-from datamodules.mnist_rows import MNISTRows
-from datamodules.piano_rolls import PianoRolls
-from datamodules.speech import Speech
 from vrnn_lightning.data import downloads
 from vrnn_lightning.data.downloads import SOURCES, content_sum, fetch
 from vrnn_lightning.errors import UserError

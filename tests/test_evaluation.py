@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from vrnn_lightning.datamodules.linear_gaussian import LinearGaussian
 
-from datamodules.linear_gaussian import LinearGaussian
 from vrnn_lightning import Layers, UserError, VRNNLightningModule
 from vrnn_lightning.callbacks import Evaluation
 from vrnn_lightning.callbacks.evaluation import importance_weighted

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from torch.distributions import Normal
+from vrnn_lightning.datamodules.linear_gaussian import LinearGaussian
 
-from datamodules.linear_gaussian import LinearGaussian
 from vrnn_lightning import SequenceBatch, UserError
 from vrnn_lightning.batch import pad
 from vrnn_lightning.filtering import Resampling, particle_filter, resample

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from vrnn_lightning.datamodules.handwriting import Handwriting
 
-from datamodules.handwriting import Handwriting
 from vrnn_lightning import VRNNLightningModule
 from vrnn_lightning.callbacks import Samples
 from vrnn_lightning.callbacks.pictures import on_paper, strokes_svg

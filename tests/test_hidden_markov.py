@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 from scipy.stats import bernoulli, norm
+from vrnn_lightning.datamodules.hidden_markov import HiddenMarkov
 
-from datamodules.hidden_markov import HiddenMarkov
 from vrnn_lightning import UserError
 from vrnn_lightning.batch import Sequence, SequenceBatch, pad
 from vrnn_lightning.testing import CHECKS

@@ -8,8 +8,8 @@ import torch
 from scipy.linalg import solve_discrete_lyapunov
 from scipy.stats import multivariate_normal
 from torch.distributions import MultivariateNormal
+from vrnn_lightning.datamodules.linear_gaussian import LinearGaussian
 
-from datamodules.linear_gaussian import LinearGaussian
 from vrnn_lightning import UserError
 from vrnn_lightning.batch import Sequence, SequenceBatch, pad
 from vrnn_lightning.testing import CHECKS

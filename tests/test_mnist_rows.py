@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from vrnn_lightning.datamodules.mnist_rows import MNISTRows
 
-from datamodules.mnist_rows import MNISTRows
 from vrnn_lightning import UserError, VRNNLightningModule
 from vrnn_lightning.callbacks import Samples
 from vrnn_lightning.callbacks.media import Media

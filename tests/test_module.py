@@ -13,8 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
+from vrnn_lightning.datamodules.sines import Sines
 
-from datamodules.sines import Sines
 from vrnn_lightning import Layers, UserError, VRNNLightningModule
 from vrnn_lightning.batch import Sequence, SequenceBatch, pad
 from vrnn_lightning.callbacks import (

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributions import MultivariateNormal
+from vrnn_lightning.datamodules.hidden_markov import HiddenMarkov
+from vrnn_lightning.datamodules.linear_gaussian import LinearGaussian
 
-from datamodules.hidden_markov import HiddenMarkov
-from datamodules.linear_gaussian import LinearGaussian
 from vrnn_lightning import VRNN, Layers, SequenceBatch
 from vrnn_lightning.batch import pad
 from vrnn_lightning.filtering import Resampling

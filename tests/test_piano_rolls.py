@@ -18,8 +18,8 @@ import mido
 import numpy as np
 import pytest
 import torch
+from vrnn_lightning.datamodules.piano_rolls import PianoRolls
 
-from datamodules.piano_rolls import PianoRolls
 from vrnn_lightning.callbacks.pictures import draw_rows
 from vrnn_lightning.data.rolls import Notes, read_midi, write_midi
 from vrnn_lightning.errors import UserError

@@ -17,8 +17,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from torch.nn.utils import prune
+from vrnn_lightning.datamodules.sines import Sines
 
-from datamodules.sines import Sines
 from vrnn_lightning import VRNNLightningModule
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads import Bernoulli, DiscretisedLogisticMixture, Gaussian, GaussianMixture, Pen, StudentT
@@ -218,8 +218,8 @@ HUGE = struct.pack("<Q", len(HEADER)) + HEADER
         (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json: is not JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json: is not what save_pretrained"),
         (
-            lambda f: (f / "config.json").write_text('{"format": "vrnn-lightning 2", "model": {}}'),
-            "this version writes",
+            lambda f: (f / "config.json").write_text('{"format": "vrnn-lightning 999", "model": {}}'),
+            "has format 999, but this version",
         ),
         (lambda f: link(f / "config.json", f), "config.json: is no file"),
         (lambda f: link(f / "config.json", "/dev/zero"), "config.json: is no file"),

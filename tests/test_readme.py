@@ -12,6 +12,7 @@ import pytest
 import soundfile
 
 from vrnn_lightning import cli
+from vrnn_lightning.datamodules import local
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -49,9 +50,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "sensors.csv").write_text("\n".join(["date,sensor,temperature,humidity,hour", *rows]))
     (tmp_path / "datamodules").mkdir()
     (tmp_path / "datamodules" / "walks.py").write_text(block("python", "# datamodules/walks.py"))
-    import datamodules
-
-    monkeypatch.setattr(datamodules, "__path__", [*datamodules.__path__, str(tmp_path / "datamodules")])
+    monkeypatch.setattr(local, "__path__", list(local.__path__))
     return tmp_path
 
 

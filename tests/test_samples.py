@@ -12,8 +12,8 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
+from vrnn_lightning.datamodules.sines import Sines
 
-from datamodules.sines import Sines
 from vrnn_lightning import UserError, VRNNLightningModule
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks import Samples

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from torch.distributions import MultivariateNormal
+from vrnn_lightning.datamodules.sines import Sines
 
-from datamodules.sines import Sines
 from vrnn_lightning import UserError
 from vrnn_lightning.batch import pad
 from vrnn_lightning.testing import check_datamodule

@@ -16,8 +16,8 @@ import pytest
 import soundfile
 import torch
 from lightning.pytorch import Trainer
+from vrnn_lightning.datamodules.speech import PATTERNS, Speech
 
-from datamodules.speech import PATTERNS, Speech
 from vrnn_lightning import VRNNLightningModule
 from vrnn_lightning.callbacks import Samples
 from vrnn_lightning.data import index

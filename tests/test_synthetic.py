@@ -12,16 +12,16 @@ import torch
 from scipy.integrate import solve_ivp
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
+from vrnn_lightning.datamodules.bouncing_ball import BouncingBall
+from vrnn_lightning.datamodules.double_pendulum import DoublePendulum
+from vrnn_lightning.datamodules.hidden_markov import HiddenMarkov
+from vrnn_lightning.datamodules.jumps import Jumps
+from vrnn_lightning.datamodules.linear_gaussian import LinearGaussian
+from vrnn_lightning.datamodules.lorenz import Lorenz
+from vrnn_lightning.datamodules.sines import Sines
+from vrnn_lightning.datamodules.spirals import Spirals
+from vrnn_lightning.datamodules.stochastic_volatility import StochasticVolatility
 
-from datamodules.bouncing_ball import BouncingBall
-from datamodules.double_pendulum import DoublePendulum
-from datamodules.hidden_markov import HiddenMarkov
-from datamodules.jumps import Jumps
-from datamodules.linear_gaussian import LinearGaussian
-from datamodules.lorenz import Lorenz
-from datamodules.sines import Sines
-from datamodules.spirals import Spirals
-from datamodules.stochastic_volatility import StochasticVolatility
 from vrnn_lightning import UserError
 from vrnn_lightning.batch import SequenceBatch, pad
 from vrnn_lightning.heads import Pen

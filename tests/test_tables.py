@@ -17,8 +17,8 @@ import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
+from vrnn_lightning.datamodules.tables import Tables
 
-from datamodules.tables import Tables
 from vrnn_lightning.data import read_columns
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.testing import CHECKS

@@ -7,18 +7,17 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import multivariate_normal
+from vrnn_lightning.datamodules._template import MyData
 
-import datamodules
-from datamodules._template import MyData
+from vrnn_lightning.datamodules import INSTALLED
 from vrnn_lightning.testing import CHECKS
 
-SOURCE = Path(datamodules.__file__).with_name("_template.py")
+SOURCE = INSTALLED / "_template.py"
 
 
 def make(**options) -> MyData:
@@ -63,7 +62,7 @@ def test_a_file_in_the_working_directory_is_part_of_the_package_in_every_process
     (tmp_path / "program.py").write_text("""
 import multiprocessing
 if __name__ == "__main__":
-    from datamodules.mine import double
+    from vrnn_lightning.datamodules.local.mine import double
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         print(*pool.map(double, [1, 2]))
 """)
@@ -79,10 +78,3 @@ def test_a_copy_of_the_template_is_a_datamodule(tmp_path, monkeypatch):
     datamodule = importlib.import_module("copied").MyData(num_sequences=10, num_steps=3)
     datamodule.setup("fit")
     assert next(iter(datamodule.train_dataloader())).x.shape == (10, 3, 1)
-
-
-def test_the_package_itself_is_added_once():
-    root = SOURCE.parent.parent
-    program = "import datamodules; print(len(datamodules.__path__))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "1"

@@ -15,8 +15,8 @@ import tracked
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from vrnn_lightning.datamodules.sines import Sines
 
-from datamodules.sines import Sines
 from vrnn_lightning import UserError, VRNNLightningModule, tracking
 from vrnn_lightning.callbacks import Samples
 from vrnn_lightning.tracking import RunLogger, WandbLogger

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vrnn_lightning.compatibility import KEY, require_known_format, upgrade
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, require_intact_zip
 from vrnn_lightning.trust import Gate, require_bounded
@@ -68,7 +69,10 @@ def read_checkpoint(path: Path, option: str = "", map_location: Any = "cpu") -> 
     except Exception as error:  # a pickle of another's making raises anything
         line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(f"{place}: is damaged, or holds more than weights and options ({line}). {FIX}") from error
+    if isinstance(content, dict):
+        require_known_format(content.get(KEY), place)
     _require_shape(content, place)
+    upgrade(content, place)
     return content  # type: ignore[no-any-return]  # checked by the call
 
 

@@ -7,21 +7,23 @@ import difflib
 import functools
 import importlib
 import re
+import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
 from lightning.pytorch import LightningDataModule
 
-import vrnn_lightning
+from vrnn_lightning.datamodules import INSTALLED, local
 from vrnn_lightning.errors import UserError
 
-__all__ = ["Found", "known", "load", "suggestion"]
+__all__ = ["Found", "is_installed", "known", "load", "suggestion"]
 
-ENTRY_POINTS = "vrnn_lightning.datamodules"
+ENTRY_POINTS = PACKAGE = "vrnn_lightning.datamodules"
 
 
 @dataclass(frozen=True)
@@ -31,30 +33,33 @@ class Found:
     Args:
         name: The class' name, what a user types after ``--data``.
         places: Every place that claims the name: a file, or an entry point. More than one is refused when asked for.
-        hidden_by: The file of the same name in an earlier folder, which Python would import instead.
     """
 
     name: str
     places: tuple[Path | EntryPoint, ...]
-    hidden_by: Path | None = None
 
 
 def known() -> dict[str, Found]:
     """Return every datamodule by name, without importing any of them."""
-    found: dict[str, Found] = {}
-    first: dict[str, Path] = {}
-    for name, file in _classes(_files()):
-        owner = first.setdefault(file.stem, file)
-        _add(found, name, file, None if owner == file else owner)
-    for point in entry_points(group=ENTRY_POINTS):
-        _add(found, point.name, point, None)
-    return dict(sorted(found.items()))
+    places: dict[str, tuple[Path | EntryPoint, ...]] = {}
+    points = ((point.name, point) for point in entry_points(group=ENTRY_POINTS))
+    for name, place in chain[tuple[str, Path | EntryPoint]](_classes(_files()), points):
+        places[name] = (*places.get(name, ()), place)
+    return {name: Found(name, places[name]) for name in sorted(places)}
 
 
-def _add(found: dict[str, Found], name: str, place: Path | EntryPoint, hidden_by: Path | None) -> None:
-    earlier = found.get(name)
-    places = (*earlier.places, place) if earlier else (place,)
-    found[name] = Found(name, places, hidden_by)
+def is_installed(class_path: str) -> bool:
+    """Return whether a class path names a datamodule that comes with this package, without importing it.
+
+    >>> is_installed("vrnn_lightning.datamodules.sines.Sines")
+    True
+    >>> is_installed("vrnn_lightning.datamodules.local.walks.Walks")
+    False
+    """
+    module, _, name = class_path.rpartition(".")
+    folder, _, stem = module.rpartition(".")
+    file = INSTALLED / f"{stem}.py"
+    return folder == PACKAGE and file.is_file() and (name, file) in _classes([file])
 
 
 def load(name: str) -> type[LightningDataModule]:
@@ -68,7 +73,9 @@ def load(name: str) -> type[LightningDataModule]:
     """
     if "." in name:
         module, _, attribute = name.rpartition(".")
-        return _datamodule(_import(module, None), attribute, name)
+        package, _, stem = module.rpartition(".")
+        file = local.use_working_directory() / f"{stem}.py"
+        return _datamodule(_import(module, file if package == local.__name__ else None), attribute, name)
     names = known()
     if name not in names:
         listed = f"known: {', '.join(names)}" if names else "none was found"
@@ -79,12 +86,8 @@ def load(name: str) -> type[LightningDataModule]:
     (place,) = found.places
     if isinstance(place, EntryPoint):
         return _datamodule(_import(place.module, None), place.attr, name)
-    if found.hidden_by:
-        raise UserError(f"--data {name}: {place} is hidden by {found.hidden_by} of the same name; rename it")
-    package = _import("datamodules", None)
-    if str(place.parent) not in package.__path__:
-        package.__path__.append(str(place.parent))  # the working directory may have changed since the first import
-    return _datamodule(_import(f"datamodules.{place.stem}", place), name, name)
+    package = PACKAGE if place.parent == INSTALLED else local.__name__
+    return _datamodule(_import(f"{package}.{place.stem}", place), name, name)
 
 
 def suggestion(word: str, words: Iterable[str]) -> str:
@@ -104,7 +107,7 @@ def _show(place: Path | EntryPoint) -> str:
 
 def _files() -> list[Path]:
     """List the files of the package's folder, then those of the working directory's."""
-    folders = [Path(vrnn_lightning.__file__).parent.parent / "datamodules", Path.cwd() / "datamodules"]
+    folders = [INSTALLED, local.use_working_directory()]
     if folders[0].resolve() == folders[1].resolve():
         folders.pop()
     found = (file for folder in folders for file in sorted(folder.glob("*.py")) if file.is_file())
@@ -139,10 +142,14 @@ def _is_datamodule(node: ast.ClassDef, known_names: set[str]) -> bool:
 
 
 def _import(module: str, file: Path | None) -> ModuleType:
+    if file and str(file) != getattr(sys.modules.get(module), "__file__", str(file)):
+        del sys.modules[module]  # the file of that name in an earlier working directory
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            if error.name and error.name.partition(".")[0] == "datamodules":
+                error.add_note("Fix: import from vrnn_lightning.datamodules, or `from .name import ...` your own file")
             raise _broken(module, file, error) from error
         raise UserError(f"cannot import {module}: there is no module {error.name} here or installed") from error
     except UserError:
@@ -160,7 +167,8 @@ def _broken(module: str, file: Path | None, error: BaseException) -> UserError:
         own = [f for f in frames if file is None or Path(f.filename).resolve() == file.resolve()]
         where, line = (own[-1].filename, own[-1].lineno) if own else (where, None)
     what = error.msg if isinstance(error, SyntaxError) else error
-    return UserError(f"{where}{f', line {line}' if line else ''}: {type(error).__name__}: {what}")
+    notes = "".join(f". {note}" for note in getattr(error, "__notes__", ()))
+    return UserError(f"{where}{f', line {line}' if line else ''}: {type(error).__name__}: {what}{notes}")
 
 
 def _datamodule(module: ModuleType, attribute: str, asked: str) -> type[LightningDataModule]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.compatibility import FORMAT, KEY, upgrade
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.exporting import Exported
@@ -437,6 +438,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the seed of the noise, from which every process derives its own, and what streams carry."""
+        checkpoint[KEY] = FORMAT
         checkpoint["noise_seed"] = self.noise_seed
         if "optimizer_states" in checkpoint:
             checkpoint[OPTIMIZED] = [_parameter_names(self, optimizer) for optimizer in self.trainer.optimizers]
@@ -445,6 +447,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the seed of the noise and what streams carry."""
+        upgrade(checkpoint, "the checkpoint")
         self.noise_seed = checkpoint.get("noise_seed", self.noise_seed)
         self._resumed = checkpoint.get("carried")
         self._loaded = checkpoint if OPTIMIZED in checkpoint else None

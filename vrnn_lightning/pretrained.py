@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vrnn_lightning.checkpoints import options_of, read_checkpoint
+from vrnn_lightning.compatibility import FORMAT, current_options, current_weights, require_known_format
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.trust import Gate, parameters_of
 
@@ -21,7 +22,8 @@ __all__ = ["Pretrained", "replace_files", "require_model", "require_numbers"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OF_TRAINING = frozenset({"optimizer", "lr_scheduler", "lr_interval", "objective", "_instantiator"})
-FORMAT = "vrnn-lightning 1"
+NAME = "vrnn-lightning"
+"""The word before the number of the format."""
 
 
 class Pretrained:
@@ -48,7 +50,7 @@ class Pretrained:
         if altered is not None:
             raise UserError(f"{altered}: is of a pruned or parametrised layer; make it permanent first (prune.remove)")
         require_numbers("the model", weights)
-        config = {"format": FORMAT, "model": options}
+        config = {"format": f"{NAME} {FORMAT}", "model": options}
         try:
             text = json.dumps(config, indent=2) + "\n"
         except TypeError as error:
@@ -84,7 +86,7 @@ class Pretrained:
         config, source = folder / CONFIG, folder / WEIGHTS
         gate = Gate.of_call(config, trust)
         options = _options(config)
-        weights = _weights(source)
+        weights = current_weights(_weights(source))
         _require_options(config, cls, options)
         given = gate.build(cls, options)
         declared = _declared(config, cls, given, weights)
@@ -290,7 +292,8 @@ def _options(path: Path) -> dict[str, Any]:
         config = json.loads(_content(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error})") from error
-    known = isinstance(config, dict) and config.get("format") == FORMAT
-    if not known or not isinstance(config.get("model"), dict):
-        raise UserError(f"{path}: is not what save_pretrained of this version writes (format {FORMAT!r})")
-    return dict(config["model"])
+    name, _, number = str(config.get("format") if isinstance(config, dict) else None).partition(" ")
+    if name != NAME or not number.isdecimal() or not isinstance(config.get("model"), dict):
+        raise UserError(f"{path}: is not what save_pretrained writes. Fix: give the config.json that it wrote")
+    require_known_format(int(number), path)
+    return dict(current_options(config["model"], "model"))

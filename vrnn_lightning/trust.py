@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import re
 import typing
@@ -19,6 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union
 
 import yaml
 
+from vrnn_lightning.datamodules import INSTALLED
 from vrnn_lightning.errors import UserError
 
 __all__ = ["Gate", "parameters_of", "require_bounded", "strings_of"]
@@ -35,8 +35,7 @@ ALLOWED = (
     *(f"lightning.fabric.{part}" for part in ("loggers", "plugins", "strategies")),  # where some of those are defined
     "lightning.pytorch.cli.ReduceLROnPlateau",  # torch's, with the name of a metric
 )
-DATAMODULES = ("datamodules", "vrnn_lightning.datamodules")
-ENTRY_POINTS = "vrnn_lightning.datamodules"
+ENTRY_POINTS = DATAMODULES = "vrnn_lightning.datamodules"
 PLAIN = (str, int, float, complex, bytes, NoneType, PurePath, Enum, timedelta, date)
 SCALARS = (bool, int, float, str)
 MAX_DEPTH = 32
@@ -291,7 +290,7 @@ class Gate:
             return True
         if any(part.startswith("__") for part in name.split(".")):
             return False
-        if any(_within(name, package) for package in DATAMODULES):
+        if _within(name, DATAMODULES):
             return _is_installed(name) or name in _entry_points()
         return any(_within(name, package) for package in ALLOWED) or name in _entry_points()
 
@@ -365,18 +364,10 @@ def _within(name: str, package: str) -> bool:
 def _is_installed(name: str) -> bool:
     """Tell whether a class path is of a datamodule that comes with this package; nothing is imported.
 
-    A file of the working directory's ``datamodules`` does not count, nor does another project's package of that name.
+    A file of the working directory's ``datamodules/`` is a module of ``vrnn_lightning.datamodules.local``.
     """
     package, _, stem = name.rpartition(".")[0].rpartition(".")
-    here = Path(__file__).resolve().parent
-    folders = [
-        folder for folder in (here / "datamodules", here.parent / "datamodules") if (folder / f"{stem}.py").is_file()
-    ]
-    if package == "datamodules" and folders:
-        spec = importlib.util.find_spec(package)
-        first = next(iter(spec.submodule_search_locations or ()), "") if spec else ""
-        return Path(first).resolve() == folders[0]
-    return package in DATAMODULES and bool(folders)
+    return package == DATAMODULES and (INSTALLED / f"{stem}.py").is_file()
 
 
 @cache

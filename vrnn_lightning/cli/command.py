@@ -26,14 +26,15 @@ from vrnn_lightning.callbacks import Diagnostics, Evaluation, Loop, Predictions,
 from vrnn_lightning.callbacks.predictions import Draws
 from vrnn_lightning.cli import processes, slurm
 from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint, runs_folder
-from vrnn_lightning.cli.parser import Parser
-from vrnn_lightning.cli.words import mentions, named, with_configs
+from vrnn_lightning.cli.parser import MODE, Parser
+from vrnn_lightning.cli.words import in_current_names, mentions, named, with_configs, with_current_names
+from vrnn_lightning.datamodules import local
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.report import NAME, write_report
 from vrnn_lightning.resuming import Stopped, interruption
 from vrnn_lightning.tracking import ElboBar, RunCheckpoint, RunLogger, SaveConfig, WandbLogger, run_logger
-from vrnn_lightning.trust import Gate, strings_of
+from vrnn_lightning.trust import Gate, require_bounded, strings_of
 
 __all__ = ["CLI", "main"]
 
@@ -158,8 +159,9 @@ class CLI(LightningCLI):
     """
 
     def __init__(self, words: list[str]) -> None:
+        local.use_working_directory()
         self.command_line = words
-        self.words = with_configs(words)
+        self.words = with_current_names(with_configs(words))
         names = [
             _class_name(value)
             for key in ("data", "data.class_path", "data.help")
@@ -168,6 +170,8 @@ class CLI(LightningCLI):
         classes = [discovery.load(name) for name in names if name]
         self.checkpoint = self._read_checkpoint(classes)
         self.origin = self._read_origin()
+        if self.checkpoint:
+            self.words = with_current_names(self.words, self.checkpoint.defaults())
         if self.checkpoint and self.checkpoint.folder and not _has_config(self.words) and "fit" in self.words:
             config = self.checkpoint.folder / "config.yaml"
             self._require_trusted(config, classes)
@@ -176,7 +180,7 @@ class CLI(LightningCLI):
             f"Datamodules: {', '.join(discovery.known()) or 'none'}. `--data.help NAME` shows one's options. "
             "`lightning report FOLDER` writes the page of a run."
         )
-        commands = {command: {"epilog": epilog} for command in self.subcommands()}
+        commands = {command: {"allow_abbrev": False, "epilog": epilog} for command in self.subcommands()}
         super().__init__(
             VRNNLightningModule,
             LightningDataModule,
@@ -184,7 +188,7 @@ class CLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={"logger": [{"class_path": "vrnn_lightning.tracking.RunLogger"}]},
             parser_class=Parser,
-            parser_kwargs={"allow_abbrev": False, **{c: {"allow_abbrev": False, **kw} for c, kw in commands.items()}},
+            parser_kwargs={"allow_abbrev": False, "parser_mode": MODE, **commands},
             seed_everything_default=0,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -254,7 +258,8 @@ class CLI(LightningCLI):
             raise UserError(f"{config}: can't be read ({' '.join(str(error).split())}). Fix: give -c") from error
         if not isinstance(document, dict):
             raise UserError(f"{config}: holds no options. Fix: give -c")
-        for name, value in document.items():
+        require_bounded(document, str(config))
+        for name, value in in_current_names(document).items():
             if name in GROUPS and value is not None:
                 gate.check_options(GROUPS[name], value, name)
             elif name != "trust":  # what a file says of itself does not count
@@ -537,12 +542,9 @@ def _has_config(words: list[str]) -> bool:
 
 
 def _class_name(value: object) -> str | None:
-    """Return the datamodule's name from ``Name``, ``{class_path: Name}`` or the path of a file in ``datamodules``."""
+    """Return the datamodule's name from ``Name`` or ``{class_path: Name}``."""
     name = value.get("class_path") if isinstance(value, dict) else value
-    if not isinstance(name, str) or name.startswith("-"):
-        return None
-    package, _, rest = name.partition(".")
-    return rest.rpartition(".")[2] if package == "datamodules" and rest else name
+    return name if isinstance(name, str) and not name.startswith("-") else None
 
 
 def _short(path: str) -> str:

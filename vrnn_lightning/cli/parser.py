@@ -7,8 +7,10 @@ import inspect
 import re
 import sys
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -16,12 +18,24 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from vrnn_lightning import discovery
+from vrnn_lightning.cli.words import in_current_names
 from vrnn_lightning.heads import Head
 from vrnn_lightning.objectives import Objective
 
-__all__ = ["Parser"]
+__all__ = ["MODE", "Parser"]
 
+MODE = "vrnn-lightning"
+"""What jsonargparse calls our way to read YAML."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")  # those that leave the densities room
+
+
+def _read(text: str) -> Any:
+    """Read YAML, options and classes under the names that they have now."""
+    value = get_loader("yaml")(text)
+    return in_current_names(value) if isinstance(value, dict) else value
+
+
+set_loader(MODE, _read, (yaml.YAMLError,))
 
 
 class Parser(LightningArgumentParser):

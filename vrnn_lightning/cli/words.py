@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 import vrnn_lightning
+from vrnn_lightning.compatibility import OPTIONS, current_option, current_options
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.trust import require_bounded, strings_of
 
-__all__ = ["mentions", "named", "with_configs"]
+__all__ = ["in_current_names", "mentions", "named", "with_configs", "with_current_names"]
 
 
 def shipped(path: str) -> str:
@@ -42,6 +46,42 @@ def with_configs(words: list[str]) -> list[str]:
         is_config = word in ("-c", "--config")
         resolved.append(word)
     return resolved
+
+
+def in_current_names(options: Any, place: str = "") -> Any:
+    """Return the options of a config, or the value of one, under the names that they have now."""
+    return current_options(options, place, _say, LightningCLI.subcommands())
+
+
+def with_current_names(words: list[str], defaults: Mapping[str, Any] | None = None) -> list[str]:
+    """Return the command line with every option and class under the name that it has now.
+
+    Args:
+        words: The command line.
+        defaults: Options that it need not state, by name: those of a checkpoint.
+    """
+    current: list[str] = []
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option.startswith("--"):
+            new = f"--{current_option(option[2:])}"
+            group, _, last = new.rpartition(".")
+            names = [old for old in OPTIONS if old.endswith(f".{last}")]
+            for chosen in (mentions(words, group[2:]) or [(defaults or {}).get(group[2:])]) if names else ():
+                made = chosen.get("class_path") if isinstance(chosen, dict) else chosen
+                new = next((f"{group}.{OPTIONS[old]}" for old in names if f".{old}".endswith(f".{made}.{last}")), new)
+            if new != option:
+                _say(option[2:], new[2:])
+            current.append(f"{new}{equals}{in_current_names(value, option)}")
+        else:
+            current.append(in_current_names(word, current[-1] if current else ""))
+    return current
+
+
+@cache
+@rank_zero_only
+def _say(old: str, new: str) -> None:
+    print(f"--{old}: is now --{new}", file=sys.stderr)
 
 
 def mentions(words: list[str], key: str) -> list[Any]:
@@ -72,7 +112,7 @@ def named(words: list[str]) -> set[str]:
         with suppress(yaml.YAMLError, ValueError):  # not every word is YAML
             value = yaml.safe_load(text)
             require_bounded(value, text[:40])
-            found |= set(strings_of(value))
+            found |= set(strings_of(in_current_names(value)))
     return found
 
 
@@ -94,6 +134,7 @@ def _in_yaml(path: str, command: str, key: str) -> list[Any]:
         raise UserError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise UserError(f"{path}: holds no options; expected lines such as `model: {{latent_size: 16}}`")
+    document = in_current_names(document)
     found: list[Any] = [document, document.get(command)]
     for part in key.split("."):
         found = [

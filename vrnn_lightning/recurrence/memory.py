@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 import threading
+import weakref
+from collections import deque
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -25,49 +27,55 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return _pool.take(math.prod(shape) * dtype.itemsize).view(dtype).view(*shape)
 
 
-class _Pool:
-    """Arrays, each lent to one tensor at a time.
+class _Loan(weakref.ref[np.ndarray]):
+    """A reference to the array that a tensor was made of, and the block that the array lies on."""
 
-    A tensor made from an array holds a reference to it for as long as it, or any view of it, lives, whoever has it: an
-    array that the pool alone refers to is free.
+    __slots__ = ("block",)
+    block: np.ndarray
+
+
+class _Pool:
+    """Blocks of memory, each lent to one tensor at a time.
+
+    A tensor is made from an array that nothing else refers to, a view of a block. Tensor and views of it keep the array
+    alive, and when the last of them is deleted, the array's finaliser gives the block back.
     """
 
     def __init__(self) -> None:
-        self._arrays: list[tuple[np.ndarray, int]] = []
+        self._free: list[tuple[np.ndarray, int]] = []  # blocks, and how many were asked for when they came back
+        self._loans: dict[int, _Loan] = {}  # a weak reference must live to be called
+        self._returned: deque[np.ndarray] = deque()
         self._asked = 0
         self._lock = threading.Lock()
-        self._arrays.append((np.empty(0, np.uint8), 0))
-        self._alone = self._references(0)
-        self._arrays.clear()
 
     def take(self, size: int) -> Tensor:
         """Return so many bytes."""
         with self._lock:
             self._asked += 1
+            while self._returned:
+                self._free.append((self._returned.popleft(), self._asked))
             if self._asked % (PATIENCE // 4) == 0:
-                self._give_back()
+                self._free = [(block, since) for block, since in self._free if since + PATIENCE > self._asked]
             wanted = size + ALIGNED
             fitting = [
-                (array.nbytes, i) for i, (array, _) in enumerate(self._arrays) if wanted <= array.nbytes <= 2 * wanted
+                (block.nbytes, i) for i, (block, _) in enumerate(self._free) if wanted <= block.nbytes <= 2 * wanted
             ]
-            place = next((i for _, i in sorted(fitting) if self._references(i) == self._alone), len(self._arrays))
-            if place == len(self._arrays):
+            if fitting:
+                block, _ = self._free.pop(min(fitting)[1])
+            else:
                 grain = 2 ** max(wanted.bit_length() - 4, 0)  # lengths vary from batch to batch: leave some room
-                self._arrays.append((np.empty(-(-wanted // grain) * grain, np.uint8), 0))
-            array = self._arrays[place][0]
-            self._arrays[place] = (array, self._asked)
-            start = -array.ctypes.data % ALIGNED
-            return torch.from_numpy(array)[start : start + size]
+                block = np.empty(-(-wanted // grain) * grain, np.uint8)
+        start = -block.ctypes.data % ALIGNED
+        array = block[start : start + size]
+        loan = _Loan(array, self._end)
+        loan.block = block
+        self._loans[id(loan)] = loan
+        return torch.from_numpy(array)
 
-    def _references(self, place: int) -> int:
-        return sys.getrefcount(self._arrays[place][0])
-
-    def _give_back(self) -> None:
-        self._arrays = [
-            self._arrays[i]
-            for i, (_, asked) in enumerate(self._arrays)
-            if asked + PATIENCE > self._asked or self._references(i) != self._alone
-        ]
+    def _end(self, loan: weakref.ref[np.ndarray]) -> None:
+        """Note that a block is free; without the lock, which this thread may hold."""
+        del self._loans[id(loan)]
+        self._returned.append(cast(_Loan, loan).block)
 
 
 _pool = _Pool()

@@ -1,0 +1,138 @@
+"""Runs of earlier releases load, test to the same figures and resume; newer formats and renamed parts are read too."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from vrnn_lightning import UserError, VRNNLightningModule, compatibility
+from vrnn_lightning.datamodules import local
+from vrnn_lightning.pretrained import NAME
+
+RELEASES = sorted(Path(__file__).with_name("golden").iterdir())
+CLOSE = {"rel": 1e-5, "abs": 1e-6}  # releases of torch differ by rounding
+
+
+@pytest.fixture(params=RELEASES, ids=lambda folder: folder.name)
+def run(request, folder):
+    """The folder of a run that a release wrote, beside what is expected of it."""
+    return Path(shutil.copytree(request.param, folder / "runs" / "sines" / "version_0"))
+
+
+@pytest.fixture
+def renamed(monkeypatch):
+    """Rename a part of the model, an option, a class' option and a class, as a release would."""
+    monkeypatch.setattr(compatibility, "WEIGHTS", {"vrnn.old_cell": "vrnn.cells"})
+    monkeypatch.setitem(compatibility.OPTIONS, "model.states", "latent_size")
+    monkeypatch.setitem(compatibility.OPTIONS, "loop.every", "checkpoint_every")
+    monkeypatch.setitem(compatibility.OPTIONS, "vrnn_lightning.heads.StudentT.floor", "min_scale")
+    monkeypatch.setitem(compatibility.OPTIONS, "vrnn_lightning.datamodules.sines.Sines.length", "steps")
+    classes = [("vrnn_lightning.heads.OldT", "vrnn_lightning.heads.StudentT"), *compatibility.CLASSES]
+    monkeypatch.setattr(compatibility, "CLASSES", classes)
+
+
+def rows(file):
+    with Path(file).open(newline="") as lines:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(lines)]
+
+
+def test_a_checkpoint_tests_to_the_same_figures(run, lightning):
+    before = rows(run / "metrics.csv")
+    assert lightning("test", "--ckpt_path", run / "checkpoints" / "last.ckpt").code == 0
+    assert len(rows(run / "metrics.csv")) == len(before) + 1
+    expected = json.loads((run / "test.json").read_text())
+    assert {key: rows(run / "metrics.csv")[-1][key] for key in expected} == pytest.approx(expected, **CLOSE)
+
+
+def test_a_run_resumes(run, lightning):
+    assert lightning("fit", "--ckpt_path", "last", "--trainer.max_epochs=4").code == 0
+    expected = rows(run / "metrics_resumed.csv")
+    found = rows(run / "metrics.csv")
+    assert len(found) == len(expected)
+    for row, other in zip(found, expected, strict=True):
+        assert {key: row[key] for key in other} == pytest.approx(other, **CLOSE)
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint[compatibility.KEY] == compatibility.FORMAT
+    data = checkpoint["datamodule_hyper_parameters"]["_class_path"]
+    assert data == yaml.safe_load((run / "config.yaml").read_text())["data"]["class_path"]
+    assert data == "vrnn_lightning.datamodules.sines.Sines"
+
+
+def test_models_load(run):
+    module = VRNNLightningModule.load_from_checkpoint(run / "checkpoints" / "last.ckpt")
+    other = VRNNLightningModule.from_pretrained(run / "pretrained")
+    for (name, value), there in zip(module.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, there), name
+
+
+def test_old_names_of_options_classes_and_weights(run, lightning, renamed):
+    path, options = run / "checkpoints" / "last.ckpt", run / "pretrained" / "config.json"
+    module = VRNNLightningModule.load_from_checkpoint(path)
+    content = torch.load(path, weights_only=True)
+    weights = content["state_dict"]
+    content["state_dict"] = {name.replace("vrnn.cells", "vrnn.old_cell"): value for name, value in weights.items()}
+    assert content["state_dict"].keys() != weights.keys()
+    old = {"class_path": "vrnn_lightning.heads.OldT", "init_args": {"floor": 0.01, "min_df": 2.0}}
+    content["hyper_parameters"] |= {"states": content["hyper_parameters"].pop("latent_size"), "emission": old}
+    content["datamodule_hyper_parameters"] |= {"length": content["datamodule_hyper_parameters"].pop("steps")}
+    torch.save(content, path)
+    config = json.loads(options.read_text())
+    config["model"] |= {"states": config["model"].pop("latent_size"), "emission": old}
+    options.write_text(json.dumps(config))
+    loaded = VRNNLightningModule.load_from_checkpoint(path)
+    for found in (loaded, VRNNLightningModule.from_pretrained(run / "pretrained")):
+        assert found.hparams["emission"]["init_args"]["min_scale"] == 0.01
+        assert torch.equal(next(found.parameters()), next(module.parameters()))
+    said = lightning("test", "--ckpt_path", path, "--evaluation.samples=2", "--data.length", 6, "--model.states=2")
+    assert said.code == 0
+    lines = ["--model.states: is now --model.latent_size", "--data.length: is now --data.steps"]
+    assert said.err.splitlines()[:2] == lines
+    Path("old.yaml").write_text("{model: {states: 2}, loop: {every: 3}}")
+    words = ["-c", run / "config.yaml", "-c", "old.yaml", "--model.emission=OldT", "--model.emission.floor=0.01"]
+    said = lightning("fit", *words, "--print_config")
+    assert said.code == 0, said.err
+    written = yaml.safe_load(said.out)
+    assert (written["model"]["latent_size"], written["loop"]["checkpoint_every"]) == (2, 3)
+    assert written["data"]["class_path"] == "vrnn_lightning.datamodules.sines.Sines"
+    assert written["model"]["emission"]["init_args"]["min_scale"] == 0.01
+    assert "--loop.every: is now --loop.checkpoint_every" in said.err
+
+
+def test_states_below_an_old_class_are_kept(monkeypatch):
+    monkeypatch.setattr(compatibility, "CLASSES", [("a.Old", "a.New"), ("a.Data", "b.Data2")])
+    content = {"callbacks": {"Old{'monitor': None}": 1, "Older": 2}, "Data": {"epoch": 3}}
+    assert compatibility.upgrade(content, "last.ckpt")
+    assert content == {"callbacks": {"New{'monitor': None}": 1, "Older": 2}, "Data2": {"epoch": 3}}
+
+
+def test_a_dropped_file_of_an_old_checkpoint_and_a_foreign_package(folder):
+    (folder / "datamodules").mkdir()
+    (folder / "datamodules" / "walks.py").write_text("raise RuntimeError('imported')")
+    local.use_working_directory()
+    assert compatibility.current_class("datamodules.walks.Walks") == "vrnn_lightning.datamodules.local.walks.Walks"
+    assert compatibility.current_class("datamodules.strolls.Strolls") == "datamodules.strolls.Strolls"
+    assert compatibility.current_class("datamodules.walks.deep.Walks") == "datamodules.walks.deep.Walks"
+
+
+def test_a_newer_format_is_one_line(run, lightning):
+    path, newer = run / "checkpoints" / "last.ckpt", compatibility.FORMAT + 1
+    torch.save(torch.load(path, weights_only=True) | {compatibility.KEY: newer}, path)
+    config = json.loads((run / "pretrained" / "config.json").read_text())
+    (run / "pretrained" / "config.json").write_text(json.dumps(config | {"format": f"{NAME} {newer}"}))
+    said = lightning("test", "--ckpt_path", path)
+    assert said.code == 1
+    fix = "but this version of vrnn-lightning reads formats up to 2. Fix: pip install --upgrade vrnn-lightning"
+    assert said.err == f"error: --ckpt_path {path}: has format {newer}, {fix}\n"
+    with pytest.raises(UserError, match=f"has format {newer}"):
+        VRNNLightningModule.load_from_checkpoint(path)
+    with pytest.raises(UserError, match=f"has format {newer}"):
+        VRNNLightningModule.from_pretrained(run / "pretrained")
+
+
+def test_options_of_a_command_are_those_of_the_command_line(renamed):
+    found = compatibility.current_options({"fit": {"model": {"states": 2, "name": "OldT"}}}, commands={"fit"})
+    assert found == {"fit": {"model": {"latent_size": 2, "name": "OldT"}}}

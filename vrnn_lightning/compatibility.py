@@ -1,0 +1,189 @@
+"""Files of earlier releases: the number of their format, and one table of everything that was renamed since.
+
+A release that renames an option, a class or a part of the model adds a row here. Checkpoints, pretrained folders,
+config files and command lines are read through this table, so an old name is never given to something else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from importlib.machinery import PathFinder
+from typing import Any
+
+from vrnn_lightning.errors import UserError
+
+__all__ = [
+    "CLASSES",
+    "FORMAT",
+    "KEY",
+    "OPTIONS",
+    "WEIGHTS",
+    "current_class",
+    "current_option",
+    "current_options",
+    "current_weights",
+    "require_known_format",
+    "upgrade",
+]
+
+FORMAT = 2
+"""The format of the checkpoints and pretrained folders that this version writes; 1, without a number, is 0.1.0's."""
+KEY = "vrnn_lightning_format"
+"""The format's place in a checkpoint."""
+OPTIONS: dict[str, str] = {}
+"""The new last part of an option by its full old name, of the command line (``model.phi_x``) or of a class
+(``vrnn_lightning.heads.StudentT.min_df``); all parts but the last are current names."""
+CLASSES: list[tuple[str, str]] = [
+    ("datamodules.", "vrnn_lightning.datamodules."),  # 0.1.0
+    ("datamodules.", "vrnn_lightning.datamodules.local."),  # 0.1.0, files of the working directory
+]
+"""Old and new class path, or package with a dot at its end, which counts for the modules that the new one has."""
+WEIGHTS: dict[str, str] = {}
+"""The new name of a part of the model by its old one, as in ``state_dict`` (``vrnn.phi_x``)."""
+
+
+def require_known_format(number: object, place: object) -> None:
+    """Raise if a file has a newer format than this version knows.
+
+    Args:
+        number: The file's format; ``None`` if it has none.
+        place: The file, for the message.
+
+    Raises:
+        UserError: The format is newer, or no number.
+
+    >>> require_known_format(1, "last.ckpt")
+    """
+    if number is not None and type(number) is not int:
+        raise UserError(f"{place}: its format {number!r} is not a number. Fix: give a file that vrnn-lightning wrote")
+    if (number or 1) > FORMAT:
+        raise UserError(
+            f"{place}: has format {number}, but this version of vrnn-lightning reads formats up to {FORMAT}. "
+            "Fix: pip install --upgrade vrnn-lightning"
+        )
+
+
+def current_class(path: str) -> str:
+    """Return the class path that a class has now; a name without a package counts where a class of that name had one.
+
+    >>> current_class("datamodules.sines.Sines")
+    'vrnn_lightning.datamodules.sines.Sines'
+    >>> current_class("torch.optim.Adam")
+    'torch.optim.Adam'
+    """
+    for old, new in CLASSES:
+        if path and path in (old, old.rpartition(".")[2]):
+            return new
+        module, _, name = path.removeprefix(old).rpartition(".")
+        if old.endswith(".") and path.startswith(old) and _is_module(new[:-1], module):
+            return f"{new}{module}.{name}"
+    return path
+
+
+def _is_module(package: str, name: str) -> bool:
+    """Return whether a package has a module, without importing it."""
+    folders = importlib.import_module(package).__path__
+    return name.isidentifier() and PathFinder.find_spec(f"{package}.{name}", folders) is not None
+
+
+def current_option(name: str) -> str:
+    """Return the name that an option of the command line has now.
+
+    >>> current_option("model.phi_x.width")
+    'model.phi_x.width'
+    """
+    place: list[str] = []
+    for part in name.split("."):
+        place.append(OPTIONS.get(".".join([*place, part]), part))
+    return ".".join(place)
+
+
+def current_options(
+    options: Any,
+    place: str = "",
+    say: Callable[[str, str], object] = lambda old, new: None,
+    commands: Collection[str] = (),
+) -> Any:
+    """Return the options of a config file or a checkpoint under the names that they have now.
+
+    Args:
+        options: Their values by name, of any depth.
+        place: The option that they belong to, ``"model"``; or the path of their class.
+        say: Called with the old and the new name of each option that was renamed.
+        commands: Names at the top whose options are those of the command line.
+
+    >>> current_options({"data": {"class_path": "datamodules.sines.Sines", "init_args": {"steps": 9}}})
+    {'data': {'class_path': 'vrnn_lightning.datamodules.sines.Sines', 'init_args': {'steps': 9}}}
+    """
+    if isinstance(options, list):
+        return [current_options(value, place, say) for value in options]
+    if not isinstance(options, Mapping):
+        is_class = isinstance(options, str) and not place.endswith("name")
+        return current_class(options) if is_class else options
+    made = next((options[key] for key in ("class_path", "_class_path") if isinstance(options.get(key), str)), "")
+    found = {}
+    for key, value in options.items():
+        if not isinstance(key, str):
+            found[key] = value
+            continue
+        option = key.removesuffix("+")  # appends to a list
+        names = [f"{place}.{option}".lstrip("."), f"{current_class(made)}.{option}"]
+        new = next((OPTIONS[name] for name in names if name in OPTIONS), option)
+        if new != option:
+            say(names[0], f"{place}.{new}".lstrip("."))
+        within = current_class(made) if key == "init_args" else "" if key in commands else f"{place}.{new}".lstrip(".")
+        found[new + key[len(option) :]] = current_options(value, within, say)
+    return found
+
+
+def current_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a ``state_dict`` under the names that the parts of the model have now."""
+    return {_current_weight(name): value for name, value in weights.items()}
+
+
+def _current_weight(name: str) -> str:
+    part = next((part for part in WEIGHTS if f"{name}.".startswith(f"{part}.")), None)
+    return name if part is None else WEIGHTS[part] + name[len(part) :]
+
+
+def upgrade(content: dict[str, Any], place: object) -> bool:
+    """Rename in a checkpoint what has another name now, in place.
+
+    Args:
+        content: The checkpoint.
+        place: Its file, for the message.
+
+    Returns:
+        Whether anything was renamed.
+
+    Raises:
+        UserError: It has a newer format than this version knows.
+    """
+    require_known_format(content.get(KEY), place)
+    renamed: dict[str, Any] = {}
+    short = {old.rpartition(".")[2]: new.rpartition(".")[2] for old, new in CLASSES if not old.endswith(".")}
+    if isinstance(content.get("callbacks"), Mapping):  # their states, each below its class and perhaps options
+        current = partial(re.sub, r"^\w+", lambda name: short.get(name[0], name[0]))
+        renamed["callbacks"] = {current(key): state for key, state in content["callbacks"].items()}
+    renamed |= {short[key]: content.pop(key) for key in [*content] if key in short}  # the datamodule's state
+    for key, group in (("hyper_parameters", "model"), ("datamodule_hyper_parameters", "data")):
+        if isinstance(content.get(key), Mapping):
+            renamed[key] = current_options(content[key], group)
+    for key in ("state_dict", "current_model_state"):  # the second: weights beside their average
+        if isinstance(content.get(key), Mapping):
+            renamed[key] = current_weights(content[key])
+    changed = {key: value for key, value in renamed.items() if _names(value) != _names(content.get(key))}
+    content.update(changed)
+    return bool(changed)
+
+
+def _names(options: Any) -> Any:
+    """Return what of options or weights can be renamed, without tensors, whose comparison is no boolean."""
+    if isinstance(options, Mapping):
+        return {key: _names(value) for key, value in options.items()}
+    if isinstance(options, list):
+        return [_names(value) for value in options]
+    return options if isinstance(options, str) else ""

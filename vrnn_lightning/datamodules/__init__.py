@@ -1,0 +1,15 @@
+"""Datamodules, one per file and named after what they load; ``_template.py`` is the one to copy.
+
+The repository keeps their files in its folder ``datamodules/``, at the top; a wheel installs them here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["INSTALLED"]
+
+_here = Path(__file__).parent
+INSTALLED = _here if (_here / "_template.py").is_file() else _here.parents[1] / "datamodules"
+"""The folder of the datamodules that come with the package."""
+__path__ = [str(_here), str(INSTALLED)]
