@@ -44,6 +44,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vrnn_lightning.cli import main as lightning
+from vrnn_lightning.cli import processes
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 
@@ -95,7 +96,7 @@ WAYS = {
 SAVING = {
     "": [],
     "every 2 steps": ["--last.every_n_train_steps=2"],
-    "every batch": ["--last.train_time_interval=0:00:00.000001"],
+    "every batch": ["--last.every=0.000001s"],
 }
 """When last.ckpt is written besides what the run does by itself."""
 
@@ -147,7 +148,9 @@ class Scenario(NamedTuple):
         other_disk: Whether TMPDIR lies on another file system.
         copied: Whether it begins with a copy of the folder of the run that nothing interrupts, and is not resumed.
         slurm: Whether it is a job of SLURM, which starts the same command again when it is asked to.
-        kills: Kill the run at these times, as shares of the time that the whole training takes; resume it each time.
+        times: Send the run a signal at these times, as shares of what the whole training takes; resume it each time.
+        signal: That signal.
+        bare: Whether it is resumed without its options, which the run's config.yaml has.
     """
 
     name: str
@@ -164,16 +167,22 @@ class Scenario(NamedTuple):
     other_disk: bool = False
     copied: bool = False
     slurm: bool = False
-    kills: tuple[float, ...] = ()
+    times: tuple[float, ...] = ()
+    signal: signal.Signals = signal.SIGKILL
+    bare: bool = False
+
+    @property
+    def is_killed(self) -> bool:
+        """Whether the fault leaves the run no time to clean up."""
+        return self.signal == signal.SIGKILL if self.times else self.code in (EXIT["SIGKILL"], EXIT["TMPDIR"])
 
 
 class Result(NamedTuple):
-    """What came of a scenario; ``left`` are files that a killed run leaves, which nothing can remove at once."""
+    """What came of a scenario."""
 
     name: str
     verdict: str
     reason: str
-    left: list[str]
 
 
 class Ended(NamedTuple):
@@ -202,7 +211,7 @@ class Run:
 
     Args:
         words: The command line.
-        folder: Its working directory.
+        folder: Its working directory; what it prints goes to files in a folder beside it.
         prepare: Called in every process of the run before the command.
         environment: Variables that differ.
     """
@@ -214,10 +223,10 @@ class Run:
         prepare: Callable[[], None] | None = None,
         environment: dict[str, str] | None = None,
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(CONFIG)
-        self.folder = folder
-        self.err = folder / f"err-{len(list(folder.glob('err-*')))}.txt"
+        self.said = said_of(folder)
+        self.said.mkdir(exist_ok=True)
+        self.err = self.said / f"err-{len(list(self.said.glob('err-*')))}.txt"
         self.started, started = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
@@ -232,10 +241,10 @@ class Run:
         """Wait until training starts or the run has ended."""
         os.read(self.started, 1)
 
-    def kill(self) -> None:
-        """Kill all of its processes."""
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to all of its processes."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+            os.killpg(self.pid, number)
 
     def wait(self, limit: float = 60) -> Ended:
         """Wait for all of its processes; those that exceed the limit are killed."""
@@ -250,15 +259,20 @@ class Run:
             if pid == 0:
                 if time.time() - begin > limit and not over:
                     over = True
-                    self.kill()
+                    self.send(signal.SIGKILL)
                 time.sleep(0.005)
         end = time.time()
         os.close(self.started)
-        struck = self.folder / "struck"
+        struck = self.said / "struck"
         when, step = json.loads(struck.read_text()) if struck.is_file() else (None, 0)
         struck.unlink(missing_ok=True)
         code = 128 - code if code < 0 else code  # as a shell says it
         return Ended(code, end - (when or begin), self.err.read_text(), when, step)
+
+
+def said_of(folder: Path) -> Path:
+    """Return where a run in a folder prints to: its own disk may be full."""
+    return folder.with_name(f"{folder.name}-said")
 
 
 def _be_the_command(
@@ -268,15 +282,15 @@ def _be_the_command(
     code = 1
     try:
         os.chdir(folder)
-        for stream, name in ((0, os.devnull), (1, "out.txt"), (2, err)):
+        for stream, name in ((0, os.devnull), (1, err.with_name("out.txt")), (2, err)):
             file = os.open(name, os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
             os.dup2(file, stream)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.argv = ["lightning", *words]
         tempfile.tempdir = None
-        if "--trainer.devices=2" in words:
-            _prefork_rank()
+        _prefork_rank()
+        processes.PARENT = os.getppid()  # as on import
         _on_call("on_fit_start", lambda _: os.write(started, b"."))
         if prepare:
             prepare()
@@ -352,7 +366,7 @@ def strike(place: str, fault: Callable[[], object], rank: int | None = None) -> 
 
     def prepare() -> None:
         calls = itertools.count()
-        struck = Path("struck").resolve()
+        struck = said_of(Path.cwd()) / "struck"
 
         def action(module: VRNNLightningModule) -> None:
             is_now = module.current_epoch == epoch or place in COMMANDS
@@ -505,126 +519,136 @@ def _some(names: Sequence[str]) -> str:
 
 def judge(scenario: Scenario, references: Path, folder: Path) -> Result:
     """Let a scenario happen in a folder, and compare what came of it with the run that nothing interrupted."""
-    reference = references / _key(scenario.way, scenario.saving)
-    disk = Path(ELSEWHERE) if scenario.other_disk else folder.parent
-    temporary = Path(tempfile.mkdtemp(prefix="resume-tmp-", dir=disk))
-    environment = {"TMPDIR": str(temporary)}
-    folder.mkdir(parents=True)
-    if scenario.small_disk:
-        _mount(folder)
-    if scenario.copied:
-        shutil.copytree(reference / "runs", folder / "runs")
-    if scenario.slurm:
-        environment |= _slurm(folder)
+    trial = Trial(scenario, references / _key(scenario.way, scenario.saving), folder)
+    differences: list[str] = []
     try:
-        problems, left, warning = _happen(scenario, reference, folder, environment)
-        problems += [f"leaves {_some(left)}"] if left and not _is_killed(scenario) else []
-        left += _left(folder, temporary)
-        differences = compare(reference, folder)
+        trial.interrupt()
+        if not scenario.copied:
+            trial.resume()
+        differences = compare(trial.reference, folder)
     except AssertionError as error:
-        problems, left, differences, warning = [str(error)], [], [], ""
+        trial.problems.append(str(error))
     finally:
-        shutil.rmtree(temporary)
-    if problems or (differences and not warning):
-        return Result(scenario.name, "wrong", "; ".join([*problems, *differences]), left)
+        shutil.rmtree(trial.temporary)
+    warning = " ".join(trial.warnings)
+    if trial.problems or (differences and not warning):
+        return Result(scenario.name, "wrong", "; ".join([*trial.problems, *differences]))
     if differences:
-        return Result(scenario.name, "warned", f"{warning} [{'; '.join(differences)}]", left)
-    return Result(scenario.name, "equal", f"but warned: {warning}" if warning else "", left)
+        return Result(scenario.name, "warned", f"{warning} [{'; '.join(differences)}]")
+    return Result(scenario.name, "equal", f"but warned: {warning}" if warning else "")
 
 
-def _happen(
-    scenario: Scenario, reference: Path, folder: Path, environment: dict[str, str]
-) -> tuple[list[str], list[str], str]:
-    """Run until the fault and again to the end; return problems, files left behind, and what the resume warned of."""
-    problems: list[str] = []
-    temporary = Path(environment["TMPDIR"])
-    if scenario.kills:
-        duration = float((reference / "duration").read_text())
-        words = scenario.words
-        for share in scenario.kills:
-            run = Run(words, folder, None, environment)
+class Trial:
+    """A scenario that happens in a folder, and what is found to be wrong meanwhile."""
+
+    def __init__(self, scenario: Scenario, reference: Path, folder: Path) -> None:
+        self.scenario = scenario
+        self.reference = reference
+        self.folder = folder
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+        disk = ELSEWHERE if scenario.other_disk and ELSEWHERE.is_dir() else folder.parent
+        self.temporary = Path(tempfile.mkdtemp(prefix="resume-tmp-", dir=disk))
+        self.environment = {"TMPDIR": str(self.temporary)}
+        folder.mkdir(parents=True)
+        if scenario.small_disk:
+            _mount(folder)
+        if scenario.copied:
+            shutil.copytree(reference / "runs", folder / "runs")
+        if scenario.slurm:
+            self.environment |= _slurm(folder)
+
+    def interrupt(self) -> None:
+        """Run until the fault, or several times until a signal, and look at how the run ended."""
+        words = [*self.scenario.words, *self.scenario.first]
+        if not self.scenario.times:
+            ended = Run(words, self.folder, self.scenario.prepare, self.environment).wait()
+            self.problems += self._wrong_endings(ended)
+        duration = float((self.reference / "duration").read_text())
+        for share in self.scenario.times:
+            run = Run(words, self.folder, None, self.environment)
             run.await_start()
             time.sleep(share * duration)
-            run.kill()
+            run.send(self.scenario.signal)
+            begin = time.time()
             ended = run.wait()
-            if ended.code == 0:
-                return [], [], ""
-            if ended.code != 128 + signal.SIGKILL:
-                return [f"exit code {ended.code}: {_last_line(ended.err)}"], [], ""
-            words = _again(scenario, folder)
-    else:
-        ended = Run([*scenario.words, *scenario.first], folder, scenario.prepare, environment).wait()
-        problems += _faults_of_ending(scenario, ended, folder)
-    (folder / "ballast").unlink(missing_ok=True)
-    left = _left(folder, temporary)
-    if scenario.copied:
-        return problems, left, ""
-    if scenario.slurm:
-        environment = {**environment, "SLURM_RESTART_COUNT": "1"}
-        again = scenario.words
-    else:
-        again = _again(scenario, folder)
-    ended = Run(again, folder, None, environment).wait()
-    if ended.code and "behind it" not in ended.err:  # all was done before the fault
-        problems.append(f"the resume ends with {ended.code}: {_last_line(ended.err)}")
-    if "Traceback" in ended.err and not ended.code:
-        problems.append("a traceback in the resume")
-    usual = (reference / "err-0.txt").read_text()
-    warnings = [line for line in ended.err.splitlines() if line not in usual and WARNING.search(line)]
-    return problems, left, " ".join(warnings)
+            if time.time() - begin > GRACE:
+                self.problems.append(f"ends {time.time() - begin:.0f} s after the signal")
+            if ended.code != 128 + self.scenario.signal:  # it was faster, or it is wrong
+                self._check_success(ended)
+                break
+            words = self._words_to_resume()
+        (self.folder / "ballast").unlink(missing_ok=True)
+        if not self.scenario.is_killed:
+            self._check_files()
+
+    def resume(self) -> None:
+        """Start the run again, which should now come to its end."""
+        words, environment = self._words_to_resume(), self.environment
+        if self.scenario.slurm:  # the same command again, as SLURM does
+            words, environment = self.scenario.words, {**environment, "SLURM_RESTART_COUNT": "1"}
+        ended = Run(words, self.folder, None, environment).wait()
+        self._check_success(ended)
+        usual = (said_of(self.reference) / "err-0.txt").read_text()
+        lines = [line for line in ended.err.splitlines() if line not in usual]
+        self.warnings += [line for line in lines if WARNING.search(line) and not line.startswith("error: ")]
+        self._check_files()
+
+    def _wrong_endings(self, ended: Ended) -> Iterator[str]:
+        """Yield what is wrong with how a run ended after its fault."""
+        scenario = self.scenario
+        if scenario.prepare and ended.time is None:
+            yield f"the fault did not come: exit code {ended.code}, {_last_line(ended.err)}"
+            return
+        if ended.code != scenario.code if scenario.code is not None else ended.code == 0:
+            yield f"exit code {ended.code}, not {scenario.code or 'an error'} ({_last_line(ended.err)})"
+        if scenario.limit is not None and ended.seconds > scenario.limit:
+            yield f"ends after {ended.seconds:.0f} s"
+        if "Traceback" in ended.err:
+            yield f"a traceback ({_last_line(ended.err)})"
+        errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+        if scenario.one_error and len(errors) != 1:
+            yield f"{len(errors)} error lines, not 1"
+        steps = {}
+        for file in self.folder.glob("runs/*/*/checkpoints/*.ckpt"):
+            try:
+                steps[file.name] = torch.load(file, map_location="cpu", weights_only=True)["global_step"]
+            except Exception as error:  # a damaged file raises anything
+                yield f"{file.name} is damaged ({type(error).__name__})"
+        if scenario.saves and steps.get("last.ckpt", -1) < ended.step:
+            yield f"last.ckpt is of step {steps.get('last.ckpt')}, not {ended.step}"
+        if scenario.slurm:
+            asked = self.folder / "scontrol.txt"
+            if not asked.is_file() or asked.read_text() != "requeue 77\n":
+                yield "`scontrol requeue 77` was not called once"
+
+    def _check_success(self, ended: Ended) -> None:
+        """Note what is wrong with a run that should come to its end, or has nothing more to do."""
+        if ended.code and "behind it" not in ended.err:
+            self.problems.append(f"exit code {ended.code} where it should end: {_last_line(ended.err)}")
+        elif "Traceback" in ended.err:
+            self.problems.append(f"a traceback in a run that succeeds: {_last_line(ended.err)}")
+
+    def _words_to_resume(self) -> list[str]:
+        """Return the words that resume the run; where nothing was saved, it begins again in an empty folder."""
+        if any(self.folder.glob("runs/*/*/checkpoints/last.ckpt")):
+            return ["fit", "--ckpt_path=last"] if self.scenario.bare else [*self.scenario.words, "--ckpt_path=last"]
+        shutil.rmtree(self.folder / "runs", ignore_errors=True)
+        return self.scenario.words
+
+    def _check_files(self) -> None:
+        """Note files that should have been removed, or written into the run's folder; not what a killed run can't."""
+        known = {"runs", "config.yaml", "scontrol", "scontrol.txt"}
+        strange = {file.name for file in self.folder.iterdir()} - known
+        strange |= {file.name for file in self.folder.rglob("*") if file.name.startswith("hpc_ckpt")}
+        strange |= {file.name for file in self.folder.rglob("*.part")}
+        if not self.scenario.is_killed:
+            strange |= {file.name for file in self.temporary.iterdir()}
+        if strange:
+            self.problems.append(f"leaves {_some(sorted(strange))}")
 
 
 WARNING = re.compile(r"\b(resum|differ)", re.IGNORECASE)
-
-
-def _faults_of_ending(scenario: Scenario, ended: Ended, folder: Path) -> Iterator[str]:
-    """Yield what is wrong with how the first run ended."""
-    if scenario.prepare and ended.time is None:
-        yield f"the fault did not come: exit code {ended.code}, {_last_line(ended.err)}"
-        return
-    if ended.code != scenario.code if scenario.code is not None else ended.code == 0:
-        yield f"exit code {ended.code}, not {scenario.code or 'an error'} ({_last_line(ended.err)})"
-    if scenario.limit is not None and ended.seconds > scenario.limit:
-        yield f"ends after {ended.seconds:.0f} s"
-    if "Traceback" in ended.err:
-        yield f"a traceback ({_last_line(ended.err)})"
-    errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
-    if scenario.one_error and len(errors) != 1:
-        yield f"{len(errors)} error lines, not 1"
-    for file in folder.glob("runs/*/*/checkpoints/*.ckpt"):
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file raises anything
-            yield f"{file.name} is damaged ({type(error).__name__})"
-            continue
-        if file.name == "last.ckpt" and scenario.saves and content["global_step"] < ended.step:
-            yield f"last.ckpt is of step {content['global_step']}, not {ended.step}"
-    if scenario.saves and not list(folder.glob("runs/*/*/checkpoints/last.ckpt")):
-        yield "last.ckpt was not saved"
-    if scenario.slurm:
-        asked = folder / "scontrol.txt"
-        if not asked.is_file() or asked.read_text() != "requeue 77\n":
-            yield "scontrol requeue 77 was not called once"
-
-
-def _again(scenario: Scenario, folder: Path) -> list[str]:
-    """Return the words that resume a run; where nothing was saved, it begins again in an empty folder."""
-    if any(folder.glob("runs/*/*/checkpoints/last.ckpt")):
-        return [*scenario.words, "--ckpt_path=last"]
-    shutil.rmtree(folder / "runs", ignore_errors=True)
-    return scenario.words
-
-
-def _left(folder: Path, temporary: Path) -> list[str]:
-    """Return the files that a run should have removed, or written into its own folder."""
-    known = {"runs", "config.yaml", "out.txt", "scontrol", "scontrol.txt"}
-    strange = [file for file in folder.iterdir() if file.name not in known and not file.name.startswith("err-")]
-    parts = [file for file in folder.rglob("*") if file.name.endswith(".part") or file.name.startswith("hpc_ckpt")]
-    return sorted({file.name for file in [*strange, *parts, *temporary.iterdir()]})
-
-
-def _is_killed(scenario: Scenario) -> bool:
-    return bool(scenario.kills) or scenario.code in (128 + signal.SIGKILL, 128 + signal.SIGXFSZ)
 
 
 def _last_line(err: str) -> str:
@@ -650,18 +674,19 @@ def _mount(folder: Path) -> None:
 
 
 CLONE_NEWNS, MS_REC, MS_PRIVATE, PR_SET_CHILD_SUBREAPER = 0x20000, 0x4000, 0x40000, 36
-ELSEWHERE = "/dev/shm"
+ELSEWHERE = Path("/dev/shm")
 
 
 def refer(way: str, saving: str, references: Path) -> Result:
     """Train without an interruption."""
     folder = references / _key(way, saving)
+    folder.mkdir()
     run = Run(words_of(way, saving), folder, None, {"TMPDIR": str(references)})
     run.await_start()
     begin = time.time()
     ended = run.wait()
     (folder / "duration").write_text(str(time.time() - begin))
-    return Result(folder.name, "wrong" if ended.code else "equal", _last_line(ended.err) if ended.code else "", [])
+    return Result(folder.name, "wrong" if ended.code else "equal", _last_line(ended.err) if ended.code else "")
 
 
 def _key(way: str, saving: str) -> str:
@@ -819,16 +844,17 @@ def further() -> list[Scenario]:
     return found  # fmt: skip
 
 
-def at_random(number: int, seed: int) -> list[Scenario]:
-    """Return runs that are killed at random times, up to three times in a row."""
+def at_random(kills: int, seed: int) -> list[Scenario]:
+    """Return runs that are killed at random times, up to three times in a row, and a quarter as many other signals."""
     draw = random.Random(seed)
     found = []
-    for index in range(number):
-        way, saving = draw.choice(list(WAYS)), draw.choice(list(SAVING))
-        kills = tuple(draw.random() for _ in range(draw.choice((1, 1, 2, 3))))
-        times = ", ".join(f"{share:.2f}" for share in kills)
-        name = f"{_key(way, saving)} / {seed}-{index} / killed at {times}"
-        found.append(Scenario(name, words_of(way, saving), way, saving, kills=kills))
+    for index in range(kills + kills // 4):
+        way, saving, bare = draw.choice(list(WAYS)), draw.choice(list(SAVING)), draw.random() < 0.5
+        times = tuple(draw.random() for _ in range(draw.choice((1, 1, 2, 3))))
+        sent = signal.SIGKILL if index < kills else draw.choice((signal.SIGTERM, signal.SIGINT))
+        shares = ", ".join(f"{share:.2f}" for share in times)
+        name = f"{_key(way, saving)} / {seed}-{index} / {sent.name} at {shares}{', bare' if bare else ''}"
+        found.append(Scenario(name, words_of(way, saving), way, saving, times=times, signal=sent, bare=bare))
     return found
 
 
@@ -886,9 +912,7 @@ def print_totals(results: Sequence[Result]) -> None:
         if result.reason:
             print(f"- {result.name}: {result.verdict}: {result.reason}")
     count = {verdict: sum(r.verdict == verdict for r in results) for verdict in ("equal", "warned", "wrong")}
-    left = sorted({re.sub(r"\d+|(?<=^tmp)\w+", "*", name) for result in results for name in result.left})
-    print(f"\n{len(results)} cases: {', '.join(f'{verdict} {n}' for verdict, n in count.items())}")
-    print(f"files left behind by killed runs: {', '.join(left) or 'none'}\n")
+    print(f"\n{len(results)} cases: {', '.join(f'{verdict} {n}' for verdict, n in count.items())}\n")
 
 
 def main(arguments: list[str] | None = None) -> int:

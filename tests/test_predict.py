@@ -159,7 +159,7 @@ def disk(monkeypatch):
 def test_full_disk_leaves_nothing(tmp_path, disk, room):
     """While parts are written, and while they are joined."""
     disk(room)
-    with pytest.raises(UserError, match=r"test.npz: can't be written \(No space left on device\).*make room"):
+    with pytest.raises(UserError, match=r"--trainer.default_root_dir .*test.npz: No space left.*free some space"):
         predict(tmp_path, task="forecast", prefix=3, samples=20)
     assert not list(tmp_path.iterdir())
 
@@ -195,13 +195,13 @@ def test_no_permission_is_said_before_anything_is_computed(tmp_path, monkeypatch
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     monkeypatch.setattr(VRNNLightningModule, "forecast", lambda *_, **__: pytest.fail("computed"))
-    with pytest.raises(UserError, match=r"Permission denied.*--trainer.default_root_dir"):
+    with pytest.raises(UserError, match=r"--trainer.default_root_dir .*Permission denied"):
         predict(tmp_path, task="forecast", prefix=3)
 
 
 def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "predictions").write_text("")
-    with pytest.raises(UserError, match="can't be written"):
+    with pytest.raises(UserError, match="Not a directory"):
         predict(tmp_path, task="score")
 
 
@@ -682,7 +682,7 @@ def test_a_full_disk_while_a_picture_is_drawn(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", full)
-    with pytest.raises(UserError, match=r"test.png: can't be written \(No space left on device\)"):
+    with pytest.raises(UserError, match=r"test.png: No space left on device"):
         predict(tmp_path, task="reconstruct", shown=2)
     names = {path.name for path in (tmp_path / "predictions/reconstruct").iterdir()}
     assert names == {"test.npz", "test.csv"}

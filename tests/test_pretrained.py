@@ -347,7 +347,7 @@ def test_without_room_the_folder_is_as_it_was(module, tmp_path):
     for room in (len(before["model.safetensors"]) // 2, 10):
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
         try:
-            with pytest.raises(UserError, match=r"File too large; it is not written"):
+            with pytest.raises(UserError, match=r"File too large"):
                 other.save_pretrained(tmp_path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)

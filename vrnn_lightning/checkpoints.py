@@ -139,6 +139,8 @@ def _require_shape(content: Any, place: str) -> None:
         require_bounded(content.get(key), f"{place}: its {key}")
         if isinstance(content.get(key), dict) and not all(isinstance(name, str) for name in content[key]):
             raise UserError(f"{place}: its {key} has names that are not text. {FIX}")
+    if not all(isinstance(name, str) for name in content.get("callbacks", {})):
+        raise UserError(f"{place}: its callbacks have names that are not text. {FIX}")
     for key in ("optimizer_states", "lr_schedulers"):
         if not all(isinstance(state, dict) for state in content.get(key, [])):
             raise UserError(f"{place}: its {key} are not states by name. {FIX}")

@@ -440,7 +440,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         """Store the seed of the noise, from which every process derives its own, and what streams carry."""
         checkpoint[KEY] = FORMAT
         checkpoint["noise_seed"] = self.noise_seed
-        if "optimizer_states" in checkpoint:
+        if "optimizer_states" in checkpoint and self._trainer is not None:
             checkpoint[OPTIMIZED] = [_parameter_names(self, optimizer) for optimizer in self.trainer.optimizers]
         if self._carried is not None:  # the streams' states; every process has its own
             checkpoint["carried"] = [self._gathered(part) for part in _flatten(self._carried)]

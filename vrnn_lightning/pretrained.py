@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -16,9 +15,10 @@ from torch import Tensor
 from vrnn_lightning.checkpoints import options_of, read_checkpoint
 from vrnn_lightning.compatibility import FORMAT, current_options, current_weights, require_known_format
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import write_files
 from vrnn_lightning.trust import Gate, parameters_of
 
-__all__ = ["Pretrained", "replace_files", "require_model", "require_numbers"]
+__all__ = ["Pretrained", "require_model", "require_numbers"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OF_TRAINING = frozenset({"optimizer", "lr_scheduler", "lr_interval", "objective", "_instantiator"})
@@ -61,7 +61,7 @@ class Pretrained:
         except (OSError, ValueError) as error:  # a name that no folder can have is a ValueError
             said = getattr(error, "strerror", None) or error
             raise UserError(f"{folder}: {said}; the model is not saved there") from error
-        replace_files({folder / WEIGHTS: save(weights), folder / CONFIG: text.encode()})
+        write_files({folder / WEIGHTS: save(weights), folder / CONFIG: text.encode()})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, trust: str | Sequence[str] = ()) -> Self:
@@ -256,25 +256,6 @@ def _safetensors() -> Any:
     except ModuleNotFoundError as error:
         raise UserError("safetensors is not installed; pip install 'vrnn-lightning[export]'") from error
     return safetensors
-
-
-def replace_files(files: Mapping[Path, bytes]) -> None:
-    """Write files that are all whole or, where that fails, as they were.
-
-    Raises:
-        UserError: One of them can't be written.
-    """
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
-    try:
-        for path, part in parts.items():
-            part.write_bytes(files[path])
-        for path, part in parts.items():
-            part.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; it is not written") from error
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
 
 
 def _content(path: Path) -> bytes:

@@ -34,7 +34,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vrnn_lightning.checkpoints import read_checkpoint
-from vrnn_lightning.files import replacing
+from vrnn_lightning.files import is_remote, replacing
 
 __all__ = [
     "OPTIMIZED",
@@ -522,7 +522,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         Raises:
             UserError: It is missing or damaged, or holds anything else.
         """
-        if "://" in str(path):
+        if is_remote(path):
             return super().load_checkpoint(path, weights_only=True)
         return read_checkpoint(Path(path), map_location=map_location or "cpu")
 
@@ -532,10 +532,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         Raises:
             UserError: The system can't write there.
         """
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        with replacing(Path(path)) as temporary, temporary.open("wb") as file:
+        with replacing(str(path)) as temporary, temporary.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:  # torch hides the system's error

@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union
 
 import yaml
 
-from vrnn_lightning.datamodules import INSTALLED
+from vrnn_lightning import datamodules
+from vrnn_lightning.compatibility import current_class
 from vrnn_lightning.errors import UserError
 
 __all__ = ["Gate", "parameters_of", "require_bounded", "strings_of"]
@@ -35,7 +36,7 @@ ALLOWED = (
     *(f"lightning.fabric.{part}" for part in ("loggers", "plugins", "strategies")),  # where some of those are defined
     "lightning.pytorch.cli.ReduceLROnPlateau",  # torch's, with the name of a metric
 )
-ENTRY_POINTS = DATAMODULES = "vrnn_lightning.datamodules"
+ENTRY_POINTS = "vrnn_lightning.datamodules"
 PLAIN = (str, int, float, complex, bytes, NoneType, PurePath, Enum, timedelta, date)
 SCALARS = (bool, int, float, str)
 MAX_DEPTH = 32
@@ -254,6 +255,7 @@ class Gate:
                 what = "is the name of several classes" if named else "no such class"
                 raise UserError(f"{self.source}: {place} {name}: {what}. Fix: give its class path")
             name = f"{named[0].__module__}.{named[0].__qualname__}"
+        name = current_class(name)
         module, _, attribute = name.rpartition(".")
         if not self._allows(name):
             raise self._refusal(place, name)
@@ -290,8 +292,8 @@ class Gate:
             return True
         if any(part.startswith("__") for part in name.split(".")):
             return False
-        if _within(name, DATAMODULES):
-            return _is_installed(name) or name in _entry_points()
+        if _within(name, datamodules.__name__):  # a file of the working directory's folder does not count
+            return datamodules.is_installed(name) or name in _entry_points()
         return any(_within(name, package) for package in ALLOWED) or name in _entry_points()
 
     def _trusts(self, name: str) -> bool:
@@ -359,15 +361,6 @@ def _is_scalar(value: Any, kind: type, *, is_text: bool) -> bool:
 
 def _within(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
-
-
-def _is_installed(name: str) -> bool:
-    """Tell whether a class path is of a datamodule that comes with this package; nothing is imported.
-
-    A file of the working directory's ``datamodules/`` is a module of ``vrnn_lightning.datamodules.local``.
-    """
-    package, _, stem = name.rpartition(".")[0].rpartition(".")
-    return package == DATAMODULES and (INSTALLED / f"{stem}.py").is_file()
 
 
 @cache

@@ -13,6 +13,7 @@ from torch import Tensor
 from vrnn_lightning.data import rows_to_strokes
 from vrnn_lightning.data.rolls import KEYS, LOWEST
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -393,14 +394,15 @@ def save_strokes(strokes: Tensor, path: str | Path, animated: bool = False) -> N
         UserError: It ends otherwise, or these are no strokes.
     """
     path = Path(path)
-    if path.suffix == ".svg":
-        path.write_text(strokes_svg(strokes, animated))
-    elif path.suffix == ".gif":
-        save_animation(strokes, path)
-    elif path.suffix == ".png":
-        _save_still(strokes, path)
-    else:
+    if path.suffix not in (".svg", ".gif", ".png"):
         raise UserError(f"{path}: strokes are drawn as .svg, .png or .gif; choose one of these")
+    with replacing(path) as temporary:
+        if path.suffix == ".svg":
+            temporary.write_text(strokes_svg(strokes, animated), encoding="utf-8")
+        elif path.suffix == ".gif":
+            save_animation(strokes, temporary)
+        else:
+            _save_still(strokes, temporary)
 
 
 def _save_still(strokes: Tensor, path: Path) -> None:
@@ -411,7 +413,7 @@ def _save_still(strokes: Tensor, path: Path) -> None:
     axes = figure.subplots()
     _strokes(axes, strokes.detach().cpu().double().numpy(), None)
     axes.set_axis_off()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, format="png", dpi=100)
 
 
 def _checked_strokes(strokes: Tensor) -> list[np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -10,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.callbacks.archives import run_folder
 from vrnn_lightning.callbacks.media import Exhibition, Media, Shown, save_picture
 from vrnn_lightning.callbacks.pictures import draw_heat
 from vrnn_lightning.checkpoints import require_types
@@ -124,10 +124,10 @@ class Samples(Callback):
             self._show(trainer, cast(VRNNLightningModule, pl_module), last=True)
 
     def _show(self, trainer: Trainer, module: VRNNLightningModule, last: bool) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"  # a collective: every process asks
+        folder = run_folder(trainer) / "samples"
         training = module.training
         devices = [module.device] if module.device.type == "cuda" else []
-        with module.whole_parameters():  # likewise
+        with module.whole_parameters():  # collective calls, which every process makes
             if trainer.is_global_zero and self._batch is not None:
                 module.eval()
                 with torch.random.fork_rng(devices), torch.no_grad():

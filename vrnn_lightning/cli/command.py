@@ -27,14 +27,15 @@ from vrnn_lightning.callbacks.predictions import Draws
 from vrnn_lightning.cli import processes, slurm
 from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint, runs_folder
 from vrnn_lightning.cli.parser import MODE, Parser
-from vrnn_lightning.cli.words import in_current_names, mentions, named, with_configs, with_current_names
+from vrnn_lightning.cli.words import mentions, named, with_configs, with_current_names
 from vrnn_lightning.datamodules import local
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import require_local
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.report import NAME, write_report
 from vrnn_lightning.resuming import Stopped, interruption
 from vrnn_lightning.tracking import ElboBar, RunCheckpoint, RunLogger, SaveConfig, WandbLogger, run_logger
-from vrnn_lightning.trust import Gate, require_bounded, strings_of
+from vrnn_lightning.trust import Gate, strings_of
 
 __all__ = ["CLI", "main"]
 
@@ -258,8 +259,7 @@ class CLI(LightningCLI):
             raise UserError(f"{config}: can't be read ({' '.join(str(error).split())}). Fix: give -c") from error
         if not isinstance(document, dict):
             raise UserError(f"{config}: holds no options. Fix: give -c")
-        require_bounded(document, str(config))
-        for name, value in in_current_names(document).items():
+        for name, value in document.items():
             if name in GROUPS and value is not None:
                 gate.check_options(GROUPS[name], value, name)
             elif name != "trust":  # what a file says of itself does not count
@@ -379,7 +379,8 @@ class CLI(LightningCLI):
         return trainer
 
     def _settle(self, run: RunLogger, trainer: Trainer) -> None:
-        run.place(Path(trainer.default_root_dir), type(self.datamodule).__name__.lower())
+        root = require_local(trainer.default_root_dir, "--trainer.default_root_dir")
+        run.place(root, type(self.datamodule).__name__.lower())
         if self.checkpoint and self.checkpoint.folder:
             training = self.subcommand == "fit"
             at = self.checkpoint

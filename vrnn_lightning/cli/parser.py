@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from vrnn_lightning import discovery
 from vrnn_lightning.cli.words import in_current_names
+from vrnn_lightning.files import require_plain_yaml
 from vrnn_lightning.heads import Head
 from vrnn_lightning.objectives import Objective
 
@@ -31,6 +32,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")  # those that leav
 
 def _read(text: str) -> Any:
     """Read YAML, options and classes under the names that they have now."""
+    require_plain_yaml(text, "an option's YAML")
     value = get_loader("yaml")(text)
     return in_current_names(value) if isinstance(value, dict) else value
 

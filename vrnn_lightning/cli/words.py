@@ -16,21 +16,24 @@ from lightning.pytorch.utilities import rank_zero_only
 import vrnn_lightning
 from vrnn_lightning.compatibility import OPTIONS, current_option, current_options
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import explained, require_plain_yaml
 from vrnn_lightning.trust import require_bounded, strings_of
 
-__all__ = ["in_current_names", "mentions", "named", "with_configs", "with_current_names"]
+__all__ = ["mentions", "named", "with_configs", "with_current_names"]
 
 
 def shipped(path: str) -> str:
     """Return a config's path; what is missing here but comes with the package is found there.
 
     Raises:
-        UserError: There is no such file.
+        UserError: There is no such file, it can't be read, or its aliases multiply.
     """
     package = Path(vrnn_lightning.__file__).parent
-    for folder in (Path(), package, package.parent):  # in a wheel, then in a checkout
-        if (folder / path).is_file():
-            return str(folder / path)
+    with explained(path, "--config"):
+        for folder in (Path(), package, package.parent):  # in a wheel, then in a checkout
+            if (folder / path).is_file():
+                require_plain_yaml((folder / path).read_text("utf-8", "replace"), f"--config {path}")
+                return str(folder / path)
     raise UserError(f"{path}: no such config file")
 
 
@@ -112,7 +115,7 @@ def named(words: list[str]) -> set[str]:
         with suppress(yaml.YAMLError, ValueError):  # not every word is YAML
             value = yaml.safe_load(text)
             require_bounded(value, text[:40])
-            found |= set(strings_of(in_current_names(value)))
+            found |= set(strings_of(value))
     return found
 
 
@@ -130,7 +133,7 @@ def _command(words: list[str]) -> str:
 def _in_yaml(path: str, command: str, key: str) -> list[Any]:
     try:
         document = yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise UserError(f"{path}: holds no options; expected lines such as `model: {{latent_size: 16}}`")

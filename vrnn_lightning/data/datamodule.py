@@ -17,6 +17,7 @@ from vrnn_lightning.checkpoints import options_of, read_checkpoint, require_type
 from vrnn_lightning.data.loading import BatchSampler, ScaledSequences, SequenceLoader
 from vrnn_lightning.data.sequences import Modality, Scaler, Sequences, Split
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import explained
 from vrnn_lightning.trust import Gate
 
 __all__ = ["SequenceDataModule"]
@@ -171,7 +172,8 @@ class SequenceDataModule(LightningDataModule):
             UserError: The split is empty.
         """
         if split not in self._splits:
-            found = self.sequences(split)
+            with explained(getattr(self, "root", type(self).__name__), "--data.root"):
+                found = self.sequences(split)
             if len(found) == 0:
                 raise UserError(f"{type(self).__name__}: the {split} split is empty; check the options that split data")
             self._splits[split] = found
@@ -186,12 +188,24 @@ class SequenceDataModule(LightningDataModule):
         """
         if self._scaler is None:
             scaler = self.fit_scaler()
-            if not (torch.isfinite(scaler.mean).all() and torch.isfinite(scaler.std).all()):
-                raise UserError(
-                    f"{type(self).__name__}: training values are too large to be scaled; mend or rescale them"
-                )
+            self._require_range(scaler)
             self._scaler = scaler
         return self._scaler
+
+    def _require_range(self, scaler: Scaler) -> None:
+        """Raise if float32, in which models keep the scaler, can't hold it: nothing could be returned to data units."""
+        mean, std = (value.double().abs().expand(self.num_features) for value in (scaler.mean, scaler.std))
+        kind = torch.finfo(torch.float32)
+        large = ~(mean.maximum(std) <= kind.max)
+        small = (std < kind.tiny) | ((mean > 0) & (mean < kind.tiny) & (std == 1))  # a std of 1: nothing else was found
+        if (large | small).any():
+            feature = int((large | small).int().argmax())
+            names = getattr(self, "columns", None) or range(self.num_features)
+            raise UserError(
+                f"{type(self).__name__}: training values of feature {names[feature]} are too "
+                f"{'large' if large[feature] else 'small'} for float32, mean {scaler.mean.expand_as(std)[feature]:.3g} "
+                f"and std {scaler.std.expand_as(std)[feature]:.3g}. Fix: write them in another unit"
+            )
 
     def fit_scaler(self) -> Scaler:
         """Fit the scaler on the training split: none, one scalar mean and std, or one per feature (``scaling``)."""

@@ -16,6 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 from vrnn_lightning.batch import Sequence, SequenceBatch, pad
 from vrnn_lightning.data.sequences import ChangingSequences, Scaler, Sequences, WindowedSequences
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import explained
 
 __all__ = ["BatchSampler", "ScaledSequences", "SequenceLoader", "Window"]
 
@@ -225,7 +226,8 @@ class ScaledSequences(Dataset[SequenceBatch]):
 
     def _scaled(self, items: SequenceOf[int] | SequenceOf[Window]) -> SequenceBatch:
         """Return sequences padded and in scaled units, in float64: a large offset is gone before precision is."""
-        batch = pad([self._read(item) for item in items], torch.float64)
+        with explained("the data"):
+            batch = pad([self._read(item) for item in items], torch.float64)
         counted = batch.counted
         self._refuse(batch, ~torch.isfinite(batch.x) & counted, "NaN or infinite values")
         batch.x = self.scaler.scale(batch.x).masked_fill(~counted, 0.0)
