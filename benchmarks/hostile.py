@@ -399,7 +399,7 @@ def wrong(seed: int) -> Iterator[Case]:
     }
     lines = [["test", "--ckpt_path"], [*FIT, "--ckpt_path"], ["predict", "--prediction.task=sample", "--ckpt_path"]]
     for key in sorted(content()):
-        for name in draw.sample(sorted(values), 3):
+        for name in draw.sample(sorted(values), 2):
             words = draw.choice(lines)
             yield Case(f"{words[0]}: {key} is {name}", on_line(with_value((key,), values[name]), words), refused=False)
         name = draw.choice(sorted(values))
@@ -408,7 +408,7 @@ def wrong(seed: int) -> Iterator[Case]:
         yield Case(f"python, data: {key} is {name}", in_python(found, SequenceDataModule), refused=False)
         yield Case(f"fit: without {key}", on_line(without(key), lines[1]), refused=False)
     paths = sorted(inside(content()), key=str)
-    for path in draw.sample(paths, min(100, len(paths))):
+    for path in draw.sample(paths, min(60, len(paths))):
         name, words = draw.choice(sorted(values)), draw.choice([lines[0], lines[1], lines[1]])
         place = ".".join(str(key).partition("{")[0] for key in path)
         yield Case(f"{words[0]}: {place} is {name}", on_line(with_value(path, values[name]), words), refused=False)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vrnn_lightning.compatibility import upgrade
+from vrnn_lightning.compatibility import KEY, require_known_format, upgrade
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, require_intact_zip
 from vrnn_lightning.trust import Gate, require_bounded
@@ -69,6 +69,8 @@ def read_checkpoint(path: Path, option: str = "", map_location: Any = "cpu") -> 
     except Exception as error:  # a pickle of another's making raises anything
         line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(f"{place}: is damaged, or holds more than weights and options ({line}). {FIX}") from error
+    if isinstance(content, dict):
+        require_known_format(content.get(KEY), place)
     _require_shape(content, place)
     upgrade(content, place)
     return content  # type: ignore[no-any-return]  # checked by the call
@@ -137,6 +139,8 @@ def _require_shape(content: Any, place: str) -> None:
         require_bounded(content.get(key), f"{place}: its {key}")
         if isinstance(content.get(key), dict) and not all(isinstance(name, str) for name in content[key]):
             raise UserError(f"{place}: its {key} has names that are not text. {FIX}")
+    if not all(isinstance(name, str) for name in content.get("callbacks", {})):
+        raise UserError(f"{place}: its callbacks have names that are not text. {FIX}")
     for key in ("optimizer_states", "lr_schedulers"):
         if not all(isinstance(state, dict) for state in content.get(key, [])):
             raise UserError(f"{place}: its {key} are not states by name. {FIX}")

@@ -175,9 +175,15 @@ def upgrade(content: dict[str, Any], place: object) -> bool:
     for key in ("state_dict", "current_model_state"):  # the second: weights beside their average
         if isinstance(content.get(key), Mapping):
             renamed[key] = current_weights(content[key])
-    changed = {key: value for key, value in renamed.items() if _names(value) != _names(content.get(key))}
+    changed = {key: value for key, value in renamed.items() if key not in content or _is_new(value, content[key], key)}
     content.update(changed)
     return bool(changed)
+
+
+def _is_new(renamed: Any, options: Any, key: str) -> bool:
+    if key.endswith("hyper_parameters"):
+        return bool(_names(renamed) != _names(options))
+    return list(renamed) != list(options)
 
 
 def _names(options: Any) -> Any:

@@ -285,6 +285,8 @@ class Gate:
             f"which is {defined}" if defined else "which is not of vrnn-lightning, torch.optim, torch.nn or Lightning"
         )
         fix = self.fix.format(name if defined else name.rpartition(".")[0])
+        if _within(name, f"{datamodules.__name__}.local"):
+            fix = f"name it in the call (--data {name.rpartition('.')[2]}), or {fix}"
         return UserError(f"{self.source}: {place} names {name}, {what}; it is not called. Fix: if you trust it, {fix}")
 
     def _allows(self, name: str) -> bool:
