@@ -100,7 +100,7 @@ class Parser(LightningArgumentParser):
             ),
             (r"Expected a dot import path string: (\S+)", lambda name: self._unknown_class(option, name)),
             (
-                r"Got value: \W*(?:class_path\W+)?([\w.]+)[^\n]*\n\s*Subtype errors:.*import path or the name of a known",
+                r"Got value: \W*(?:class_path\W+)?([\w.]+)[^\n]*\n\s*Subtype errors:.*path or the name of a known",
                 lambda name: self._unknown_class(option, name),
             ),
             (
