@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
@@ -36,6 +37,9 @@ from vrnn_lightning.resuming import OPTIMIZED, make_resumable, match_optimizer_s
 from vrnn_lightning.vrnn import VRNN, Particles, Trace
 
 __all__ = ["VRNNLightningModule"]
+
+if not hasattr(ArgumentParser, "instantiate_classes"):  # jsonargparse 5; Lightning 2.6 loads checkpoints with it
+    ArgumentParser.instantiate_classes = ArgumentParser.instantiate  # type: ignore[method-assign]  # absent there
 
 
 class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # type: ignore[misc]  # trust= is ours

@@ -466,7 +466,10 @@ class WandbLogger(LightningWandbLogger):
             UserError: An option that W&B takes nowhere.
         """
         import wandb
+        import wandb.sdk.lib
 
+        if not hasattr(wandb.sdk.lib, "RunDisabled"):  # Lightning 2.6 imports it to compare the run's class with
+            setattr(wandb.sdk.lib, "RunDisabled", type("RunDisabled", (), {}))  # noqa: B010  # unknown to mypy
         try:
             try:
                 run = super().experiment

@@ -355,6 +355,8 @@ class CLI(LightningCLI):
             if absent:
                 raise UserError(f"{absent[1]}: {absent[2]}") from error
             raise _user_error(error) or error from error
+        except ModuleNotFoundError as error:  # as jsonargparse 5 leaves it
+            raise UserError(str(error).splitlines()[0]) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, with the bound's terms in the progress bar, and settle the run's folder."""
