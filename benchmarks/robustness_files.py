@@ -669,49 +669,50 @@ TEXTS = (
 """Names of sequences that somebody may have thought of."""
 
 
-def hostile_text(seed: int = 0) -> dict[str, Any]:
+def hostile_text(seed: int = 0, count: int = 200) -> dict[str, Any]:
     """Give sequences hostile names, and see what becomes of them in tables, pages and pictures.
 
     Args:
         seed: Of random names, which join the others.
+        count: Of them.
 
     Returns:
         Counts: "texts", "tracebacks", "not restored" (cells that are read back as another text), "run by a spreadsheet"
         (cells that begin like a formula), "markup" (texts that a page holds unescaped); and "examples".
     """
+    from vrnn_lightning.errors import UserError
+
     totals: dict[str, Any] = dict.fromkeys(("texts", "tracebacks", "not restored", "run by a spreadsheet", "markup"), 0)
     totals["examples"] = []
     random = np.random.default_rng(seed)
     letters = "='+-@\t\r\n\",;<>&/\\ \x00ab1."
-    texts = [*TEXTS, *("".join(random.choice(list(letters), random.integers(1, 9))) for _ in range(100))]
-    for text in texts:
+    more = ["".join(random.choice(list(letters), random.integers(1, 9))) for _ in range(count)]
+    for text in [*TEXTS, *more]:
         totals["texts"] += 1
-        for check in (_as_cell, _in_a_table, _on_a_page, _as_title):
-            with tempfile.TemporaryDirectory() as folder:
-                outcome = read_apart(lambda path, text=text, check=check: _passed(check(path, text)), Path(folder))
-            if outcome.what in ("refused", "loaded"):
-                continue
-            problem = next((word for word in totals if f"HostileTextError: {word}" in outcome.said), "tracebacks")
-            totals[problem] += 1
-            totals["examples"].append(f"{check.__name__} {text[:40]!r}: {outcome.what} {outcome.said[-500:]}")
+        drawn = (_on_a_page, _as_title) if text not in more else ()  # what takes long
+        for check in (_as_cell, _in_a_table, *drawn):
+            with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    problem = check(Path(folder), text)
+                except UserError as error:
+                    problem = "tracebacks" if "\n" in str(error) else None
+                except Exception:
+                    problem = "tracebacks"
+                    totals["examples"].append(traceback.format_exc()[-500:])
+            if problem:
+                totals[problem] += 1
+                totals["examples"].append(f"{check.__name__} {text[:40]!r}: {problem}")
     return totals
-
-
-class HostileTextError(Exception):
-    """A text got through; the message is the count that it belongs to."""
-
-
-def _passed(problem: str | None) -> str:
-    if problem:
-        raise HostileTextError(problem)
-    return ""
 
 
 def _as_cell(folder: Path, text: str) -> str | None:
     from vrnn_lightning.files import csv_line, read_cell
 
     line = csv_line([text, 1, "end"])
+    csv.field_size_limit(10**7)
     cells = next(csv.reader(io.StringIO(line, newline=""), strict=True))
+    csv.field_size_limit(2**17)
     if [read_cell(cells[0]), *cells[1:]] != [text, "1", "end"]:
         return "not restored"
     is_number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", cells[0])
@@ -728,8 +729,8 @@ def _in_a_table(folder: Path, text: str) -> str | None:
     data = Tables(str(folder / "a.csv"), ["y"], id="id")
     data.setup("fit")
     name = data.sequences("train")[0].name.rpartition(" from ")[0]
-    expected = text.encode("utf-8", "backslashreplace").decode().strip()
-    return None if name in (expected, read_cell(expected)) else "not restored"
+    expected = text.encode("utf-8", "backslashreplace").decode()
+    return None if name in (expected, expected.strip(), read_cell(expected.strip())) else "not restored"
 
 
 def _on_a_page(folder: Path, text: str) -> str | None:

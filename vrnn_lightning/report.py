@@ -40,7 +40,7 @@ MOST_FILES, MOST_BYTES = 48, 16 * 2**20  # of a group of pictures or sounds, and
 LONG_SOUND, MP3_RATES = 2**17, (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 MOST_POINTS = 1000  # of a curve
 EARLIER = 8  # pictures of earlier steps
-MOST_ROWS = 40  # of a table
+MOST_ROWS, MOST_LETTERS = 40, 200  # of a table, and of a cell
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1180px; margin: 2em auto;
   padding: 0 1.5em; }
@@ -415,7 +415,11 @@ def _player(path: Path) -> str:
 
 def _table(path: Path) -> str:
     with _readable(path), path.open(newline="", encoding="utf-8") as lines:
-        head, *rows = list(csv.reader(lines)) or [[]]
+        longest = csv.field_size_limit(MOST_BYTES)
+        try:
+            head, *rows = list(csv.reader(lines)) or [[]]
+        finally:
+            csv.field_size_limit(longest)
     kept = [i for i, name in enumerate(head) if name not in ("picture", "sound")]
 
     def line(cells: list[str], tag: str) -> str:

@@ -218,7 +218,7 @@ def draw_fans(fans: list[Fan], names: list[str] | None = None, titles: list[str]
             axes.margins(x=0)
             _few_ticks(axes)
             if c == 0:
-                axes.set_ylabel(names[f] if names else f"x{f}", fontsize=8, parse_math=False)
+                axes.set_ylabel(_label(names[f]) if names else f"x{f}", fontsize=8, parse_math=False)
         axes.set_xlabel("step", fontsize=7)
     _name_columns(grid[0], titles)
     grid[0, 0].legend(fontsize=6, loc="best", framealpha=0.6)
@@ -472,15 +472,21 @@ def _share_colours(grid: np.ndarray, span: float | None) -> None:
 def _name_columns(row: np.ndarray, titles: list[str] | None) -> None:
     """Write titles above axes, the ends of long ones, and nothing of them taken for a formula."""
     for axes, title in zip(row, titles or [], strict=False):
-        line = " ".join(title.split())
-        short = line if len(line) <= MOST_LETTERS else f"…{line[1 - MOST_LETTERS :]}"
-        axes.set_title(short, fontsize=8, parse_math=False)
+        axes.set_title(_label(title), fontsize=8, parse_math=False)
+
+
+def _label(text: str) -> str:
+    """Return a text as a label: one line of characters that fonts know, the end of a long one."""
+    line = " ".join(text[-4 * MOST_LETTERS :].split()).encode("utf-8", "backslashreplace").decode()
+    return line if len(line) <= MOST_LETTERS and len(text) <= 4 * MOST_LETTERS else f"…{line[1 - MOST_LETTERS :]}"
 
 
 def _name_lines(axes: Axes, names: list[str] | None) -> None:
     """Say which line is which feature."""
     lines = axes.lines
-    known = names if names and len(names) == len(lines) else [f"x{i}" for i in range(len(lines))]
+    known = (
+        [_label(name) for name in names] if names and len(names) == len(lines) else [f"x{i}" for i in range(len(lines))]
+    )
     legend = axes.legend(lines, known, fontsize=5, ncols=2, loc="upper right", framealpha=0.6)
     for text in legend.get_texts():
         text.set_parse_math(False)
