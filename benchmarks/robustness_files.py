@@ -366,7 +366,7 @@ KINDS = {
     "pretrained config": Kind("config.json", lambda path: _pretrained(path.parent), _loaded_pretrained),
     "checkpoint": Kind("a.ckpt", _checkpoint, _loaded_checkpoint, True),
     "report metrics": Kind("metrics.csv", lambda path: _run(path.parent), _report),
-    "report evaluation": Kind("evaluation.npz", lambda path: _run(path.parent), _report),
+    "report evaluation": Kind("evaluation.npz", lambda path: _run(path.parent), _report, True),
     "report figures": Kind(
         "predictions/forecast/figures.json", _member("predictions/forecast/figures.json")(_run), _report
     ),

@@ -182,6 +182,15 @@ class TestReading:
         with one_line("can't be read as an .npz archive"):
             read_archive(path, "train", 1)
 
+    def test_a_directory_without_members_is_damage(self, tmp_path):
+        path = tmp_path / "a.npz"
+        np.savez(path, test_values=np.zeros((1, 1)))
+        content = path.read_bytes()
+        path.write_bytes(content[:-14] + bytes(14))  # what tells how many there are, and where
+        for read in (require_intact_zip, lambda path: read_archive(path, "train", 1)):
+            with one_line("its directory lacks members"):
+                read(path)
+
     @pytest.mark.parametrize("order", ["C", "F"])
     def test_arrays_are_those_that_numpy_reads(self, tmp_path, order):
         values = np.asarray(np.random.default_rng(0).normal(size=(7, 3)), order=order)
