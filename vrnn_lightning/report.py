@@ -422,10 +422,11 @@ def _table(path: Path) -> str:
             csv.field_size_limit(longest)
     kept = [i for i, name in enumerate(head) if name not in ("picture", "sound")]
 
+    def shown(cell: str) -> str:
+        return escape(read_cell(cell)[:MOST_LETTERS])
+
     def line(cells: list[str], tag: str) -> str:
-        return (
-            "<tr>" + "".join(f"<{tag}>{escape(read_cell(cells[i]))}</{tag}>" for i in kept if i < len(cells)) + "</tr>"
-        )
+        return "<tr>" + "".join(f"<{tag}>{shown(cells[i])}</{tag}>" for i in kept if i < len(cells)) + "</tr>"
 
     body = "".join(line(row, "td") for row in rows[:MOST_ROWS])
     about = "The ELBO of what is shown of each sequence, in nats per step."

@@ -122,13 +122,15 @@ class Predictions(Callback):
         ``predictions/impute/test.npz``: ``samples`` copies of each sequence, one after another, with what was missing
         drawn; ``test_drawn``, True where it was; ``test_truth``, the data, NaN where they miss a value.
 
-    Every archive is a flat one: ``test_values``, ``test_lengths`` and ``test_names``. Beside it lie ``test.csv`` (of
-    series, and of scores: a line for each step, with mean and quantiles where there are draws), ``figures.json`` where
-    the truth is known, and, of the first ``shown`` sequences, ``test.png`` (a fan chart of draws of a series, nats
-    below the sequences, a heat map of encodings) and files as the modality asks: wav of audio, svg and gif of pen
-    strokes, wav and MIDI of piano rolls (the latter where mido is installed). Each of several processes writes
-    ``test_0.npz`` and so on. Archives and tables of a process are written all and whole, or none, from parts on the
-    disk: memory does not grow with the corpus. They take the place of all that an earlier prediction of the task left.
+    Every archive is a flat one: ``test_values``, ``test_lengths`` and ``test_names``. In tables a name that a
+    spreadsheet would run as a formula begins with an apostrophe, which ``Tables`` removes. Beside the archive lie
+    ``test.csv`` (of series, and of scores: a line for each step, with mean and quantiles where there are draws),
+    ``figures.json`` where the truth is known, and, of the first ``shown`` sequences, ``test.png`` (a fan chart of draws
+    of a series, nats below the sequences, a heat map of encodings) and files as the modality asks: wav of audio, svg
+    and gif of pen strokes, wav and MIDI of piano rolls (the latter where mido is installed). Each of several processes
+    writes ``test_0.npz`` and so on. Archives and tables of a process are written all and whole, or none, from parts on
+    the disk: memory does not grow with the corpus. They take the place of all that an earlier prediction of the task
+    left.
 
     Draws depend on ``seed`` and on a sequence's name alone: neither on the batch size nor on the number of
     processes. Those of ``sample`` depend on ``seed``, ``count`` and ``steps``.

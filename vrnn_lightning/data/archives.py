@@ -17,7 +17,7 @@ import torch
 from vrnn_lightning.batch import Sequence
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import MAX_GB, PIECE, explained, require_size, undamaged
+from vrnn_lightning.files import MAX_GB, PIECE, explained, require_size, undamaged, zip_members
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -212,7 +212,7 @@ def opened_archive(path: Path, option: str = "") -> Iterator[Archived]:
         undamaged(f"{path}: can't be read as an .npz archive", "copy it again, or write it with numpy.savez"),
         zipfile.ZipFile(path) as archive,
     ):
-        for member in archive.infolist():  # a damaged name would hide an array
+        for member in zip_members(archive):  # a damaged name would hide an array
             archive.open(member).close()
         yield Archived(path, archive)
 

@@ -166,7 +166,7 @@ def _chunks(path: Path, asked: list[tuple[str, str]], delimiter: str, max_gb: fl
 def _csv_chunks(path: Path, asked: list[tuple[str, str]], delimiter: str, max_gb: float) -> Iterator[Chunk]:
     with _text(path, max_gb) as file:
         reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
-        header = [read_cell(name.strip()) for name in next(reader, [])]
+        header = [read_cell(name).strip() for name in next(reader, [])]
         places = _find(path, header, asked, delimiter)
         numbered = ((reader.line_num, row) for row in reader if row)
         while chunk := list(islice(numbered, CHUNK)):
@@ -299,7 +299,7 @@ def _number(cells: SequenceOf[str | None], index: int, place: _Place) -> float:
 def _words(cells: Cells, place: _Place) -> list[str]:
     """Return ids as text."""
     listed = cells.tolist() if isinstance(cells, np.ndarray) else cells
-    words = ["" if cell is None or cell != cell else read_cell(str(cell).strip()) for cell in listed]  # NaN != NaN
+    words = ["" if cell is None or cell != cell else read_cell(str(cell)).strip() for cell in listed]  # NaN != NaN
     if "" in words:
         raise place.error(words.index(""), "is empty; each row needs its id")
     return words
