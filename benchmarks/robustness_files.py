@@ -10,7 +10,6 @@ file must be what the whole file holds.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gzip
 import hashlib
@@ -22,7 +21,6 @@ import re
 import resource
 import signal
 import struct
-import sys
 import tempfile
 import traceback
 import warnings
@@ -763,27 +761,8 @@ def _as_title(folder: Path, text: str) -> str | None:
     return None
 
 
-def main() -> None:
-    """Run the parts that are asked for, and print their counts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=[*PARTS, "all"], default="all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=1200, help="damaged files")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    for name in PARTS if options.part == "all" else [options.part]:
-        more = {"count": options.count} if name == "damaged" else {}
-        found = PARTS[name](seed=options.seed, **more)
-        for example in found.pop("examples")[:20]:
-            print(f"  {example}", file=sys.stderr)
-        print(f"{name}: {', '.join(f'{key} {value}' for key, value in found.items())}", flush=True)
-
-
 PARTS: dict[str, Callable[..., dict[str, Any]]] = {
     "damaged": damaged,
     "bombs": bombs,
     "hostile_text": hostile_text,
 }
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="children are forked")
-APART = ("checkpoint",)  # has tests of its own
 
 
 @pytest.fixture
@@ -20,7 +19,7 @@ def robustness(monkeypatch):
 @pytest.mark.filterwarnings("ignore")  # a process with threads is forked
 def test_damaged_files_are_one_line_or_what_they_were(robustness):
     pytest.importorskip("mido"), pytest.importorskip("pyarrow"), pytest.importorskip("safetensors")
-    kinds = tuple(kind for kind in robustness.KINDS if kind not in APART)
+    kinds = tuple(robustness.KINDS)
     found = robustness.damaged(seed=1, count=2 * len(kinds), kinds=kinds)
     wrong = {key: found[key] for key in ("tracebacks", "slow", "died", "loads that differ")}
     assert wrong == dict.fromkeys(wrong, 0), found["examples"]
