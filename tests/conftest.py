@@ -30,6 +30,17 @@ report: false
 """
 
 
+SLOW = set(Path(__file__).with_name("slow.txt").read_text().split())
+"""Tests of a second and more, as ``pytest --durations=0`` finds them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow tests."""
+    for item in items:
+        if f"{item.path.name}::{item.name.partition('[')[0]}" in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 class Said(NamedTuple):
     """What a command returned and printed."""
 

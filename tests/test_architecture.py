@@ -72,6 +72,12 @@ def test_frameworks_stay_upstairs(room):
         assert "wandb" not in known or room == "tracking", "W&B is reached through Lightning's logger"
 
 
+def test_slow_tests_are_there():
+    for line in (ROOT / "tests" / "slow.txt").read_text().split():
+        file, _, name = line.partition("::")
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), line
+
+
 def test_nobody_imports_a_datamodule():
     for file in (ROOT / "vrnn_lightning").rglob("*.py"):
         below = {name for name in imports(file) if name.startswith(("datamodules.", "vrnn_lightning.datamodules."))}
