@@ -67,6 +67,7 @@ if __name__ == "__main__":
         print(*pool.map(double, [1, 2]))
 """)
     environment = os.environ | {"PYTHONPATH": str(SOURCE.parent.parent)}
+    environment.pop("VRNN_LIGHTNING_DATAMODULES", None)  # of a test before
     run = [sys.executable, "program.py"]
     done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["2", "4"], done.stderr

@@ -571,6 +571,7 @@ def _last_checkpoint(trainer: Trainer) -> str:
 
 def _conditions(trainer: Trainer) -> dict[str, Any]:
     """Return what else decides a run's numbers."""
+    swa = any(isinstance(c, StochasticWeightAveraging) for c in _callbacks(trainer))
     return {
         "processes": trainer.world_size,
         "device": trainer.strategy.root_device.type,
@@ -578,6 +579,7 @@ def _conditions(trainer: Trainer) -> dict[str, Any]:
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
+        **({"max_epochs": trainer.max_epochs} if swa else {}),  # its schedule counts from there
         "callbacks with a state": " ".join(sorted(type(c).__name__ for c in _callbacks(trainer) if _has_state(c))),
     }
 
@@ -611,3 +613,9 @@ class WholeCheckpoints(TorchCheckpointIO):
             except RuntimeError as error:  # torch hides the system's error
                 hidden = error.__context__
                 raise hidden if isinstance(hidden, OSError) else OSError(errno.EIO, str(error)) from error
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint, and nothing else that a checkpoint's state may name as one."""
+        parts = Path(path).parts
+        if ".." not in parts and parts[-1].endswith(".ckpt"):
+            super().remove_checkpoint(path)

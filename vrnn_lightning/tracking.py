@@ -336,12 +336,12 @@ class RunCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of an earlier run in this folder; a run that starts in another one has no best yet."""
-        if state_dict.get("dirpath") != self.dirpath:
-            if not Path(self._here(state_dict["best_model_path"])).is_file():
-                return
-            paths = {key: self._here(state_dict[key]) for key in state_dict if key.endswith("_model_path")}
-            best = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
-            state_dict = {**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath}
+        moved = state_dict.get("dirpath") != self.dirpath
+        if moved and not Path(self._here(state_dict["best_model_path"])).is_file():
+            return
+        paths = {key: self._here(state_dict[key]) for key in state_dict if key.endswith("_model_path")}
+        best = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
+        state_dict = {**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath}
         self._defer_save_until_validation = state_dict.get("is_deferred", False)
         self.current_score = state_dict.get("current_score")
         super().load_state_dict(state_dict)

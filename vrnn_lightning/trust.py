@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass
@@ -36,6 +35,10 @@ ALLOWED = (
     *(f"lightning.fabric.{part}" for part in ("loggers", "plugins", "strategies")),  # where some of those are defined
     "lightning.pytorch.cli.ReduceLROnPlateau",  # torch's, with the name of a metric
 )
+FUNCTIONS = tuple(f"{OWN}.{module}" for module in ("heads", "metrics", "nn", "objectives", "schedules"))
+"""Modules whose functions a file may name: they compute, and do nothing else."""
+NOT_ALLOWED = (f"{OWN}.cli", f"{OWN}.discovery", f"{OWN}.testing", f"{OWN}.__main__")
+"""Parts of this package that run what they are given."""
 ENTRY_POINTS = "vrnn_lightning.datamodules"
 PLAIN = (str, int, float, complex, bytes, NoneType, PurePath, Enum, timedelta, date)
 SCALARS = (bool, int, float, str)
@@ -44,7 +47,6 @@ MAX_SIZE = 200_000
 """Values that the options of a file may hold, those of repeated parts counted each time."""
 MAX_TEXT = 10_000
 """Characters of a text that is read as YAML."""
-NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 class _Expected(NamedTuple):
@@ -104,7 +106,7 @@ class Gate:
 
     def __post_init__(self) -> None:
         """Raise if a trusted name is neither a class path nor a module."""
-        wrong = next((name for name in self.trusted if not NAME.fullmatch(name)), None)
+        wrong = next((name for name in self.trusted if not _is_name(name)), None)
         if wrong is not None:
             raise UserError(f"trust {wrong!r}: is neither a class path nor a module. Fix: give the name of one")
 
@@ -207,14 +209,15 @@ class Gate:
     def _text(self, text: str, expected: _Expected, place: str, *, make: bool) -> Any:
         if not (expected.names or expected.nested):
             return text
-        if expected.names and self._is_file(text):
+        is_path = bool(expected.bases) and any(mark in text for mark in "/\\~")
+        if expected.names and (is_path or self._is_file(text)):
             raise UserError(f"{self.source}: {place} is the file {text}, which this file may not include")
         inner = self._yaml(text, place)
         if not isinstance(inner, str):
             self._walk(inner, expected, place, make=False)
             return text
         for name in {text, inner} if expected.names else ():
-            if "." in name and NAME.fullmatch(name):
+            if "." in name and _is_name(name):
                 found = self._found(name, expected, place)
                 return found if make else text
             for cls in _short(name, expected.bases):
@@ -247,7 +250,7 @@ class Gate:
 
     def _found(self, name: object, expected: _Expected, place: str, called: bool = False) -> Any:
         """Check a name, import it, and check what it is."""
-        if not isinstance(name, str) or not NAME.fullmatch(name):
+        if not isinstance(name, str) or not _is_name(name):
             raise UserError(f"{self.source}: {place} must name a class, not {str(name)[:80]!r}")
         if "." not in name:
             named = _short(name, expected.bases)
@@ -267,14 +270,15 @@ class Gate:
         explicit = name in self.trusted or name in self.named
         if isinstance(found, (type, FunctionType)) and not explicit and not self._allows(defined):
             raise self._refusal(place, name, defined)
+        explicit = explicit or self._trusts(defined)
         if isinstance(found, FunctionType):
-            own = _within(defined, OWN) and not attribute.startswith("_") and not expected.bases
-            if expected.functions and (own or explicit or self._trusts(defined)):
+            own = any(_within(defined, module) for module in FUNCTIONS) and not attribute.startswith("_")
+            if expected.functions and (explicit or (own and not expected.bases)):
                 return found
         elif isinstance(found, type):
-            own = _within(defined, OWN) or explicit or self._trusts(defined)
+            own = _within(defined, OWN) or explicit
             callable_instances = (expected.functions or called) and "__call__" in dir(found) and own
-            fits = not expected.bases or issubclass(found, expected.bases)
+            fits = issubclass(found, expected.bases) if expected.bases else explicit and expected.names
             if (fits or callable_instances) and not inspect.isabstract(found):
                 return found
         kinds = " or ".join(dict.fromkeys(base.__name__ for base in expected.bases)) or "class of this kind"
@@ -292,7 +296,7 @@ class Gate:
     def _allows(self, name: str) -> bool:
         if name in self.named or self._trusts(name):
             return True
-        if any(part.startswith("__") for part in name.split(".")):
+        if any(part.startswith("__") for part in name.split(".")) or any(_within(name, part) for part in NOT_ALLOWED):
             return False
         if _within(name, datamodules.__name__):  # a file of the working directory's folder does not count
             return datamodules.is_installed(name) or name in _entry_points()
@@ -302,22 +306,30 @@ class Gate:
         return any(_within(name, trusted) for trusted in self.trusted)
 
     def _is_file(self, text: str) -> bool:
+        """Tell whether a parser could read a text as the name of a file, which may be a pipe."""
         try:
-            return any((folder / text).is_file() for folder in (Path(), self.folder) if folder is not None)
-        except (OSError, ValueError):  # no file can have such a name
+            path = Path(text).expanduser()
+            places = [path if folder is None else folder / path for folder in (None, self.folder)]
+            return any(place.exists() and not place.is_dir() for place in places)
+        except (OSError, ValueError, RuntimeError):  # no file can have such a name, or no user
             return False
 
     def _yaml(self, text: str, place: str) -> Any:
-        """Return what a text is where a parser reads it as YAML."""
+        """Return what a text is where a parser reads it as YAML, with every scalar as text.
+
+        Which texts are numbers or dates differs between parsers; what is a list or a mapping does not.
+        """
         try:
             if len(text) > MAX_TEXT:
                 raise UserError(f"{self.source}: {place} holds a text of more than {MAX_TEXT} characters")
-            inner = yaml.safe_load(text) if text.strip() else text
+            inner = yaml.load(text, Loader=yaml.BaseLoader) if text.strip() else text
             require_bounded(inner, f"{self.source}: {place}")
             return inner
         except RecursionError as error:
             raise UserError(f"{self.source}: {place} is nested more than {MAX_DEPTH} deep") from error
-        except (yaml.YAMLError, ValueError):  # a date that does not exist is a ValueError
+        except (yaml.YAMLError, ValueError, TypeError):  # a list as the name of an option is a TypeError
+            if any(mark in text for mark in ("class_path", "{", "[")):
+                raise UserError(f"{self.source}: {place} holds a text that is neither a name nor YAML") from None
             return text
 
 
@@ -359,6 +371,11 @@ def _is_scalar(value: Any, kind: type, *, is_text: bool) -> bool:
     """Tell whether a value is of a type, or, where a parser reads it, a text that may be."""
     fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
     return fits or (is_text and isinstance(value, str))
+
+
+def _is_name(text: str) -> bool:
+    """Tell whether Python could import a text: more characters are letters to it than to a regular expression."""
+    return all(part.isidentifier() for part in text.split("."))
 
 
 def _within(name: str, package: str) -> bool:

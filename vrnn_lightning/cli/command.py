@@ -259,11 +259,14 @@ class CLI(LightningCLI):
             raise UserError(f"{config}: can't be read ({' '.join(str(error).split())}). Fix: give -c") from error
         if not isinstance(document, dict):
             raise UserError(f"{config}: holds no options. Fix: give -c")
-        for name, value in document.items():
+        for key, value in document.items():
+            name = str(key).removesuffix("+")
+            if not name.isidentifier():  # a parser would split it at its dots
+                raise UserError(f"{config}: {key!r} is not the name of an option. Fix: nest the options, or give -c")
             if name in GROUPS and value is not None:
                 gate.check_options(GROUPS[name], value, name)
             elif name != "trust":  # what a file says of itself does not count
-                gate.check(value, LightningDataModule if name == "data" else str | bool | int | None, str(name))
+                gate.check(value, LightningDataModule if name == "data" else str | bool | int | None, name)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what every run has, and put the checkpoint's options beneath the user's."""

@@ -10,8 +10,10 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any, NoReturn, cast
 
+import torch
 import yaml
 from jsonargparse import get_loader, set_loader
+from jsonargparse.typing import register_type
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -44,6 +46,7 @@ def _current(options: dict[str, Any]) -> dict[str, Any]:
     return {**renamed, "format": "yaml"} if renamed.get("format", "parser_mode") == "parser_mode" else renamed
 
 
+register_type(torch.device, str, torch.device)  # so that configs hold devices as text
 set_loader(MODE, _read, (yaml.YAMLError,))
 
 
