@@ -863,11 +863,15 @@ def pairwise(number: int, seed: int = 0) -> list[Scenario]:
     cells = list(itertools.product(WAYS, PLACES, COLUMNS))
     random.Random(seed).shuffle(cells)
     chosen: list[tuple[str, str, tuple[str, str]]] = []
-    seen: set[tuple[object, ...]] = set()
+    pairs: set[tuple[object, ...]] = set()
+    trained: set[tuple[str, str]] = set()
     for _ in range(number):
-        best = max(cells, key=lambda cell: len(_pairs(cell) - seen) - 3 * (cell in chosen))
-        seen |= _pairs(best)
+        new = [(len(_pairs(cell) - pairs), (cell[0], cell[2][1]) in trained, cell) for cell in cells]
+        best = max(new, key=lambda gain: gain[:2])[2]  # of equal ones, one that needs no further run to compare with
+        cells.remove(best)
         chosen.append(best)
+        pairs |= _pairs(best)
+        trained.add((best[0], best[2][1]))
     return [scenario(way, place, fault, saving) for way, place, (fault, saving) in chosen]
 
 
