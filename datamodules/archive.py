@@ -12,12 +12,14 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vrnn_lightning.data import (
+    MAX_GB,
     ArchiveSplit,
     DrawnDataModule,
     DrawnSplits,
     Modality,
     Split,
     archive_holds,
+    checked_limit,
     data_root,
     read_archive,
 )
@@ -48,6 +50,8 @@ class Archive(DrawnDataModule):
         num_workers: Processes that read ahead; 0 reads in the main process.
         seed: Seed of splits that are drawn and of the order of the training batches.
         window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+        max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
+            A file that takes no more than 16 times its own size is always read.
 
     Raises:
         UserError: An option outside its range. From ``setup`` on: the file is missing, no such archive or of another
@@ -59,6 +63,7 @@ class Archive(DrawnDataModule):
 
     modality: ClassVar[Modality] = "series"
     scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "per_feature"
+    run_options: ClassVar[frozenset[str]] = DrawnDataModule.run_options | {"max_gb"}
 
     def __init__(
         self,
@@ -71,12 +76,14 @@ class Archive(DrawnDataModule):
         num_workers: int = 0,
         seed: int = 0,
         window: int | None = None,
+        max_gb: float = MAX_GB,
     ) -> None:
         if features < 1:
             raise UserError(f"--data.features {features}: must be at least 1")
         out = _columns(exclude or [], features)
         super().__init__(features - len(out), batch_size, num_workers, seed, window)
         self.root = data_root(root)
+        self.max_gb = checked_limit(max_gb)
         self.features = features
         self.kept = [column for column in range(features) if column not in out]
         self._parts: dict[Split, float] = {"val": val, "test": test}
@@ -143,7 +150,7 @@ class Archive(DrawnDataModule):
     def _read(self, split: Split) -> ArchiveSplit:
         """Return a split as the archive has it, without the excluded columns."""
         cure = f"; give its width as --data.features, which is {self.features}"
-        found = read_archive(self.root, split, self.features, cure=cure)
+        found = read_archive(self.root, split, self.features, cure=cure, max_gb=self.max_gb)
         return replace(found, values=found.values[:, self.kept])
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from vrnn_lightning.batch import Sequence
 from vrnn_lightning.data import (
+    MAX_GB,
     ArchiveSplit,
     AugmentedSequences,
     BadFiles,
@@ -25,6 +26,7 @@ from vrnn_lightning.data import (
     Scaler,
     Sequences,
     Split,
+    checked_limit,
     data_root,
     fetch,
     files_below,
@@ -108,6 +110,8 @@ class Handwriting(DrawnDataModule):
         num_workers: Processes that read ahead; 0 reads in the main process.
         seed: Seed of drawn splits, of the stretching and of the order of the training batches.
         window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+        max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
+            A file that takes no more than 16 times its own size is always read.
         download: Fetch Omniglot's strokes as an archive, where there is no ``root`` yet.
 
     Raises:
@@ -120,7 +124,7 @@ class Handwriting(DrawnDataModule):
     """
 
     modality: ClassVar[Modality] = "strokes"
-    run_options: ClassVar[frozenset[str]] = DrawnDataModule.run_options | {"layout", "skip_bad", "download"}
+    run_options: ClassVar[frozenset[str]] = DrawnDataModule.run_options | {"layout", "skip_bad", "download", "max_gb"}
 
     def __init__(
         self,
@@ -140,6 +144,7 @@ class Handwriting(DrawnDataModule):
         num_workers: int = 0,
         seed: int = 0,
         window: int | None = None,
+        max_gb: float = MAX_GB,
         download: bool = False,
     ) -> None:
         super().__init__(num_features=3, batch_size=batch_size, num_workers=num_workers, seed=seed, window=window)
@@ -158,6 +163,7 @@ class Handwriting(DrawnDataModule):
         if not 0 <= augment < 1:
             raise UserError(f"--data.augment {augment}: must be at least 0 and below 1")
         self.root = data_root(root)
+        self.max_gb = checked_limit(max_gb)
         self.max_steps = max_steps
         self.too_long = too_long
         self.layout = layout
@@ -214,7 +220,7 @@ class Handwriting(DrawnDataModule):
     def _smoothed(self, found: ArchiveSplit) -> ArchiveSplit:
         if self.smooth == 1:
             return found
-        values = found.values.astype(np.float32)
+        values = found.values.astype(np.result_type(found.values.dtype, np.float32))
         for start, end in found.bounds:
             values[start:end] = smooth_rows(found.values[start:end], self.smooth, self.pen_starts_down)
         return replace(found, values=values)
@@ -265,7 +271,7 @@ class Handwriting(DrawnDataModule):
     def _read(self, split: Split) -> ArchiveSplit:
         """Return the rows of a split as the files hold them."""
         if self._layout == "archive":
-            found = read_archive(self.root, split, 3)
+            found = read_archive(self.root, split, 3, max_gb=self.max_gb)
             wrong = (found.values != 0) & (found.values != 1)
             wrong[:, :2] = False
             found.refuse(wrong, "expected rows (dx, dy, lift) whose lift is 0 or 1")
@@ -292,7 +298,7 @@ class Handwriting(DrawnDataModule):
     def _sketches(self, split: Split) -> ArchiveSplit:
         """Return the drawings of an archive of sketch-rnn."""
         word = WORDS[split]
-        drawings = read_sketch_rnn(self.root, word)
+        drawings = read_sketch_rnn(self.root, word, self.max_gb)
         bad, rows = BadFiles(self.skip_bad), {}
         for number, drawing in enumerate(drawings):
             with bad.tolerated():
@@ -446,11 +452,12 @@ class _Stretched(AugmentedSequences):
 
 def _checked(place: str, drawing: Any) -> NDArray[Any]:
     """Return a drawing of sketch-rnn, if it is one."""
-    try:
-        rows = np.asarray(drawing)
-        rows = np.array(rows.tolist()) if rows.dtype.hasobject else rows
-    except ValueError:
-        rows = np.empty(0, dtype=object)
+    listed = drawing.tolist() if isinstance(drawing, np.ndarray) and drawing.dtype.hasobject else drawing
+    if isinstance(listed, np.ndarray):
+        rows = listed
+    else:  # its rows first: a few bytes of a pickle may name lists of lists without end
+        numbers = isinstance(listed, (list, tuple)) and all(map(_is_row, listed))
+        rows = np.array(listed) if numbers else np.empty(0, dtype=object)
     if rows.dtype.kind not in "iuf" or rows.dtype.itemsize > 8 or rows.ndim != 2 or rows.shape[1] != 3:
         raise UserError(
             f"{place}: is of type {rows.dtype} and shape {rows.shape}, expected numbers of shape (steps, 3)"
@@ -462,6 +469,12 @@ def _checked(place: str, drawing: Any) -> NDArray[Any]:
         step = int(wrong.argmax())
         raise UserError(f"{place}: lift is {rows[step, 2]} at step {step}; expected rows (dx, dy, lift), lift 0 or 1")
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Return True for three numbers."""
+    held = isinstance(row, (list, tuple)) or (isinstance(row, np.ndarray) and row.ndim == 1)
+    return held and len(row) == 3 and all(isinstance(value, (int, float, np.number)) for value in row)
 
 
 def _layout_of(root: Path) -> str:

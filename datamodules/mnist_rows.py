@@ -6,7 +6,7 @@ import gzip
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, BinaryIO, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,14 +15,17 @@ from numpy.typing import NDArray
 
 from vrnn_lightning.batch import Sequence
 from vrnn_lightning.data import (
+    MAX_GB,
     ArchiveSplit,
     Modality,
     SequenceDataModule,
     Sequences,
     Split,
+    checked_limit,
     data_root,
     fetch,
     read_archive,
+    require_size,
 )
 from vrnn_lightning.errors import UserError
 
@@ -59,6 +62,8 @@ class MNISTRows(SequenceDataModule):
         num_workers: Processes that read ahead; 0 reads in the main process.
         seed: Seed of the order of the training batches and of the dynamic draws.
         window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+        max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
+            A file that takes no more than 16 times its own size is always read.
 
     Raises:
         UserError: An option outside its range. From ``setup`` on: a file is missing, damaged or holds something else.
@@ -69,7 +74,7 @@ class MNISTRows(SequenceDataModule):
 
     modality: ClassVar[Modality] = "image"
     image_width: ClassVar[int] = SIDE
-    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {"download"}
+    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {"download", "max_gb"}
 
     def __init__(
         self,
@@ -82,6 +87,7 @@ class MNISTRows(SequenceDataModule):
         num_workers: int = 0,
         seed: int = 0,
         window: int | None = None,
+        max_gb: float = MAX_GB,
     ) -> None:
         for option, value, choices in (("read", read, get_args(Read)), ("binarise", binarise, get_args(Binarise))):
             if value not in choices:
@@ -91,6 +97,7 @@ class MNISTRows(SequenceDataModule):
         super().__init__(SIDE if read == "rows" else 1, batch_size, num_workers, seed, window)
         self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
         self.root = data_root(root)
+        self.max_gb = checked_limit(max_gb)
         self.binarise = binarise
         self.val_size = val_size
         self.download = download
@@ -122,7 +129,7 @@ class MNISTRows(SequenceDataModule):
         return [steps * SIDE // self.num_features for steps in found.images.lengths]
 
     def _archived(self, split: Split) -> ArchiveSplit:
-        found = read_archive(self.root, split, SIDE, stacked="images")
+        found = read_archive(self.root, split, SIDE, stacked="images", max_gb=self.max_gb)
         whole = found.values.dtype.kind != "f"
         cure = "grey values are whole numbers from 0 to 255, or floats from 0 to 1"
         found.refuse((found.values < 0) | (found.values > (255 if whole else 1)), cure)
@@ -134,7 +141,7 @@ class MNISTRows(SequenceDataModule):
     def _from_idx(self, split: Split) -> ArchiveSplit:
         name = "t10k" if split == "test" else "train"
         path = _find(self.root, name)
-        images = _read_idx(path)
+        images = _read_idx(path, self.max_gb)
         rows = np.arange(len(images) + 1) * SIDE
         bounds, numbers = np.stack([rows[:-1], rows[1:]], 1), np.arange(len(images))
         if split != "test":
@@ -221,17 +228,23 @@ def _find(root: Path, name: str) -> Path:
     return found[0]
 
 
-def _read_idx(path: Path) -> NDArray[Any]:
+def _read_idx(path: Path, max_gb: float) -> NDArray[Any]:
     """Read the images of an idx file, shape (images, 28, 28), in bytes."""
-    data = path.read_bytes()
-    if data[:2] == b"\x1f\x8b" or path.suffix == ".gz":
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b" or path.suffix == ".gz"
+        file.seek(0)
         try:
-            data = gzip.decompress(data)
-        except (EOFError, OSError, zlib.error):
+            return _images(path, gzip.open(file) if packed else file, max_gb)
+        except (EOFError, gzip.BadGzipFile, zlib.error):
             raise UserError(f"{path}: is damaged or no gzip file; copy it anew from {SOURCE}") from None
-    if len(data) < 16:
-        raise UserError(f"{path}: is truncated: it holds {len(data)} bytes; copy it anew from {SOURCE}")
-    magic, *shape = np.frombuffer(data[:16], ">u4").tolist()
+
+
+def _images(path: Path, file: BinaryIO | gzip.GzipFile, max_gb: float) -> NDArray[Any]:
+    """Read images after comparing what the header declares with what is allowed and what is there."""
+    start = file.read(16)
+    if len(start) < 16:
+        raise UserError(f"{path}: is truncated: it holds {len(start)} bytes; copy it anew from {SOURCE}")
+    magic, *shape = np.frombuffer(start, ">u4").tolist()
     if magic == LABELS:
         raise UserError(f"{path}: holds labels (magic number {LABELS}), expected images ({IMAGES})")
     if magic != IMAGES:
@@ -239,9 +252,10 @@ def _read_idx(path: Path) -> NDArray[Any]:
     count, *size = shape
     if size != [SIDE, SIDE]:
         raise UserError(f"{path}: has images of {size[0]} x {size[1]} pixels, expected {SIDE} x {SIDE}")
-    expected = 16 + count * SIDE**2
-    if len(data) != expected:
-        what = "truncated" if len(data) < expected else "damaged"
-        holds = f"it holds {len(data)} bytes, but {count} images take {expected}"
-        raise UserError(f"{path}: is {what}: {holds}; copy it anew from {SOURCE}")
-    return np.frombuffer(data, np.uint8, offset=16).reshape(count, SIDE, SIDE)
+    expected = count * SIDE**2
+    require_size(path, expected, max_gb)
+    data = file.read(expected)
+    if len(data) < expected or file.read(1):
+        what = f"truncated: it holds {16 + len(data)}" if len(data) < expected else "damaged: it holds more"
+        raise UserError(f"{path}: is {what} bytes, but {count} images take {16 + expected}; copy it anew from {SOURCE}")
+    return np.frombuffer(data, np.uint8).reshape(count, SIDE, SIDE)

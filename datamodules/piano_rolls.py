@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from vrnn_lightning.batch import Sequence
 from vrnn_lightning.data import (
+    MAX_GB,
     ArchiveSplit,
     AugmentedSequences,
     BadFiles,
@@ -22,6 +23,7 @@ from vrnn_lightning.data import (
     SequenceDataModule,
     Sequences,
     Split,
+    checked_limit,
     data_root,
     fetch,
     read_archive,
@@ -75,6 +77,9 @@ class PianoRolls(SequenceDataModule):
         num_workers: Processes that read ahead; 0 reads in the main process.
         seed: Seed of the order of the training batches, of the splits and of the shifts.
         window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+        max_quarters: Longest MIDI file, in quarter notes: later times come from damage.
+        max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
+            A file that takes no more than 16 times its own size is always read.
 
     Raises:
         UserError: An option outside its range, or one that the data at ``root`` have no use for. From ``setup`` on:
@@ -85,7 +90,12 @@ class PianoRolls(SequenceDataModule):
     """
 
     modality: ClassVar[Modality] = "roll"
-    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {"skip_bad", "download"}
+    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {
+        "skip_bad",
+        "download",
+        "max_quarters",
+        "max_gb",
+    }
 
     def __init__(
         self,
@@ -101,18 +111,26 @@ class PianoRolls(SequenceDataModule):
         num_workers: int = 0,
         seed: int = 0,
         window: int | None = None,
+        max_quarters: int = 20_000,
+        max_gb: float = MAX_GB,
     ) -> None:
         super().__init__(num_features=KEYS, batch_size=batch_size, num_workers=num_workers, seed=seed, window=window)
         self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
-        for option, value, most in (("resolution", resolution, 960), ("transpose", transpose, KEYS - 1)):
-            least = 1 if option == "resolution" else 0
+        for option, value, most in (
+            ("resolution", resolution, 960),
+            ("transpose", transpose, KEYS - 1),
+            ("max_quarters", max_quarters, 10**9),
+        ):
+            least = 0 if option == "transpose" else 1
             if not least <= value <= most:
                 raise UserError(f"--data.{option} {value}: must lie between {least} and {most}")
         for option, fraction in (("test", test), ("val", val)):
             if fraction is not None and not 0 <= fraction < 1:
                 raise UserError(f"--data.{option} {fraction}: a fraction of the files must be at least 0 and below 1")
         self.root = data_root(root)
+        self.max_gb = checked_limit(max_gb)
         self.resolution = resolution
+        self.max_quarters = max_quarters
         self.sustain = sustain
         self.transpose = transpose
         self.test = test
@@ -179,8 +197,8 @@ class PianoRolls(SequenceDataModule):
         if suffix in MIDI:
             raise UserError(f"--data.root {self.root}: is a single MIDI file; give the folder that holds it and others")
         if suffix in NOTE_LISTS:
-            return read_note_lists(self.root, split)
-        found = read_archive(self.root, split, KEYS)
+            return read_note_lists(self.root, split, self.max_gb)
+        found = read_archive(self.root, split, KEYS, max_gb=self.max_gb)
         found.refuse((found.values != 0) & (found.values != 1), "a roll holds 0 and 1: binarise it")
         return found
 
@@ -212,7 +230,9 @@ class PianoRolls(SequenceDataModule):
         """Read a MIDI file once."""
         if name not in self._read:
             try:
-                self._read[name] = read_midi(self.root / name, self.resolution, self.sustain)
+                self._read[name] = read_midi(
+                    self.root / name, self.resolution, self.sustain, self.max_quarters, self.max_gb
+                )
             except UserError as error:
                 self._read[name] = error
         found = self._read[name]

@@ -18,7 +18,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vrnn_lightning.batch import Sequence
-from vrnn_lightning.data import BadFiles, Modality, Scaler, SequenceDataModule, Sequences, Split, data_root, fetch
+from vrnn_lightning.data import (
+    MAX_GB,
+    BadFiles,
+    Modality,
+    Scaler,
+    SequenceDataModule,
+    Sequences,
+    Split,
+    checked_limit,
+    data_root,
+    fetch,
+    require_size,
+)
 from vrnn_lightning.data.audio import HIGHEST_RATE, AudioHeader, opened, read_samples, resampled, seekable
 from vrnn_lightning.data.cache import digest, recall, remember
 from vrnn_lightning.data.corpora import FSDD_TEST, Layout, Recording, find_recordings
@@ -114,6 +126,8 @@ class Speech(SequenceDataModule):
         window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
         download: Fetch the spoken digits (16 MB; for the layout "fsdd") into ``root``, where it is empty or not there
             yet.
+        max_gb: Gigabytes that the samples of one recording may take: a damaged or hostile file declares more than it
+            holds. A file that takes no more than 16 times its own size is always read.
 
     Raises:
         UserError: An option is out of its range, is no regular expression or makes no sense beside another. From
@@ -132,6 +146,7 @@ class Speech(SequenceDataModule):
         "crop",
         "skip_bad",
         "download",
+        "max_gb",
     }
 
     def __init__(
@@ -156,6 +171,7 @@ class Speech(SequenceDataModule):
         crop: int | None = None,
         skip_bad: bool = False,
         download: bool = False,
+        max_gb: float = MAX_GB,
     ) -> None:
         for option, value in (
             ("frame_size", frame_size),
@@ -173,6 +189,7 @@ class Speech(SequenceDataModule):
         self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
         self.download = download
         self.root = data_root(root)
+        self.max_gb = checked_limit(max_gb)
         self.frame_size = frame_size
         self.mel_window = mel_window or 4 * frame_size
         self.resample = resample
@@ -450,6 +467,9 @@ class Speech(SequenceDataModule):
             raise UserError(
                 f"{self._folder / name}: {header.rate} Hz, but {wanted} {self.sample_rate} and --data.resample is off"
             )
+        if header.rate < self.sample_rate:
+            samples = resampled(header.samples, header.rate, self.sample_rate)
+            require_size(self._folder / name, 4 * samples, self.max_gb)
 
     def _scan(self) -> dict[str, IndexedFile]:
         """Return what the header of every file of the corpus says, in the order of their paths."""
@@ -457,7 +477,7 @@ class Speech(SequenceDataModule):
             bad = BadFiles(self.skip_bad)
             recordings = find_recordings(self.root, self.layout, bad)
             total = len(recordings) + len(bad.problems)
-            files = index_audio(self._folder, [recording.name for recording in recordings], bad)
+            files = index_audio(self._folder, [recording.name for recording in recordings], bad, self.max_gb)
             bad.report(total, self.root)
             self._recordings = {recording.name: recording for recording in recordings}
             self._files = files
@@ -478,7 +498,7 @@ class _Frames(Protocol):
     def span(self, first: int, last: int, /) -> tuple[int, int]:
         """Return the first sample that frames ``first`` to ``last - 1`` read, and one past the last."""
 
-    def cut(self, samples: NDArray[np.float32], /) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+    def cut(self, samples: NDArray[np.floating[Any]], /) -> tuple[NDArray[np.floating[Any]], NDArray[np.bool_] | None]:
         """Return the frames of samples and what of them was measured, each of shape (frames, features)."""
 
 
@@ -496,7 +516,7 @@ class _RawFrames:
     def span(self, first: int, last: int) -> tuple[int, int]:
         return first * self.size, last * self.size
 
-    def cut(self, samples: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+    def cut(self, samples: NDArray[np.floating[Any]]) -> tuple[NDArray[np.floating[Any]], NDArray[np.bool_] | None]:
         samples = _convert(samples, self.units)
         rest = len(samples) % self.size
         if rest == 0 or not self.pad:
@@ -570,7 +590,7 @@ class _Crops:
         return int(np.random.default_rng((self.seed, self.epoch, file)).integers(spare + 1))
 
 
-def _convert(samples: NDArray[np.float32], units: str) -> NDArray[np.float32]:
+def _convert(samples: NDArray[np.floating[Any]], units: str) -> NDArray[np.floating[Any]]:
     """Return amplitudes in the units asked for."""
     if units == "pcm16":
         return (samples * np.float32(PCM16)).round().clip(-PCM16, PCM16 - 1)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vrnn_lightning.batch import Sequence, SequenceBatch
 from vrnn_lightning.data import (
+    MAX_GB,
     TABLE_SUFFIXES,
     Columns,
     Modality,
@@ -26,6 +27,7 @@ from vrnn_lightning.data import (
     SequenceDataModule,
     SequenceLoader,
     Split,
+    checked_limit,
     data_root,
     read_columns,
 )
@@ -96,6 +98,8 @@ class Tables(SequenceDataModule):
         num_workers: Processes that read ahead; 0 reads in the main process.
         seed: Seed of the split by id and of the order of the training batches.
         window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+        max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
+            A file that takes no more than 16 times its own size is always read.
 
     Raises:
         UserError: An option is out of its range or makes no sense beside another. From ``setup`` on: there is no such
@@ -109,7 +113,7 @@ class Tables(SequenceDataModule):
     modality: ClassVar[Modality] = "series"
     scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "per_feature"
     run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {
-        *("length", "stride", "context", "anomaly", "sort", "delimiter")
+        *("length", "stride", "context", "anomaly", "sort", "delimiter", "max_gb")
     }
 
     def __init__(
@@ -134,9 +138,11 @@ class Tables(SequenceDataModule):
         num_workers: int = 0,
         seed: int = 0,
         window: int | None = None,
+        max_gb: float = MAX_GB,
     ) -> None:
         super().__init__(len(columns), batch_size, num_workers, seed, window)
         self.root = data_root(root)
+        self.max_gb = checked_limit(max_gb)
         self.columns = _names("columns", columns)
         self.inputs = _names("inputs", inputs or [])
         self.num_inputs = len(self.inputs)
@@ -363,7 +369,7 @@ class Tables(SequenceDataModule):
         """Return the wanted columns of a file, all cells checked."""
         labels = [] if self.anomaly is None else [self.anomaly]
         wanted = {"columns": self.columns, "inputs": self.inputs, "anomaly": labels}
-        table = read_columns(path, wanted, self.id, self.time, self.delimiter)
+        table = read_columns(path, wanted, self.id, self.time, self.delimiter, self.max_gb)
         table.refuse(np.isinf(table.numbers), "is infinite; mend it, or leave the cell empty")
         unknown = np.isnan(table.numbers)
         if not self.missing:

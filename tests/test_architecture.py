@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    "errors", "files", "datamodules", "compatibility", "batch", "noise", "filtering", "nn", "heads", "recurrence",
-    "vrnn", "objectives", "schedules", "metrics", "data", "testing", "inference", "pretrained", "exporting",
-    "resuming", "module",
+    "errors", "files", "locks", "datamodules", "compatibility", "trust", "checkpoints", "batch", "noise", "filtering",
+    "nn", "heads", "recurrence", "vrnn", "objectives", "schedules", "metrics", "data", "testing", "inference",
+    "pretrained", "exporting", "resuming", "module",
     "callbacks", "report", "tracking", "discovery", "cli",
 ]  # fmt: skip
 FRAMEWORKS = {"lightning", "wandb", "jsonargparse", "pytorch_lightning"}

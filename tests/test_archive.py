@@ -52,7 +52,7 @@ def test_contract(check, splits, tmp_path):
 def test_construction_opens_no_file():
     assert Archive("nowhere.npz", features=62).num_features == 62
     assert Archive("nowhere.npz", features=62, exclude=[3, 61]).num_features == 60
-    with pytest.raises(UserError, match=r"--data.root nowhere.npz: no such file"):
+    with pytest.raises(UserError, match=r"--data.root nowhere.npz: No such file"):
         Archive("nowhere.npz", features=62).setup("fit")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import threading
 from pathlib import Path
 
@@ -165,7 +166,7 @@ class TestDamage:
 
     def test_a_folder_of_that_name(self, tmp_path):
         (tmp_path / "a.wav").mkdir()
-        with pytest.raises(UserError, match=r"a.wav: cannot be read as audio \(Is a directory\)"):
+        with pytest.raises(UserError, match=r"a.wav: Is a directory"):
             read_header(tmp_path / "a.wav")
 
     def test_no_permission(self, tmp_path, monkeypatch):
@@ -175,7 +176,7 @@ class TestDamage:
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr(Path, "open", refuse)
-        with pytest.raises(UserError, match=r"a.wav: cannot be read as audio \(Permission denied\)"):
+        with pytest.raises(UserError, match=r"a.wav: Permission denied"):
             read_header(path)
 
     def test_damage_in_the_middle_shows_when_read(self, tmp_path):
@@ -221,7 +222,7 @@ def corpus(tmp_path) -> Path:
 def headers(monkeypatch):
     """The files whose headers were read."""
     seen = []
-    monkeypatch.setattr(index, "read_header", lambda path: seen.append(path.name) or read_header(path))
+    monkeypatch.setattr(index, "read_header", lambda path, *_: seen.append(path.name) or read_header(path))
     return seen
 
 
@@ -339,8 +340,8 @@ class TestIndex:
         bad = BadFiles(skip=True)
         names = sorted(path.name for path in corpus.iterdir())
         assert list(index_audio(corpus, [*names, "gone.wav"], bad)) == ["0.wav", "4.wav", "5.wav"]
-        assert [line.split("corpus/")[1].split(" (")[0] for line in bad.problems] == [
-            "gone.wav: cannot be opened",
+        assert [re.split(r" \(| or dir", line.split("corpus/")[1])[0] for line in bad.problems] == [
+            "gone.wav: No such file",
             "1.wav: cannot be read as audio",
             "2.wav: cannot be read as audio",
             "3.wav: holds NaN or infinite samples; remove it or mend it",

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from vrnn_lightning import UserError, discovery
+from vrnn_lightning.datamodules import is_installed
 
 HEAD = "from vrnn_lightning import SequenceDataModule\n"
 
@@ -51,10 +52,10 @@ def test_installed_are_those_that_come_with_the_package(drop):
     drop("dropped_too.py", HEAD + "class DroppedToo(SequenceDataModule): pass\n")
     for name, found in discovery.known().items():
         path = f"vrnn_lightning.datamodules.{found.places[0].stem}.{name}"
-        assert discovery.is_installed(path) == (name != "DroppedToo")
-    for name in ("Sines", "sines.Sine", "sines.Sequence", "local.sines.Sines"):
-        assert not discovery.is_installed(f"vrnn_lightning.datamodules.{name}")
-    assert not discovery.is_installed("datamodules.sines.Sines")
+        assert is_installed(path) == (name != "DroppedToo")
+    for name in ("Sines", "absent.Sines", "local.sines.Sines"):
+        assert not is_installed(f"vrnn_lightning.datamodules.{name}")
+    assert not is_installed("datamodules.sines.Sines")
 
 
 def test_import_by_an_old_name_says_the_new_one(drop, monkeypatch):

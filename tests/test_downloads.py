@@ -565,12 +565,12 @@ def test_a_folder_that_may_not_be_written(chorales, monkeypatch, tmp_path):
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "mkdir", locked)
-    refused("jsb", tmp_path / "jsb.npz", f"{tmp_path}: can't be written (Permission denied)")
+    refused("jsb", tmp_path / "jsb.npz", f"{tmp_path}: Permission denied")
 
 
 def test_a_folder_that_is_a_file(chorales, tmp_path):
     (tmp_path / "file").write_text("mine")
-    refused("jsb", tmp_path / "file" / "jsb.npz", "can't be written")
+    refused("jsb", tmp_path / "file" / "jsb.npz", "File exists")
     assert left(tmp_path) == ["file"]
 
 
@@ -579,7 +579,7 @@ def test_a_full_disk(chorales, monkeypatch, tmp_path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(downloads, "_write_archive", full)
-    refused("jsb", tmp_path / "jsb.npz", "can't be written (No space left on device)")
+    refused("jsb", tmp_path / "jsb.npz", "No space left on device")
     assert not (tmp_path / "jsb.npz").exists()
 
 

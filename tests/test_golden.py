@@ -126,7 +126,7 @@ def test_a_newer_format_is_one_line(run, lightning):
     said = lightning("test", "--ckpt_path", path)
     assert said.code == 1
     fix = "but this version of vrnn-lightning reads formats up to 2. Fix: pip install --upgrade vrnn-lightning"
-    assert said.err == f"error: {path}: has format {newer}, {fix}\n"
+    assert said.err == f"error: --ckpt_path {path}: has format {newer}, {fix}\n"
     with pytest.raises(UserError, match=f"has format {newer}"):
         VRNNLightningModule.load_from_checkpoint(path)
     with pytest.raises(UserError, match=f"has format {newer}"):

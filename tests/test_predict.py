@@ -159,7 +159,7 @@ def disk(monkeypatch):
 def test_full_disk_leaves_nothing(tmp_path, disk, room):
     """While parts are written, and while they are joined."""
     disk(room)
-    with pytest.raises(UserError, match=r"test.npz: can't be written \(No space left on device\).*make room"):
+    with pytest.raises(UserError, match=r"--trainer.default_root_dir .*test.npz: No space left.*free some space"):
         predict(tmp_path, task="forecast", prefix=3, samples=20)
     assert not list(tmp_path.iterdir())
 
@@ -195,13 +195,13 @@ def test_no_permission_is_said_before_anything_is_computed(tmp_path, monkeypatch
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     monkeypatch.setattr(VRNNLightningModule, "forecast", lambda *_, **__: pytest.fail("computed"))
-    with pytest.raises(UserError, match=r"Permission denied.*--trainer.default_root_dir"):
+    with pytest.raises(UserError, match=r"--trainer.default_root_dir .*Permission denied"):
         predict(tmp_path, task="forecast", prefix=3)
 
 
 def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "predictions").write_text("")
-    with pytest.raises(UserError, match="can't be written"):
+    with pytest.raises(UserError, match="Not a directory"):
         predict(tmp_path, task="score")
 
 
@@ -682,7 +682,7 @@ def test_a_full_disk_while_a_picture_is_drawn(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", full)
-    with pytest.raises(UserError, match=r"test.png: can't be written \(No space left on device\)"):
+    with pytest.raises(UserError, match=r"test.png: No space left on device"):
         predict(tmp_path, task="reconstruct", shown=2)
     names = {path.name for path in (tmp_path / "predictions/reconstruct").iterdir()}
     assert names == {"test.npz", "test.csv"}
@@ -873,16 +873,17 @@ def test_command_line(lightning, folder):
     assert lightning(*fit, "--model.hidden_size=4", "--model.latent_size=2").code == 0
     best = "runs/numbered/version_0/checkpoints/best.ckpt"
     numbers.rename("moved.txt")
-    said = lightning("predict", "--ckpt_path", best, "--prediction.task=sample", "--prediction.count=3", *QUICK)
+    own = ("--data=Numbered", *QUICK)  # the checkpoint alone may not name a file of the working directory
+    said = lightning("predict", "--ckpt_path", best, "--prediction.task=sample", "--prediction.count=3", *own)
     assert said.code == 0, said.err
     written = Path("runs/numbered/version_0/predictions/sample")
     assert f"sample: {written}/test.npz" in said.out
     with np.load(written / "test.npz") as found:
         assert found["test_values"].shape == (300, 1)
         assert abs(found["test_values"].mean() - 100) < 10, "data units"
-    task = ("predict", "--ckpt_path", best, "--prediction.task=forecast", "--prediction.prefix=4", *QUICK)
+    task = ("predict", "--ckpt_path", best, "--prediction.task=forecast", "--prediction.prefix=4", *own)
     assert "no such file" in lightning(*task).err
-    said = lightning(*task, "--data=Numbered", "--data.root=moved.txt")
+    said = lightning(*task, "--data.root=moved.txt")
     assert said.code == 0, said.err
     assert "RMSE" in said.out
 
@@ -907,7 +908,7 @@ def test_command_line(lightning, folder):
     torch.save({**old, "state_dict": {k: v for k, v in old["state_dict"].items() if k != "scale_mean"}}, "bare.ckpt")
     said = lightning("predict", "--ckpt_path=bare.ckpt", "--prediction.task=sample", *QUICK)
     assert said.err.strip().splitlines()[-1].startswith("error: --ckpt_path bare.ckpt: holds no scaler")
-    said = lightning("predict", "--ckpt_path", best, "--prediction.task=smple", *QUICK)
+    said = lightning("predict", "--ckpt_path", best, "--prediction.task=smple", *own)
     assert said.code == 2
     assert said.err.strip().splitlines()[-1].startswith("error: --prediction.task smple: expected one of")
 

@@ -89,7 +89,7 @@ def test_nothing_that_the_folder_names_or_holds_is_run(module, option, named, tm
     with pytest.raises(UserError) as caught:
         VRNNLightningModule.from_pretrained(tmp_path)
     if named == "class_path" and option in ("emission", "phi_x"):
-        assert "names the class evil_heads.Head" in str(caught.value)
+        assert "names evil_heads.Head" in str(caught.value)
         assert "trust=['evil_heads']" in str(caught.value)
     assert not (tmp_path / "ran").exists()
     assert "evil_heads" not in sys.modules
@@ -234,20 +234,26 @@ HUGE = struct.pack("<Q", len(HEADER)) + HEADER
         (lambda f: change(f, hidden_size=10**6), r"are of different models .*shape \(64, 5\).*1000000"),
         (lambda f: change(f, hidden_size=10**12), "no model can be made of its options"),
         (lambda f: change(f, phi_x={"width": 10**9, "depth": 2}), "are of different models"),
-        (lambda f: change(f, phi_x={"width": 1, "depth": 10**9}), "phi_x is deeper than the weights"),
-        (lambda f: change(f, layers=10**9), "layers is deeper than the weights"),
+        (lambda f: change(f, phi_x={"width": 1, "depth": 10**9}), "phi_x is deeper than its 29 weights"),
+        (lambda f: change(f, layers=10**9), "layers is deeper than its 29 weights"),
         (lambda f: change(f, hidden_size=-1), "no model can be made of its options"),
-        (lambda f: change(f, hidden_size="x"), "hidden_size 'x' is no int"),
-        (lambda f: change(f, hidden_size=True), "hidden_size True is no int"),
+        (lambda f: change(f, hidden_size="x"), "hidden_size 'x' is not of type int"),
+        (lambda f: change(f, hidden_size=True), "hidden_size 'True' is not of type int"),
         (lambda f: change(f, dropout=NAN), r"dropout nan: must lie in \[0, 1\)"),
         (lambda f: change(f, phi_x="width"), "no model can be made of its options"),
         (lambda f: change(f, phi_x={"breadth": 3}), "breadth is no option of Layers"),
         (lambda f: change(f, no_such_option=1), "no_such_option is no option of VRNNLightningModule in this version"),
-        (lambda f: emission(f, components="4"), "components '4' is no int"),
+        (lambda f: emission(f, components="4"), "components '4' is not of type int"),
         (lambda f: emission(f, in_features=4), "no model can be made of its options"),
         (lambda f: emission(f, "vrnn_lightning.heads.Nothing"), "Nothing can't be imported"),
-        (lambda f: emission(f, "vrnn_lightning.heads.Head"), "vrnn_lightning.heads.Head is no emission"),
-        (lambda f: emission(f, "vrnn_lightning.heads.tempered"), "vrnn_lightning.heads.tempered is no emission"),
+        (
+            lambda f: emission(f, "vrnn_lightning.heads.Head"),
+            "vrnn_lightning.heads.Head is not a Head that can be called",
+        ),
+        (
+            lambda f: emission(f, "vrnn_lightning.heads.tempered"),
+            "vrnn_lightning.heads.tempered is not a Head that can be called",
+        ),
         (lambda f: emission(f, 3), "emission must hold a class_path and init_args"),
         (lambda f: reweigh(f, scale_std=None), r"different models \(scale_std: none and shape \(2,\) of floats"),
         (lambda f: reweigh(f, extra=torch.ones(1)), r"different models \(extra: shape \(1,\) of floats and none"),
@@ -271,7 +277,7 @@ def test_a_spoiled_folder_is_one_line(module, spoil, message, tmp_path):
 def test_a_trusted_module_gives_emissions_alone(module, tmp_path):
     module.save_pretrained(tmp_path)
     emission(tmp_path, "os.system")
-    with pytest.raises(UserError, match=r"os\.system is no emission"):
+    with pytest.raises(UserError, match=r"os\.system is not a Head that can be called"):
         VRNNLightningModule.from_pretrained(tmp_path, trust=["os"])
     emission(tmp_path, "no_such_module_of_test.Head")
     with pytest.raises(UserError, match=r"no_such_module_of_test\.Head can't be imported"):
@@ -341,7 +347,7 @@ def test_without_room_the_folder_is_as_it_was(module, tmp_path):
     for room in (len(before["model.safetensors"]) // 2, 10):
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
         try:
-            with pytest.raises(UserError, match=r"File too large; it is not written"):
+            with pytest.raises(UserError, match=r"File too large"):
                 other.save_pretrained(tmp_path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)

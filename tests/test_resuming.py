@@ -18,7 +18,7 @@ import torch
 from vrnn_lightning import VRNNLightningModule
 from vrnn_lightning.cli import main, processes
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import FolderLock
+from vrnn_lightning.locks import FolderLock
 from vrnn_lightning.resuming import OPTIMIZED, Interruption, Stopped, match_optimizer_states
 from vrnn_lightning.tracking import RunCheckpoint
 

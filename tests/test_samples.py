@@ -155,7 +155,7 @@ def test_a_full_disk_is_said_of_sound_too(tmp_path):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
     try:
-        with pytest.raises(UserError, match=r"x_sampled_0\.wav: can't be written \(File too large\)"):
+        with pytest.raises(UserError, match=r"x_sampled_0\.wav: File too large"):
             media.write({"sampled": [torch.zeros(40, 200)]}, tmp_path, "x")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

@@ -322,7 +322,7 @@ class TestReading:
 
     def test_every_header_is_read_once(self, corpus, monkeypatch):
         seen = []
-        monkeypatch.setattr(index, "read_header", lambda path: seen.append(path) or read_header(path))
+        monkeypatch.setattr(index, "read_header", lambda path, *_: seen.append(path) or read_header(path))
         datamodule = speech(corpus)
         datamodule.setup("fit")
         for split in ("train", "val", "test"):
@@ -850,7 +850,7 @@ class TestMemory:
         first = speech(corpus)
         first.prepare_data()
         seen = []
-        monkeypatch.setattr(index, "read_header", lambda path: seen.append(path) or read_header(path))
+        monkeypatch.setattr(index, "read_header", lambda path, *_: seen.append(path) or read_header(path))
         speech(corpus).setup("fit")
         assert seen == []
 

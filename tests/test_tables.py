@@ -629,6 +629,7 @@ class TestCheckpoints:
             "anomaly",
             "sort",
             "delimiter",
+            "max_gb",
         }
         assert Tables.run_options == may
 
@@ -775,7 +776,7 @@ class TestRefusals:
             return opened(path, *options, **named)
 
         monkeypatch.setattr(Path, "open", refuse)
-        refused(long, r"sensors\.csv: may not be read by you", **LONG)
+        refused(long, r"sensors\.csv: Permission denied", **LONG)
 
     def test_folders_without_permission(self, folder, monkeypatch):
         walked = os.walk
@@ -910,5 +911,5 @@ class TestFilesDrawnWhole:
 
 def test_values_whose_spread_no_float_holds_are_refused(tmp_path):
     path = write(tmp_path / "a.csv", {"x": [1e300, -1e300] * 20})
-    with pytest.raises(UserError, match="too large to be scaled"):
+    with pytest.raises(UserError, match="too large for float32"):
         _ = Tables(path, ["x"]).scaler

@@ -283,6 +283,13 @@ def test_pictures_sounds_and_tables_of_both(folder, offline):
     assert len([name for name in run.media if name.endswith(".wav")]) == 6
 
 
+def test_a_wandb_without_the_class_that_lightning_imports(folder, offline, monkeypatch):
+    monkeypatch.delattr("wandb.sdk.lib.RunDisabled", raising=False)
+    logger = tracking.WandbLogger()
+    assert logger.experiment.id
+    logger.experiment.finish()
+
+
 def test_a_best_checkpoint_needs_a_monitor(lightning, tiny, offline):
     words = ["--checkpoint.monitor=null", "--trainer.logger.log_model=best"]
     said = lightning("fit", "-c", tiny, "-c", "configs/wandb.yaml", *words)

@@ -7,15 +7,11 @@ config files and command lines are read through this table, so an old name is ne
 from __future__ import annotations
 
 import importlib
-import io
 import re
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from importlib.machinery import PathFinder
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from vrnn_lightning.errors import UserError
 
@@ -31,7 +27,6 @@ __all__ = [
     "current_weights",
     "require_known_format",
     "upgrade",
-    "upgraded",
 ]
 
 FORMAT = 2
@@ -180,9 +175,15 @@ def upgrade(content: dict[str, Any], place: object) -> bool:
     for key in ("state_dict", "current_model_state"):  # the second: weights beside their average
         if isinstance(content.get(key), Mapping):
             renamed[key] = current_weights(content[key])
-    changed = {key: value for key, value in renamed.items() if _names(value) != _names(content.get(key))}
+    changed = {key: value for key, value in renamed.items() if key not in content or _is_new(value, content[key], key)}
     content.update(changed)
     return bool(changed)
+
+
+def _is_new(renamed: Any, options: Any, key: str) -> bool:
+    if key.endswith("hyper_parameters"):
+        return bool(_names(renamed) != _names(options))
+    return list(renamed) != list(options)
 
 
 def _names(options: Any) -> Any:
@@ -192,16 +193,3 @@ def _names(options: Any) -> Any:
     if isinstance(options, list):
         return [_names(value) for value in options]
     return options if isinstance(options, str) else ""
-
-
-def upgraded(path: Any) -> Any:
-    """Return the file of a checkpoint, or its content under current names if anything was renamed in it."""
-    if not isinstance(path, (str, Path)) or not Path(path).is_file():
-        return path
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if not upgrade(content, path):
-        return path
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    buffer.seek(0)
-    return buffer

@@ -21,7 +21,7 @@ from lightning.pytorch import LightningDataModule
 from vrnn_lightning.datamodules import INSTALLED, local
 from vrnn_lightning.errors import UserError
 
-__all__ = ["Found", "is_installed", "known", "load", "suggestion"]
+__all__ = ["Found", "known", "load", "suggestion"]
 
 ENTRY_POINTS = PACKAGE = "vrnn_lightning.datamodules"
 
@@ -46,20 +46,6 @@ def known() -> dict[str, Found]:
     for name, place in chain[tuple[str, Path | EntryPoint]](_classes(_files()), points):
         places[name] = (*places.get(name, ()), place)
     return {name: Found(name, places[name]) for name in sorted(places)}
-
-
-def is_installed(class_path: str) -> bool:
-    """Return whether a class path names a datamodule that comes with this package, without importing it.
-
-    >>> is_installed("vrnn_lightning.datamodules.sines.Sines")
-    True
-    >>> is_installed("vrnn_lightning.datamodules.local.walks.Walks")
-    False
-    """
-    module, _, name = class_path.rpartition(".")
-    folder, _, stem = module.rpartition(".")
-    file = INSTALLED / f"{stem}.py"
-    return folder == PACKAGE and file.is_file() and (name, file) in _classes([file])
 
 
 def load(name: str) -> type[LightningDataModule]:

@@ -19,9 +19,10 @@ from torch.distributions import Distribution
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import explained, write_files
 from vrnn_lightning.heads import Head, Network
 from vrnn_lightning.inference import upcoming
-from vrnn_lightning.pretrained import replace_files, require_numbers
+from vrnn_lightning.pretrained import require_numbers
 from vrnn_lightning.recurrence import State
 from vrnn_lightning.recurrence.parts import as_state
 from vrnn_lightning.recurrence.textbook import textbook_step
@@ -150,18 +151,16 @@ class Exported:
             raise UserError(f"{path}: a step is exported as .pt2 or .onnx; choose one of these")
         if self.vrnn.backward_rnn is not None:
             raise UserError("a smoothing model reads each sequence from its end: it has no step to export")
-        try:
+        with explained(path):
             if path.is_dir():
                 raise UserError(f"{path}: is a folder; give another name")
             if not path.parent.is_dir():
                 raise UserError(f"{path}: there is no folder {path.parent}; make it first")
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; give another name") from error
         require_numbers("the model", cast(nn.Module, self).state_dict())
         with _traceable():
             step = _Step(self.vrnn, self.scaler)
             content = _as_torch(step) if path.suffix == ".pt2" else _as_onnx(step.float())
-        replace_files({path: content})
+        write_files({path: content})
 
 
 @contextmanager

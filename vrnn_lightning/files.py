@@ -2,46 +2,69 @@
 
 from __future__ import annotations
 
+import csv
 import errno
-import fcntl
+import io
 import os
-import socket
-import threading
+import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from vrnn_lightning.errors import UserError
 
-__all__ = ["FolderLock", "explained", "flush", "replacing", "require_intact_zip", "write_files"]
+__all__ = [
+    "csv_line",
+    "explained",
+    "flush",
+    "is_remote",
+    "read_cell",
+    "replacing",
+    "require_intact_zip",
+    "require_local",
+    "require_plain_yaml",
+    "require_size",
+    "temporary_name",
+    "text_cell",
+    "undamaged",
+    "upload",
+    "write_files",
+]
 
+MAX_GB = 4.0
+"""Gigabytes that the content of one file may take, unless an option says otherwise."""
+EXPANSION = 16
+"""How many times its own size a file may take all the same."""
+SHORT_YAML, DEEPEST_YAML, MOST_VALUES = 100, 100, 100_000
+"""Characters of YAML that can't do harm without an alias, the deepest nesting, and the most values of a short one."""
 PIECE = 2**20
 """Bytes that are read at once."""
-
-HEARTBEAT, STALE = 10.0, 60.0
-"""Seconds between two touches of a lock, and without one after which it counts as left behind."""
-
-_numbers = count()
+ABANDONED = 3600.0
+"""Seconds after its last change from which on a temporary file belongs to a process that was killed."""
+LONGEST_NAME = 40
+"""Characters of a file's name that its temporary file repeats: so that no temporary name is too long."""
+FORMULA = re.compile(r"'*[=+\-@\t\r]")
+"""How a text begins that a spreadsheet would run, or that :func:`text_cell` wrote for one."""
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 @contextmanager
-def replacing(path: Path, option: str = "") -> Iterator[Path]:
+def replacing(path: Path | str, option: str = "") -> Iterator[Path]:
     """Yield the path of a temporary file, which replaces ``path`` when the block ends without an error.
 
     The temporary file lies in the folder of ``path``, which is made if it does not exist, so that the replacement is
     one atomic step; file and folder are flushed to the disk (fsync). A crash, a kill or a full disk at any moment
-    leaves the earlier file or the new one, never a part.
+    leaves the earlier file or the new one, never a part. A remote file is written locally and uploaded at the end.
 
     Args:
-        path: The file to write or replace.
+        path: The file to write or replace, or the URL of a remote one.
         option: The option that names it, for the message.
 
     Raises:
         UserError: The system can't write there.
 
-    >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     path = Path(folder) / "a.txt"
     ...     with replacing(path) as temporary:
@@ -50,11 +73,14 @@ def replacing(path: Path, option: str = "") -> Iterator[Path]:
     'whole'
     """
     with explained(path, option), ExitStack() as stack:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_numbers)}.part")
-        stack.callback(_remove, temporary)
+        if is_remote(path):
+            temporary = Path(stack.enter_context(TemporaryDirectory()), "file")
+            yield temporary
+            upload(temporary, str(path), option)
+            return
+        temporary = _prepared(Path(path), stack)
         yield temporary
-        _replace({temporary: path})
+        _replace({temporary: Path(path)})
 
 
 def write_files(files: Mapping[Path, bytes], option: str = "") -> None:
@@ -71,14 +97,107 @@ def write_files(files: Mapping[Path, bytes], option: str = "") -> None:
         written = {}
         for path, content in files.items():
             with explained(path, option):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_numbers)}.part")
-                stack.callback(_remove, temporary)
+                temporary = _prepared(path, stack)
                 temporary.write_bytes(content)
-                flush(temporary)
                 written[temporary] = path
         with explained(next(iter(files), Path()), option):
             _replace(written)
+
+
+def upload(local: Path, url: str, option: str = "") -> None:
+    """Copy a local file to a remote place, whole: under a temporary name, which is changed when its size is right.
+
+    Args:
+        local: The file.
+        url: Where to, in any file system that fsspec knows, for example ``s3://bucket/run/last.ckpt``.
+        option: The option that names it, for the message.
+
+    Raises:
+        UserError: It can't be uploaded, or the copy has another size; an earlier file of that name stays.
+    """
+    try:
+        from fsspec.core import url_to_fs  # type: ignore[import-untyped]  # it has no types
+
+        remote, place = url_to_fs(url)
+        folder, _, name = place.rpartition("/")
+        temporary = f"{folder}/{temporary_name(name)}"
+        remote.makedirs(folder, exist_ok=True)
+        try:
+            remote.put_file(str(local), temporary)
+            remote.invalidate_cache()
+            sizes = local.stat().st_size, remote.size(temporary)
+            if sizes[0] != sizes[1]:
+                raise OSError(f"{sizes[1]} of {sizes[0]} bytes arrived")
+            remote.mv(temporary, place)
+        except BaseException:
+            with suppress(Exception):  # what stopped the upload stops this too
+                remote.rm_file(temporary)
+            raise
+    except Exception as error:  # each file system has errors of its own, without a base in common
+        place = f"{option} {url}" if option else url
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{place}: can't be uploaded ({reason}). Fix: check the address and your access") from error
+
+
+def is_remote(path: Path | str) -> bool:
+    """Return True for a URL, which is no path of this machine.
+
+    >>> is_remote("s3://bucket/runs"), is_remote("runs")
+    (True, False)
+    """
+    return isinstance(path, str) and "://" in path
+
+
+def require_local(path: Path | str, option: str) -> Path:
+    """Return the path of a folder that is written to file by file.
+
+    Args:
+        path: The folder.
+        option: The option that names it, for the message.
+
+    Raises:
+        UserError: It is the URL of a remote one.
+    """
+    if is_remote(path):
+        raise UserError(f"{option} {path}: is remote. Fix: give a folder of this machine, and copy it when it is done")
+    return Path(path)
+
+
+def text_cell(text: str) -> str:
+    """Return a text as a cell of a csv file that a spreadsheet does not run: an apostrophe stands before a formula.
+
+    A formula is a text that begins with ``=``, ``+``, ``-``, ``@``, a tab or a carriage return and is no number. A text
+    that begins with apostrophes and one of these gets one more apostrophe, so that :func:`read_cell` restores it.
+
+    >>> [text_cell(text) for text in ("=1+1", "'=1+1", "-1.5", "it's")]
+    ["'=1+1", "''=1+1", '-1.5', "it's"]
+    """
+    return f"'{text}" if FORMULA.match(text) and not NUMBER.fullmatch(text) else text
+
+
+def read_cell(cell: str) -> str:
+    """Return the text that :func:`text_cell` made a cell of.
+
+    >>> [read_cell(cell) for cell in ("'=1+1", "''=1+1", "-1.5", "it's")]
+    ['=1+1', "'=1+1", '-1.5', "it's"]
+    """
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
+
+
+def csv_line(cells: Iterable[object]) -> str:
+    r"""Return a line of a csv file, its texts as :func:`text_cell` writes them.
+
+    >>> csv_line(["=1+1", 2, "a,b"])
+    '\'=1+1,2,"a,b"\n'
+    """
+    content = io.StringIO()
+    csv.writer(content).writerow([text_cell(cell) if isinstance(cell, str) else cell for cell in cells])
+    return content.getvalue()[: -len("\r\n")] + "\n"
+
+
+def temporary_name(name: str) -> str:
+    """Return a name that no other process gives to a temporary file of a file."""
+    return f".{name[:LONGEST_NAME]}.{os.urandom(6).hex()}.part"
 
 
 @contextmanager
@@ -93,120 +212,17 @@ def explained(path: Path | str, option: str = "", fix: str = "") -> Iterator[Non
     Raises:
         UserError: In place of the system's error.
     """
+    place = f"{option} {path}" if option else str(path)
     try:
         yield
     except OSError as error:
-        place = f"{option} {path}" if option else str(path)
+        if error.filename and not str(error.filename).endswith(".part"):
+            place = f"{option} {error.filename}" if option else str(error.filename)
         raise UserError(f"{place}: {error.strerror or error}. Fix: {fix or _fix(error)}") from error
-
-
-class FolderLock:
-    """Keeps a folder to one process at a time, by a lock of the operating system that ends with its process.
-
-    On file systems without such locks (some network file systems) the lock is a file that names host and process and
-    is touched every few seconds; it counts as left behind once it is not.
-
-    Args:
-        folder: The folder; a file ``.lock`` in it is what is locked.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.file = folder / ".lock"
-        self._handle: int | None = None
-        self._ended: threading.Event | None = None
-
-    @property
-    def is_held(self) -> bool:
-        """Whether this process has the folder."""
-        return self._handle is not None or self._ended is not None
-
-    def acquire(self) -> None:
-        """Take the folder, which is made if it does not exist.
-
-        Raises:
-            UserError: Another process has it, or the system can't write there.
-        """
-        with explained(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            while self._handle is None:
-                handle = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
-                try:
-                    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except (BlockingIOError, PermissionError):
-                    os.close(handle)
-                    raise self._taken(self.file) from None
-                except OSError:  # no locks on this file system
-                    os.close(handle)
-                    self._acquire_by_heartbeat()
-                    return
-                if self.file.exists() and os.path.samestat(os.fstat(handle), self.file.stat()):
-                    self._handle = handle
-                else:  # its last owner has removed it meanwhile
-                    os.close(handle)
-            os.ftruncate(self._handle, 0)
-            os.write(self._handle, self._owner())
-
-    def release(self) -> None:
-        """Let others have the folder."""
-        if self._handle is not None:
-            _remove(self.file)
-            os.close(self._handle)
-        if self._ended is not None:
-            self._ended.set()
-            _remove(self.file.with_suffix(".owner"))
-            _remove(self.file)
-        self._handle = self._ended = None
-
-    @staticmethod
-    def _owner() -> bytes:
-        return f"{socket.gethostname()} process {os.getpid()}".encode()
-
-    def _taken(self, file: Path) -> UserError:
-        owner = ""
-        with suppress(OSError):
-            owner = f" ({file.read_text(errors='replace')})"
-        return UserError(
-            f"{self.folder}: another run writes there{owner}. Fix: wait for it, or leave the logger's `version` out"
-        )
-
-    def _acquire_by_heartbeat(self) -> None:
-        file = self.file.with_suffix(".owner")
-        for _ in range(2):
-            try:
-                handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            except FileExistsError:
-                if self._is_alive(file):
-                    raise self._taken(file) from None
-                _remove(file)
-            else:
-                os.write(handle, self._owner())
-                os.close(handle)
-                self._ended = threading.Event()
-                threading.Thread(target=self._touch, args=(file, self._ended), daemon=True).start()
-                return
-        raise self._taken(file)
-
-    def _is_alive(self, file: Path) -> bool:
-        """Tell whether the process that a lock names may still run."""
-        try:
-            host, _, process = file.read_text().rpartition(" process ")
-            self.file.touch()  # the clock of the file system, which may not be ours
-            if self.file.stat().st_mtime - file.stat().st_mtime > STALE:
-                return False
-            if host == socket.gethostname() and process.isdigit():
-                os.kill(int(process), 0)
-        except (FileNotFoundError, ProcessLookupError):
-            return False
-        except PermissionError:
-            return True
-        return True
-
-    @staticmethod
-    def _touch(file: Path, ended: threading.Event) -> None:
-        while not ended.wait(HEARTBEAT):
-            with suppress(OSError):
-                os.utime(file)
+    except ValueError as error:
+        if "null byte" not in str(error) and "null character" not in str(error):
+            raise
+        raise UserError(f"{place!r}: holds a null byte. Fix: choose another path") from error
 
 
 def require_intact_zip(path: Path, option: str = "", refuse: Callable[[str], UserError] = UserError) -> None:
@@ -222,23 +238,113 @@ def require_intact_zip(path: Path, option: str = "", refuse: Callable[[str], Use
     """
     place = f"{option} {path}" if option else str(path)
     try:
-        with explained(path, option), zipfile.ZipFile(path) as archive:
+        with (
+            explained(path, option),
+            undamaged(f"{place}: is damaged", "copy it again, or give an earlier one"),
+            zipfile.ZipFile(path) as archive,
+        ):
             for member in archive.infolist():
                 with archive.open(member) as content:
                     while content.read(PIECE):
                         pass
-    except UserError:
+    except UserError as error:
+        raise refuse(str(error)) from error
+
+
+@contextmanager
+def undamaged(problem: str, fix: str) -> Iterator[None]:
+    """Raise whatever a reader of a binary format raises on damaged bytes as one line.
+
+    Args:
+        problem: What can't be read.
+        fix: What to do about it.
+
+    Raises:
+        UserError: In place of the reader's error; those of the system and of memory stay.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
         raise
-    except Exception as error:  # damaged bytes raise anything: BadZipFile, zlib.error, struct.error ...
-        raise refuse(f"{place}: is damaged ({error}). Fix: copy it again, or give an earlier one") from error
+    except Exception as error:  # damaged bytes raise anything: BadZipFile, zlib.error, SyntaxError, struct.error ...
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{problem} ({reason}). Fix: {fix}") from error
+
+
+def require_plain_yaml(text: str, place: str) -> None:
+    """Raise if YAML holds far more values than it has characters, as aliases of aliases do, or is nested very deeply.
+
+    Args:
+        text: The YAML, which is not loaded. What is no YAML passes: its reader says why.
+        place: Where it stands, for the message.
+
+    Raises:
+        UserError: It does.
+
+    >>> require_plain_yaml("{a: &a [1, 2], b: [*a, *a]}", "a.yaml")
+    """
+    if len(text) < SHORT_YAML and "&" not in text:
+        return
+    import yaml
+
+    anchors: dict[str, int] = {}
+    inside: list[tuple[str | None, int]] = [(None, 0)]  # of each open collection its anchor, and its values so far
+    deep = f"{place}: is nested more than {DEEPEST_YAML} deep. Fix: write it flatter"
+    try:
+        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            anchor, values = getattr(event, "anchor", None), 0
+            if isinstance(event, yaml.CollectionStartEvent):
+                inside.append((anchor, 1))
+                if len(inside) > DEEPEST_YAML:
+                    raise UserError(deep)
+            elif isinstance(event, yaml.CollectionEndEvent):
+                anchor, values = inside.pop()
+            elif isinstance(event, yaml.AliasEvent):
+                values, anchor = anchors.get(str(anchor), 1), None
+            elif isinstance(event, yaml.ScalarEvent):
+                values = 1
+            if anchor and values:
+                anchors[anchor] = values
+            inside[-1] = inside[-1][0], inside[-1][1] + values
+            if inside[-1][1] > max(MOST_VALUES, len(text)):
+                raise UserError(
+                    f"{place}: its {len(text)} characters expand to more than {max(MOST_VALUES, len(text))} values by "
+                    "aliases. Fix: write them out, or repeat less"
+                )
+    except yaml.YAMLError as error:
+        if "nesting depth" in str(error):
+            raise UserError(deep) from None
+
+
+def require_size(path: Path, needed: int, max_gb: float, option: str = "--data.max_gb") -> None:
+    """Raise if a file asks for much more memory than it has bytes; call it before the memory is taken.
+
+    Args:
+        path: The file.
+        needed: Bytes that its content takes, by what the file says.
+        max_gb: Gigabytes that are granted to any file; a large one gets 16 times its size.
+        option: The option that sets them, for the message.
+
+    Raises:
+        UserError: The file asks for more than both.
+    """
+    size = path.stat().st_size
+    if needed > max(max_gb * 1e9, EXPANSION * size):
+        raise UserError(
+            f"{path}: its {size} bytes declare {needed / 1e9:,.1f} GB of content, more than {option} {max_gb:g}. "
+            f"Fix: copy the file again if it is damaged, or raise {option}"
+        )
 
 
 def _fix(error: OSError) -> str:
     fixes = {
         errno.ENOSPC: "free some space, or choose a folder on another disk",
         errno.EDQUOT: "free some of your quota, or choose another folder",
-        errno.EACCES: "give yourself permission, or choose another folder",
-        errno.EPERM: "give yourself permission, or choose another folder",
+        errno.EACCES: "give yourself permission, or choose another path",
+        errno.EPERM: "give yourself permission, or choose another path",
+        errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
         errno.EROFS: "choose a folder that can be written to",
         errno.ENOENT: "check the path; the folder may have been deleted",
         errno.EISDIR: "remove the folder of that name, or choose another path",
@@ -249,19 +355,41 @@ def _fix(error: OSError) -> str:
     return fixes.get(error.errno or 0, "check the disk and the path")
 
 
+def _prepared(path: Path, stack: ExitStack) -> Path:
+    """Return a temporary path beside a file, in a folder that is made; the stack removes what is left of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    temporary = path.with_name(temporary_name(path.name))
+    stack.callback(_remove, temporary)
+    return temporary
+
+
 def _replace(files: Mapping[Path, Path]) -> None:
     """Let temporary files take the places of others, and flush the folders."""
     for temporary in files:
         flush(temporary)
     for temporary, path in files.items():
+        _sweep(temporary, path)
         temporary.replace(path)
     for folder in {path.parent for path in files.values()}:
         with suppress(OSError):  # not every file system flushes folders
             flush(folder)
 
 
+def _sweep(temporary: Path, path: Path) -> None:
+    """Remove temporary files of the same target that a killed process left long ago."""
+    now, start = temporary.stat().st_mtime, f".{path.name[:LONGEST_NAME]}."
+    with os.scandir(path.parent) as entries:
+        old = [entry for entry in entries if entry.name.startswith(start) and entry.name.endswith(".part")]
+    for entry in old:
+        with suppress(OSError):  # another process did
+            if now - entry.stat().st_mtime > ABANDONED:
+                Path(entry.path).unlink()
+
+
 def flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
+    """Wait until a file, or the names in a folder, are on the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, cast
 
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.compatibility import FORMAT, KEY, upgrade, upgraded
+from vrnn_lightning.compatibility import FORMAT, KEY, upgrade
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.exporting import Exported
@@ -37,8 +38,11 @@ from vrnn_lightning.vrnn import VRNN, Particles, Trace
 
 __all__ = ["VRNNLightningModule"]
 
+if not hasattr(ArgumentParser, "instantiate_classes"):  # jsonargparse 5; Lightning 2.6 loads checkpoints with it
+    ArgumentParser.instantiate_classes = ArgumentParser.instantiate  # type: ignore[method-assign]  # absent there
 
-class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):
+
+class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # type: ignore[misc]  # trust= is ours
     """Trains a VRNN on the ELBO and reports it, split into reconstruction and KL.
 
     Every argument is a hyperparameter: it travels in the checkpoint, and ``load_from_checkpoint`` needs nothing else.
@@ -143,11 +147,6 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):
         self.bound = Bound()
         self.held_out = Estimate()
         self.active = ActiveUnits(latent_size)
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Return the model of a checkpoint, one of an earlier release too; the arguments are Lightning's."""
-        return super().load_from_checkpoint(upgraded(checkpoint_path), *args, **kwargs)
 
     @property
     def scaler(self) -> Scaler:
@@ -445,7 +444,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):
         """Store the seed of the noise, from which every process derives its own, and what streams carry."""
         checkpoint[KEY] = FORMAT
         checkpoint["noise_seed"] = self.noise_seed
-        if "optimizer_states" in checkpoint:
+        if "optimizer_states" in checkpoint and self._trainer is not None:
             checkpoint[OPTIMIZED] = [_parameter_names(self, optimizer) for optimizer in self.trainer.optimizers]
         if self._carried is not None:  # the streams' states; every process has its own
             checkpoint["carried"] = [self._gathered(part) for part in _flatten(self._carried)]

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
@@ -16,15 +12,16 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
+from vrnn_lightning.checkpoints import options_of, read_checkpoint
 from vrnn_lightning.compatibility import FORMAT, current_options, current_weights, require_known_format
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.heads import Head
+from vrnn_lightning.files import write_files
+from vrnn_lightning.trust import Gate, parameters_of
 
-__all__ = ["Pretrained", "replace_files", "require_numbers"]
+__all__ = ["Pretrained", "require_model", "require_numbers"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OF_TRAINING = frozenset({"optimizer", "lr_scheduler", "lr_interval", "objective", "_instantiator"})
-OWN = "vrnn_lightning.heads"
 NAME = "vrnn-lightning"
 """The word before the number of the format."""
 
@@ -64,7 +61,7 @@ class Pretrained:
         except (OSError, ValueError) as error:  # a name that no folder can have is a ValueError
             said = getattr(error, "strerror", None) or error
             raise UserError(f"{folder}: {said}; the model is not saved there") from error
-        replace_files({folder / WEIGHTS: save(weights), folder / CONFIG: text.encode()})
+        write_files({folder / WEIGHTS: save(weights), folder / CONFIG: text.encode()})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, trust: str | Sequence[str] = ()) -> Self:
@@ -73,13 +70,13 @@ class Pretrained:
         It is in training mode, as any new model is, so that a Trainer drops out what it should; what a model is asked
         for (``sample``, ``score``, ``session`` ...) drops nothing out in either mode.
 
-        Nothing that the folder holds is run, and no class that it names is imported but this package's own emissions.
-        What it declares is compared with the weights that are there before any memory is taken for it, unless a class
-        of your own is to be called.
+        Nothing that the folder holds is run, and no class that it names is imported unless it passes the same check as
+        a checkpoint's (:class:`~vrnn_lightning.trust.Gate`). What it declares is compared with the weights that are
+        there before any memory is taken for it, unless a class of your own is to be called.
 
         Args:
             folder: With ``config.json`` and ``model.safetensors``. Needs ``pip install 'vrnn-lightning[export]'``.
-            trust: Modules of your own whose emissions the options may name, for example ``["my_package.heads"]``.
+            trust: Class paths or modules of your own that the options may name, for example ``["my_package.heads"]``.
 
         Raises:
             UserError: A file is missing or damaged, the two don't belong together, a value is no number, or the options
@@ -87,90 +84,133 @@ class Pretrained:
         """
         folder = Path(folder)
         config, source = folder / CONFIG, folder / WEIGHTS
-        trusted = {OWN, *([trust] if isinstance(trust, str) else trust)}
+        gate = Gate.of_call(config, trust)
         options = _options(config)
         weights = current_weights(_weights(source))
-        given = {**options}
-        defaults = _defaults(cls)
-        for name, value in options.items():
-            default = defaults.get(name)
-            if isinstance(value, Mapping) and "class_path" in value:
-                given[name] = _emission(config, name, value, trusted)
-            elif isinstance(value, Mapping) and is_dataclass(default):
-                given[name] = _made(config, type(default), value)
-        for name, value in [("layers", given.get("layers")), *((k, getattr(v, "depth", 0)) for k, v in given.items())]:
-            if isinstance(value, int) and value > len(weights):
-                raise UserError(f"{config}: {name} is deeper than the weights of {WEIGHTS}")
-        known = not trust and cls.__module__.partition(".")[0] == "vrnn_lightning"  # others' may look at their values
-        with torch.device("meta") if known else nullcontext():  # no memory is taken
-            declared: Any = _made(config, cls, given)
-        _compare(folder, declared.state_dict(), weights)
+        _require_options(config, cls, options)
+        given = gate.build(cls, options)
+        declared = _declared(config, cls, given, weights)
+        _compare(folder, declared, weights)
         require_numbers(source, weights)
         module = _made(config, cls, given)
         module.to(max((value.dtype for value in weights.values() if value.is_floating_point()), key=_bits))
         module.load_state_dict(weights)
         return cast("Self", module)
 
+    @classmethod
+    def load_from_checkpoint(  # Lightning's, as far as a checkpoint of ours needs it
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        trust: str | Sequence[str] = (),
+        **options: Any,
+    ) -> Self:
+        """Return the model of a checkpoint; what its options name passes :class:`~vrnn_lightning.trust.Gate`.
+
+        Args:
+            checkpoint_path: The file.
+            map_location: Where its tensors go, as in ``torch.load``; by default where they were.
+            hparams_file: Not supported: a checkpoint holds its options.
+            strict: Raise unless the model has exactly the checkpoint's weights, which is the default.
+            weights_only: ``False`` is not supported: nothing else is ever loaded.
+            trust: Class paths or modules of your own that the options may name, for example ``["my_package.heads"]``.
+            options: Options of the model in place of the checkpoint's.
+
+        Raises:
+            UserError: The file is missing, damaged or not a checkpoint of this class, or it names a class that is not
+                trusted.
+        """
+        if hparams_file is not None or weights_only is False:
+            raise UserError(
+                f"{checkpoint_path}: hparams_file and weights_only=False are not supported. Fix: leave it out"
+            )
+        path = Path(checkpoint_path)
+        content = read_checkpoint(path, map_location=map_location or _here)
+        gate = Gate.of_call(path, trust, options)
+        made, given = options_of(content, "hyper_parameters", cls, gate, options)
+        weights = content.get("state_dict", {})
+        require_model(path, made, given, weights)
+        module = _made(path, made, given)
+        module.on_load_checkpoint(content)
+        try:
+            module.load_state_dict(weights, strict=strict is not False)
+        except RuntimeError as error:
+            raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from error
+        device = next(iter(weights.values())).device if weights else "cpu"
+        return cast("Self", module.to(device))
+
+
+def require_model(source: object, made: type, given: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Raise if a checkpoint's options do not fit its weights; they are compared before memory is taken for a model.
+
+    Args:
+        source: The file, for messages.
+        made: The model's class.
+        given: Its arguments.
+        weights: Its ``state_dict``.
+
+    Raises:
+        UserError: They do not.
+    """
+    _require_options(source, made, given, of_training=True)
+    declared = _declared(source, made, given, weights)
+    for name in declared.keys() & weights.keys():
+        there, here = tuple(weights[name].shape), tuple(declared[name].shape)
+        if there != here:
+            raise UserError(f"{source}: {name} has shape {there}, but the options make {here}; they do not fit")
+    size, stored = (sum(value.numel() for value in part.values()) for part in (declared, weights))
+    if size > stored:
+        raise UserError(f"{source}: the options make a model of {size} numbers, but it holds {stored}")
+
+
+def _declared(source: object, made: type, given: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights that options declare, without memory for them if the model holds no class of the user's."""
+    for name, value in [("layers", given.get("layers")), *((k, getattr(v, "depth", 0)) for k, v in given.items())]:
+        if isinstance(value, int) and value > len(weights):
+            raise UserError(f"{source}: {name} is deeper than its {len(weights)} weights")
+    for value in given.values():
+        if isinstance(value, partial) and _is_known(value):
+            _require_options(source, cast("type", value.func), value.keywords)
+    meta = _is_known(made) and all(map(_is_known, given.values()))  # others' may look at their values
+    with torch.random.fork_rng(devices=[]), torch.device("meta") if meta else nullcontext():
+        return cast("dict[str, Tensor]", _made(source, made, given).state_dict())
+
+
+def _is_known(value: Any) -> bool:
+    """Tell whether an option is a plain value or of a class that is known to build on any device."""
+    made = value.func if isinstance(value, partial) else value if isinstance(value, type) else type(value)
+    return made.__module__.partition(".")[0] in ("vrnn_lightning", "torch", "lightning", "builtins")
+
+
+def _here(storage: Any, location: str) -> Any:
+    """Leave a tensor on its device, or on the CPU where this machine has no such device."""
+    kind = location.partition(":")[0]
+    there = kind == "cpu" or (hasattr(torch, kind) and getattr(torch, kind).is_available())
+    return None if there else storage.cpu()
+
 
 def _bits(dtype: torch.dtype) -> int:
     return torch.finfo(dtype).bits
 
 
-def _defaults(made: type) -> dict[str, Any]:
-    """Return the options that make something, and what each is if not given; those of its bases if it takes any."""
-    found: dict[str, Any] = {}
-    for cls in made.__mro__:
-        if "__init__" not in vars(cls):
-            continue
-        _, *options = inspect.signature(vars(cls)["__init__"]).parameters.values()
-        named = (o for o in options if o.kind not in (o.VAR_KEYWORD, o.VAR_POSITIONAL) and o.name not in OF_TRAINING)
-        found = {option.name: option.default for option in named} | found
-        if all(option.kind != option.VAR_KEYWORD for option in options):
-            break
-    return found
-
-
-def _require_options(config: Path, made: type, options: Mapping[str, Any]) -> None:
-    """Refuse options that something has not, or values of another kind than it has them of."""
-    defaults = _defaults(made)
-    for name, value in options.items():
-        if name not in defaults:
+def _require_options(config: object, made: type, options: Mapping[str, Any], of_training: bool = False) -> None:
+    """Raise if options are not those of a class."""
+    known = parameters_of(made)
+    for name in options:
+        if name not in known or (name in OF_TRAINING and not of_training):
             raise UserError(f"{config}: {name} is no option of {made.__name__} in this version")
-        kind = type(defaults[name])
-        fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-        if kind in (bool, int, float, str) and not fits:
-            raise UserError(f"{config}: {name} {value!r} is no {kind.__name__}")
 
 
-def _made(config: Path, made: type, options: Mapping[str, Any]) -> Any:
-    """Call a class of ours with options of others."""
-    _require_options(config, made, options)
+def _made(source: object, made: type, options: Mapping[str, Any]) -> Any:
+    """Call the model's class with options of others."""
     try:
         return made(**options)
     except (UserError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         line = " ".join(str(error).split())[:300]
-        raise UserError(f"{config}: no model can be made of its options: {line}") from error
-
-
-def _emission(config: Path, option: str, value: Mapping[str, Any], trusted: set[str]) -> Callable[..., Any]:
-    """Return the class that an option names, with its own options, if its module is trusted."""
-    named, options = value["class_path"], value.get("init_args", {})
-    if not isinstance(named, str) or not isinstance(options, Mapping):
-        raise UserError(f"{config}: {option} must hold a class_path and init_args")
-    module, _, name = named.rpartition(".")
-    if module not in trusted:
-        raise UserError(
-            f"{config}: names the class {named}, which is not of {OWN}; "
-            f"if you trust it, from_pretrained(..., trust=['{module}'])"
-        )
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{config}: {option} {named} can't be imported ({error})") from error
-    if not (isinstance(found, type) and issubclass(found, Head)) or inspect.isabstract(found):
-        raise UserError(f"{config}: {option} {named} is no emission")
-    _require_options(config, found, options)
-    return partial(found, **options)
+        raise UserError(f"{source}: no model can be made of its options: {line}") from error
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
@@ -216,25 +256,6 @@ def _safetensors() -> Any:
     except ModuleNotFoundError as error:
         raise UserError("safetensors is not installed; pip install 'vrnn-lightning[export]'") from error
     return safetensors
-
-
-def replace_files(files: Mapping[Path, bytes]) -> None:
-    """Write files that are all whole or, where that fails, as they were.
-
-    Raises:
-        UserError: One of them can't be written.
-    """
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
-    try:
-        for path, part in parts.items():
-            part.write_bytes(files[path])
-        for path, part in parts.items():
-            part.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; it is not written") from error
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
 
 
 def _content(path: Path) -> bytes:

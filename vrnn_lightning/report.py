@@ -9,7 +9,6 @@ import json
 import math
 import re
 import shlex
-import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from html import escape
@@ -18,8 +17,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vrnn_lightning.callbacks.archives import replacing
+from vrnn_lightning.data.archives import opened_archive
+from vrnn_lightning.data.audio import opened, read_header
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import explained, read_cell, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +40,7 @@ MOST_FILES, MOST_BYTES = 48, 16 * 2**20  # of a group of pictures or sounds, and
 LONG_SOUND, MP3_RATES = 2**17, (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 MOST_POINTS = 1000  # of a curve
 EARLIER = 8  # pictures of earlier steps
-MOST_ROWS = 40  # of a table
+MOST_ROWS, MOST_LETTERS = 40, 200  # of a table, and of a cell
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1180px; margin: 2em auto;
   padding: 0 1.5em; }
@@ -110,7 +111,7 @@ def write_report(folder: str | Path) -> Path:
     """
     named, folder = Path(folder), Path(folder).resolve()
     title = "/".join(folder.parts[-2:])
-    try:
+    with explained(named):
         if not any((folder / name).exists() for name in ("metrics.csv", "config.yaml", "samples", "predictions")):
             raise UserError(
                 f"{named}: no run's folder, it has neither metrics.csv nor config.yaml; give runs/NAME/VERSION"
@@ -118,15 +119,13 @@ def write_report(folder: str | Path) -> Path:
         curves = _curves(folder / "metrics.csv")
         parts = [*_head(folder, title, curves), *_training(curves), *_samples(folder), *_predictions(folder)]
         body = "\n".join([*parts, *_encodings(folder), *_evaluation(folder, curves), *_config(folder)])
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: can't be read ({error.strerror or error})") from error
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style></head>\n'
         f"<body>\n{body}\n</body></html>\n"
     )
     with replacing(folder / NAME) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     return named / NAME
 
 
@@ -139,8 +138,8 @@ def _readable(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, AttributeError, LookupError, EOFError, csv.Error, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: is damaged ({error}); remove it, or write it anew") from error
+    except (ValueError, TypeError, AttributeError, LookupError, EOFError, RecursionError, csv.Error) as error:
+        raise UserError(f"{path}: is damaged ({str(error)[:200]}); remove it, or write it anew") from error
 
 
 def _curves(path: Path) -> dict[str, _Curve]:
@@ -353,10 +352,10 @@ def _evaluation(folder: Path, curves: dict[str, _Curve]) -> Iterator[str]:
 def _spread(paths: list[Path]) -> Iterator[str]:
     parts, kl = [], np.zeros(0)
     for path in paths:
-        with _readable(path), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            if "test_elbo" in archive:
-                parts.append(archive["test_elbo"] / np.maximum(archive["test_lengths"], 1))
-                kl = np.sort(archive["test_kl_per_dim"])[::-1]  # of all processes
+        with _readable(path), opened_archive(path) as archive:
+            if "test_elbo" in archive.names:
+                parts.append(archive.read("test_elbo") / np.maximum(archive.read("test_lengths"), 1))
+                kl = np.sort(archive.read("test_kl_per_dim"))[::-1]  # of all processes
     if not parts:
         return
     from matplotlib.figure import Figure
@@ -416,11 +415,17 @@ def _player(path: Path) -> str:
 
 def _table(path: Path) -> str:
     with _readable(path), path.open(newline="", encoding="utf-8") as lines:
-        head, *rows = list(csv.reader(lines)) or [[]]
+        longest = csv.field_size_limit(MOST_BYTES)
+        try:
+            head, *rows = list(csv.reader(lines)) or [[]]
+        finally:
+            csv.field_size_limit(longest)
     kept = [i for i, name in enumerate(head) if name not in ("picture", "sound")]
 
     def line(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cells[i])}</{tag}>" for i in kept if i < len(cells)) + "</tr>"
+        return (
+            "<tr>" + "".join(f"<{tag}>{escape(read_cell(cells[i]))}</{tag}>" for i in kept if i < len(cells)) + "</tr>"
+        )
 
     body = "".join(line(row, "td") for row in rows[:MOST_ROWS])
     about = "The ELBO of what is shown of each sequence, in nats per step."
@@ -451,11 +456,9 @@ def _sound(path: Path) -> str:
     if path.stat().st_size > LONG_SOUND:
         import soundfile
 
-        with _readable(path):
-            try:
-                wave, rate = soundfile.read(path, dtype="float32")
-            except soundfile.LibsndfileError as error:
-                raise ValueError(error) from None
+        rate = read_header(path).rate
+        with opened(path) as sound:
+            wave = sound.read(dtype="float32")
         if rate in MP3_RATES and "MP3" in soundfile.available_formats():
             content = io.BytesIO()
             soundfile.write(content, wave, rate, format="MP3")

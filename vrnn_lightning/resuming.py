@@ -8,6 +8,7 @@ checkpoint records its moment (:class:`Stage`), and a resume does what follows t
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import threading
@@ -33,7 +34,9 @@ from lightning.pytorch.trainer.connectors.checkpoint_connector import _Checkpoin
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from vrnn_lightning.files import replacing
+from vrnn_lightning.checkpoints import read_checkpoint
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import is_remote, replacing
 
 __all__ = [
     "OPTIMIZED",
@@ -130,7 +133,29 @@ def resume_record(checkpoint: dict[str, Any]) -> dict[str, Any]:
     found: Any = checkpoint
     for key in ("loops", "fit_loop", "state_dict", RECORD):
         found = found.get(key) if isinstance(found, dict) else None
-    return found if isinstance(found, dict) and "stage" in found else {}
+    return _checked(found)
+
+
+def _checked(record: Any) -> dict[str, Any]:
+    """Return the record of a checkpoint, or nothing where there is none.
+
+    Raises:
+        UserError: It is not what this loop writes.
+    """
+    if record is None:
+        return {}
+    numbers = [record.get("metrics", {}), record.get("row", {})] if isinstance(record, dict) else [None]
+    tensors = (record.get("gradients") or {}) if isinstance(record, dict) else None
+    if not (
+        all(isinstance(part, dict) and all(isinstance(x, float) for x in part.values()) for part in numbers)
+        and isinstance(tensors, dict)
+        and all(isinstance(x, Tensor) and x.ndim and len(x) for x in tensors.values())
+        and record.get("stage") in list(Stage)
+        and isinstance(record.get("conditions"), dict)
+        and isinstance(record.get("rows"), int | None)
+    ):
+        raise UserError("the checkpoint's record of its moment is damaged. Fix: give another checkpoint of the run")
+    return cast("dict[str, Any]", record)
 
 
 def make_resumable(trainer: Trainer) -> None:
@@ -190,10 +215,31 @@ class CheckpointConnector(_CheckpointConnector):
 class ResumableValidationLoop(_EvaluationLoop):
     """Lightning's validation, which a signal may end between two batches."""
 
+    _may_end = False
+    """Whether all processes have as many batches, so that they can agree before each."""
+
+    def on_run_start(self) -> None:
+        """Begin a validation."""
+        self._may_end = interruption.is_watching and not self.trainer.sanity_checking
+        if self._may_end and self.trainer.world_size > 1:
+            count = sum(self.max_batches)
+            most, least = self._fit.greatest(int(count), -int(count)) if math.isfinite(count) else (1, 1)
+            self._may_end = most == -least
+        super().on_run_start()
+
+    @property
+    def _fit(self) -> ResumableFitLoop:
+        return cast(ResumableFitLoop, self.trainer.fit_loop)
+
     def _evaluation_step(self, *args: Any) -> None:
-        if not self.trainer.sanity_checking:
-            cast(ResumableFitLoop, self.trainer.fit_loop).end_if_asked()
+        if self._may_end:
+            self._fit.end_if_asked()
         super()._evaluation_step(*args)
+
+    def teardown(self) -> None:
+        """Let go of what was evaluated, and end the processes that read ahead."""
+        super().teardown()
+        self._fit.close_loaders()
 
     def _on_evaluation_end(self, *args: Any, **kwargs: Any) -> None:
         cast(ResumableEpochLoop, self.trainer.fit_loop.epoch_loop).stage = Stage.VALIDATED
@@ -329,25 +375,27 @@ class ResumableFitLoop(_FitLoop):
             name: grad[None].clone() if one else cast(Tensor, module.all_gather(grad)) for name, grad in present.items()
         }
 
+    def greatest(self, *numbers: int) -> list[int]:
+        """Return the greatest of each number over all processes."""
+        if self.trainer.world_size == 1:
+            return list(numbers)
+        found = torch.tensor(numbers, device=self.trainer.strategy.root_device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return cast("list[int]", found.tolist())
+
     def at_save_point(self, is_epoch_end: bool = False) -> None:
         """Let callbacks save, now that nothing of a batch or epoch is left; end where a signal asked for it."""
-        trainer = self.trainer
-        stop, save = interruption.signum, any(c.is_due(trainer) for c in _callbacks(trainer) if hasattr(c, "is_due"))
-        if trainer.world_size > 1:
-            wishes = torch.tensor([stop, int(save)], device=trainer.strategy.root_device)
-            torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MAX)
-            stop, save = wishes.tolist()
+        timed = [c for c in _callbacks(self.trainer) if getattr(c, "every", None) is not None and hasattr(c, "is_due")]
+        stop, save = interruption.signum, int(any(c.is_due(self.trainer) for c in timed))
+        if timed or interruption.is_watching:
+            stop, save = self.greatest(stop, save)
         self._call_save_point(is_epoch_end, bool(save), bool(stop))
         if stop:
-            raise Stopped(stop, _last_checkpoint(trainer))
+            raise Stopped(stop, _last_checkpoint(self.trainer))
 
     def end_if_asked(self) -> None:
         """Save and end between two batches of a validation, if a signal asked for it."""
-        trainer, stop = self.trainer, interruption.signum
-        if trainer.world_size > 1:
-            wish = torch.tensor(stop, device=trainer.strategy.root_device)
-            torch.distributed.all_reduce(wish, torch.distributed.ReduceOp.MAX)
-            stop = int(wish)
+        trainer, (stop,) = self.trainer, self.greatest(interruption.signum)
         if not stop:
             return
         averaging = [c for c in _callbacks(trainer) if isinstance(c, WeightAveraging) and c._average_model is not None]
@@ -367,7 +415,7 @@ class ResumableFitLoop(_FitLoop):
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
         """Take the record of the moment."""
         super().on_load_checkpoint(state_dict)
-        self.record = state_dict.get(RECORD) or {}
+        self.record = _checked(state_dict.get(RECORD))
 
     @property
     def restarting(self) -> bool:
@@ -399,11 +447,11 @@ class ResumableFitLoop(_FitLoop):
         self._warn_of_differences()
         self.restarting = False
         connector = self.trainer._logger_connector
-        connector._callback_metrics.update({key: torch.tensor(v) for key, v in self.record["metrics"].items()})
+        connector._callback_metrics.update({key: torch.tensor(v) for key, v in self.record.get("metrics", {}).items()})
         if self.is_pending(Stage.EPOCH_END):
             self.epoch_loop._update_learning_rates(interval="epoch", update_plateau_schedulers=True)
             self.epoch_progress.increment_completed()
-        should_stop = self.record["should_stop"]
+        should_stop = bool(self.record.get("should_stop"))
         if self.is_pending(Stage.EPOCH, Stage.EPOCH_END):
             self.record = {}
             self._resuming_from_checkpoint = False
@@ -444,6 +492,20 @@ class ResumableFitLoop(_FitLoop):
             for group, before in zip(now, groups, strict=True):
                 group.update({key: value for key, value in before.items() if key != "params"})
 
+    def advance(self) -> None:
+        """Run an epoch; where reading data fails because a signal ended the processes that read, save what is there."""
+        try:
+            super().advance()
+        except Exception:
+            progress = self.epoch_loop.batch_progress.current
+            if not interruption.signum or self.trainer.world_size > 1 or progress.ready != progress.completed:
+                raise
+            if self._loop.stage is Stage.VALIDATING:
+                self.end_if_asked()
+            self._loop.stage = Stage.BATCH if progress.completed else Stage.EPOCH
+            self._call_save_point(is_epoch_end=False, save=False, stop=True)
+            raise Stopped(interruption.signum, _last_checkpoint(self.trainer)) from None
+
     def on_advance_end(self) -> None:
         """End an epoch; then nothing of it is left."""
         self.record = {}
@@ -459,6 +521,18 @@ class ResumableFitLoop(_FitLoop):
             finally:
                 for progress in (self.epoch_progress.total, self.epoch_progress.current):
                     progress.completed += 1
+
+    def teardown(self) -> None:
+        """Let go of the data, and end the processes that read ahead."""
+        super().teardown()
+        self.close_loaders()
+
+    def close_loaders(self) -> None:
+        """End the processes that read ahead."""
+        for combined in (self._combined_loader, self.epoch_loop.val_loop._combined_loader):
+            for loader in [] if combined is None else combined.flattened:
+                if hasattr(loader, "close"):
+                    loader.close()
 
     def on_run_end(self) -> None:
         """Call the hooks of a training's end; from here on a signal ends the command at once."""
@@ -513,7 +587,17 @@ def _has_state(callback: Callback) -> bool:
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes checkpoints that are whole or not there, beside the earlier ones that they replace."""
+    """Writes checkpoints that are whole or not there, beside the earlier ones that they replace, and reads such."""
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Return what a checkpoint holds: weights, numbers and text, whatever else is asked for.
+
+        Raises:
+            UserError: It is missing or damaged, or holds anything else.
+        """
+        if is_remote(path):
+            return super().load_checkpoint(path, weights_only=True)
+        return read_checkpoint(Path(path), map_location=map_location or "cpu")
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint.
@@ -521,10 +605,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         Raises:
             UserError: The system can't write there.
         """
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        with replacing(Path(path)) as temporary, temporary.open("wb") as file:
+        with replacing(str(path)) as temporary, temporary.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:  # torch hides the system's error

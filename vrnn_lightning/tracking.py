@@ -25,7 +25,8 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import FolderLock, explained, flush, replacing
+from vrnn_lightning.files import explained, flush, replacing, write_files
+from vrnn_lightning.locks import FolderLock
 
 __all__ = ["ElboBar", "RunCheckpoint", "RunLogger", "SaveConfig", "WandbLogger", "run_logger"]
 
@@ -465,7 +466,10 @@ class WandbLogger(LightningWandbLogger):
             UserError: An option that W&B takes nowhere.
         """
         import wandb
+        import wandb.sdk.lib
 
+        if not hasattr(wandb.sdk.lib, "RunDisabled"):  # Lightning 2.6 imports it to compare the run's class with
+            setattr(wandb.sdk.lib, "RunDisabled", type("RunDisabled", (), {}))  # noqa: B010  # unknown to mypy
         try:
             try:
                 run = super().experiment
@@ -481,7 +485,7 @@ class WandbLogger(LightningWandbLogger):
             for name in names:
                 run.define_metric(name, step_metric="trainer/global_step", summary=goal)
         if self.run is not None:
-            (Path(self.run.log_dir) / ID_FILE).write_text(f"{run.id}\n")
+            write_files({Path(self.run.log_dir) / ID_FILE: f"{run.id}\n".encode()})
 
     def choose(self, checkpoints: Sequence[Callback]) -> None:
         """Let the best checkpoint be that of the first ModelCheckpoint with a monitor.

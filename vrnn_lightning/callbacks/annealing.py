@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vrnn_lightning import schedules
 from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.checkpoints import require_types
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 
@@ -262,4 +263,5 @@ class ControlVAE(KLAnnealing):
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Go on steering from a checkpoint."""
+        require_types(state_dict, self, integral=(int, float), weight=(int, float))
         self.integral, self.weight = state_dict["integral"], state_dict["weight"]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import zipfile
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -16,15 +14,27 @@ import torch
 from lightning.pytorch import Trainer
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import explained, replacing, require_local
 
-__all__ = ["ArchiveWriter", "archive_path", "described", "replacing", "write_archive"]
+__all__ = ["FOLDER", "ArchiveWriter", "archive_path", "described", "run_folder", "write_archive"]
+
+FOLDER = "--trainer.default_root_dir"
+"""The option that names the folder of all runs."""
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Return the run's folder. A collective call.
+
+    Raises:
+        UserError: It is a remote one.
+    """
+    return require_local(trainer.log_dir or trainer.default_root_dir, FOLDER)
 
 
 def archive_path(trainer: Trainer, name: str) -> Path:
     """Return where an archive goes in the run's folder; each of several processes has its own. A collective call."""
     suffix = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
-    return Path(trainer.log_dir or trainer.default_root_dir) / f"{name}{suffix}.npz"
+    return run_folder(trainer) / f"{name}{suffix}.npz"
 
 
 def described(batch: SequenceBatch) -> dict[str, np.ndarray]:
@@ -56,43 +66,8 @@ def write_archive(path: Path, parts: list[dict[str, np.ndarray]], split: str, **
     order = columns.pop("index").argsort(kind="stable")
     columns = {key: column[order] for key, column in columns.items()}
     named = {f"{split}_{key}": value for key, value in (columns | more).items()}
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path, FOLDER) as temporary, temporary.open("wb") as file:
         np.savez(file, **named)  # type: ignore[arg-type]  # the stub takes them for allow_pickle
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write to a temporary file beside a file, whose place it takes at the end; removed where that fails.
-
-    Raises:
-        UserError: The disk is full, or the folder can't be written to.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    with _told(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Say in one line what the system has against a file.
-
-    Raises:
-        UserError: Instead of the system's error.
-    """
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        cure = "make room" if full else "give a folder that can be written to by --trainer.default_root_dir"
-        raise UserError(
-            f"{path}: can't be written ({error.strerror or error}); nothing of it is kept; {cure}"
-        ) from error
 
 
 class ArchiveWriter:
@@ -125,7 +100,7 @@ class ArchiveWriter:
         self._empty: dict[str, np.ndarray] = {}  # of each array's type and width
         self._rows: dict[str, array[int]] = {}
         self._sizes: dict[str, array[int]] = {}  # bytes of a row: names differ
-        with _told(path):
+        with explained(path, FOLDER):
             shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
             self._folder.mkdir(parents=True)
 
@@ -143,7 +118,7 @@ class ArchiveWriter:
         Raises:
             UserError: The disk is full, or the folder can't be written to.
         """
-        with _told(self.path):
+        with explained(self.path, FOLDER):
             for name, values in arrays.items():
                 if name not in self._files:
                     self._files[name] = (self._folder / name).open("w+b")
@@ -187,7 +162,7 @@ class ArchiveWriter:
             UserError: The disk is full, or the folder can't be written to.
         """
         try:
-            with replacing(self.path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+            with replacing(self.path, FOLDER) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
                 for name, empty in self._empty.items():
                     with archive.open(f"{self.split}_{name}.npy", "w", force_zip64=True) as file:
                         header = np.lib.format.header_data_from_array_1_0(empty)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.annealing import KLAnnealing
+from vrnn_lightning.checkpoints import require_types
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 
@@ -76,9 +77,10 @@ class Diagnostics(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint; what was said is not said again."""
-        self.low, self.spikes = state_dict["low"], list(state_dict["spikes"])
-        self.norms = deque(state_dict["norms"], self.window)
-        self.warned = set(state_dict["warned"])
+        require_types(state_dict, self, low=int, spikes=list, norms=list, warned=(list, set))
+        self.low, self.spikes = state_dict["low"], [int(step) for step in state_dict["spikes"]]
+        self.norms = deque(map(float, state_dict["norms"]), self.window)
+        self.warned = set(map(str, state_dict["warned"]))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from the steps that a checkpoint has behind it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import io
 from pathlib import Path
@@ -13,9 +12,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from vrnn_lightning.callbacks.archives import replacing
+from vrnn_lightning.callbacks.archives import FOLDER
 from vrnn_lightning.callbacks.pictures import draw_rows, on_paper, save_animation, strokes_svg
 from vrnn_lightning.data.rolls import KEYS, roll_sound, write_midi
+from vrnn_lightning.files import csv_line, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,7 +95,7 @@ class Media:
                 x = shown.nan_to_num(0.0) if name in DATA else shown
                 for suffix in self._suffixes(name, x):
                     path = folder / f"{stem}_{name}_{i}.{suffix}"
-                    with replacing(path) as temporary:
+                    with replacing(path, FOLDER) as temporary:
                         self._write_one(x, temporary, suffix)
                     found.setdefault(suffix, {}).setdefault(name, []).append(path)
         return found
@@ -148,7 +148,7 @@ def save_picture(figure: Figure, path: Path) -> None:
     Raises:
         UserError: The disk is full, or the folder can't be written to.
     """
-    with replacing(path) as temporary:
+    with replacing(path, FOLDER) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 
@@ -209,8 +209,9 @@ class Exhibition:
         """Show a table as ``<step>_<key>.csv``; a cell that is a file is shown as what it holds where a logger can."""
         named = [[cell.name if isinstance(cell, Path) else cell for cell in line] for line in lines]
         path = self.folder / f"{self.stem}_{key}.csv"
-        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([columns, *named])
+        text = "".join(map(csv_line, [columns, *named]))
+        with replacing(path, FOLDER) as temporary:
+            temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
         for logger in self.loggers:
             if hasattr(logger, "log_media_table"):
                 logger.log_media_table(f"samples/{key}", columns, lines)

@@ -13,6 +13,7 @@ from torch import Tensor
 from vrnn_lightning.data import rows_to_strokes
 from vrnn_lightning.data.rolls import KEYS, LOWEST
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -217,7 +218,7 @@ def draw_fans(fans: list[Fan], names: list[str] | None = None, titles: list[str]
             axes.margins(x=0)
             _few_ticks(axes)
             if c == 0:
-                axes.set_ylabel(names[f] if names else f"x{f}", fontsize=8, parse_math=False)
+                axes.set_ylabel(_label(names[f]) if names else f"x{f}", fontsize=8, parse_math=False)
         axes.set_xlabel("step", fontsize=7)
     _name_columns(grid[0], titles)
     grid[0, 0].legend(fontsize=6, loc="best", framealpha=0.6)
@@ -393,14 +394,15 @@ def save_strokes(strokes: Tensor, path: str | Path, animated: bool = False) -> N
         UserError: It ends otherwise, or these are no strokes.
     """
     path = Path(path)
-    if path.suffix == ".svg":
-        path.write_text(strokes_svg(strokes, animated))
-    elif path.suffix == ".gif":
-        save_animation(strokes, path)
-    elif path.suffix == ".png":
-        _save_still(strokes, path)
-    else:
+    if path.suffix not in (".svg", ".gif", ".png"):
         raise UserError(f"{path}: strokes are drawn as .svg, .png or .gif; choose one of these")
+    with replacing(path) as temporary:
+        if path.suffix == ".svg":
+            temporary.write_text(strokes_svg(strokes, animated), encoding="utf-8")
+        elif path.suffix == ".gif":
+            save_animation(strokes, temporary)
+        else:
+            _save_still(strokes, temporary)
 
 
 def _save_still(strokes: Tensor, path: Path) -> None:
@@ -411,7 +413,7 @@ def _save_still(strokes: Tensor, path: Path) -> None:
     axes = figure.subplots()
     _strokes(axes, strokes.detach().cpu().double().numpy(), None)
     axes.set_axis_off()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, format="png", dpi=100)
 
 
 def _checked_strokes(strokes: Tensor) -> list[np.ndarray]:
@@ -470,15 +472,21 @@ def _share_colours(grid: np.ndarray, span: float | None) -> None:
 def _name_columns(row: np.ndarray, titles: list[str] | None) -> None:
     """Write titles above axes, the ends of long ones, and nothing of them taken for a formula."""
     for axes, title in zip(row, titles or [], strict=False):
-        line = " ".join(title.split())
-        short = line if len(line) <= MOST_LETTERS else f"…{line[1 - MOST_LETTERS :]}"
-        axes.set_title(short, fontsize=8, parse_math=False)
+        axes.set_title(_label(title), fontsize=8, parse_math=False)
+
+
+def _label(text: str) -> str:
+    """Return a text as a label: one line of characters that fonts know, the end of a long one."""
+    line = " ".join(text[-4 * MOST_LETTERS :].split()).encode("utf-8", "backslashreplace").decode()
+    return line if len(line) <= MOST_LETTERS and len(text) <= 4 * MOST_LETTERS else f"…{line[1 - MOST_LETTERS :]}"
 
 
 def _name_lines(axes: Axes, names: list[str] | None) -> None:
     """Say which line is which feature."""
     lines = axes.lines
-    known = names if names and len(names) == len(lines) else [f"x{i}" for i in range(len(lines))]
+    known = (
+        [_label(name) for name in names] if names and len(names) == len(lines) else [f"x{i}" for i in range(len(lines))]
+    )
     legend = axes.legend(lines, known, fontsize=5, ncols=2, loc="upper right", framealpha=0.6)
     for text in legend.get_texts():
         text.set_parse_math(False)

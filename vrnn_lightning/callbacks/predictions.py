@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -20,10 +19,11 @@ from torch import Tensor
 
 from vrnn_lightning import metrics
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.callbacks.archives import ArchiveWriter, archive_path, replacing
+from vrnn_lightning.callbacks.archives import FOLDER, ArchiveWriter, archive_path
 from vrnn_lightning.callbacks.media import Media, Shown, save_picture
 from vrnn_lightning.callbacks.pictures import Fan, draw_fans, draw_heat, draw_scores, is_binary
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import csv_line, replacing
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.vrnn import Trace
 
@@ -497,18 +497,23 @@ class Predictions(Callback):
         with ExitStack() as stack:  # all files or none
             if trainer.is_global_zero:
                 if self._lead_times:
-                    self._write_lead_times(stack.enter_context(replacing(self.path.with_name("lead_times.csv"))))
+                    self._write_lead_times(self._replacing("lead_times.csv", stack))
                 if self.figures:
-                    path = stack.enter_context(replacing(self.path.with_name("figures.json")))
-                    path.write_text(json.dumps(self.figures, indent=1) + "\n", encoding="utf-8")
+                    figures_text = json.dumps(self.figures, indent=1) + "\n"
+                    self._replacing("figures.json", stack).write_text(figures_text, encoding="utf-8")
             if len(writer):
                 if self.task == "score" or (self.task != "encode" and self._modality == "series"):
-                    self._write_table(writer, stack.enter_context(replacing(self.path.with_suffix(".csv"))))
+                    self._write_table(writer, self._replacing(self.path.with_suffix(".csv").name, stack))
                 writer.finish()
             self._clear(trainer)
         self._tidy()
         if self._shown:
             self._show(self.path.with_suffix(".png"))
+
+    def _replacing(self, name: str, stack: ExitStack) -> Path:
+        """Return the temporary file of one beside the archive, which it replaces when the stack is unwound."""
+        assert self.path is not None
+        return stack.enter_context(replacing(self.path.with_name(name), FOLDER))
 
     def _clear(self, trainer: Trainer) -> None:
         """Remove what an earlier prediction of this task left, with more files or of another number of processes."""
@@ -571,16 +576,15 @@ class Predictions(Callback):
     def _write_lead_times(self, path: Path) -> None:
         """Write a line for each forecast and step ahead."""
         with path.open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(["forecast", "ahead", *next(iter(self._lead_times.values()))])
+            file.write(csv_line(["forecast", "ahead", *next(iter(self._lead_times.values()))]))
             for name, figures in self._lead_times.items():
                 for ahead, cells in enumerate(zip(*(x.tolist() for x in figures.values()), strict=True), 1):
                     known = ["" if np.isnan(cell) else f"{cell:.7g}" for cell in cells]
-                    table.writerow([name, ahead, *known])
+                    file.write(csv_line([name, ahead, *known]))
 
     def _write_table(self, writer: ArchiveWriter, path: Path) -> None:
         """Write a line for each step, sequence after sequence."""
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             judged = self.task in ("forecast", "impute")
             more = {"forecast": ["truth", "start"], "impute": ["truth"]}.get(self.task, [])
             if self.threshold is not None:
@@ -599,10 +603,8 @@ class Predictions(Callback):
                     header, cells = [*header, "flagged"], np.column_stack([cells, piece["flagged"]])
                 if k == 0:
                     begin = ["origin"] if "start" in piece else []
-                    csv.writer(file, lineterminator="\n").writerow(["sequence", "step", *begin, *header])
-                name = str(piece["names"][0])
-                if set(name) & set(',"\r\n'):
-                    name = '"' + name.replace('"', '""') + '"'
+                    file.write(csv_line(["sequence", "step", *begin, *header]))
+                name = csv_line([str(piece["names"][0]), ""]).rpartition(",")[0]
                 first, origin = 0, ""
                 if "start" in piece:
                     first = int(piece["start"][0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -10,8 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.callbacks.archives import run_folder
 from vrnn_lightning.callbacks.media import Exhibition, Media, Shown, save_picture
 from vrnn_lightning.callbacks.pictures import draw_heat
+from vrnn_lightning.checkpoints import require_types
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.vrnn import Trace
@@ -77,6 +78,7 @@ class Samples(Callback):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on counting from a checkpoint."""
+        require_types(state_dict, self, validations=int)
         self.validations = state_dict["validations"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,10 +124,10 @@ class Samples(Callback):
             self._show(trainer, cast(VRNNLightningModule, pl_module), last=True)
 
     def _show(self, trainer: Trainer, module: VRNNLightningModule, last: bool) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"  # a collective: every process asks
+        folder = run_folder(trainer) / "samples"
         training = module.training
         devices = [module.device] if module.device.type == "cuda" else []
-        with module.whole_parameters():  # likewise
+        with module.whole_parameters():  # collective calls, which every process makes
             if trainer.is_global_zero and self._batch is not None:
                 module.eval()
                 with torch.random.fork_rng(devices), torch.no_grad():

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule
 
+from vrnn_lightning.checkpoints import read_checkpoint
 from vrnn_lightning.cli.words import mentions
-from vrnn_lightning.compatibility import upgrade
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.module import VRNNLightningModule
+from vrnn_lightning.pretrained import require_model
 from vrnn_lightning.resuming import Stage, resume_record
+from vrnn_lightning.trust import Gate
 
 __all__ = ["Checkpoint", "find_checkpoint", "runs_folder"]
 
@@ -61,23 +63,16 @@ class Checkpoint:
         Raises:
             UserError: It is missing, damaged or not a checkpoint of this framework.
         """
-        if not path.is_file():
-            raise UserError(f"{option} {path}: no such file")
-        if not zipfile.is_zipfile(path):
-            raise UserError(f"{option} {path}: is damaged or no checkpoint")
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-            raise UserError(f"{option} {path}: is damaged, or holds more than weights and options") from error
-        if isinstance(content, dict):
-            upgrade(content, path)
-        model = content.get("hyper_parameters") if isinstance(content, dict) else None
-        if not isinstance(model, dict) or "num_features" not in model:
+        content = read_checkpoint(path, option)
+        model, data = content.get("hyper_parameters", {}), content.get("datamodule_hyper_parameters", {})
+        if "num_features" not in model or not {"state_dict", "global_step", "epoch"} <= content.keys():
             raise UserError(f"{option} {path}: is no checkpoint that `lightning fit` of vrnn-lightning wrote")
-        data = dict(content.get("datamodule_hyper_parameters") or {})
-        if "scale_mean" not in content.get("state_dict", {}):
+        if "scale_mean" not in content["state_dict"]:
             raise UserError(f"{option} {path}: holds no scaler, so it is none that `lightning fit` wrote")
         data_class = data.get("_class_path")
+        data_state = content.get(str(data_class).rpartition(".")[2]) or {}
+        if not isinstance(data_class, str | None) or not isinstance(data_state, dict):
+            raise UserError(f"{option} {path}: its datamodule is not one that `lightning fit` wrote")
         return cls(
             path,
             content["global_step"],
@@ -85,11 +80,28 @@ class Checkpoint:
             _options(model),
             _options(data),
             data_class,
-            content.get((data_class or "").rpartition(".")[2]) or {},
+            data_state,
             content["state_dict"],
             resume_record(content).get("rows"),
             resume_record(content).get("stage"),
         )
+
+    def require_trusted(self, gate: Gate, training: bool = True) -> None:
+        """Raise if it names what a file may not import, or declares sizes that its weights do not have.
+
+        Args:
+            gate: What it may name.
+            training: Whether its data, objective and optimiser count, not its model alone.
+
+        Raises:
+            UserError: It does.
+        """
+        skipped = () if training else NOT_ARCHITECTURE
+        model = {key: value for key, value in self.model.items() if key not in skipped}
+        made = VRNNLightningModule
+        require_model(gate.source, made, gate.build(made, model, "model"), self.weights)
+        if self.data_class and training:
+            gate.check_options(gate.resolve(self.data_class, (LightningDataModule,), "data"), self.data, "data")
 
     @property
     def is_epoch_complete(self) -> bool:

@@ -8,6 +8,7 @@ import operator
 import re
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,13 +27,15 @@ from vrnn_lightning.callbacks.predictions import Draws
 from vrnn_lightning.cli import processes, slurm
 from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint, runs_folder
 from vrnn_lightning.cli.parser import MODE, Parser
-from vrnn_lightning.cli.words import mentions, with_configs, with_current_names
+from vrnn_lightning.cli.words import mentions, named, with_configs, with_current_names
 from vrnn_lightning.datamodules import local
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import require_local
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.report import NAME, write_report
 from vrnn_lightning.resuming import Stopped, interruption
 from vrnn_lightning.tracking import ElboBar, RunCheckpoint, RunLogger, SaveConfig, WandbLogger, run_logger
+from vrnn_lightning.trust import Gate, strings_of
 
 __all__ = ["CLI", "main"]
 
@@ -44,6 +47,25 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "checkpoint": {"monitor": "val/elbo", "mode": "max", "filename": "best", **COMMON},
     "last": {"filename": "last", "every": "15min", **COMMON},  # `save_last` would write only where there is a new best
 }
+CALLBACKS = {
+    "samples": Samples,
+    "diagnostics": Diagnostics,
+    "evaluation": Evaluation,
+    "loop": Loop,
+    "prediction": Predictions,
+}
+GROUPS: dict[str, type] = {
+    "model": VRNNLightningModule,
+    "trainer": Trainer,
+    **dict.fromkeys(CHECKPOINTS, RunCheckpoint),
+    **CALLBACKS,
+}
+RESTORING = frozenset(
+    {"resume_start", "restore", "_restore_modules_and_callbacks", "restore_training_state", "match_optimizer_states"}
+)
+"""Functions that take a checkpoint's state."""
+OPTIMIZERS = str(Path(torch.optim.__file__).parent)
+"""Where an optimiser or a schedule reads the state that it has taken."""
 RUN_OPTIONS = frozenset({"root", "batch_size", "num_workers"})
 
 
@@ -152,7 +174,9 @@ class CLI(LightningCLI):
         if self.checkpoint:
             self.words = with_current_names(self.words, self.checkpoint.defaults())
         if self.checkpoint and self.checkpoint.folder and not _has_config(self.words) and "fit" in self.words:
-            self.words.insert(self.words.index("fit") + 1, f"--config={self.checkpoint.folder / 'config.yaml'}")
+            config = self.checkpoint.folder / "config.yaml"
+            self._require_trusted(config, classes)
+            self.words.insert(self.words.index("fit") + 1, f"--config={config}")
         epilog = (
             f"Datamodules: {', '.join(discovery.known()) or 'none'}. `--data.help NAME` shows one's options. "
             "`lightning report FOLDER` writes the page of a run."
@@ -186,8 +210,7 @@ class CLI(LightningCLI):
         if path is None:
             return None
         checkpoint = Checkpoint.read(path)
-        if checkpoint.data_class and not classes:
-            discovery.load(_class_name(checkpoint.data_class) or "")
+        checkpoint.require_trusted(self._gate(f"--ckpt_path {path}", classes))
         for data in classes:
             if checkpoint.data_class and checkpoint.data_class != f"{data.__module__}.{data.__qualname__}":
                 own = checkpoint.data_class.rpartition(".")[2]
@@ -211,18 +234,44 @@ class CLI(LightningCLI):
             raise UserError(
                 f"--init_from {paths[-1]}: --ckpt_path goes on with a run, which has its weights; give one of the two"
             )
-        return None if self.checkpoint else Checkpoint.read(Path(paths[-1]), "--init_from")
+        if self.checkpoint:
+            return None
+        origin = Checkpoint.read(Path(paths[-1]), "--init_from")
+        origin.require_trusted(self._gate(f"--init_from {paths[-1]}", []), training=False)
+        return origin
+
+    def _gate(self, source: str, classes: list[type[LightningDataModule]], folder: Path | None = None) -> Gate:
+        """Return what a file may name: what is allowed in general, what this call names, and what it trusts."""
+        trusted = strings_of([yaml.safe_load(v) if isinstance(v, str) else v for v in mentions(self.words, "trust")])
+        names = {f"{data.__module__}.{data.__qualname__}" for data in classes}
+        return Gate(source, tuple(trusted), frozenset(named(self.words) | names), "add --trust {}", folder)
+
+    def _require_trusted(self, config: Path, classes: list[type[LightningDataModule]]) -> None:
+        """Raise if the config beside a checkpoint names what a file may not import.
+
+        Raises:
+            UserError: It does, or is no config.
+        """
+        gate = self._gate(str(config), classes, config.parent)
+        try:
+            document = yaml.safe_load(config.read_text())
+        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError(f"{config}: can't be read ({' '.join(str(error).split())}). Fix: give -c") from error
+        if not isinstance(document, dict):
+            raise UserError(f"{config}: holds no options. Fix: give -c")
+        for name, value in document.items():
+            if name in GROUPS and value is not None:
+                gate.check_options(GROUPS[name], value, name)
+            elif name != "trust":  # what a file says of itself does not count
+                gate.check(value, LightningDataModule if name == "data" else str | bool | int | None, str(name))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what every run has, and put the checkpoint's options beneath the user's."""
         for group, defaults in CHECKPOINTS.items():
             parser.add_lightning_class_args(RunCheckpoint, group)
             parser.set_defaults({f"{group}.{key}": value for key, value in defaults.items()})
-        parser.add_lightning_class_args(Samples, "samples")
-        parser.add_lightning_class_args(Diagnostics, "diagnostics")
-        parser.add_lightning_class_args(Evaluation, "evaluation")
-        parser.add_lightning_class_args(Loop, "loop")
-        parser.add_lightning_class_args(Predictions, "prediction")
+        for group, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, group)
         parser.link_arguments("data", "model.num_features", compute_fn=self.num_features, apply_on="instantiate")
         parser.link_arguments("data", "model.num_inputs", compute_fn=_num_inputs, apply_on="instantiate")
         parser.link_arguments("data", "model.missing", compute_fn=_missing, apply_on="instantiate")
@@ -231,6 +280,12 @@ class CLI(LightningCLI):
             type=str | None,
             default=None,
             help="Fit: a checkpoint whose weights to start from, on any data, with a new optimiser, at step 0.",
+        )
+        parser.add_argument(
+            "--trust",
+            type=str | list[str] | None,
+            default=None,
+            help="A class path or module of yours that the files named by --ckpt_path and --init_from may import.",
         )
         parser.add_argument(
             "--report",
@@ -263,9 +318,13 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:
         """Parse, and compare what was stated with the checkpoint."""
         self.config = parser.parse_args(self.words)
+        command = self.config["subcommand"]
+        self.config[command]["trust"] = None  # for this call alone: a saved config trusts nothing
+        if self.config[command].get("weights_only") is False:
+            raise UserError("--weights_only false: a checkpoint that holds code is not loaded. Fix: leave it out")
         if self.checkpoint is None:
             return
-        command = self.config["subcommand"]
+        self.config[command]["weights_only"] = True
         self.config[command]["ckpt_path"] = str(self.checkpoint.path)
         dumped = yaml.safe_load(
             parser.dump(self.config, skip_link_targets=False, skip_none=False, skip_validation=True)
@@ -296,6 +355,8 @@ class CLI(LightningCLI):
             if absent:
                 raise UserError(f"{absent[1]}: {absent[2]}") from error
             raise _user_error(error) or error from error
+        except ModuleNotFoundError as error:  # as jsonargparse 5 leaves it
+            raise UserError(str(error).splitlines()[0]) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, with the bound's terms in the progress bar, and settle the run's folder."""
@@ -320,7 +381,8 @@ class CLI(LightningCLI):
         return trainer
 
     def _settle(self, run: RunLogger, trainer: Trainer) -> None:
-        run.place(Path(trainer.default_root_dir), type(self.datamodule).__name__.lower())
+        root = require_local(trainer.default_root_dir, "--trainer.default_root_dir")
+        run.place(root, type(self.datamodule).__name__.lower())
         if self.checkpoint and self.checkpoint.folder:
             training = self.subcommand == "fit"
             at = self.checkpoint
@@ -332,6 +394,24 @@ class CLI(LightningCLI):
                 logger.run = run
                 if self.subcommand == "fit":
                     logger.choose(trainer.checkpoint_callbacks)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command; whatever is raised while a checkpoint's state is restored is the checkpoint's fault.
+
+        Raises:
+            UserError: The state is not one that this run could have written.
+        """
+        try:
+            super()._run_subcommand(subcommand)
+        except (UserError, MisconfigurationException):
+            raise
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            restores = any(f.name in RESTORING or f.filename.startswith(OPTIMIZERS) for f in frames)
+            if self.checkpoint is None or not restores or _is_out_of_memory(error):
+                raise
+            line = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UserError(f"--ckpt_path {self.checkpoint.path}: its state does not fit this run ({line})") from error
 
     def before_validate(self) -> None:
         """Say that the model is untrained, if it is."""

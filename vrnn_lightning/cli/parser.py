@@ -7,7 +7,8 @@ import inspect
 import re
 import sys
 from functools import partial
-from typing import Any, NoReturn
+from importlib.metadata import version
+from typing import Any, NoReturn, cast
 
 import yaml
 from jsonargparse import get_loader, set_loader
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from vrnn_lightning import discovery
 from vrnn_lightning.cli.words import in_current_names
+from vrnn_lightning.files import require_plain_yaml
 from vrnn_lightning.heads import Head
 from vrnn_lightning.objectives import Objective
 
@@ -31,15 +33,47 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")  # those that leav
 
 def _read(text: str) -> Any:
     """Read YAML, options and classes under the names that they have now."""
+    require_plain_yaml(text, "an option's YAML")
     value = get_loader("yaml")(text)
     return in_current_names(value) if isinstance(value, dict) else value
+
+
+def _current(options: dict[str, Any]) -> dict[str, Any]:
+    """Return what jsonargparse 5 calls options of version 4."""
+    renamed = {{"skip_none": "skip_unset"}.get(key, key): value for key, value in options.items()}
+    return {**renamed, "format": "yaml"} if renamed.get("format", "parser_mode") == "parser_mode" else renamed
 
 
 set_loader(MODE, _read, (yaml.YAMLError,))
 
 
 class Parser(LightningArgumentParser):
-    """Says in one line what is wrong with an option, with the word that was probably meant."""
+    """Says in one line what is wrong with an option, with the word that was probably meant.
+
+    Lightning 2.6 calls methods and gives arguments that jsonargparse 5 no longer has; they are translated here.
+    """
+
+    if version("jsonargparse") >= "5":
+
+        def add_instantiator(self, instantiator: Any, class_type: type, subclasses: bool = True) -> None:
+            """Keep a function that makes the objects of a class for :meth:`instantiate_classes`."""
+            vars(self).setdefault("instantiators", []).append((instantiator, class_type, subclasses))
+
+        def instantiate_classes(self, config: Any) -> Any:
+            """Make the objects of a config."""
+            return self.instantiate(config, instantiators=vars(self).get("instantiators"))
+
+        def add_method_arguments(self, *args: Any, **kwargs: Any) -> Any:
+            """Add the options of a method, whose values stay as they are."""
+            return super().add_method_arguments(*args, instantiate=False, **kwargs)
+
+        def dump(self, *args: Any, **kwargs: Any) -> str:
+            """Return a config as text; ``skip_none`` is now ``skip_unset``, and our way to read YAML has no dumper."""
+            return cast(str, super().dump(*args, **_current(kwargs)))
+
+        def save(self, *args: Any, **kwargs: Any) -> None:
+            """Write a config as :meth:`dump` returns it."""
+            super().save(*args, **_current(kwargs))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with one line."""
@@ -67,7 +101,14 @@ class Parser(LightningArgumentParser):
                 lambda name, path: self._unknown_init_arg(option, path, name),
             ),
             (r"Expected a dot import path string: (\S+)", lambda name: self._unknown_class(option, name)),
-            (r"Expected an? ([^\n]*?)\. Got value: ([^\n]*?)(?:\. Got value|\n|$)", partial(self._wrong_type, option)),
+            (
+                r"Got value: \W*(?:class_path\W+)?([\w.]+)[^\n]*\n\s*Subtype errors:.*path or the name of a known",
+                lambda name: self._unknown_class(option, name),
+            ),
+            (
+                r"Expected (?:an?|type:) ([^\n]*?)\. Got value: ([^\n]*?)(?:\. Got value|\n|$)",
+                partial(self._wrong_type, option),
+            ),
             (r"Subtypes: \[(.*?)\]\n.*Given value: (.*)", partial(self._wrong_type, option)),
         ):
             match = re.search(pattern, message, re.DOTALL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,24 @@ from lightning.pytorch.utilities import rank_zero_only
 import vrnn_lightning
 from vrnn_lightning.compatibility import OPTIONS, current_option, current_options
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import explained, require_plain_yaml
+from vrnn_lightning.trust import require_bounded, strings_of
 
-__all__ = ["mentions", "with_configs", "with_current_names"]
+__all__ = ["mentions", "named", "with_configs", "with_current_names"]
 
 
 def shipped(path: str) -> str:
     """Return a config's path; what is missing here but comes with the package is found there.
 
     Raises:
-        UserError: There is no such file.
+        UserError: There is no such file, it can't be read, or its aliases multiply.
     """
     package = Path(vrnn_lightning.__file__).parent
-    for folder in (Path(), package, package.parent):  # in a wheel, then in a checkout
-        if (folder / path).is_file():
-            return str(folder / path)
+    with explained(path, "--config"):
+        for folder in (Path(), package, package.parent):  # in a wheel, then in a checkout
+            if (folder / path).is_file():
+                require_plain_yaml((folder / path).read_text("utf-8", "replace"), f"--config {path}")
+                return str(folder / path)
     raise UserError(f"{path}: no such config file")
 
 
@@ -97,6 +102,23 @@ def mentions(words: list[str], key: str) -> list[Any]:
     return [value for value in found if value is not None]
 
 
+def named(words: list[str]) -> set[str]:
+    """Return every text that a command line and its YAML files hold, among them the classes that they name.
+
+    >>> sorted(named(["fit", "--model.optimizer=mine.Adam"]))
+    ['fit', 'mine.Adam']
+    """
+    texts = [word.partition("=")[2] or word for word in words]
+    texts += [Path(path).read_text() for option, path in _pairs(words) if option in ("-c", "--config")]
+    found = set()
+    for text in texts:
+        with suppress(yaml.YAMLError, ValueError):  # not every word is YAML
+            value = yaml.safe_load(text)
+            require_bounded(value, text[:40])
+            found |= set(strings_of(value))
+    return found
+
+
 def _pairs(words: list[str]) -> Iterator[tuple[str, str]]:
     for word, following in zip(words, [*words[1:], ""], strict=False):
         if word.startswith("-"):
@@ -111,7 +133,7 @@ def _command(words: list[str]) -> str:
 def _in_yaml(path: str, command: str, key: str) -> list[Any]:
     try:
         document = yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise UserError(f"{path}: holds no options; expected lines such as `model: {{latent_size: 16}}`")

@@ -8,7 +8,7 @@ from vrnn_lightning.data.downloads import fetch
 from vrnn_lightning.data.drawn import DrawnDataModule, DrawnSplits
 from vrnn_lightning.data.ink import files_below, quickdraw_lines, read_iam, read_inkml, read_quickdraw, read_sketch_rnn
 from vrnn_lightning.data.loading import BatchSampler, SequenceLoader, Window
-from vrnn_lightning.data.paths import data_root
+from vrnn_lightning.data.paths import checked_limit, data_root
 from vrnn_lightning.data.progress import tracked
 from vrnn_lightning.data.sequences import (
     AugmentedSequences,
@@ -21,8 +21,10 @@ from vrnn_lightning.data.sequences import (
 )
 from vrnn_lightning.data.strokes import rows_to_strokes, smooth_rows, strokes_to_rows
 from vrnn_lightning.data.unpickling import UnsafePickleError, unpickle
+from vrnn_lightning.files import MAX_GB, explained, require_size
 
 __all__ = [
+    "MAX_GB",
     "TABLE_SUFFIXES",
     "ArchiveSplit",
     "AugmentedSequences",
@@ -42,7 +44,9 @@ __all__ = [
     "Window",
     "WindowedSequences",
     "archive_holds",
+    "checked_limit",
     "data_root",
+    "explained",
     "fetch",
     "files_below",
     "quickdraw_lines",
@@ -52,6 +56,7 @@ __all__ = [
     "read_inkml",
     "read_quickdraw",
     "read_sketch_rnn",
+    "require_size",
     "rows_to_strokes",
     "smooth_rows",
     "strokes_to_rows",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import zipfile
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
-from zlib import error as ZlibError
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ import torch
 from vrnn_lightning.batch import Sequence
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import MAX_GB, PIECE, explained, require_size, undamaged
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["ArchiveSplit", "archive_holds", "read_archive"]
+__all__ = ["ArchiveSplit", "archive_holds", "npy_header", "opened_archive", "read_archive"]
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,13 @@ def archive_holds(path: Path, split: Split) -> bool:
     Raises:
         UserError: There is no such file, or it is no archive.
     """
-    with _opened(path) as archive:
-        return f"{_word(split)}_values" in archive.files
+    with opened_archive(path, "--data.root") as archive:
+        return f"{_word(split)}_values" in archive.names
 
 
-def read_archive(path: Path, split: Split, width: int, stacked: str | None = None, cure: str = "") -> ArchiveSplit:
+def read_archive(
+    path: Path, split: Split, width: int, stacked: str | None = None, cure: str = "", max_gb: float = MAX_GB
+) -> ArchiveSplit:
     """Read one split of a flat archive, and of the file nothing else.
 
     A flat archive is an ``.npz`` file, never pickled, with two arrays for each split, "train", "valid" and "test":
@@ -150,6 +153,7 @@ def read_archive(path: Path, split: Split, width: int, stacked: str | None = Non
         stacked: What sequences of one length may be called: with "images" an array ``{split}_images`` of shape
             (sequences, steps, features) is read where there is no ``{split}_values``.
         cure: What to do about another number of features, for that message's end.
+        max_gb: Gigabytes that an array may take, or 16 times the file's size.
 
     Raises:
         UserError: There is no such file, it is no such archive, or its arrays don't fit together or hold values that
@@ -157,7 +161,11 @@ def read_archive(path: Path, split: Split, width: int, stacked: str | None = Non
     """
     word = _word(split)
     name, stack = f"{word}_values", f"{word}_{stacked}"
-    values, *rest = _arrays(path, name, f"{word}_lengths", instead=stack if stacked else None)
+    with opened_archive(path, "--data.root") as archive:
+        if stacked and stack in archive.names and name not in archive.names:
+            values, rest = archive.read(stack, max_gb), []
+        else:
+            values, rest = archive.read(name, max_gb), [archive.read(f"{word}_lengths", max_gb)]
     name, shape = (name, "total steps") if rest else (stack, "sequences, steps")
     if values.dtype.kind not in "buif" or values.dtype.itemsize > 8:
         raise UserError(f"{path}: {name} is of type {values.dtype}; save it as integers, float32 or float64")
@@ -190,43 +198,83 @@ def _word(split: Split) -> str:
     return "valid" if split == "val" else split
 
 
-def _arrays(path: Path, *names: str, instead: str | None = None) -> list[NDArray[Any]]:
-    """Return arrays of an npz file, or another one where the first of them is not there but that one is."""
-    with _opened(path) as archive:
-        if instead in archive.files and names[0] not in archive.files:
-            return [_array(path, archive, str(instead))]
-        return [_array(path, archive, name) for name in names]
-
-
 @contextmanager
-def _opened(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
-    """Open an npz file; whatever goes wrong with it is the user's to mend."""
-    if not path.exists():
-        raise UserError(f"--data.root {path}: no such file")
-    if not path.is_file():
-        raise UserError(f"--data.root {path}: is no file; give the .npz archive itself")
-    try:
-        with path.open("rb") as file:  # numpy leaves a file open that it can't read
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise UserError(f"{path}: is a single array, no .npz archive; write it with numpy.savez")
-            yield archive
-    except (BadZipFile, EOFError, OSError, ValueError):
-        raise UserError(f"{path}: can't be read as an .npz archive; write it with numpy.savez") from None
+def opened_archive(path: Path, option: str = "") -> Iterator[Archived]:
+    """Open an .npz file.
+
+    Raises:
+        UserError: It isn't there, can't be read, or is damaged; so for whatever the block reads of it.
+    """
+    if path.suffix == ".npy":
+        raise UserError(f"{path}: is a single array, no .npz archive. Fix: write it with numpy.savez")
+    with (
+        explained(path, option, "give an .npz archive"),
+        undamaged(f"{path}: can't be read as an .npz archive", "copy it again, or write it with numpy.savez"),
+        zipfile.ZipFile(path) as archive,
+    ):
+        for member in archive.infolist():  # a damaged name would hide an array
+            archive.open(member).close()
+        yield Archived(path, archive)
 
 
-def _array(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> NDArray[Any]:
-    if name not in archive.files:
-        holds = ", ".join(archive.files) or "nothing"
-        raise UserError(f"{path}: has no array {name}; it holds {holds}")
-    try:
-        array: NDArray[Any] = archive[name]
-    except ValueError as error:
-        pickled = "allow_pickle" in str(error)
-        reason = "holds pickled objects, which are never loaded" if pickled else "is damaged or no array"
-        raise UserError(f"{path}: {name} {reason}; write it anew as a plain array") from None
-    except (BadZipFile, EOFError, OSError, ZlibError):
-        raise UserError(f"{path}: {name} is damaged; copy or write the file anew") from None
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{path}: {name} is damaged or no array; write it anew as a plain array")
-    return array
+@dataclass(frozen=True)
+class Archived:
+    """An open .npz file.
+
+    Args:
+        path: Its name, for messages.
+        archive: Its members.
+    """
+
+    path: Path
+    archive: zipfile.ZipFile
+
+    @property
+    def names(self) -> list[str]:
+        """What its arrays are called."""
+        return [name.removesuffix(".npy") for name in self.archive.namelist()]
+
+    def read(self, name: str, max_gb: float = MAX_GB) -> NDArray[Any]:
+        """Return an array, never a pickled one, after comparing its checksum.
+
+        Args:
+            name: What it is called.
+            max_gb: Gigabytes that it may take, or 16 times the file's size.
+
+        Raises:
+            UserError: There is no such array, it is damaged, pickled, or promises more than is there or allowed.
+        """
+        if name not in self.names:
+            raise UserError(f"{self.path}: has no array {name}; it holds {', '.join(self.names)[:200] or 'nothing'}")
+        stored = next(member for member in self.archive.infolist() if member.filename in (name, f"{name}.npy"))
+        damaged = undamaged(f"{self.path}: {name} is damaged or no array", "copy or write the file again")
+        with damaged, self.archive.open(stored) as member:
+            shape, fortran, dtype = npy_header(member)
+            if dtype.hasobject:
+                raise UserError(
+                    f"{self.path}: {name} holds pickled objects, which are never loaded. Fix: write it as a plain array"
+                )
+            needed, there = math.prod(shape) * dtype.itemsize, stored.file_size - member.tell()
+            if needed != there:
+                raise ValueError(f"it declares {needed:,} bytes, shape {shape} of {dtype}, but holds {there:,}")
+            require_size(self.path, needed, max_gb)
+            array: NDArray[Any] = np.empty(math.prod(shape), dtype)
+            content, filled = array.view(np.uint8), 0
+            while filled < needed and (piece := member.read(min(PIECE, needed - filled))):
+                content[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
+                filled += len(piece)
+            if filled < needed or member.read(1):  # reading on to the end compares the checksum
+                raise ValueError("it breaks off")
+            return array.reshape(shape, order="F" if fortran else "C")
+
+
+def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return shape, order (True for Fortran's) and type that an ``.npy`` file declares."""
+    version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
+    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in header:
+        raise ValueError(f"a file of numpy's format {version[0]}.{version[1]}")
+    shape, fortran, dtype = header[version](file)  # type: ignore[no-untyped-call]
+    if any(size < 0 for size in shape):
+        raise ValueError(f"an array of shape {shape}")
+    return shape, fortran, dtype

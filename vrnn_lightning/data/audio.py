@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from vrnn_lightning.data.sequences import narrowed
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import MAX_GB, explained, require_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,22 +60,23 @@ class AudioHeader:
     channels: int
 
 
-def read_header(path: Path) -> AudioHeader:
+def read_header(path: Path, max_gb: float = MAX_GB) -> AudioHeader:
     """Read what a file says of itself, and see whether as many bytes are there.
 
     A wav or SPHERE file that is shorter than its header says, an ogg file without its last page and a flac file whose
     last sample can't be found break off. Damage in the middle shows only when samples are read.
+
+    Args:
+        path: The file.
+        max_gb: Gigabytes that its samples may take in float32, or 16 times the file's size.
 
     Raises:
         UserError: It can't be read as audio, is empty, breaks off, or does not tell its length.
     """
     import soundfile
 
-    try:
-        with path.open("rb") as file:
-            reason = _broken(file)
-    except OSError as error:
-        raise _unreadable(path, error.strerror or "it cannot be opened") from None
+    with explained(path), path.open("rb") as file:
+        reason = _broken(file)
     if reason:
         raise _unreadable(path, reason)
     with opened(path) as sound:
@@ -82,6 +85,7 @@ def read_header(path: Path) -> AudioHeader:
             raise UserError(f"{path}: holds no samples; remove it")
         if header.samples >= UNKNOWN_LENGTH:
             raise _unreadable(path, "its header does not tell its length")
+        require_size(path, 4 * header.samples * header.channels, max_gb)
         if header.rate > HIGHEST_RATE:
             raise _unreadable(path, f"its header says {header.rate} Hz")
         if sound.subtype.startswith("MPEG"):
@@ -138,8 +142,10 @@ def seekable(file: SoundFile) -> bool:
 
 def read_samples(
     path: Path, file: SoundFile, sample_rate: int, start: int = 0, stop: int | None = None
-) -> NDArray[np.float32]:
+) -> NDArray[np.floating[Any]]:
     """Return the mean of the channels in [-1, 1] at a rate in Hz, shape (samples,), and read no more of the file.
+
+    In float32, or in float64 where that would turn a sample into zero.
 
     Args:
         path: The file's name, for messages.
@@ -157,18 +163,19 @@ def read_samples(
     begin, end = (start, stop) if up == down else _reach(start, stop, up, down, file.frames)
     if begin:
         file.seek(begin)
-    samples = file.read(end - begin, dtype="float32", always_2d=True)
+    kind = "float64" if file.subtype == "DOUBLE" else "float32"
+    samples = narrowed(file.read(end - begin, dtype=kind, always_2d=True))
     if len(samples) < end - begin:
         raise _unreadable(path, "it breaks off")
-    mono: NDArray[np.float32] = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
+    mono: NDArray[np.floating[Any]] = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
     _refuse_infinite(path, mono)
     if up == down:
         return mono
     from scipy.signal import resample_poly
 
     before = begin * up // down
-    converted: NDArray[np.float32] = resample_poly(mono, up, down)[start - before : stop - before]
-    return converted.astype("float32", copy=False)
+    converted: NDArray[np.floating[Any]] = resample_poly(mono, up, down)[start - before : stop - before]
+    return converted.astype(mono.dtype, copy=False)
 
 
 def resampled(samples: int, rate: int, wanted: int) -> int:
@@ -181,7 +188,7 @@ def resampled(samples: int, rate: int, wanted: int) -> int:
     return -(-samples * up // down)
 
 
-def _refuse_infinite(path: Path, samples: NDArray[np.float32]) -> None:
+def _refuse_infinite(path: Path, samples: NDArray[np.floating[Any]]) -> None:
     if not math.isfinite(samples.sum(dtype="float64")):
         raise UserError(f"{path}: holds NaN or infinite samples; remove it or mend it")
 

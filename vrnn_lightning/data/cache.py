@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import replacing
 
 __all__ = ["digest", "recall", "remember"]
 
@@ -29,7 +32,10 @@ def recall(name: str) -> Any | None:
         return None
     if hashlib.sha256(content.encode()).hexdigest() != checksum:
         return None
-    return json.loads(content)
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):  # of somebody else
+        return None
 
 
 def remember(name: str, value: Any) -> None:
@@ -39,17 +45,8 @@ def remember(name: str, value: Any) -> None:
     """
     content = json.dumps(value)
     checksum = hashlib.sha256(content.encode()).hexdigest()
-    part: Path | None = None
-    try:
-        folder = _folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="ascii", dir=folder, suffix=".part", delete=False) as file:
-            part = Path(file.name)
-            file.write(f"{checksum}\n{content}")
-        part.replace(folder / f"{name}.json")
-    except (OSError, RuntimeError):  # a cache that can't be written is none
-        if part is not None:
-            part.unlink(missing_ok=True)
+    with suppress(UserError, RuntimeError), replacing(_folder() / f"{name}.json") as part:  # a cache may be missing
+        part.write_text(f"{checksum}\n{content}", encoding="ascii")
 
 
 def _folder() -> Path:

@@ -17,6 +17,7 @@ from zlib import error as ZlibError
 import numpy as np
 
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import MAX_GB, PIECE, explained, read_cell, require_size
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -76,7 +77,12 @@ class Columns:
 
 
 def read_columns(
-    path: Path, wanted: Mapping[str, SequenceOf[str]], id: str | None, time: str | None, delimiter: str = ","
+    path: Path,
+    wanted: Mapping[str, SequenceOf[str]],
+    id: str | None,
+    time: str | None,
+    delimiter: str = ",",
+    max_gb: float = MAX_GB,
 ) -> Columns:
     """Read columns of one file, and of a parquet file nothing else.
 
@@ -89,6 +95,7 @@ def read_columns(
         id: The column that tells series apart, or ``None``.
         time: The column of times, or ``None``.
         delimiter: What stands between cells of a csv file.
+        max_gb: Gigabytes that its text or its columns may take, or 16 times the file's size.
 
     Raises:
         UserError: The file can't be read, is damaged or has no rows, lacks a column, or a cell is not what its column
@@ -100,7 +107,7 @@ def read_columns(
     ids: dict[str, int] = {}
     dated: bool | None = None
     parts: list[tuple[NDArray[Any], ...]] = []
-    for rows, cells in _chunks(path, asked, delimiter):
+    for rows, cells in _chunks(path, asked, delimiter, max_gb):
         table = np.empty((len(rows), len(numbers)))
         for i, name in enumerate(numbers):
             table[:, i] = _numbers(cells[name], _Place(path, name, rows))
@@ -135,32 +142,31 @@ Cells = Any
 Chunk = tuple["NDArray[np.int64]", dict[str, Cells]]
 
 
-def _chunks(path: Path, asked: list[tuple[str, str]], delimiter: str) -> Iterator[Chunk]:
+def _chunks(path: Path, asked: list[tuple[str, str]], delimiter: str, max_gb: float) -> Iterator[Chunk]:
     """Yield the numbers and the wanted cells of some rows at a time; what the file does wrong becomes one line."""
     damaged = f"{path}: can't be read, it seems damaged; copy or write it anew"
     try:
         if path.stat().st_size == 0:
             raise UserError(f"{path}: is empty, it has not even a header; remove it")
         if path.name.lower().endswith(".parquet"):
-            yield from _parquet_chunks(path, asked)
+            yield from _parquet_chunks(path, asked, max_gb)
         else:
-            yield from _csv_chunks(path, asked, delimiter)
-    except PermissionError:
-        raise UserError(f"{path}: may not be read by you; give yourself the permission") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+            yield from _csv_chunks(path, asked, delimiter, max_gb)
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     except csv.Error as error:
         raise UserError(f"{path}: can't be read as csv ({error}); write it anew") from None
-    except (OSError, EOFError, ZlibError):
+    except (gzip.BadGzipFile, EOFError, ZlibError):
         raise UserError(damaged) from None
+    except OSError as error:
+        with explained(path):
+            raise error from None
 
 
-def _csv_chunks(path: Path, asked: list[tuple[str, str]], delimiter: str) -> Iterator[Chunk]:
-    with _text(path) as file:
+def _csv_chunks(path: Path, asked: list[tuple[str, str]], delimiter: str, max_gb: float) -> Iterator[Chunk]:
+    with _text(path, max_gb) as file:
         reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
-        header = [name.strip() for name in next(reader, [])]
+        header = [read_cell(name.strip()) for name in next(reader, [])]
         places = _find(path, header, asked, delimiter)
         numbered = ((reader.line_num, row) for row in reader if row)
         while chunk := list(islice(numbered, CHUNK)):
@@ -172,13 +178,18 @@ def _csv_chunks(path: Path, asked: list[tuple[str, str]], delimiter: str) -> Ite
             yield rows, {name: columns[place] for name, place in places.items()}
 
 
-def _text(path: Path) -> TextIO:
+def _text(path: Path, max_gb: float) -> TextIO:
     if path.name.lower().endswith(".gz"):
+        size = 0
+        with gzip.open(path) as file:  # to its end, where the checksum is: one line may hold all of it
+            while piece := file.read(PIECE):
+                size += len(piece)
+                require_size(path, size, max_gb)
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return path.open(encoding="utf-8-sig", newline="")
 
 
-def _parquet_chunks(path: Path, asked: list[tuple[str, str]]) -> Iterator[Chunk]:
+def _parquet_chunks(path: Path, asked: list[tuple[str, str]], max_gb: float) -> Iterator[Chunk]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -187,17 +198,33 @@ def _parquet_chunks(path: Path, asked: list[tuple[str, str]]) -> Iterator[Chunk]
     start = 0
     with path.open("rb") as source:
         try:
-            file = parquet.ParquetFile(source, pre_buffer=False)
+            file = parquet.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
             header = list(file.schema_arrow.names)
             names = list(_find(path, header, asked))
+            _require_parquet_size(path, file.metadata, len(names), max_gb)
+            words = [field.name for field in file.schema_arrow if str(field.type).endswith("string")]
+            if words:  # as indices into the words, of which one may be long and stand in every row
+                file = parquet.ParquetFile(
+                    source, pre_buffer=False, page_checksum_verification=True, read_dictionary=words
+                )
             # no threads: reading processes are forked from this one
             for batch in file.iter_batches(CHUNK, columns=names, use_threads=False):
                 rows = np.arange(start, start + len(batch))
                 start += len(batch)
                 yield rows, {name: _array(batch.column(name), _Place(path, name, rows)) for name in names}
-        except pyarrow.ArrowException as error:
-            reason = str(error).splitlines()[0]
+        except (pyarrow.ArrowException, OSError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: can't be read as parquet ({reason}); write it anew") from None
+
+
+def _require_parquet_size(path: Path, metadata: Any, columns: int, max_gb: float) -> None:
+    """Compare what a file declares with the limit: runs of one value take no room in it."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    rows = max(metadata.num_rows, sum(group.num_rows for group in groups))
+    pages = max((group.total_byte_size for group in groups), default=0)
+    require_size(path, max(8 * rows * (columns + 1), pages), max_gb)
 
 
 def _array(array: Any, place: _Place) -> Cells:
@@ -206,6 +233,9 @@ def _array(array: Any, place: _Place) -> Cells:
     from pyarrow import types
 
     kind = array.type
+    if types.is_dictionary(kind) and str(kind.value_type).endswith("string"):
+        words = array.dictionary.to_pylist()
+        return [None if index is None else words[index] for index in array.indices.to_pylist()]
     if types.is_dictionary(kind):
         array, kind = array.dictionary_decode(), kind.value_type
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
@@ -269,7 +299,7 @@ def _number(cells: SequenceOf[str | None], index: int, place: _Place) -> float:
 def _words(cells: Cells, place: _Place) -> list[str]:
     """Return ids as text."""
     listed = cells.tolist() if isinstance(cells, np.ndarray) else cells
-    words = ["" if cell is None or cell != cell else str(cell).strip() for cell in listed]  # NaN is not itself
+    words = ["" if cell is None or cell != cell else read_cell(str(cell).strip()) for cell in listed]  # NaN != NaN
     if "" in words:
         raise place.error(words.index(""), "is empty; each row needs its id")
     return words

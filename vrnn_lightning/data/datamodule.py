@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from itertools import chain
-from pathlib import PurePath
-from typing import Any, ClassVar, Literal
+from pathlib import Path, PurePath
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.checkpoints import options_of, read_checkpoint, require_types
 from vrnn_lightning.data.loading import BatchSampler, ScaledSequences, SequenceLoader
 from vrnn_lightning.data.sequences import Modality, Scaler, Sequences, Split
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import explained
+from vrnn_lightning.trust import Gate
 
 __all__ = ["SequenceDataModule"]
 
@@ -84,6 +87,47 @@ class SequenceDataModule(LightningDataModule):
         self._splits: dict[str, Sequences] = {}
         self._lengths: dict[str, tuple[Sequences, list[int]]] = {}
 
+    @classmethod
+    def load_from_checkpoint(  # Lightning's, as far as a checkpoint of ours needs it
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        weights_only: bool | None = None,
+        trust: str | SequenceOf[str] = (),
+        **options: Any,
+    ) -> Self:
+        """Return the datamodule of a checkpoint; what its options name passes :class:`~vrnn_lightning.trust.Gate`.
+
+        Args:
+            checkpoint_path: The file.
+            map_location: Where its tensors go, as in ``torch.load``.
+            hparams_file: Not supported: a checkpoint holds its options.
+            weights_only: ``False`` is not supported: nothing else is ever loaded.
+            trust: Class paths or modules of your own that the checkpoint may name, for example ``["my_package.data"]``.
+            options: Options in place of the checkpoint's.
+
+        Raises:
+            UserError: The file is missing, damaged or not a checkpoint of this class, or it names a class that is not
+                trusted.
+        """
+        path = Path(checkpoint_path)
+        if hparams_file is not None or weights_only is False:
+            raise UserError(f"{path}: hparams_file and weights_only=False are not supported. Fix: leave it out")
+        content = read_checkpoint(path, map_location=map_location)
+        gate = Gate.of_call(path, trust, options)
+        made, given = options_of(content, "datamodule_hyper_parameters", cls, gate, options)
+        try:
+            data = cast("Self", made(**given))
+            if made.__qualname__ in content:
+                data.load_state_dict(content[made.__qualname__])
+        except UserError:
+            raise
+        except Exception as error:  # whatever a datamodule raises for options and a state that are not its own
+            line = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UserError(f"{path}: no {made.__name__} can be made of its options and state ({line})") from error
+        return data
+
     def __str__(self) -> str:
         """Return the class and its options; Lightning's would open every loader."""
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.hparams.items())})"
@@ -128,7 +172,8 @@ class SequenceDataModule(LightningDataModule):
             UserError: The split is empty.
         """
         if split not in self._splits:
-            found = self.sequences(split)
+            with explained(getattr(self, "root", type(self).__name__), "--data.root"):
+                found = self.sequences(split)
             if len(found) == 0:
                 raise UserError(f"{type(self).__name__}: the {split} split is empty; check the options that split data")
             self._splits[split] = found
@@ -143,12 +188,24 @@ class SequenceDataModule(LightningDataModule):
         """
         if self._scaler is None:
             scaler = self.fit_scaler()
-            if not (torch.isfinite(scaler.mean).all() and torch.isfinite(scaler.std).all()):
-                raise UserError(
-                    f"{type(self).__name__}: training values are too large to be scaled; mend or rescale them"
-                )
+            self._require_range(scaler)
             self._scaler = scaler
         return self._scaler
+
+    def _require_range(self, scaler: Scaler) -> None:
+        """Raise if float32, in which models keep the scaler, can't hold it: nothing could be returned to data units."""
+        mean, std = (value.double().abs().expand(self.num_features) for value in (scaler.mean, scaler.std))
+        kind = torch.finfo(torch.float32)
+        large = ~(mean.maximum(std) <= kind.max)
+        small = (std < kind.tiny) | ((mean > 0) & (mean < kind.tiny) & (std == 1))  # a std of 1: nothing else was found
+        if (large | small).any():
+            feature = int((large | small).int().argmax())
+            names = getattr(self, "columns", None) or range(self.num_features)
+            raise UserError(
+                f"{type(self).__name__}: training values of feature {names[feature]} are too "
+                f"{'large' if large[feature] else 'small'} for float32, mean {scaler.mean.expand_as(std)[feature]:.3g} "
+                f"and std {scaler.std.expand_as(std)[feature]:.3g}. Fix: write them in another unit"
+            )
 
     def fit_scaler(self) -> Scaler:
         """Fit the scaler on the training split: none, one scalar mean and std, or one per feature (``scaling``)."""
@@ -246,4 +303,7 @@ class SequenceDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the checkpoint's scaler."""
+        require_types(state_dict, self, mean=Tensor, std=Tensor)
+        if any(state_dict[name].numel() not in (1, self.num_features) for name in ("mean", "std")):
+            raise UserError(f"{type(self).__name__}: the checkpoint's scaler is not for {self.num_features} features")
         self._scaler = Scaler(state_dict["mean"], state_dict["std"])

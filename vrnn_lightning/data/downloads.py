@@ -26,6 +26,7 @@ from vrnn_lightning.data.rolls import read_note_lists
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.data.unpickling import unpickle
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import explained, flush
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -95,12 +96,9 @@ def fetch(name: str, root: Path) -> None:
     if root.exists() and Path.cwd().is_relative_to(root.resolve()):
         raise UserError(f"--data.root {root}: is the working directory; name a folder below it to download into")
     staging = root.absolute().with_name(f"{root.name}.part")
-    try:
-        with _alone(staging):
-            if not _there(source, root):
-                _put(source, root, staging)
-    except OSError as error:
-        raise UserError(f"{error.filename or staging}: can't be written ({error.strerror or error})") from None
+    with explained(staging, "--data.root"), _alone(staging):
+        if not _there(source, root):
+            _put(source, root, staging)
 
 
 def _there(source: Source, root: Path) -> bool:
@@ -145,9 +143,12 @@ def _put(source: Source, root: Path, staging: Path) -> None:
             shutil.rmtree(files)
             address = next(iter(source.files.values()))[0]
             raise _by_hand(source, root, f"{address}: was downloaded and removed: {error}") from None
+    for path in [*content.rglob("*"), content]:
+        flush(path)
     if root.is_dir():
         root.rmdir()  # it is empty
     content.replace(root)
+    flush(root.parent)
     shutil.rmtree(staging)
 
 

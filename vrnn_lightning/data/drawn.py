@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from vrnn_lightning.checkpoints import require_types
 from vrnn_lightning.data.datamodule import SequenceDataModule
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
@@ -75,6 +76,7 @@ class DrawnSplits:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the checkpoint's splits."""
+        require_types(state_dict, self, members=dict, trained=dict)
         self._members, self._trained = state_dict["members"], state_dict["trained"]
 
     def _drawn(self, names: list[str]) -> dict[Split, list[str]]:

@@ -11,6 +11,7 @@ from vrnn_lightning.data.bad import BadFiles
 from vrnn_lightning.data.cache import digest, recall, remember
 from vrnn_lightning.data.progress import tracked
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import MAX_GB, explained
 
 __all__ = ["IndexedFile", "index_audio"]
 
@@ -43,7 +44,7 @@ class IndexedFile:
         return cls(AudioHeader(samples, rate, channels), size, modified, bool(read))
 
 
-def index_audio(root: Path, names: SequenceOf[str], bad: BadFiles) -> dict[str, IndexedFile]:
+def index_audio(root: Path, names: SequenceOf[str], bad: BadFiles, max_gb: float = MAX_GB) -> dict[str, IndexedFile]:
     """Return the headers of a corpus' files, and read no more files than are new or have another size or time.
 
     The index is kept in the user's cache folder. If bad files are to be skipped, each file is read to its end, once:
@@ -53,6 +54,7 @@ def index_audio(root: Path, names: SequenceOf[str], bad: BadFiles) -> dict[str, 
         root: The folder of the corpus.
         names: Paths below it.
         bad: What becomes of files that can't be used.
+        max_gb: Gigabytes that the samples of a file may take, or 16 times its size.
 
     Raises:
         UserError: A file can't be used, and bad ones are not to be skipped.
@@ -72,7 +74,7 @@ def index_audio(root: Path, names: SequenceOf[str], bad: BadFiles) -> dict[str, 
     if changed:
         for name, size, modified in tracked(changed, "reading files" if bad.skip else "reading headers"):
             with bad.tolerated():
-                header = read_header(root / name)
+                header = read_header(root / name, max_gb)
                 if bad.skip:
                     check_samples(root / name)
                 known[name] = IndexedFile(header, size, modified, bad.skip)
@@ -83,10 +85,8 @@ def index_audio(root: Path, names: SequenceOf[str], bad: BadFiles) -> dict[str, 
 
 def _stamp(path: Path) -> tuple[int, int]:
     """Return the size of a file in bytes, and when it last changed in nanoseconds."""
-    try:
+    with explained(path):
         found = path.stat()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be opened ({error.strerror}); remove it or mend it") from None
     return found.st_size, found.st_mtime_ns
 
 

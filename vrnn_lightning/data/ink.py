@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from pickle import UnpicklingError
-from tokenize import TokenError
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 from xml.parsers import expat
 
 import numpy as np
 
+from vrnn_lightning.data.archives import npy_header, opened_archive
 from vrnn_lightning.data.strokes import strokes_to_rows
 from vrnn_lightning.data.unpickling import UnsafePickleError, unpickle
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import MAX_GB, explained, require_size, undamaged
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,8 +29,6 @@ TOKEN = re.compile(r"\s*([!'\"]?)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|#
 LONGEST = 200
 """Digits that a hexadecimal number may have, so that a float holds it."""
 ORDERS = {"!": 0, "'": 1, '"': 2}
-ARRAY_ERRORS = (EOFError, NotImplementedError, OSError, RuntimeError, SyntaxError, TokenError, ValueError)
-"""What numpy and zipfile raise on files that are damaged or encrypted."""
 
 
 def files_below(root: Path) -> list[Path]:
@@ -239,15 +235,13 @@ def _parse_xml(
     parser.EndElementHandler = ended
     parser.CharacterDataHandler = text
     try:
-        with path.open("rb") as file:
+        with explained(path), path.open("rb") as file:
             parser.ParseFile(file)
     except expat.ExpatError as error:
         reason = expat.ErrorString(error.code)
         raise UserError(f"{path}: line {error.lineno}: is no whole XML ({reason}); copy the file anew") from None
     except (LookupError, ValueError) as error:  # an encoding that Python does not know
         raise UserError(f"{path}: can't be decoded ({error}); save it as UTF-8") from None
-    except OSError as error:
-        raise _unreadable(path, error) from None
 
 
 def quickdraw_lines(path: Path, name: str) -> Iterator[tuple[str, int, bytes]]:
@@ -257,10 +251,8 @@ def quickdraw_lines(path: Path, name: str) -> Iterator[tuple[str, int, bytes]]:
         path: The ``.ndjson`` file, a JSON object per line.
         name: What the file is called; a drawing's name is that and its ``key_id``, or its line where it has none.
     """
-    try:
+    with explained(path):
         lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise _unreadable(path, error) from None
     keys = [re.search(rb'"key_id"\s*:\s*"?(\w+)', line) for line in lines]
     counts = Counter(key[1] for key in keys if key)
     for number, (line, key) in enumerate(zip(lines, keys, strict=True), start=1):
@@ -287,7 +279,8 @@ def read_quickdraw(path: Path, number: int, line: bytes) -> NDArray[np.float32]:
     try:
         found = json.loads(line)
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{place}: is no whole JSON object ({error}); remove the line or copy the file anew") from None
+        reason = str(error)[:200]
+        raise UserError(f"{place}: is no whole JSON object ({reason}); remove the line or copy the file anew") from None
     drawing = found.get("drawing") if isinstance(found, dict) else None
     if not isinstance(drawing, list):
         raise UserError(f'{place}: has no list "drawing", as QuickDraw\'s files have; remove the line')
@@ -315,7 +308,7 @@ def _rows(place: object, strokes: Iterable[NDArray[np.float64]]) -> NDArray[np.f
     return rows
 
 
-def read_sketch_rnn(path: Path, word: str) -> list[Any]:
+def read_sketch_rnn(path: Path, word: str, max_gb: float = MAX_GB) -> list[Any]:
     """Return the drawings of a split of a sketch-rnn archive, whatever they are.
 
     Such a file holds object arrays called train, valid and test, which are pickles: nothing but plain data and numpy
@@ -324,28 +317,41 @@ def read_sketch_rnn(path: Path, word: str) -> list[Any]:
     Args:
         path: The ``.npz`` file.
         word: The array.
+        max_gb: Gigabytes that it may take, or 16 times the file's size.
 
     Raises:
         UserError: It can't be read, holds no such array, or its pickle names anything else.
     """
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{word}.npy") as file:
-            return _object_array(file)
-    except KeyError:
-        raise UserError(f"{path}: has no array {word}; a sketch-rnn archive holds train, valid and test") from None
-    except UnsafePickleError as error:
-        raise UserError(f"{path}: {word} is no plain data: {error}; get the file from where you trust it") from None
-    except (UnpicklingError, zipfile.BadZipFile, zlib.error, *ARRAY_ERRORS) as error:
-        raise UserError(f"{path}: {word} can't be read ({error}); copy the file anew") from None
+    with opened_archive(path, "--data.root") as archive:
+        if f"{word}.npy" not in archive.archive.namelist():
+            raise UserError(f"{path}: has no array {word}; a sketch-rnn archive holds train, valid and test")
+        require_size(path, archive.archive.getinfo(f"{word}.npy").file_size, max_gb)
+        damaged = undamaged(f"{path}: {word} can't be read", "copy the file again")
+        with damaged, archive.archive.open(f"{word}.npy") as file:
+            try:
+                drawings = _object_array(file)  # to its end, where its checksum is compared
+            except UnsafePickleError as error:
+                raise UserError(
+                    f"{path}: {word} is no plain data: {error}; get the file from where you trust it"
+                ) from None
+    require_size(path, sum(map(_nbytes, drawings)), max_gb)
+    return drawings
+
+
+def _nbytes(drawing: Any) -> int:
+    """Return the bytes of a drawing, of which a few bytes of a pickle may name thousands."""
+    return (
+        int(drawing.nbytes)
+        if isinstance(drawing, np.ndarray)
+        else 24 * len(drawing)
+        if isinstance(drawing, list | tuple)
+        else 0
+    )
 
 
 def _object_array(file: IO[bytes]) -> list[Any]:
     """Read an ``.npy`` file, with our own unpickler in the place of numpy's."""
-    version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
-    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in header:
-        raise ValueError(f"a file of numpy's format {version[0]}.{version[1]}")
-    shape, fortran, dtype = header[version](file)  # type: ignore[no-untyped-call]
+    shape, fortran, dtype = npy_header(file)
     if dtype.hasobject:
         found = unpickle(file)  # type: ignore[arg-type]  # a member of a zip reads like any binary file
         if not isinstance(found, (np.ndarray, list)):
@@ -357,9 +363,3 @@ def _object_array(file: IO[bytes]) -> list[Any]:
     if len(content) != int(np.prod(shape)) * dtype.itemsize:
         raise ValueError("its bytes do not add up")
     return list(np.frombuffer(content, dtype=dtype).reshape(shape, order="F" if fortran else "C"))
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    if isinstance(error, PermissionError):
-        return UserError(f"{path}: may not be read by you; give yourself the permission")
-    return UserError(f"{path}: can't be read ({error.strerror or error}); copy the file anew")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from functools import cached_property
@@ -16,11 +17,14 @@ from torch.utils.data.distributed import DistributedSampler
 from vrnn_lightning.batch import Sequence, SequenceBatch, pad
 from vrnn_lightning.data.sequences import ChangingSequences, Scaler, Sequences, WindowedSequences
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import explained
 
 __all__ = ["BatchSampler", "ScaledSequences", "SequenceLoader", "Window"]
 
 POOL = 50
 """Training batches whose sequences are sorted by length together: more of them pad less, and mix less."""
+LINGER = 20
+"""Seconds that a reading process outlives a signal that asks it to end."""
 
 
 class Window(NamedTuple):
@@ -225,7 +229,8 @@ class ScaledSequences(Dataset[SequenceBatch]):
 
     def _scaled(self, items: SequenceOf[int] | SequenceOf[Window]) -> SequenceBatch:
         """Return sequences padded and in scaled units, in float64: a large offset is gone before precision is."""
-        batch = pad([self._read(item) for item in items], torch.float64)
+        with explained("the data"):
+            batch = pad([self._read(item) for item in items], torch.float64)
         counted = batch.counted
         self._refuse(batch, ~torch.isfinite(batch.x) & counted, "NaN or infinite values")
         batch.x = self.scaler.scale(batch.x).masked_fill(~counted, 0.0)
@@ -309,6 +314,15 @@ class ScaledSequences(Dataset[SequenceBatch]):
         return Sequence(s.x[:0], observed, inputs, "(none)")
 
 
+def _outlive_signals(worker: int) -> None:
+    """Let a reading process go on at signals that reach all processes of a run: the main one ends it when it has saved.
+
+    If the main one does not, it ends by itself after :data:`LINGER` seconds.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LINGER))
+
+
 class SequenceLoader:
     """Padded batches of an epoch; goes on where a checkpoint in the middle of an epoch left off.
 
@@ -335,6 +349,8 @@ class SequenceLoader:
         self.sampler = sampler  # where Lightning looks to announce the epoch
         self.batch_sampler = None  # where it looks next
         self.dataset = ScaledSequences(sequences, scaler, num_features, num_inputs)
+        if options.get("num_workers"):
+            options.setdefault("worker_init_fn", _outlive_signals)
         self._loader: DataLoader[SequenceBatch] = DataLoader(
             self.dataset, batch_size=None, sampler=_Announcing(sampler), **options
         )

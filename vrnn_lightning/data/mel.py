@@ -65,7 +65,7 @@ class LogMelFrames:
         """Return the first sample that frames ``first`` to ``last - 1`` read, and one past the last."""
         return first * self.hop, (last - 1) * self.hop + self.window
 
-    def cut(self, samples: NDArray[np.float32]) -> tuple[NDArray[np.float32], None]:
+    def cut(self, samples: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float32], None]:
         """Return the frames of samples, shape (frames, bands), all of them measured."""
         frames = self.count(len(samples))
         needed = self.span(0, frames)[1] if frames else 0

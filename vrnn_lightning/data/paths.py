@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vrnn_lightning.errors import UserError
 
-__all__ = ["data_root"]
+__all__ = ["checked_limit", "data_root"]
 
 
 def data_root(root: str) -> Path:
@@ -30,3 +30,14 @@ def data_root(root: str) -> Path:
         if not isinstance(error, PermissionError | NotADirectoryError):
             raise UserError(f"--data.root {root[:80]}: {error.strerror}; give a path of this machine") from error
     return path
+
+
+def checked_limit(max_gb: float) -> float:
+    """Return the option ``max_gb`` of a datamodule, which must be positive.
+
+    Raises:
+        UserError: It is not.
+    """
+    if not max_gb > 0:
+        raise UserError(f"--data.max_gb {max_gb}: must be positive, in gigabytes")
+    return max_gb

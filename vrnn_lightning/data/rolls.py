@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
+import reprlib
 from collections.abc import Sequence as SequenceOf
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +19,7 @@ from vrnn_lightning.data.archives import ArchiveSplit
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.data.unpickling import unpickle
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import MAX_GB, explained, require_size, undamaged
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,8 +35,8 @@ DRUMS = 9
 """General MIDI's channel of drums, counted from 0: its notes are no pitches."""
 SUSTAIN = 64
 """The controller of the sustain pedal, which is down from a value of 64 on."""
-LONGEST = 1_000_000
-"""Steps of a file at most: more come from a damaged time stamp."""
+MAX_QUARTERS = 20_000
+"""Quarter notes of a file at most, unless an option says otherwise: more come from a damaged time stamp."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,9 @@ class Notes:
         return sounding
 
 
-def read_midi(path: Path, resolution: int, sustain: bool = False) -> Notes:
+def read_midi(
+    path: Path, resolution: int, sustain: bool = False, max_quarters: int = MAX_QUARTERS, max_gb: float = MAX_GB
+) -> Notes:
     """Read the notes of a MIDI file on a grid of so many steps per quarter note.
 
     Steps are counted in the file's ticks, which are parts of a quarter note, so changes of tempo move nothing. A note
@@ -70,6 +76,8 @@ def read_midi(path: Path, resolution: int, sustain: bool = False) -> Notes:
         path: The file, of format 0 or 1.
         resolution: Steps per quarter note.
         sustain: Let a note sound for as long as the channel's sustain pedal is down, or until its key is struck again.
+        max_quarters: Longest piece, in quarter notes.
+        max_gb: Gigabytes that its roll may take in float64, or 16 times the file's size.
 
     Raises:
         UserError: It can't be read as MIDI, counts its time in frames, has no note, or one that no piano has.
@@ -89,8 +97,14 @@ def read_midi(path: Path, resolution: int, sustain: bool = False) -> Notes:
     sounded, end = _sounded(file.tracks, sustain)
     spans = [(note, step(on), max(step(off), step(on) + 1)) for note, on, off in sounded]
     steps = max([step(end), *(last for _, _, last in spans)])
-    if steps > LONGEST:
-        raise UserError(f"{path}: {steps} steps are more than {LONGEST}, a time in it is damaged; export it anew")
+    if steps > max_quarters * resolution:
+        late = sum(on > max_quarters * beat for _, on, _ in sounded)
+        raise UserError(
+            f"{path}: its {path.stat().st_size} bytes last {steps // resolution} quarter notes, {late} of "
+            f"{len(sounded)} notes begin after --data.max_quarters {max_quarters}. Fix: export the file again if it is "
+            "damaged, or raise --data.max_quarters"
+        )
+    require_size(path, 8 * KEYS * steps, max_gb)
     if not spans:
         raise UserError(f"{path}: has no notes (drums are left out); remove it")
     for note, first, _ in spans:
@@ -167,7 +181,7 @@ def roll_sound(roll: NDArray[Any], resolution: int, sample_rate: int = 16000) ->
     return quiet
 
 
-def read_note_lists(path: Path, split: Split) -> ArchiveSplit:
+def read_note_lists(path: Path, split: Split, max_gb: float = MAX_GB) -> ArchiveSplit:
     """Read one split of a pickle or JSON of notes, as the benchmark of Boulanger-Lewandowski et al. (2012) has them.
 
     It is a dict whose entries "train", "valid" and "test" are lists of sequences; a sequence is a list of steps, and a
@@ -176,6 +190,7 @@ def read_note_lists(path: Path, split: Split) -> ArchiveSplit:
     Args:
         path: The file: JSON where its name ends in ``.json``, else a pickle.
         split: Which split; "val" is "valid" in the file.
+        max_gb: Gigabytes that its rolls may take, or 16 times the file's size.
 
     Raises:
         UserError: It can't be read, is made otherwise, or holds a note that no piano has.
@@ -183,11 +198,14 @@ def read_note_lists(path: Path, split: Split) -> ArchiveSplit:
     word = "valid" if split == "val" else split
     content = _loaded(path)
     if not isinstance(content, dict) or word not in content:
-        holds = ", ".join(map(repr, content)) if isinstance(content, dict) else f"a {type(content).__name__}"
+        holds = (
+            ", ".join(map(reprlib.repr, content))[:200] if isinstance(content, dict) else f"a {type(content).__name__}"
+        )
         raise UserError(f"{path}: has no {word!r}; expected 'train', 'valid' and 'test', it holds {holds or 'nothing'}")
     rolls = content[word]
     if not _is_list(rolls):
         raise UserError(f"{path}: {word} is {_shown(rolls)}, expected a list of sequences")
+    require_size(path, KEYS * sum(len(roll) for roll in rolls if _is_list(roll)), max_gb)  # before they are walked
     places: list[tuple[int, int]] = []
     bounds = [0]
     for i, roll in enumerate(rolls):
@@ -215,25 +233,26 @@ def _mido() -> ModuleType:
         import mido
     except ImportError:
         raise UserError("MIDI files need mido: pip install 'vrnn-lightning[music]'") from None
+    from mido.midifiles import meta
+
+    class MetaSpec_key_signature(meta.MetaSpec_key_signature):  # type: ignore[misc]  # noqa: N801  # mido reads the name
+        def decode(self, message: Any, data: Any) -> None:
+            with suppress(meta.KeySignatureError):  # a key that does not exist changes no note
+                super().decode(message, data)
+
+    meta.add_meta_spec(MetaSpec_key_signature)
     module: ModuleType = mido
     return module
 
 
 def _opened(mido: ModuleType, path: Path) -> Any:
-    from mido.midifiles.meta import KeySignatureError
-
-    try:
-        with path.open("rb") as file:
-            return mido.MidiFile(file=file)
-    except PermissionError:
-        raise UserError(f"{path}: may not be read by you; give yourself the permission") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except EOFError:
-        reason = "it breaks off" if path.stat().st_size else "it is empty"
-    except (OSError, ValueError, LookupError, TypeError, KeySignatureError) as error:  # what mido raises on damage
-        reason = str(error) or type(error).__name__
-    raise UserError(f"{path}: can't be read as MIDI ({reason}); remove it or export it anew")
+    with explained(path):
+        content = path.read_bytes()
+    with undamaged(f"{path}: can't be read as MIDI", "remove it or export it again"):
+        try:
+            return mido.MidiFile(file=io.BytesIO(content))
+        except EOFError:
+            raise ValueError("it breaks off" if content else "it is empty") from None
 
 
 def _sounded(tracks: list[Any], sustain: bool) -> tuple[list[tuple[int, int, int]], int]:
@@ -278,10 +297,8 @@ def _sounded(tracks: list[Any], sustain: bool) -> tuple[list[tuple[int, int, int
 
 def _loaded(path: Path) -> Any:
     try:
-        with path.open("rb") as file:
+        with explained(path, "--data.root"), path.open("rb") as file:
             return unpickle(file) if path.suffix.lower() != ".json" else json.load(file)
-    except PermissionError:
-        raise UserError(f"{path}: may not be read by you; give yourself the permission") from None
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: can't be read as a pickle of notes: {error}; copy or write it anew") from None
     except (ValueError, RecursionError) as error:
@@ -294,5 +311,5 @@ def _is_list(value: Any) -> TypeGuard[SequenceOf[Any]]:
 
 def _shown(value: Any) -> str:
     """Return a value in few words."""
-    words = repr(value)
+    words = reprlib.repr(value)
     return words if len(words) <= 40 and "\n" not in words else f"a {type(value).__name__}"

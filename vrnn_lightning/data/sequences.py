@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vrnn_lightning.batch import Sequence
 
-__all__ = ["AugmentedSequences", "ChangingSequences", "Modality", "Scaler", "Sequences", "Split", "WindowedSequences"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = [
+    "AugmentedSequences",
+    "ChangingSequences",
+    "Modality",
+    "Scaler",
+    "Sequences",
+    "Split",
+    "WindowedSequences",
+    "narrowed",
+]
 
 Modality = Literal["audio", "strokes", "series", "roll", "image"]
 Split = Literal["train", "val", "test"]
@@ -84,6 +97,17 @@ class AugmentedSequences:
             sequence: As it is, in data units.
         """
         raise NotImplementedError(f"{type(self).__name__} must define augmented(index, sequence)")
+
+
+def narrowed(values: NDArray[Any]) -> NDArray[Any]:
+    """Return float64 values in float32, or as they are where that would turn one of them into zero.
+
+    >>> narrowed(np.array([0.5])).dtype, narrowed(np.array([1e-60])).dtype
+    (dtype('float32'), dtype('float64'))
+    """
+    with np.errstate(over="ignore", under="ignore"):  # who reads a file refuses what becomes infinite
+        narrow = values.astype(np.float32)
+    return narrow if ((narrow == 0) == (values == 0)).all() else values
 
 
 @dataclass(frozen=True)

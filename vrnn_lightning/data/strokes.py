@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vrnn_lightning.data.sequences import narrowed
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["rows_to_strokes", "smooth_rows", "strokes_to_rows"]
 
 
-def strokes_to_rows(strokes: SequenceOf[NDArray[Any]]) -> NDArray[np.float32]:
+def strokes_to_rows(strokes: SequenceOf[NDArray[Any]]) -> NDArray[np.floating[Any]]:
     """Return the rows (dx, dy, lift) of a drawing, from its second point on.
 
     A row is the offset from the last point, and lift is 1 where a stroke ends. The first point has none to be offset
@@ -24,7 +26,8 @@ def strokes_to_rows(strokes: SequenceOf[NDArray[Any]]) -> NDArray[np.float32]:
         strokes: What is drawn between two lifts: points (x, y), each of shape (points, 2), y growing downward.
 
     Returns:
-        Shape (points - 1, 3), in float32; none where the drawing has no line.
+        Shape (points - 1, 3); none where the drawing has no line. In float32, or in float64 where that would turn an
+        offset into zero.
 
     >>> strokes_to_rows([np.array([[5, 5], [7, 6]]), np.array([[1, 1]])]).tolist()
     [[2.0, 1.0, 1.0], [-6.0, -5.0, 1.0]]
@@ -35,11 +38,11 @@ def strokes_to_rows(strokes: SequenceOf[NDArray[Any]]) -> NDArray[np.float32]:
     if not drawn:
         return np.zeros((0, 3), dtype=np.float32)
     points = np.concatenate(drawn)
-    rows = np.zeros((len(points), 3), dtype=np.float32)
+    rows = np.zeros((len(points), 3))
     with np.errstate(over="ignore", invalid="ignore"):  # who reads a file checks what came of it
         rows[1:, :2] = np.diff(points, axis=0)
     rows[np.cumsum([len(stroke) for stroke in drawn]) - 1, 2] = 1
-    return rows[1:]
+    return narrowed(rows[1:])
 
 
 def rows_to_strokes(rows: NDArray[Any], pen_starts_down: bool = False) -> list[NDArray[np.float64]]:
@@ -62,7 +65,7 @@ def rows_to_strokes(rows: NDArray[Any], pen_starts_down: bool = False) -> list[N
     return np.split(points, np.flatnonzero(lifts[:-1]) + 1)
 
 
-def smooth_rows(rows: NDArray[Any], width: int, pen_starts_down: bool = False) -> NDArray[np.float32]:
+def smooth_rows(rows: NDArray[Any], width: int, pen_starts_down: bool = False) -> NDArray[np.floating[Any]]:
     """Return rows (dx, dy, lift) whose points are moving averages within their strokes.
 
     A point becomes the mean of ``width`` points around it, of fewer near the ends of its stroke, so that these stay
@@ -89,7 +92,7 @@ def smooth_rows(rows: NDArray[Any], width: int, pen_starts_down: bool = False) -
     sums = np.vstack([np.zeros((1, 2)), points.cumsum(0)])
     means = (sums[here + reach + 1] - sums[here - reach]) / (2 * reach + 1)[:, None]
     means = np.where(reach[:, None] > 0, means, points)
-    smooth = np.array(rows, dtype=np.float32)
+    smooth = rows.astype(np.result_type(rows.dtype, np.float32))
     smooth[:, :2] = np.diff(means, axis=0) if pen_starts_down else np.diff(means, axis=0, prepend=np.zeros((1, 2)))
     return smooth
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import reprlib
 import struct
 from collections.abc import Callable
 from io import BytesIO
@@ -62,9 +63,10 @@ class _Type:
     """Stands in for ``numpy.dtype``: numbers of a fixed size, or objects."""
 
     def __init__(self, code: str, *_: Any) -> None:
-        dtype = np.dtype(str(code)) if str(code)[:1] in set("biufO") else None
+        code = code.decode("latin1") if isinstance(code, bytes) else code
+        dtype = np.dtype(code) if isinstance(code, str) and code[:1] in set("biufO") else None
         if dtype is None or dtype.fields is not None or dtype.shape:
-            raise pickle.UnpicklingError(f"an array of type {code!r}, expected numbers")
+            raise pickle.UnpicklingError(f"an array of type {reprlib.repr(code)}, expected numbers")
         self.dtype: np.dtype[Any] = dtype
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -97,7 +99,7 @@ class _Array:
         else:
             raw = content.encode("latin1") if isinstance(content, str) else content
             if not isinstance(raw, bytes) or len(raw) != size * kind.dtype.itemsize:
-                raise pickle.UnpicklingError(f"an array of shape {tuple(shape)} whose bytes do not add up")
+                raise pickle.UnpicklingError(f"an array of {size} numbers whose bytes do not add up")
             flat = np.frombuffer(raw, dtype=kind.dtype).copy()
         rows_first = kind.dtype.kind == "O" or not fortran  # numpy lists objects by rows, however they lie in memory
         result: NDArray[Any] = flat.reshape(shape, order="C" if rows_first else "F")
@@ -123,8 +125,8 @@ def _scalar(kind: _Type, raw: bytes | str) -> Any:
 
 
 def _bytes(text: str, encoding: str = "latin1") -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}")
+    if encoding != "latin1" or not isinstance(text, str):
+        raise pickle.UnpicklingError(f"bytes encoded as {reprlib.repr(encoding)}")
     return text.encode("latin1")
 
 
@@ -132,6 +134,8 @@ def _no_bytes() -> bytes:
     return b""
 
 
+SETS = {code[0] for code in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET)}
+"""What makes sets, which are no plain data."""
 STAND_INS: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Type,
@@ -149,6 +153,8 @@ class _PlainUnpickler(pickle._Unpickler):
     """Reads in Python: the one in C takes gigabytes where a damaged byte gives a memo a large number."""
 
     read: Callable[[int], bytes]
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
     append: Callable[[Any], None]
 
     def find_class(self, module: str, name: str, /) -> Any:
@@ -160,6 +166,30 @@ class _PlainUnpickler(pickle._Unpickler):
     def persistent_load(self, pid: Any, /) -> Any:
         raise UnsafePickleError("it refers to something outside the file")
 
+    def load_build(self) -> None:
+        """Set the state of a stand-in's instance, and of nothing else: stand-ins serve the next file too."""
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], (_Type, _Array)):
+            raise pickle.UnpicklingError("a state of something that has none")
+        self.stack[-1].__setstate__(state)
+
+    def load_setitem(self) -> None:
+        """Take an entry of a dict."""
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set(key, value)
+
+    def load_setitems(self) -> None:
+        """Take entries of a dict."""
+        items = self.pop_mark()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self._set(key, value)
+
+    def _set(self, key: Any, value: Any) -> None:
+        """Take an entry under a word or number: hashing tuples of tuples may take for ever."""
+        if not isinstance(key, (str, bytes, int, float)) or not isinstance(self.stack[-1], dict):
+            raise pickle.UnpicklingError(f"a dict with a {type(key).__name__} for a key")
+        self.stack[-1][key] = value
+
     def load_bytearray8(self) -> None:
         """Read what is there before making room for what is said to be there."""
         (size,) = struct.unpack("<Q", self.read(8))
@@ -169,8 +199,11 @@ class _PlainUnpickler(pickle._Unpickler):
         self.append(bytearray(content))
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {  # type: ignore[misc]  # a class variable there too
-        **pickle._Unpickler.dispatch,
+        **{code: load for code, load in pickle._Unpickler.dispatch.items() if code not in SETS},
         pickle.BYTEARRAY8[0]: load_bytearray8,
+        pickle.BUILD[0]: load_build,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
     }
 
 

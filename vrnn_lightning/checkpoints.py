@@ -1,0 +1,170 @@
+"""The one reader of checkpoints: nothing of a file is believed before it is compared with what is there."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vrnn_lightning.compatibility import KEY, require_known_format, upgrade
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import explained, require_intact_zip
+from vrnn_lightning.trust import Gate, require_bounded
+
+__all__ = ["options_of", "read_checkpoint", "require_types"]
+
+FIX = "Fix: give a checkpoint that `lightning fit` wrote"
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "state_dict": dict,
+    "hyper_parameters": dict,
+    "datamodule_hyper_parameters": dict,
+    "global_step": int,
+    "epoch": int,
+    "pytorch-lightning_version": str,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "noise_seed": int,
+    "carried": (list, tuple),
+    "optimizer_parameters": list,
+}
+COUNTS = frozenset({"ready", "started", "processed", "completed", "_batches_that_stepped"})
+"""What Lightning's loops count."""
+OPTIONS = ("hyper_parameters", "datamodule_hyper_parameters", "loops", "lr_schedulers")
+
+
+def read_checkpoint(path: Path, option: str = "", map_location: Any = "cpu") -> dict[str, Any]:
+    """Return what a checkpoint holds: weights, numbers, text and containers of them; no code is run.
+
+    Args:
+        path: The file.
+        option: The option that names it, for messages.
+        map_location: Where its tensors go, as in ``torch.load``.
+
+    Raises:
+        UserError: It is missing, damaged, holds anything else, or is not a checkpoint.
+    """
+    place = f"{option} {path}" if option else str(path)
+    try:
+        is_file, is_zip = path.is_file(), path.is_file() and zipfile.is_zipfile(path)
+    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
+        raise UserError(f"{place}: {getattr(error, 'strerror', None) or error}. {FIX}") from error
+    if not is_file:
+        raise UserError(f"{place}: is a folder. {FIX}" if path.is_dir() else f"{place}: no such file")
+    if not is_zip:
+        raise UserError(f"{place}: is damaged or no checkpoint. {FIX}")
+    require_intact_zip(path, option)
+    _require_stored(path, place)
+    try:
+        with explained(path, option):
+            content = torch.load(path, map_location=map_location, weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # a pickle of another's making raises anything
+        line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(f"{place}: is damaged, or holds more than weights and options ({line}). {FIX}") from error
+    if isinstance(content, dict):
+        require_known_format(content.get(KEY), place)
+    _require_shape(content, place)
+    upgrade(content, place)
+    return content  # type: ignore[no-any-return]  # checked by the call
+
+
+def options_of(
+    content: Mapping[str, Any], key: str, cls: type, gate: Gate, given: Mapping[str, Any]
+) -> tuple[type, dict[str, Any]]:
+    """Return the class that a checkpoint's options belong to, and its arguments.
+
+    Args:
+        content: What :func:`read_checkpoint` returned.
+        key: Where the options are.
+        cls: The class to make, or its base class if the options name one.
+        gate: What they may name.
+        given: Arguments in place of the checkpoint's.
+
+    Raises:
+        UserError: They name what a file may not import.
+    """
+    stored = content.get(key, {})
+    named = stored.get("_class_path", "")
+    made = cls if named in ("", f"{cls.__module__}.{cls.__qualname__}") else gate.resolve(named, (cls,), "_class_path")
+    kept = {name: value for name, value in stored.items() if not name.startswith("_") and name not in given}
+    return made, gate.build(made, kept) | gate.build(made, given)
+
+
+def require_types(state: object, owner: object, **types: type | tuple[type, ...]) -> None:
+    """Raise if a checkpoint's state lacks values or has them of other types.
+
+    Args:
+        state: The state.
+        owner: The object that it is for.
+        types: The types of its values by name.
+
+    Raises:
+        UserError: It does.
+    """
+    for name, kind in types.items():
+        value = state.get(name) if isinstance(state, Mapping) else None
+        if not isinstance(value, kind):
+            what = f"{name} of type {type(value).__name__}"
+            raise UserError(f"{type(owner).__name__}: the checkpoint's state has a {what}. {FIX}")
+
+
+def _require_stored(path: Path, place: str) -> None:
+    """Raise if a checkpoint's members are compressed: torch writes them as they are, so their size is the file's."""
+    with zipfile.ZipFile(path) as archive:
+        declared = sum(member.file_size for member in archive.infolist())
+    if declared > path.stat().st_size:
+        raise UserError(f"{place}: declares {declared} bytes, but the file has {path.stat().st_size}. {FIX}")
+
+
+def _require_shape(content: Any, place: str) -> None:
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{place}: is no checkpoint. {FIX}")
+    for key, kind in KINDS.items():
+        if key in content and (not isinstance(content[key], kind) or isinstance(content[key], bool)):
+            raise UserError(f"{place}: its {key} is of type {type(content[key]).__name__}. {FIX}")
+    for key in ("global_step", "epoch", "noise_seed"):
+        if not 0 <= content.get(key, 0) < 2**64:
+            raise UserError(f"{place}: its {key} is {content[key]}. {FIX}")
+    if not re.fullmatch(r"\d+(\.\d+)*[.\w+]*", content.get("pytorch-lightning_version", "2")):
+        raise UserError(f"{place}: its pytorch-lightning_version is not a version. {FIX}")
+    for key in OPTIONS:
+        require_bounded(content.get(key), f"{place}: its {key}")
+        if isinstance(content.get(key), dict) and not all(isinstance(name, str) for name in content[key]):
+            raise UserError(f"{place}: its {key} has names that are not text. {FIX}")
+    if not all(isinstance(name, str) for name in content.get("callbacks", {})):
+        raise UserError(f"{place}: its callbacks have names that are not text. {FIX}")
+    for key in ("optimizer_states", "lr_schedulers"):
+        if not all(isinstance(state, dict) for state in content.get(key, [])):
+            raise UserError(f"{place}: its {key} are not states by name. {FIX}")
+    _require_counts(content.get("loops", {}), f"{place}: its loops")
+    _require_weights(content.get("state_dict", {}), place)
+
+
+def _require_counts(loops: Mapping[Any, Any], place: str) -> None:
+    for name, value in loops.items():
+        if isinstance(value, dict) and name not in COUNTS:
+            _require_counts(value, f"{place}.{str(name)[:80]}")
+        elif name in COUNTS and not (isinstance(value, int) and 0 <= value < 2**63):
+            raise UserError(f"{place}.{name} is not a count. {FIX}")
+
+
+def _require_weights(weights: Mapping[Any, Any], place: str) -> None:
+    """Raise if a ``state_dict`` holds anything but whole tensors: a view can declare more values than it has."""
+    storages: dict[int, int] = {}
+    for name, value in weights.items():
+        plain = isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+        if not plain or value.is_quantized or value.is_nested or value.device.type == "meta":
+            raise UserError(f"{place}: {str(name)[:80]} is not a tensor of weights. {FIX}")
+        storage = value.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    declared = sum(value.numel() * value.element_size() for value in weights.values())
+    if declared > sum(storages.values()):
+        raise UserError(f"{place}: its weights declare {declared} bytes, but it holds {sum(storages.values())}. {FIX}")

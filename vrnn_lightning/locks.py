@@ -1,0 +1,127 @@
+"""A folder that belongs to one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import explained
+
+__all__ = ["FolderLock"]
+
+HEARTBEAT, STALE = 10.0, 60.0
+"""Seconds between two touches of a lock, and without one after which it counts as left behind."""
+
+
+class FolderLock:
+    """Keeps a folder to one process at a time, by a lock of the operating system that ends with its process.
+
+    On file systems without such locks (some network file systems) the lock is a file that names host and process and
+    is touched every few seconds; it counts as left behind once it is not.
+
+    Args:
+        folder: The folder; a file ``.lock`` in it is what is locked.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = folder / ".lock"
+        self._handle: int | None = None
+        self._ended: threading.Event | None = None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process has the folder."""
+        return self._handle is not None or self._ended is not None
+
+    def acquire(self) -> None:
+        """Take the folder, which is made if it does not exist.
+
+        Raises:
+            UserError: Another process has it, or the system can't write there.
+        """
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while self._handle is None:
+                handle = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
+                try:
+                    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except (BlockingIOError, PermissionError):
+                    os.close(handle)
+                    raise self._taken(self.file) from None
+                except OSError:  # no locks on this file system
+                    os.close(handle)
+                    self._acquire_by_heartbeat()
+                    return
+                if self.file.exists() and os.path.samestat(os.fstat(handle), self.file.stat()):
+                    self._handle = handle
+                else:  # its last owner has removed it meanwhile
+                    os.close(handle)
+            os.ftruncate(self._handle, 0)
+            os.write(self._handle, self._owner())
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        if self._handle is not None:
+            self.file.unlink(missing_ok=True)
+            os.close(self._handle)
+        if self._ended is not None:
+            self._ended.set()
+            self.file.with_suffix(".owner").unlink(missing_ok=True)
+            self.file.unlink(missing_ok=True)
+        self._handle = self._ended = None
+
+    @staticmethod
+    def _owner() -> bytes:
+        return f"{socket.gethostname()} process {os.getpid()}".encode()
+
+    def _taken(self, file: Path) -> UserError:
+        owner = ""
+        with suppress(OSError):
+            owner = f" ({file.read_text(errors='replace')})"
+        return UserError(
+            f"{self.folder}: another run writes there{owner}. Fix: wait for it, or leave the logger's `version` out"
+        )
+
+    def _acquire_by_heartbeat(self) -> None:
+        file = self.file.with_suffix(".owner")
+        for _ in range(2):
+            try:
+                handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            except FileExistsError:
+                if self._is_alive(file):
+                    raise self._taken(file) from None
+                file.unlink(missing_ok=True)
+            else:
+                os.write(handle, self._owner())
+                os.close(handle)
+                self._ended = threading.Event()
+                threading.Thread(target=self._touch, args=(file, self._ended), daemon=True).start()
+                return
+        raise self._taken(file)
+
+    def _is_alive(self, file: Path) -> bool:
+        """Tell whether the process that a lock names may still run."""
+        try:
+            host, _, process = file.read_text().rpartition(" process ")
+            self.file.touch()  # the clock of the file system, which may not be ours
+            if self.file.stat().st_mtime - file.stat().st_mtime > STALE:
+                return False
+            if host == socket.gethostname() and process.isdigit():
+                os.kill(int(process), 0)
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        except PermissionError:
+            return True
+        return True
+
+    @staticmethod
+    def _touch(file: Path, ended: threading.Event) -> None:
+        while not ended.wait(HEARTBEAT):
+            with suppress(OSError):
+                os.utime(file)

@@ -1,0 +1,439 @@
+"""The one gate that a name in a file passes before anything is imported or called for it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, is_dataclass
+from datetime import date, timedelta
+from enum import Enum
+from functools import cache, partial
+from importlib.metadata import entry_points
+from pathlib import Path, PurePath
+from types import FunctionType, NoneType, UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, Union
+
+import yaml
+
+from vrnn_lightning import datamodules
+from vrnn_lightning.compatibility import current_class
+from vrnn_lightning.errors import UserError
+
+__all__ = ["Gate", "parameters_of", "require_bounded", "strings_of"]
+
+OWN = "vrnn_lightning"
+ALLOWED = (
+    OWN,
+    "torch.optim",
+    "torch.nn",
+    *(
+        f"lightning.pytorch.{part}"
+        for part in ("accelerators", "callbacks", "loggers", "plugins", "profilers", "strategies")
+    ),
+    *(f"lightning.fabric.{part}" for part in ("loggers", "plugins", "strategies")),  # where some of those are defined
+    "lightning.pytorch.cli.ReduceLROnPlateau",  # torch's, with the name of a metric
+)
+ENTRY_POINTS = "vrnn_lightning.datamodules"
+PLAIN = (str, int, float, complex, bytes, NoneType, PurePath, Enum, timedelta, date)
+SCALARS = (bool, int, float, str)
+MAX_DEPTH = 32
+MAX_SIZE = 200_000
+"""Values that the options of a file may hold, those of repeated parts counted each time."""
+MAX_TEXT = 10_000
+"""Characters of a text that is read as YAML."""
+NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+class _Expected(NamedTuple):
+    """What a parameter takes, as far as the gate is concerned.
+
+    Args:
+        bases: Base classes of what may be named there.
+        names: A text is imported.
+        functions: A function may be named, and a class stands for calls of it.
+        nested: A text is read as YAML, which may name something.
+        plain: The parameter's type says that only a class is wanted, not an instance.
+    """
+
+    bases: tuple[type, ...] = ()
+    names: bool = False
+    functions: bool = False
+    nested: bool = False
+    plain: bool = False
+
+    def __or__(self, other: object) -> _Expected:
+        """Return what either of two parameters takes."""
+        assert isinstance(other, _Expected)
+        return _Expected(self.bases + other.bases, *(a or b for a, b in zip(self[1:], other[1:], strict=True)))
+
+
+UNKNOWN = _Expected(names=True, functions=True, nested=True)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Decides what a file may import, in this order: its name, the import, the expected base class, and then the call.
+
+    Allowed are this package, its datamodules, ``torch.optim``, ``torch.nn``, Lightning's callbacks, loggers and
+    strategies, registered entry points, and what the call that reads the file names or trusts. A function is allowed
+    only where this package defines it.
+
+    Args:
+        source: The file, as messages name it.
+        trusted: Class paths and modules that the user trusts.
+        named: Class paths that the call itself names.
+        fix: How to trust a name, with ``{}`` in its place.
+        folder: Where a text may be the name of a file, besides the working directory.
+
+    >>> from torch.optim import Optimizer
+    >>> Gate("a.ckpt").check({"class_path": "torch.optim.Adam"}, Callable[..., Optimizer], "optimizer")
+    >>> Gate("a.ckpt").check("os.system", Callable[..., Optimizer], "optimizer")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    vrnn_lightning.errors.UserError: a.ckpt: optimizer names os.system, ... Fix: if you trust it, give trust=['os']
+    """
+
+    source: str
+    trusted: tuple[str, ...] = ()
+    named: frozenset[str] = field(default=frozenset(), repr=False)
+    fix: str = "give trust=['{}']"
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raise if a trusted name is neither a class path nor a module."""
+        wrong = next((name for name in self.trusted if not NAME.fullmatch(name)), None)
+        if wrong is not None:
+            raise UserError(f"trust {wrong!r}: is neither a class path nor a module. Fix: give the name of one")
+
+    @classmethod
+    def of_call(cls, source: object, trust: str | Iterable[str], options: Mapping[str, Any] | None = None) -> Gate:
+        """Return the gate of a call from Python.
+
+        Args:
+            source: The file.
+            trust: What the user trusts.
+            options: Arguments of the call, which may name anything.
+        """
+        trusted = (trust,) if isinstance(trust, str) else tuple(trust)
+        return cls(str(source), trusted, frozenset(strings_of(options)))
+
+    def check(self, value: Any, annotation: object, place: str) -> None:
+        """Raise if a value names what a file may not import; nothing is called.
+
+        Args:
+            value: A parameter's value.
+            annotation: The parameter's type.
+            place: The parameter, for the message.
+
+        Raises:
+            UserError: It does.
+        """
+        require_bounded(value, f"{self.source}: {place}")
+        self._walk(value, _expected(annotation), place, make=False)
+
+    def check_options(self, made: type, options: Mapping[Any, Any], place: str = "") -> None:
+        """Raise if the options of a class name what a file may not import.
+
+        Args:
+            made: The class.
+            options: Its options by name.
+            place: The option that the class is for, for the message.
+
+        Raises:
+            UserError: They do.
+        """
+        require_bounded(options, self.source)
+        self._options(made, options, place, make=False)
+
+    def build(self, made: type, options: Mapping[Any, Any], place: str = "") -> dict[str, Any]:
+        """Return the options of a class with everything they name in place of its name.
+
+        Args:
+            made: The class.
+            options: Its options by name.
+            place: The option that the class is for, for the message.
+
+        Raises:
+            UserError: They name what a file may not import.
+        """
+        require_bounded(options, self.source)
+        return self._options(made, options, place, make=True)
+
+    def resolve(self, name: object, bases: tuple[type, ...], place: str) -> Any:
+        """Return the class that a path names, if a file may import it and it has one of the bases.
+
+        Raises:
+            UserError: It may not, or has none of them.
+        """
+        return self._found(name, _Expected(bases, names=True), place)
+
+    def _options(self, made: type, options: Mapping[Any, Any], place: str, *, make: bool) -> dict[str, Any]:
+        if not isinstance(options, Mapping):
+            raise UserError(f"{self.source}: {place or made.__name__} must hold options by name")
+        known, found = parameters_of(made), {}
+        for name, value in options.items():
+            inner = f"{place}.{name}" if place else str(name)
+            if not isinstance(name, str) or not name.removesuffix("+").isidentifier():
+                raise UserError(f"{self.source}: {inner[:80]!r} is not the name of an option")
+            if name not in known and is_dataclass(made):
+                raise UserError(f"{self.source}: {inner} is no option of {made.__name__} in this version")
+            annotation = known.get(name.removesuffix("+"), inspect.Parameter.empty)
+            if annotation in SCALARS and not _is_scalar(value, annotation, is_text=not make):
+                raise UserError(f"{self.source}: {inner} {str(value)[:80]!r} is not of type {annotation.__name__}")
+            expected = _expected(annotation)
+            found[name] = self._walk(value, expected, inner, make=make)
+        return found
+
+    def _walk(self, value: Any, expected: _Expected, place: str, *, make: bool) -> Any:
+        below = partial(self._walk, expected=expected, make=make)
+        if isinstance(value, str):
+            return self._text(value, expected, place, make=make)
+        if isinstance(value, Mapping):
+            if "class_path" in value:
+                return self._spec(value, expected, place, make=make)
+            record = next((base for base in expected.bases if is_dataclass(base)), None)
+            if record is not None:
+                options = self._options(record, value, place, make=make)
+                return self._called(record, options, place) if make else value
+            return {key: below(part, place=f"{place}.{key}") for key, part in value.items()}
+        if isinstance(value, (list, tuple, set, frozenset)):
+            parts = [below(part, place=place) for part in value]
+            return type(value)(parts) if type(value) in (list, tuple, set, frozenset) else value
+        return value
+
+    def _text(self, text: str, expected: _Expected, place: str, *, make: bool) -> Any:
+        if not (expected.names or expected.nested):
+            return text
+        if expected.names and self._is_file(text):
+            raise UserError(f"{self.source}: {place} is the file {text}, which this file may not include")
+        inner = self._yaml(text, place)
+        if not isinstance(inner, str):
+            self._walk(inner, expected, place, make=False)
+            return text
+        for name in {text, inner} if expected.names else ():
+            if "." in name and NAME.fullmatch(name):
+                found = self._found(name, expected, place)
+                return found if make else text
+            for cls in _short(name, expected.bases):
+                self._found(f"{cls.__module__}.{cls.__qualname__}", expected, place)
+        return text
+
+    def _spec(self, value: Mapping[Any, Any], expected: _Expected, place: str, *, make: bool) -> Any:
+        name = value["class_path"]
+        if not isinstance(name, str) or not set(value) <= {"class_path", "init_args", "dict_kwargs"}:
+            raise UserError(f"{self.source}: {place} must hold a class_path and init_args")
+        found = self._found(name, expected._replace(functions=False), place, expected.functions)
+        options: dict[str, Any] = {}
+        for part in ("init_args", "dict_kwargs"):
+            if value.get(part) is not None:
+                options |= self._options(found, value[part], place, make=make)
+        if not make:
+            return value
+        if expected.functions:
+            return partial(found, **options) if options else found
+        return found if expected.plain else self._called(found, options, place)
+
+    def _called(self, found: type, options: dict[str, Any], place: str) -> Any:
+        try:
+            return found(**options)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a constructor raises for options that do not fit it
+            line = " ".join(str(error).split())[:300]
+            raise UserError(f"{self.source}: {place}: {found.__name__} can't be made of its options: {line}") from error
+
+    def _found(self, name: object, expected: _Expected, place: str, called: bool = False) -> Any:
+        """Check a name, import it, and check what it is."""
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise UserError(f"{self.source}: {place} must name a class, not {str(name)[:80]!r}")
+        if "." not in name:
+            named = _short(name, expected.bases)
+            if len(named) != 1:
+                what = "is the name of several classes" if named else "no such class"
+                raise UserError(f"{self.source}: {place} {name}: {what}. Fix: give its class path")
+            name = f"{named[0].__module__}.{named[0].__qualname__}"
+        name = current_class(name)
+        module, _, attribute = name.rpartition(".")
+        if not self._allows(name):
+            raise self._refusal(place, name)
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"{self.source}: {place} {name} can't be imported ({error})") from error
+        defined = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', attribute)}"
+        explicit = name in self.trusted or name in self.named
+        if isinstance(found, (type, FunctionType)) and not explicit and not self._allows(defined):
+            raise self._refusal(place, name, defined)
+        if isinstance(found, FunctionType):
+            own = _within(defined, OWN) and not attribute.startswith("_") and not expected.bases
+            if expected.functions and (own or explicit or self._trusts(defined)):
+                return found
+        elif isinstance(found, type):
+            own = _within(defined, OWN) or explicit or self._trusts(defined)
+            callable_instances = (expected.functions or called) and "__call__" in dir(found) and own
+            fits = not expected.bases or issubclass(found, expected.bases)
+            if (fits or callable_instances) and not inspect.isabstract(found):
+                return found
+        kinds = " or ".join(dict.fromkeys(base.__name__ for base in expected.bases)) or "class of this kind"
+        raise UserError(f"{self.source}: {place} {name} is not a {kinds} that can be called")
+
+    def _refusal(self, place: str, name: str, defined: str = "") -> UserError:
+        what = (
+            f"which is {defined}" if defined else "which is not of vrnn-lightning, torch.optim, torch.nn or Lightning"
+        )
+        fix = self.fix.format(name if defined else name.rpartition(".")[0])
+        if _within(name, f"{datamodules.__name__}.local"):
+            fix = f"name it in the call (--data {name.rpartition('.')[2]}), or {fix}"
+        return UserError(f"{self.source}: {place} names {name}, {what}; it is not called. Fix: if you trust it, {fix}")
+
+    def _allows(self, name: str) -> bool:
+        if name in self.named or self._trusts(name):
+            return True
+        if any(part.startswith("__") for part in name.split(".")):
+            return False
+        if _within(name, datamodules.__name__):  # a file of the working directory's folder does not count
+            return datamodules.is_installed(name) or name in _entry_points()
+        return any(_within(name, package) for package in ALLOWED) or name in _entry_points()
+
+    def _trusts(self, name: str) -> bool:
+        return any(_within(name, trusted) for trusted in self.trusted)
+
+    def _is_file(self, text: str) -> bool:
+        try:
+            return any((folder / text).is_file() for folder in (Path(), self.folder) if folder is not None)
+        except (OSError, ValueError):  # no file can have such a name
+            return False
+
+    def _yaml(self, text: str, place: str) -> Any:
+        """Return what a text is where a parser reads it as YAML."""
+        try:
+            if len(text) > MAX_TEXT:
+                raise UserError(f"{self.source}: {place} holds a text of more than {MAX_TEXT} characters")
+            inner = yaml.safe_load(text) if text.strip() else text
+            require_bounded(inner, f"{self.source}: {place}")
+            return inner
+        except RecursionError as error:
+            raise UserError(f"{self.source}: {place} is nested more than {MAX_DEPTH} deep") from error
+        except (yaml.YAMLError, ValueError):  # a date that does not exist is a ValueError
+            return text
+
+
+def require_bounded(value: Any, source: str) -> None:
+    """Raise if nested containers are too deep or too large to walk, as repeated or cyclic parts can make them.
+
+    Raises:
+        UserError: They are.
+    """
+    level, size = [value], 0
+    for _ in range(MAX_DEPTH):
+        containers = [part for part in level if isinstance(part, (Mapping, list, tuple, set, frozenset))]
+        size += sum(map(len, containers))
+        if size > MAX_SIZE:
+            raise UserError(f"{source}: holds more than {MAX_SIZE} values")
+        level = [x for part in containers for x in (part.values() if isinstance(part, Mapping) else part)]
+        if not level:
+            return
+    raise UserError(f"{source}: is nested more than {MAX_DEPTH} deep")
+
+
+def strings_of(value: Any) -> Iterator[str]:
+    """Yield every string in nested containers.
+
+    >>> sorted(strings_of({"a": ["b", {"c": 1}]}))
+    ['b']
+    """
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from strings_of(part)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for part in value:
+            yield from strings_of(part)
+
+
+def _is_scalar(value: Any, kind: type, *, is_text: bool) -> bool:
+    """Tell whether a value is of a type, or, where a parser reads it, a text that may be."""
+    fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    return fits or (is_text and isinstance(value, str))
+
+
+def _within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+@cache
+def _entry_points() -> frozenset[str]:
+    return frozenset(point.value.replace(":", ".") for point in entry_points(group=ENTRY_POINTS))
+
+
+def _short(name: str, bases: tuple[type, ...]) -> list[type]:
+    """Return the classes of a name among those that are imported already."""
+    found = {cls for base in bases for cls in _subclasses(base) if cls.__name__ == name}
+    return sorted(found, key=lambda cls: cls.__module__)
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    yield base
+    below: list[type] = type.__subclasses__(base)
+    for cls in below:
+        yield from _subclasses(cls)
+
+
+@cache
+def parameters_of(made: type) -> dict[str, Any]:
+    """Return the types of a class' options, with those of its bases if it takes any option."""
+    found: dict[str, Any] = {}
+    for cls in made.__mro__:
+        init = vars(cls).get("__init__")
+        if not isinstance(init, FunctionType):
+            continue
+        try:
+            hints = typing.get_type_hints(init, include_extras=True)
+        except Exception:  # a type that is imported for type checkers alone; it counts as unknown
+            hints = {}
+        _, *options = inspect.signature(init).parameters.values()
+        named = [option for option in options if option.kind not in (option.VAR_KEYWORD, option.VAR_POSITIONAL)]
+        found = {option.name: hints.get(option.name, option.annotation) for option in named} | found
+        if all(option.kind != option.VAR_KEYWORD for option in options):
+            break
+    return found
+
+
+def _expected(annotation: Any) -> _Expected:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any or annotation is object:
+        return _Expected(nested=True)
+    if annotation is None or origin is Literal:
+        return _Expected()
+    if annotation is Callable or annotation is typing.Callable or origin is Callable:
+        return _Expected(_expected(args[-1]).bases if args else (), names=True, functions=True, nested=True)
+    if annotation is type or origin is type:
+        return _together(args)._replace(names=True, nested=True, plain=True)
+    if origin is typing.Annotated:
+        return _expected(args[0])
+    if origin in (Union, UnionType) or (isinstance(origin, type) and _is_container(origin)):
+        return _together(args)
+    kind = origin or annotation
+    if not isinstance(kind, type) or isinstance(kind, TypeVar) or annotation is inspect.Parameter.empty:
+        return UNKNOWN
+    if issubclass(kind, PLAIN):
+        return _Expected()
+    if _is_container(kind):
+        return _Expected(nested=True)
+    return _together(args) | _Expected((kind,), names=True, nested=True)
+
+
+def _together(annotations: Iterable[Any]) -> _Expected:
+    found = _Expected()
+    for annotation in annotations:
+        if annotation is not Ellipsis:
+            found |= _expected(annotation)
+    return found
+
+
+def _is_container(kind: type) -> bool:
+    return kind.__module__ in ("builtins", "collections", "collections.abc", "typing") and hasattr(kind, "__iter__")
