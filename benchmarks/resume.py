@@ -471,14 +471,14 @@ def _compare_rows(expected: Path, found: Path) -> list[str]:
         return []
     if one[:1] != two[:1]:
         return ["metrics.csv has other columns"]
-    header = one[0].split(",")
-    pairs = zip(one[1:], two[1:], strict=False)
-    a, b = next(((a.split(","), b.split(",")) for a, b in pairs if a != b), (["end"] * 2, []))
-    columns = [name for name, x, y in zip(header, a, b, strict=False) if x != y]
-    return [
-        f"metrics.csv has {len(two) - 1} rows, not {len(one) - 1}, "
-        f"and differs from epoch {a[0]} step {a[1]} on in {_some(columns)}"
-    ]
+    found_rows = (
+        f"metrics.csv has {len(two) - 1} rows, not {len(one) - 1}, and" if len(one) != len(two) else "metrics.csv"
+    )
+    for a, b in ((a.split(","), b.split(",")) for a, b in zip(one[1:], two[1:], strict=False)):
+        if a != b:
+            columns = [name for name, x, y in zip(one[0].split(","), a, b, strict=False) if x != y]
+            return [f"{found_rows} differs from epoch {a[0]} step {a[1]} on in {_some(columns)}"]
+    return [found_rows.removesuffix(", and")]
 
 
 def _values(path: Path, folders: tuple[str, str]) -> dict[str, object]:
