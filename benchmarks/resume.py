@@ -471,14 +471,14 @@ def _compare_rows(expected: Path, found: Path) -> list[str]:
         return []
     if one[:1] != two[:1]:
         return ["metrics.csv has other columns"]
-    header = one[0].split(",")
-    pairs = zip(one[1:], two[1:], strict=False)
-    a, b = next(((a.split(","), b.split(",")) for a, b in pairs if a != b), (["end"] * 2, []))
-    columns = [name for name, x, y in zip(header, a, b, strict=False) if x != y]
-    return [
-        f"metrics.csv has {len(two) - 1} rows, not {len(one) - 1}, "
-        f"and differs from epoch {a[0]} step {a[1]} on in {_some(columns)}"
-    ]
+    found_rows = (
+        f"metrics.csv has {len(two) - 1} rows, not {len(one) - 1}, and" if len(one) != len(two) else "metrics.csv"
+    )
+    for a, b in ((a.split(","), b.split(",")) for a, b in zip(one[1:], two[1:], strict=False)):
+        if a != b:
+            columns = [name for name, x, y in zip(one[0].split(","), a, b, strict=False) if x != y]
+            return [f"{found_rows} differs from epoch {a[0]} step {a[1]} on in {_some(columns)}"]
+    return [found_rows.removesuffix(", and")]
 
 
 def _values(path: Path, folders: tuple[str, str]) -> dict[str, object]:
@@ -863,11 +863,15 @@ def pairwise(number: int, seed: int = 0) -> list[Scenario]:
     cells = list(itertools.product(WAYS, PLACES, COLUMNS))
     random.Random(seed).shuffle(cells)
     chosen: list[tuple[str, str, tuple[str, str]]] = []
-    seen: set[tuple[object, ...]] = set()
+    pairs: set[tuple[object, ...]] = set()
+    trained: set[tuple[str, str]] = set()
     for _ in range(number):
-        best = max(cells, key=lambda cell: len(_pairs(cell) - seen) - 3 * (cell in chosen))
-        seen |= _pairs(best)
+        new = [(len(_pairs(cell) - pairs), (cell[0], cell[2][1]) in trained, cell) for cell in cells]
+        best = max(new, key=lambda gain: gain[:2])[2]  # of equal ones, one that needs no further run to compare with
+        cells.remove(best)
         chosen.append(best)
+        pairs |= _pairs(best)
+        trained.add((best[0], best[2][1]))
     return [scenario(way, place, fault, saving) for way, place, (fault, saving) in chosen]
 
 
