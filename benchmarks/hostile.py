@@ -69,6 +69,7 @@ def spec(name: str, **options: Any) -> dict[str, Any]:
 
 
 EVIL_HEAD = spec("evil.Head")
+COMMAND = spec("vrnn_lightning.cli.command.CLI", words=["fit", "-c", "evil.yaml"])
 LAMBDA = "torch.optim.lr_scheduler.LambdaLR"
 MODEL: dict[str, dict[str, Any]] = {
     "optimizer": {"optimizer": spec("evil.Optimizer", lr=1e-3)},
@@ -104,6 +105,13 @@ MODEL: dict[str, dict[str, Any]] = {
     "dunder of this package": {"emission": "vrnn_lightning.__main__.main"},
     "size as a class": {"hidden_size": EVIL_HEAD},
     "cell as a class": {"cell": EVIL_HEAD},
+    "cell as a command line": {"cell": COMMAND},
+    "interval as a command line": {
+        "lr_interval": spec("vrnn_lightning.cli.command.CLI", words=["fit", "-c", "evil.yaml"])
+    },
+    "optimizer with a date that is none": {"optimizer": "{class_path: evil.Optimizer, init_args: {lr: 2020-13-45}}"},
+    "optimizer in a letter": {"optimizer": "evil\u00b7.Optimizer"},
+    "optimizer as a file of the user": {"optimizer": "~/evil.yaml"},
     "network as a class": {"phi_x": EVIL_HEAD},
     "network's width as a class": {"phi_x": {"width": EVIL_HEAD, "depth": 1}},
     "network as text": {"phi_x": "evil.Head"},
@@ -133,6 +141,20 @@ CONFIG: dict[str, dict[str, Any]] = {
     "callback in a list": {"trainer": {"callbacks": ["evil.Hook"]}},
     "callback as YAML": {"trainer": {"callbacks": "[{class_path: evil.Hook}]"}},
     "callback as a file": {"trainer": {"callbacks": "evil.yaml"}},
+    "callback as a file of the user": {"trainer": {"callbacks": "~/evil.yaml"}},
+    "callback with a date that is none": {"trainer": {"callbacks": "[{class_path: evil.Hook}, 2020-13-45]"}},
+    "callback in a letter": {"trainer": {"callbacks": "evil\u00b7.Hook"}},
+    "dotted callback": {"trainer.callbacks": "evil.Hook"},
+    "dotted callbacks": {"trainer.callbacks": ["evil.Hook"]},
+    "dotted profiler": {"trainer.profiler": "evil.Profile"},
+    "dotted class of a profiler": {"trainer.profiler.class_path": "evil.Profile"},
+    "dotted optimizer": {"model.optimizer": "evil.Optimizer"},
+    "dotted data": {"data.class_path": "evil.Data"},
+    "command line of a callback": {
+        "trainer": {
+            "callbacks": [spec("lightning.pytorch.callbacks.LambdaCallback", on_fit_start="vrnn_lightning.cli.main")]
+        }
+    },
     "appended callback": {"trainer": {"callbacks+": [spec("evil.Hook")]}},
     "function of a callback": {
         "trainer": {"callbacks": [spec("lightning.pytorch.callbacks.LambdaCallback", on_fit_start="evil.f")]}

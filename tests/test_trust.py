@@ -44,6 +44,9 @@ class Walks(SequenceDataModule):
 """
 
 
+CALLBACKS = "lightning.pytorch.callbacks"
+
+
 def spec(name: str, **options: Any) -> dict[str, Any]:
     return {"class_path": name, "init_args": options}
 
@@ -289,6 +292,61 @@ def test_the_config_beside_a_checkpoint_passes_the_gate(lightning, own, run, pla
         for words in (["--trust", own], ["-c", "copy/config.yaml"]):
             assert lightning("fit", "--ckpt_path", path, "--trainer.max_epochs=2", *words).code == 0
         assert yaml.safe_load(Path("copy/config.yaml").read_text())["trust"] is None
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"trainer.callbacks": "OWN.OwnHook"},
+        {"model.optimizer.class_path": "OWN.OwnAdam"},
+        {"trainer": {"callbacks": "[{class_path: OWN.OwnHook}, 2020-13-45]"}},
+        {"trainer": {"callbacks": "~/hook.yaml"}},
+        {"trainer": {"callbacks": "OWN\u00b7.OwnHook"}},
+        {
+            "trainer": {
+                "callbacks": [
+                    spec("lightning.pytorch.callbacks.LambdaCallback", on_fit_start="vrnn_lightning.cli.main")
+                ]
+            }
+        },
+        {
+            "data": {
+                "class_path": "Sines",
+                "init_args": {"window": spec("vrnn_lightning.cli.command.CLI", words=["fit"])},
+            }
+        },
+    ],
+    ids=str,
+)
+def test_a_config_is_read_as_the_parser_reads_it(lightning, own, run, more, monkeypatch):
+    path = altered(run)
+    monkeypatch.setenv("HOME", str(Path().absolute()))
+    Path("hook.yaml").write_text(f"class_path: {own}.OwnHook")
+    shutil.copy(f"{own}.py", f"{own}\u00b7.py")
+    text = yaml.safe_dump(yaml.safe_load(Path("copy/config.yaml").read_text()) | more, allow_unicode=True)
+    Path("copy/config.yaml").write_text(text.replace("OWN", own), encoding="utf-8")
+    assert "copy/config.yaml: " in line(lightning("fit", "--ckpt_path", path, "--trainer.max_epochs=2"))
+    assert not [name for name in sys.modules if name.startswith(own)]
+
+
+def test_a_class_stands_only_where_one_is_expected(run, folder):
+    path = altered(run, {"cell": spec("torch.nn.Linear", in_features=10**12, out_features=1)})
+    with pytest.raises(UserError, match=r"cell torch\.nn\.Linear is not"):
+        VRNNLightningModule.load_from_checkpoint(path)
+
+
+def test_a_checkpoint_names_no_file_to_remove(lightning, run, folder):
+    """The best checkpoint before, which a better one replaces, is one of this folder."""
+    Path("precious").mkdir()
+    found = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    for key, state in found.items():
+        if "RunCheckpoint" in key or "ModelCheckpoint" in key:
+            away = f"{Path('copy/checkpoints').absolute()}/../../precious"
+            state |= {"dirpath": str(Path("copy/checkpoints").absolute()), "best_k_models": {away: torch.tensor(-1e9)}}
+            state |= {"kth_best_model_path": away, "last_model_path": away, "best_model_path": away}
+    path = altered(run, callbacks=found)
+    assert lightning("fit", "--ckpt_path", path, "--trainer.max_epochs=2").code == 0
+    assert Path("precious").is_dir()
 
 
 def test_a_dropped_datamodule_counts_where_the_call_names_it(lightning, own, run):
