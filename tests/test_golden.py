@@ -104,8 +104,12 @@ def test_old_names_of_options_classes_and_weights(run, lightning, renamed):
 
 def test_states_below_an_old_class_are_kept(monkeypatch):
     monkeypatch.setattr(compatibility, "CLASSES", [("a.Old", "a.New"), ("a.Data", "b.Data2")])
+    monkeypatch.setattr(compatibility, "WEIGHTS", {"vrnn.old_cell": "vrnn.cells"})
+    optimized = compatibility.OPTIMIZED
     content = {"callbacks": {"Old{'monitor': None}": 1, "Older": 2}, "Data": {"epoch": 3}}
+    content[optimized] = [["vrnn.old_cell.0.weight_ih", "vrnn.old_cells"]]
     assert compatibility.upgrade(content, "last.ckpt")
+    assert content.pop(optimized) == [["vrnn.cells.0.weight_ih", "vrnn.old_cells"]]
     assert content == {"callbacks": {"New{'monitor': None}": 1, "Older": 2}, "Data2": {"epoch": 3}}
 
 

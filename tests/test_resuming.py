@@ -17,9 +17,10 @@ import torch
 
 from vrnn_lightning import VRNNLightningModule
 from vrnn_lightning.cli import main, processes
+from vrnn_lightning.compatibility import OPTIMIZED
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.locks import FolderLock
-from vrnn_lightning.resuming import OPTIMIZED, Interruption, Stopped, match_optimizer_states
+from vrnn_lightning.resuming import Interruption, Stopped, match_optimizer_states
 from vrnn_lightning.tracking import RunCheckpoint
 
 LAST = Path("runs/sines/version_0/checkpoints/last.ckpt")

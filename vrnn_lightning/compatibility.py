@@ -19,6 +19,7 @@ __all__ = [
     "CLASSES",
     "FORMAT",
     "KEY",
+    "OPTIMIZED",
     "OPTIONS",
     "WEIGHTS",
     "current_class",
@@ -31,6 +32,8 @@ __all__ = [
 
 FORMAT = 2
 """The format of the checkpoints and pretrained folders that this version writes; 1, without a number, is 0.1.0's."""
+OPTIMIZED = "optimizer_parameters"
+"""Key in a checkpoint: the names of each optimiser's parameters, in the order of its state."""
 KEY = "vrnn_lightning_format"
 """The format's place in a checkpoint."""
 OPTIONS: dict[str, str] = {}
@@ -175,6 +178,8 @@ def upgrade(content: dict[str, Any], place: object) -> bool:
     for key in ("state_dict", "current_model_state"):  # the second: weights beside their average
         if isinstance(content.get(key), Mapping):
             renamed[key] = current_weights(content[key])
+    if isinstance(content.get(OPTIMIZED), list):  # the names of each optimiser's parameters
+        renamed[OPTIMIZED] = [[_current_weight(name) for name in names] for names in content[OPTIMIZED]]
     changed = {key: value for key, value in renamed.items() if key not in content or _is_new(value, content[key], key)}
     content.update(changed)
     return bool(changed)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.compatibility import FORMAT, KEY, upgrade
+from vrnn_lightning.compatibility import FORMAT, KEY, OPTIMIZED, upgrade
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.exporting import Exported
@@ -33,7 +33,7 @@ from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO, Carried, ImportanceBound, Objective
 from vrnn_lightning.pretrained import Pretrained
 from vrnn_lightning.recurrence import State
-from vrnn_lightning.resuming import OPTIMIZED, make_resumable, match_optimizer_states
+from vrnn_lightning.resuming import make_resumable, match_optimizer_states
 from vrnn_lightning.vrnn import VRNN, Particles, Trace
 
 __all__ = ["VRNNLightningModule"]
@@ -443,6 +443,10 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the seed of the noise, from which every process derives its own, and what streams carry."""
         checkpoint[KEY] = FORMAT
+        callbacks = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict)]
+        for schedule in [*checkpoint.get("lr_schedulers", ()), *(state.get("scheduler_state") for state in callbacks)]:
+            if isinstance(schedule, dict):
+                schedule.pop("anneal_func", None)  # a function, which torch before 2.10 keeps in SWALR's state
         checkpoint["noise_seed"] = self.noise_seed
         if "optimizer_states" in checkpoint and self._trainer is not None:
             checkpoint[OPTIMIZED] = [_parameter_names(self, optimizer) for optimizer in self.trainer.optimizers]

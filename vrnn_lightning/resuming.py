@@ -35,11 +35,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vrnn_lightning.checkpoints import read_checkpoint
+from vrnn_lightning.compatibility import OPTIMIZED
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import is_remote, replacing
 
 __all__ = [
-    "OPTIMIZED",
     "Interruption",
     "Stage",
     "Stopped",
@@ -51,8 +51,6 @@ __all__ = [
 
 RECORD = "resume"
 """Key of the record in a checkpoint's state of the fit loop."""
-OPTIMIZED = "optimizer_parameters"
-"""Key in a checkpoint: the names of each optimiser's parameters, in the order of its state."""
 
 
 class Stage(StrEnum):
