@@ -68,6 +68,7 @@ RESTORING = frozenset(
 OPTIMIZERS = str(Path(torch.optim.__file__).parent)
 """Where an optimiser or a schedule reads the state that it has taken."""
 RUN_OPTIONS = frozenset({"root", "batch_size", "num_workers"})
+FIX = "leave it out of dict_kwargs or of the option that passes it on"
 DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 """A class path or a module."""
 LIGHTNING = ("lightning.pytorch.strategies.", "lightning.pytorch.callbacks.", "lightning.pytorch.loggers.")
@@ -111,6 +112,8 @@ def main(args: list[str] | None = None) -> int:
             return processes.end(1, f"error: not enough memory. Fix: {fix}")
         if not debug and processes.is_lost_peer(error):
             return processes.end_without(error)
+        if not debug and isinstance(error, ValueError) and str(error) == "embedded null byte":
+            return processes.end(1, "error: a path among the options holds a null byte. Fix: remove it")
         if debug or processes.is_first_cause():
             raise
         return 1
@@ -351,19 +354,21 @@ class CLI(LightningCLI):
         """Build data, model and trainer.
 
         Raises:
-            UserError: As a datamodule's constructor raised it; jsonargparse wraps it. Or a logger's package is missing.
+            UserError: As a datamodule's constructor raised it; jsonargparse wraps it. Or a logger's package is missing,
+                or a constructor has no such argument.
         """
         try:
             super().instantiate_classes()
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
+            unknown = re.search(r"(\w+\.__init__\(\) got an unexpected keyword argument '\w+')", str(error))
+            if unknown:
+                raise UserError(f"{unknown[1]}. Fix: {FIX}") from error
             absent = re.search(r"class_path '[\w.]*?(\w+)':\s*(.*(?:pip install|No module named).*)", str(error))
             if absent:
                 raise UserError(f"{absent[1]}: {absent[2]}") from error
             raise _user_error(error) or error from error
         except ModuleNotFoundError as error:  # as jsonargparse 5 leaves it
             raise UserError(str(error).splitlines()[0]) from error
-        except TypeError as error:
-            raise _unknown_argument(error) or error from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, with the bound's terms in the progress bar, and settle the run's folder."""
@@ -584,7 +589,7 @@ def _unknown_argument(error: Exception) -> UserError | None:
     owner = type(owners[-1]) if owners else CLI
     if not owner.__module__.startswith(LIGHTNING):
         return None
-    return UserError(f"{owner.__name__}: {error}. Fix: leave it out of dict_kwargs or the class' own options")
+    return UserError(f"{owner.__name__}: {error}. Fix: {FIX}")
 
 
 def _class_name(value: object) -> str | None:

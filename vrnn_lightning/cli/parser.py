@@ -15,7 +15,7 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.enums import LightningEnum
+from lightning.pytorch.utilities.enums import LightningEnum  # type: ignore[attr-defined]  # its name for StrEnum
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
