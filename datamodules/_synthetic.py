@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -16,8 +16,20 @@ from vrnn_lightning.batch import Sequence
 from vrnn_lightning.data import SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
 
-__all__ = ["Draw", "Floats", "Redrawn", "SyntheticDataModule", "integrate", "measured", "opening", "require"]
+__all__ = [
+    "Draw",
+    "Floats",
+    "Redrawn",
+    "SyntheticDataModule",
+    "integrate",
+    "measured",
+    "opening",
+    "require",
+    "require_sizes",
+]
 
+MAX_GB = 16.0
+"""Gigabytes that the values of a split may take while they are drawn, in float64."""
 Floats = NDArray[np.float64]
 Draw = Callable[[NDArray[np.int64], np.random.Generator], Floats]
 """Draws sequences of given lengths, shape (sequences,), as values of shape (sequences, longest, features)."""
@@ -58,10 +70,7 @@ class SyntheticDataModule(SequenceDataModule):
     ) -> None:
         super().__init__(num_features, batch_size, num_workers, seed, window)
         self.sizes: dict[Split, int] = dict(zip(("train", "val", "test"), sizes, strict=True))
-        for option, value in (("steps", steps), *((f"{split}_size", size) for split, size in self.sizes.items())):
-            require(option, value, 1)
-        if min_steps is not None and not 1 <= min_steps <= steps:
-            raise UserError(f"--data.min_steps {min_steps}: must lie between 1 and --data.steps, {steps}")
+        require_sizes(self.sizes, steps, min_steps, num_features)
         self.steps = steps
         self.min_steps = steps if min_steps is None else min_steps
         self.fresh = fresh
@@ -152,5 +161,33 @@ def require(option: str, value: float, least: float, most: float | None = None) 
     """Refuse an option outside its range, both ends of which are allowed; NaN is outside."""
     if most is None and not value >= least:
         raise UserError(f"--data.{option} {value}: must be at least {least}")
+    if most is None and not value < 2**31:
+        raise UserError(f"--data.{option} {value}: must be below 2^31")
     if most is not None and not least <= value <= most:
         raise UserError(f"--data.{option} {value}: must lie between {least} and {most}")
+
+
+def require_sizes(sizes: Mapping[Split, int], steps: int, min_steps: int | None, num_features: int) -> None:
+    """Refuse sizes of drawn data that are outside their range or that take too much memory together.
+
+    Args:
+        sizes: Sequences of each split.
+        steps: Longest sequence.
+        min_steps: Shortest sequence, if there is one.
+        num_features: Features per step.
+
+    Raises:
+        UserError: One of them is, or they do.
+    """
+    for option, value in (("steps", steps), *((f"{split}_size", size) for split, size in sizes.items())):
+        require(option, value, 1)
+    if min_steps is not None and not 1 <= min_steps <= steps:
+        raise UserError(f"--data.min_steps {min_steps}: must lie between 1 and --data.steps, {steps}")
+    split = max(sizes, key=lambda split: sizes[split])
+    size = sizes[split]
+    needed = size * steps * num_features * 8 / 1e9
+    if needed > MAX_GB:
+        raise UserError(
+            f"--data.{split}_size {size} x --data.steps {steps} x {num_features} features: takes {needed:.1f} GB, more "
+            f"than {MAX_GB:g} GB. Fix: give fewer sequences or steps"
+        )

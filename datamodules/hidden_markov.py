@@ -14,7 +14,7 @@ from vrnn_lightning.batch import Sequence, SequenceBatch, pad
 from vrnn_lightning.data import Modality, SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
 
-from ._synthetic import Redrawn, measured, opening
+from ._synthetic import Redrawn, measured, opening, require, require_sizes
 
 __all__ = ["HiddenMarkov"]
 
@@ -81,20 +81,12 @@ class HiddenMarkov(SequenceDataModule):
         window: int | None = None,
     ) -> None:
         super().__init__(channels, batch_size, num_workers, seed, window)
-        for option, value, least in (
-            ("states", states, 2),
-            ("channels", channels, 1),
-            ("steps", steps, 1),
-            ("train_size", train_size, 1),
-            ("val_size", val_size, 1),
-            ("test_size", test_size, 1),
-        ):
-            if value < least:
-                raise UserError(f"--data.{option} {value}: must be at least {least}")
+        require("states", states, 2)
+        require("channels", channels, 1)
+        self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
+        require_sizes(self.sizes, steps, min_steps, channels)
         if emission not in ("bernoulli", "gaussian"):
             raise UserError(f"--data.emission {emission}: must be bernoulli or gaussian")
-        if min_steps is not None and not 1 <= min_steps <= steps:
-            raise UserError(f"--data.min_steps {min_steps}: must lie between 1 and --data.steps, {steps}")
         if not 0 < stay < 1:
             raise UserError(f"--data.stay {stay}: must lie in (0, 1)")
         if not 0 <= contrast <= 30:
@@ -107,7 +99,6 @@ class HiddenMarkov(SequenceDataModule):
         self.fresh = fresh
         self.missing_rate = missing_rate
         self.missing = missing_rate > 0
-        self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
         same = torch.eye(states, dtype=torch.float64)
         self.initial = torch.full((states,), 1 / states, dtype=torch.float64)
         """Probability of each state at the first step, and on average at every other, shape (states,)."""

@@ -13,7 +13,7 @@ from vrnn_lightning.batch import Sequence, SequenceBatch
 from vrnn_lightning.data import Modality, SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
 
-from ._synthetic import Redrawn, measured, opening
+from ._synthetic import Redrawn, measured, opening, require, require_sizes
 
 __all__ = ["LinearGaussian"]
 
@@ -84,18 +84,10 @@ class LinearGaussian(SequenceDataModule):
         window: int | None = None,
     ) -> None:
         super().__init__(channels, batch_size, num_workers, seed, window)
-        for option, value, least in (
-            ("state_size", state_size, 1),
-            ("channels", channels, 2),
-            ("steps", steps, 1),
-            ("train_size", train_size, 1),
-            ("val_size", val_size, 1),
-            ("test_size", test_size, 1),
-        ):
-            if value < least:
-                raise UserError(f"--data.{option} {value}: must be at least {least}")
-        if min_steps is not None and not 1 <= min_steps <= steps:
-            raise UserError(f"--data.min_steps {min_steps}: must lie between 1 and --data.steps, {steps}")
+        require("state_size", state_size, 1)
+        require("channels", channels, 2)
+        self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
+        require_sizes(self.sizes, steps, min_steps, channels)
         for option, share in (("memory", memory), ("missing_rate", missing_rate)):
             if not 0 <= share < 1:
                 raise UserError(f"--data.{option} {share}: must lie in [0, 1)")
@@ -117,7 +109,6 @@ class LinearGaussian(SequenceDataModule):
         self.fresh = fresh
         self.missing_rate = missing_rate
         self.missing = missing_rate > 0
-        self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
         state = torch.eye(state_size, dtype=torch.float64)
         self.transition = memory * _rotations(state_size)
         """A, shape (states, states)."""

@@ -13,7 +13,7 @@ from vrnn_lightning.batch import Sequence, SequenceBatch
 from vrnn_lightning.data import Modality, SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
 
-from ._synthetic import Redrawn, opening
+from ._synthetic import Redrawn, opening, require, require_sizes
 
 __all__ = ["Sines"]
 
@@ -75,18 +75,10 @@ class Sines(SequenceDataModule):
         window: int | None = None,
     ) -> None:
         super().__init__(channels, batch_size, num_workers, seed, window)
-        for option, value, least in (
-            ("channels", channels, 3),
-            ("steps", steps, 1),
-            ("frequencies", frequencies, 1),
-            ("train_size", train_size, 1),
-            ("val_size", val_size, 1),
-            ("test_size", test_size, 1),
-        ):
-            if value < least:
-                raise UserError(f"--data.{option} {value}: must be at least {least}")
-        if min_steps is not None and not 1 <= min_steps <= steps:
-            raise UserError(f"--data.min_steps {min_steps}: must lie between 1 and --data.steps, {steps}")
+        require("channels", channels, 3)
+        require("frequencies", frequencies, 1)
+        self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
+        require_sizes(self.sizes, steps, min_steps, channels)
         if frequencies > 1000:
             raise UserError(f"--data.frequencies {frequencies}: must be at most 1000")
         if not 0 <= correlation < 1:
@@ -98,7 +90,6 @@ class Sines(SequenceDataModule):
         self.min_steps = steps if min_steps is None else min_steps
         self.amplitude = amplitude
         self.fresh = fresh
-        self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
         self.omegas = torch.arange(1, frequencies + 1, dtype=torch.float64) * (math.pi / 2 / (frequencies + 1))
         identity = torch.eye(channels, dtype=torch.float64)
         self.noise_covariance = noise**2 * ((1 - correlation) * identity + correlation)

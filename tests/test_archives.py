@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from vrnn_lightning.data import read_archive
+from vrnn_lightning.data import Scaler, read_archive
+from vrnn_lightning.data.loading import ScaledSequences
 from vrnn_lightning.errors import UserError
 
 LENGTHS = np.array([3, 0, 4, 1], dtype=np.int32)
@@ -168,7 +169,7 @@ def test_a_damaged_array(tmp_path, place):
 
 def test_a_damaged_compressed_array(tmp_path):
     path = tmp_path / "data.npz"
-    np.savez_compressed(path, train_values=np.random.default_rng(0).normal(size=(500, 2)), train_lengths=LENGTHS)
+    np.savez_compressed(path, train_values=np.random.default_rng(0).normal(size=(500, 2)), train_lengths=[500])
     content = bytearray(path.read_bytes())
     content[1000:1200] = b"\xff" * 200
     path.write_bytes(content)
@@ -183,3 +184,19 @@ def test_another_member_of_a_zip_is_no_array(tmp_path):
         archive.writestr("train_lengths", "words")
     with pytest.raises(UserError, match="train_values is damaged or no array"):
         read_archive(path, "train", 2)
+
+
+def test_lengths_that_do_not_fit_are_refused_before_the_rows_are_read(tmp_path):
+    path = write(tmp_path, train_values=np.zeros((999, 2)), train_lengths=np.array([6]))
+    stored = path.read_bytes()
+    at = stored.index(b"train_values.npy") + len("train_values.npy")
+    damaged = stored.index(bytes(144), at)
+    path.write_bytes(stored[:damaged] + b"\1" + stored[damaged + 1 :])  # whoever reads the rows finds another checksum
+    with pytest.raises(UserError, match="train_lengths adds up to 6, but train_values has 999 rows"):
+        read_archive(path, "train", 2)
+
+
+def test_a_value_too_large_for_float32_is_named_with_its_file(tmp_path):
+    found = read_archive(write(tmp_path, train_values=np.full((8, 2), 1e300)), "train", 2)
+    with pytest.raises(UserError, match=r"data\.npz: train 0: holds values too large for float32"):
+        ScaledSequences(found, Scaler(), 2)[[0]]

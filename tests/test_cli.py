@@ -538,3 +538,53 @@ def test_a_logger_whose_package_is_missing_is_one_line(lightning, tiny, monkeypa
     assert said.code == 1
     assert re.match(r"error: (TensorBoardLogger: )?Neither `tensorboard` nor", said.err.splitlines()[-1])
     assert "Traceback" not in said.err
+
+
+def write_trainer(folder, callbacks):
+    path = folder / "callbacks.yaml"
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    return path
+
+
+def test_a_single_callback_needs_no_list(lightning, tiny):
+    monitor = write_trainer(tiny.parent, "lightning.pytorch.callbacks.LearningRateMonitor")
+    assert lightning("fit", "-c", tiny, "-c", monitor).code == 0
+    assert "lr-Adam" in rows("runs/sines/version_0")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "parts"),
+    [
+        ("ModelCheckpoint", {"dict_kwargs": {"foo": 1}}, ("ModelCheckpoint.__init__()", "'foo'")),
+        ("RichProgressBar", {"init_args": {"console_kwargs": {"foo": 1}}}, ("RichProgressBar: ", "'foo'")),
+    ],
+)
+def test_an_argument_that_is_passed_on_to_a_class_without_it(lightning, tiny, name, options, parts):
+    wrong = write_trainer(tiny.parent, [{"class_path": f"lightning.pytorch.callbacks.{name}", **options}])
+    assert one_line(lightning("fit", "-c", tiny, "-c", wrong), *parts, "Fix: leave it out of dict_kwargs")
+
+
+def test_an_option_that_is_an_enumeration_is_saved_as_its_value(lightning, tiny):
+    timer = {"class_path": "lightning.pytorch.callbacks.Timer", "init_args": {"duration": "00:01:00:00"}}
+    assert lightning("fit", "-c", tiny, "-c", write_trainer(tiny.parent, [timer])).code == 0
+    saved = yaml.safe_load(Path("runs/sines/version_0/config.yaml").read_text())
+    assert saved["trainer"]["callbacks"][0]["init_args"]["interval"] == "step"
+    last = "runs/sines/version_0/checkpoints/last.ckpt"
+    assert lightning("fit", "--ckpt_path", last, "--trainer.max_epochs=2").code == 0
+    assert "val/elbo" in rows("runs/sines/version_0")[-1]
+
+
+@pytest.mark.parametrize("given", ["[a,b", "a\0b", "1", "{a: b}", "[a, [b]]", "a b", "mine.*"])
+def test_trust_names_classes_and_modules(lightning, tiny, given):
+    assert one_line(lightning("fit", "-c", tiny, "--trust", given), f"--trust {given!r}: is no class path or module")
+
+
+def test_a_null_byte_in_a_path(lightning, tiny):
+    assert one_line(lightning("report", "a\0b"), "holds a null byte")
+    assert one_line(lightning("fit", "-c", tiny, "--trainer.default_root_dir=a\0b"), "holds a null byte")
+
+
+def test_a_very_long_text_is_not_repeated_whole(lightning, tiny):
+    said = lightning("fit", "-c", tiny, f"--data.window=Namespace(class_path={'x' * 50_000}")
+    assert one_line(said, "--data.window Namespace")
+    assert len(said.err.splitlines()[-1]) < 1100

@@ -326,3 +326,18 @@ def test_what_a_gaussian_loses_of_jumps():
     assert jumps(jump=0.001).gaussian_loss == pytest.approx(0, abs=1e-5)
     wide = Jumps(jump=100.0, noise=0.01)  # well apart, the sign is known for certain
     assert wide.entropy == pytest.approx(math.log(2) + 0.5 * torch.logdet(2 * math.pi * math.e * wide.noise_covariance))
+
+
+@pytest.mark.parametrize("cls", CLASSES + EXACT, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("option", ["steps", "train_size", "val_size", "test_size"])
+def test_sizes_are_bounded_before_anything_is_allocated(cls, option):
+    with pytest.raises(UserError, match=rf"--data.{option} {10**30}: must be below 2\^31"):
+        cls(**{option: 10**30})
+    with pytest.raises(UserError, match=r"--data.\w+_size \d+ x --data.steps \d+ x \d+ features: takes .* GB. Fix:"):
+        cls(**{option: 2**31 - 1})
+
+
+def test_a_width_is_bounded():
+    for cls in (BouncingBall, Sines, HiddenMarkov, LinearGaussian):
+        with pytest.raises(UserError, match=r"--data\.\w+ .*: (must be below 2\^31|takes .* GB)"):
+            cls(channels=10**30)

@@ -49,20 +49,23 @@ WEIGHTS: dict[str, str] = {}
 
 
 def require_known_format(number: object, place: object) -> None:
-    """Raise if a file has a newer format than this version knows.
+    """Raise if a file has a format that this version does not know.
 
     Args:
         number: The file's format; ``None`` if it has none.
         place: The file, for the message.
 
     Raises:
-        UserError: The format is newer, or no number.
+        UserError: The format is newer, or no positive number.
 
     >>> require_known_format(1, "last.ckpt")
     """
-    if number is not None and type(number) is not int:
-        raise UserError(f"{place}: its format {number!r} is not a number. Fix: give a file that vrnn-lightning wrote")
-    if (number or 1) > FORMAT:
+    if number is None:
+        return
+    if type(number) is not int or number < 1:
+        reason = "is not a number" if type(number) is not int else "is below 1"
+        raise UserError(f"{place}: its format {number!r} {reason}. Fix: give a file that vrnn-lightning wrote")
+    if number > FORMAT:
         raise UserError(
             f"{place}: has format {number}, but this version of vrnn-lightning reads formats up to {FORMAT}. "
             "Fix: pip install --upgrade vrnn-lightning"

@@ -109,9 +109,10 @@ def write_report(folder: str | Path) -> Path:
     Raises:
         UserError: This is no run's folder, or it can't be written to.
     """
-    named, folder = Path(folder), Path(folder).resolve()
-    title = "/".join(folder.parts[-2:])
+    named = Path(folder)
     with explained(named):
+        folder = named.resolve()
+        title = "/".join(folder.parts[-2:])
         if not any((folder / name).exists() for name in ("metrics.csv", "config.yaml", "samples", "predictions")):
             raise UserError(
                 f"{named}: no run's folder, it has neither metrics.csv nor config.yaml; give runs/NAME/VERSION"

@@ -11,13 +11,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -26,16 +27,16 @@ from vrnn_lightning.callbacks import Diagnostics, Evaluation, Loop, Predictions,
 from vrnn_lightning.callbacks.predictions import Draws
 from vrnn_lightning.cli import processes, slurm
 from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint, runs_folder
-from vrnn_lightning.cli.parser import MODE, Parser
+from vrnn_lightning.cli.parser import MODE, Parser, one_line
 from vrnn_lightning.cli.words import mentions, named, with_configs, with_current_names
 from vrnn_lightning.datamodules import local
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import require_local
+from vrnn_lightning.files import require_local, require_plain_yaml
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.report import NAME, write_report
 from vrnn_lightning.resuming import Stopped, interruption
 from vrnn_lightning.tracking import ElboBar, RunCheckpoint, RunLogger, SaveConfig, WandbLogger, run_logger
-from vrnn_lightning.trust import Gate, strings_of
+from vrnn_lightning.trust import Gate
 
 __all__ = ["CLI", "main"]
 
@@ -67,6 +68,11 @@ RESTORING = frozenset(
 OPTIMIZERS = str(Path(torch.optim.__file__).parent)
 """Where an optimiser or a schedule reads the state that it has taken."""
 RUN_OPTIONS = frozenset({"root", "batch_size", "num_workers"})
+FIX = "leave it out of dict_kwargs or of the option that passes it on"
+DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+"""A class path or a module."""
+LIGHTNING = ("lightning.pytorch.strategies.", "lightning.pytorch.callbacks.", "lightning.pytorch.loggers.")
+"""Modules of classes whose options are passed on."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -106,6 +112,8 @@ def main(args: list[str] | None = None) -> int:
             return processes.end(1, f"error: not enough memory. Fix: {fix}")
         if not debug and processes.is_lost_peer(error):
             return processes.end_without(error)
+        if not debug and isinstance(error, ValueError) and str(error) == "embedded null byte":
+            return processes.end(1, "error: a path among the options holds a null byte. Fix: remove it")
         if debug or processes.is_first_cause():
             raise
         return 1
@@ -149,7 +157,7 @@ def _own_line(error: Exception) -> str:
     """Return the user's line, also of an error that a DataLoader's worker wrapped into its traceback."""
     lines = str(error).strip().splitlines()
     named = [line.partition("UserError: ")[2] for line in lines if "UserError: " in line]
-    return named[-1] if named else " ".join(lines)
+    return one_line(named[-1] if named else str(error))
 
 
 class CLI(LightningCLI):
@@ -163,6 +171,7 @@ class CLI(LightningCLI):
         local.use_working_directory()
         self.command_line = words
         self.words = with_current_names(with_configs(words))
+        self.trusted = _trusted(self.words)
         names = [
             _class_name(value)
             for key in ("data", "data.class_path", "data.help")
@@ -242,9 +251,8 @@ class CLI(LightningCLI):
 
     def _gate(self, source: str, classes: list[type[LightningDataModule]], folder: Path | None = None) -> Gate:
         """Return what a file may name: what is allowed in general, what this call names, and what it trusts."""
-        trusted = strings_of([yaml.safe_load(v) if isinstance(v, str) else v for v in mentions(self.words, "trust")])
         names = {f"{data.__module__}.{data.__qualname__}" for data in classes}
-        return Gate(source, tuple(trusted), frozenset(named(self.words) | names), "add --trust {}", folder)
+        return Gate(source, self.trusted, frozenset(named(self.words) | names), "add --trust {}", folder)
 
     def _require_trusted(self, config: Path, classes: list[type[LightningDataModule]]) -> None:
         """Raise if the config beside a checkpoint names what a file may not import.
@@ -349,11 +357,15 @@ class CLI(LightningCLI):
         """Build data, model and trainer.
 
         Raises:
-            UserError: As a datamodule's constructor raised it; jsonargparse wraps it. Or a logger's package is missing.
+            UserError: As a datamodule's constructor raised it; jsonargparse wraps it. Or a logger's package is missing,
+                or a constructor has no such argument.
         """
         try:
             super().instantiate_classes()
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
+            unknown = re.search(r"(\w+\.__init__\(\) got an unexpected keyword argument '\w+')", str(error))
+            if unknown:
+                raise UserError(f"{unknown[1]}. Fix: {FIX}") from error
             absent = re.search(r"class_path '[\w.]*?(\w+)':\s*(.*(?:pip install|No module named).*)", str(error))
             if absent:
                 raise UserError(f"{absent[1]}: {absent[2]}") from error
@@ -364,7 +376,8 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, with the bound's terms in the progress bar, and settle the run's folder."""
         options = self._get(self.config_init, "trainer")
-        callbacks = list(options.get("callbacks") or [])
+        given = options.get("callbacks") or []
+        callbacks = [given] if isinstance(given, Callback) else list(given)
         if options.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(ElboBar())
         if options.get("enable_checkpointing") is False or options.get("fast_dev_run"):
@@ -410,6 +423,9 @@ class CLI(LightningCLI):
             raise
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
+            unknown = _unknown_argument(error)
+            if unknown:
+                raise unknown from error
             restores = any(f.name in RESTORING or f.filename.startswith(OPTIMIZERS) for f in frames)
             if self.checkpoint is None or not restores or _is_out_of_memory(error):
                 raise
@@ -545,6 +561,38 @@ def _missing(data: LightningDataModule) -> bool:
 
 def _has_config(words: list[str]) -> bool:
     return any(word in ("-c", "--config") or word.startswith("--config=") for word in words)
+
+
+def _trusted(words: list[str]) -> tuple[str, ...]:
+    """Return the class paths and modules of ``--trust``.
+
+    Raises:
+        UserError: It holds something else.
+    """
+    trusted: list[str] = []
+    for given in mentions(words, "trust"):
+        value = given
+        if isinstance(given, str):
+            require_plain_yaml(given, "--trust")
+            with suppress(yaml.YAMLError, ValueError):  # then it is no name either
+                value = yaml.safe_load(given)
+        names = value if isinstance(value, list) else [] if value is None else [value]
+        for name in names:
+            if not isinstance(name, str) or not DOTTED.fullmatch(name):
+                raise UserError(f"--trust {given!r}: is no class path or module. Fix: give --trust my_package.data")
+        trusted += names
+    return tuple(trusted)
+
+
+def _unknown_argument(error: Exception) -> UserError | None:
+    """Return a line for an argument that one of Lightning's classes passes on to a constructor without it."""
+    if not isinstance(error, TypeError) or "got an unexpected keyword argument" not in str(error):
+        return None
+    owners = [f.f_locals["self"] for f, _ in traceback.walk_tb(error.__traceback__) if "self" in f.f_locals]
+    owner = type(owners[-1]) if owners else CLI
+    if not owner.__module__.startswith(LIGHTNING):
+        return None
+    return UserError(f"{owner.__name__}: {error}. Fix: {FIX}")
 
 
 def _class_name(value: object) -> str | None:

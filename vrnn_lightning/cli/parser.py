@@ -17,6 +17,7 @@ from jsonargparse.typing import register_type
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.enums import LightningEnum  # type: ignore[attr-defined]  # its name for StrEnum
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -26,10 +27,12 @@ from vrnn_lightning.files import require_plain_yaml
 from vrnn_lightning.heads import Head
 from vrnn_lightning.objectives import Objective
 
-__all__ = ["MODE", "Parser"]
+__all__ = ["MODE", "Parser", "one_line"]
 
 MODE = "vrnn-lightning"
 """What jsonargparse calls our way to read YAML."""
+BEGIN, END = 600, 400
+"""Characters of a longer line of which the rest is left out: it is a user's text."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")  # those that leave the densities room
 
 
@@ -48,6 +51,17 @@ def _current(options: dict[str, Any]) -> dict[str, Any]:
 
 register_type(torch.device, str, torch.device)  # so that configs hold devices as text
 set_loader(MODE, _read, (yaml.YAMLError,))
+yaml.SafeDumper.add_multi_representer(LightningEnum, lambda dumper, word: dumper.represent_str(word.value))
+
+
+def one_line(message: str) -> str:
+    r"""Return a message as one line, without the middle of a very long one.
+
+    >>> one_line("a\\nb"), len(one_line(9999 * "a"))
+    ('a b', 1005)
+    """
+    line = " ".join(message.strip().splitlines())
+    return line if len(line) <= BEGIN + END else f"{line[:BEGIN]} ... {line[-END:]}"
 
 
 class Parser(LightningArgumentParser):
@@ -82,7 +96,7 @@ class Parser(LightningArgumentParser):
         """Exit with one line."""
         if not self.exit_on_error:  # a parser within the parser, whose caller says it
             super().error(message, ex)
-        self.exit(2, f"error: {self._line(message)}\n")
+        self.exit(2, f"error: {one_line(self._line(message))}\n")
 
     def _line(self, message: str) -> str:
         keys = re.findall(r'Parser key "([\w.+]+)"', message)  # a class' own option stands below the option it is for

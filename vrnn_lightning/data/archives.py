@@ -163,16 +163,28 @@ def read_archive(
     name, stack = f"{word}_values", f"{word}_{stacked}"
     with opened_archive(path, "--data.root") as archive:
         if stacked and stack in archive.names and name not in archive.names:
-            values, rest = archive.read(stack, max_gb), []
+            name, axes = stack, "sequences, steps"
         else:
-            values, rest = archive.read(name, max_gb), [archive.read(f"{word}_lengths", max_gb)]
-    name, shape = (name, "total steps") if rest else (stack, "sequences, steps")
-    if values.dtype.kind not in "buif" or values.dtype.itemsize > 8:
-        raise UserError(f"{path}: {name} is of type {values.dtype}; save it as integers, float32 or float64")
-    if values.ndim != (2 if rest else 3) or values.shape[-1] != width:
-        raise UserError(f"{path}: {name} has shape {values.shape}, expected ({shape}, {width}){cure}")
-    lengths = rest[0] if rest else np.full(len(values), values.shape[1])
-    values = values.reshape(-1, width)
+            axes = "total steps"
+        shape, dtype = archive.declared(name)  # all is compared before the rows are read, which may take long
+        if dtype.kind not in "buif" or dtype.itemsize > 8:
+            raise UserError(f"{path}: {name} is of type {dtype}; save it as integers, float32 or float64")
+        if len(shape) != (3 if name == stack else 2) or shape[-1] != width:
+            raise UserError(f"{path}: {name} has shape {shape}, expected ({axes}, {width}){cure}")
+        if name == stack:
+            steps = np.full(shape[0], shape[1])
+        else:
+            steps = _steps(path, word, archive.read(f"{word}_lengths", max_gb), shape[0])
+        values = archive.read(name, max_gb).reshape(-1, width)
+    ends = steps.cumsum()
+    found = ArchiveSplit(path, word, name, values, np.stack([ends - steps, ends], axis=1), np.arange(len(steps)))
+    if values.dtype.kind == "f":
+        found.refuse(~np.isfinite(values), "remove the sequence or mend it")
+    return found
+
+
+def _steps(path: Path, word: str, lengths: NDArray[Any], rows: int) -> NDArray[np.int64]:
+    """Return the steps of each sequence, which add up to the rows."""
     if (lengths.size and lengths.dtype.kind not in "ui") or lengths.ndim != 1:
         raise UserError(
             f"{path}: {word}_lengths is of type {lengths.dtype} and shape {lengths.shape}, expected integers of shape "
@@ -181,16 +193,12 @@ def read_archive(
     steps = lengths.astype(np.int64)
     if (steps < 0).any():
         raise UserError(f"{path}: {word}_lengths holds {steps.min()} at {steps.argmin()}; a length is at least 0")
-    if steps.sum() != len(values):
+    if steps.sum() != rows:
         raise UserError(
-            f"{path}: {word}_lengths adds up to {steps.sum()}, but {word}_values has {len(values)} rows; "
+            f"{path}: {word}_lengths adds up to {steps.sum()}, but {word}_values has {rows} rows; "
             "write both from the same sequences"
         )
-    ends = steps.cumsum()
-    found = ArchiveSplit(path, word, name, values, np.stack([ends - steps, ends], axis=1), np.arange(len(steps)))
-    if values.dtype.kind == "f":
-        found.refuse(~np.isfinite(values), "remove the sequence or mend it")
-    return found
+    return steps
 
 
 def _word(split: Split) -> str:
@@ -244,6 +252,32 @@ class Archived:
         Raises:
             UserError: There is no such array, it is damaged, pickled, or promises more than is there or allowed.
         """
+        with self._opened(name) as (member, shape, fortran, dtype):
+            needed = math.prod(shape) * dtype.itemsize
+            require_size(self.path, needed, max_gb)
+            array: NDArray[Any] = np.empty(math.prod(shape), dtype)
+            content, filled = array.view(np.uint8), 0
+            while filled < needed and (piece := member.read(min(PIECE, needed - filled))):
+                content[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
+                filled += len(piece)
+            if filled < needed or member.read(1):  # reading on to the end compares the checksum
+                raise ValueError("it breaks off")
+            return array.reshape(shape, order="F" if fortran else "C")
+
+    def declared(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Return the shape and the type of an array, of which no more than its header is read.
+
+        Args:
+            name: What it is called.
+
+        Raises:
+            UserError: There is no such array, it is damaged, pickled, or promises more than is there.
+        """
+        with self._opened(name) as (_, shape, _, dtype):
+            return shape, dtype
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype[Any]]]:
         if name not in self.names:
             raise UserError(f"{self.path}: has no array {name}; it holds {', '.join(self.names)[:200] or 'nothing'}")
         stored = next(member for member in self.archive.infolist() if member.filename in (name, f"{name}.npy"))
@@ -257,15 +291,7 @@ class Archived:
             needed, there = math.prod(shape) * dtype.itemsize, stored.file_size - member.tell()
             if needed != there:
                 raise ValueError(f"it declares {needed:,} bytes, shape {shape} of {dtype}, but holds {there:,}")
-            require_size(self.path, needed, max_gb)
-            array: NDArray[Any] = np.empty(math.prod(shape), dtype)
-            content, filled = array.view(np.uint8), 0
-            while filled < needed and (piece := member.read(min(PIECE, needed - filled))):
-                content[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
-                filled += len(piece)
-            if filled < needed or member.read(1):  # reading on to the end compares the checksum
-                raise ValueError("it breaks off")
-            return array.reshape(shape, order="F" if fortran else "C")
+            yield member, shape, fortran, dtype
 
 
 def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

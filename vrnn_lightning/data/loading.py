@@ -240,12 +240,12 @@ class ScaledSequences(Dataset[SequenceBatch]):
             self._refuse(batch, ~torch.isfinite(batch.inputs.float()), "inputs too large for float32")
         return batch
 
-    @staticmethod
-    def _refuse(batch: SequenceBatch, wrong: Tensor, what: str) -> None:
+    def _refuse(self, batch: SequenceBatch, wrong: Tensor, what: str) -> None:
         if wrong.any():
             assert batch.names is not None
             name = batch.names[int(wrong.flatten(1).any(1).nonzero()[0])]
-            raise UserError(f"{name}: holds {what}; remove it or mend it")
+            path = getattr(self.sequences, "path", None)  # of a collection that is one file
+            raise UserError(f"{f'{path}: ' if path else ''}{name}: holds {what}; remove it or mend it")
 
     def _read(self, item: int | Window) -> Sequence:
         """Return one sequence in data units."""
