@@ -29,7 +29,9 @@ __all__ = [
 ]
 
 MAX_GB = 16.0
-"""Gigabytes that the values of a split may take while they are drawn, in float64."""
+"""Gigabytes that a split may take while it is drawn, its values in float64."""
+PER_SEQUENCE = 1000
+"""Bytes of a sequence besides its values."""
 Floats = NDArray[np.float64]
 Draw = Callable[[NDArray[np.int64], np.random.Generator], Floats]
 """Draws sequences of given lengths, shape (sequences,), as values of shape (sequences, longest, features)."""
@@ -185,7 +187,7 @@ def require_sizes(sizes: Mapping[Split, int], steps: int, min_steps: int | None,
         raise UserError(f"--data.min_steps {min_steps}: must lie between 1 and --data.steps, {steps}")
     split = max(sizes, key=lambda split: sizes[split])
     size = sizes[split]
-    needed = size * steps * num_features * 8 / 1e9
+    needed = size * (steps * num_features * 8 + PER_SEQUENCE) / 1e9
     if needed > MAX_GB:
         raise UserError(
             f"--data.{split}_size {size} x --data.steps {steps} x {num_features} features: takes {needed:.1f} GB, more "

@@ -57,7 +57,7 @@ yaml.SafeDumper.add_multi_representer(LightningEnum, lambda dumper, word: dumper
 def one_line(message: str) -> str:
     r"""Return a message as one line, without the middle of a very long one.
 
-    >>> one_line("a\\nb"), len(one_line(9999 * "a"))
+    >>> one_line("a\nb"), len(one_line(9999 * "a"))
     ('a b', 1005)
     """
     line = " ".join(message.strip().splitlines())
