@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import fcntl
 import os
@@ -195,3 +196,102 @@ def test_the_first_cause_is_said_once(monkeypatch, capfd):
     monkeypatch.setattr(processes, "is_first_cause", lambda: False)
     assert processes.end(1, "error: twice") == 1
     assert "twice" not in capfd.readouterr().err
+
+
+def scores(run: Path) -> list[float]:
+    with (run / "metrics.csv").open(newline="") as lines:
+        return [float(row["val/elbo"]) for row in csv.DictReader(lines) if row["val/elbo"]]
+
+
+def test_a_save_by_step_waits_for_the_next_validation(lightning, tiny):
+    words = (
+        "fit",
+        "-c",
+        tiny,
+        "--data.train_size",
+        12,
+        "--trainer.max_epochs",
+        3,
+        "--checkpoint.every_n_train_steps",
+        2,
+    )
+    assert lightning(*words).code == 0
+    best = torch.load(LAST.with_name("best.ckpt"), weights_only=True)
+    assert best["global_step"] in (3, 6, 9), "after a validation, and not at step 2, 4 or 8"
+    (state,) = [state for key, state in best["callbacks"].items() if "val/elbo" in key]
+    assert state["best_model_score"].item() in scores(LAST.parents[1])
+
+
+def test_a_save_by_step_comes_before_the_end_that_a_signal_asks_for(lightning, tiny, monkeypatch):
+    step = VRNNLightningModule.training_step
+
+    def signalled(self, batch, number):
+        if self.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, number)
+
+    monkeypatch.setattr(VRNNLightningModule, "training_step", signalled)
+    saves = ("--checkpoint.every_n_train_steps", 2, "--checkpoint.save_top_k=-1", "--checkpoint.filename", "at{step}")
+    words = ("fit", "-c", tiny, "--data.train_size", 12, "--checkpoint.monitor", "train/elbo", *saves)
+    assert lightning(*words).code == 143
+    assert (LAST.parent / "at2.ckpt").is_file()
+
+
+def test_a_row_of_a_validation_between_accumulated_batches_is_kept(lightning, tiny, monkeypatch):
+    more = ("--data.train_size", 24, "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 0.5)
+    words = ("fit", "-c", tiny, *more, "--trainer.max_epochs", 2)
+    assert lightning(*words).code == 0
+    step, calls = VRNNLightningModule.validation_step, []
+
+    def signalled(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(VRNNLightningModule, "validation_step", signalled)
+    assert lightning(*words).code == 143
+    assert lightning(*words, "--ckpt_path", "last").code == 0
+    runs = [Path("runs/sines") / version for version in ("version_0", "version_1")]
+    assert runs[0].joinpath("metrics.csv").read_text() == runs[1].joinpath("metrics.csv").read_text()
+
+
+def test_a_checkpoint_of_an_exception_says_that_its_batch_is_repeated(lightning, tiny, monkeypatch):
+    words = ("fit", "-c", tiny, "--data.train_size", 20, "--trainer.max_epochs", 2)
+    assert lightning(*words).code == 0
+    step = VRNNLightningModule.training_step
+
+    def broken(self, batch, number):
+        if self.global_step == 7:
+            raise UserError("broken")
+        return step(self, batch, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VRNNLightningModule, "training_step", broken)
+        assert lightning(*words, "--last.save_on_exception=true").code == 1
+    with pytest.warns(UserWarning, match="within a batch, which is trained on again"):
+        assert lightning(*words, "--ckpt_path", "runs/sines/version_1/checkpoints/last.ckpt").code == 0
+    runs = [Path("runs/sines") / version for version in ("version_0", "version_1")]
+    assert scores(runs[0]) == scores(runs[1])
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        [],
+        {"stage": "noon"},
+        {"stage": "batch", "conditions": {}, "rows": None, "gradients": {"vrnn.phi_x.0.weight": torch.zeros(1, 3)}},
+        {"stage": "batch_end", "conditions": {}, "rows": 1, "row": {"step": float("nan")}},
+        {"stage": "batch", "conditions": {}, "rows": "all"},
+    ],
+    ids=str,
+)
+def test_a_record_that_is_not_ours_is_one_line(lightning, tiny, record):
+    assert lightning("fit", "-c", tiny).code == 0
+    found = torch.load(LAST, weights_only=True)
+    found["loops"]["fit_loop"]["state_dict"]["resume"] = record
+    torch.save(found, LAST)
+    said = lightning("fit", "-c", tiny, "--ckpt_path", "last", "--trainer.max_epochs", 3)
+    assert said.code == 1
+    assert "Traceback" not in said.err
+    assert "Fix: " in said.err.splitlines()[-1]

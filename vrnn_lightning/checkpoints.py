@@ -145,6 +145,9 @@ def _require_shape(content: Any, place: str) -> None:
         if not all(isinstance(state, dict) for state in content.get(key, [])):
             raise UserError(f"{place}: its {key} are not states by name. {FIX}")
     _require_counts(content.get("loops", {}), f"{place}: its loops")
+    named = content.get("optimizer_parameters", [])
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in named):
+        raise UserError(f"{place}: its optimizer_parameters are not lists of names. {FIX}")
     _require_weights(content.get("state_dict", {}), place)
 
 

@@ -85,7 +85,8 @@ class FolderLock:
         with suppress(OSError):
             owner = f" ({file.read_text(errors='replace')})"
         return UserError(
-            f"{self.folder}: another run writes there{owner}. Fix: wait for it, or leave the logger's `version` out"
+            f"{self.folder}: another run writes there{owner}. Fix: wait for it, leave the logger's `version` out, or "
+            "test a copy of the checkpoint elsewhere"
         )
 
     def _acquire_by_heartbeat(self) -> None:

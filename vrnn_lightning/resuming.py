@@ -23,7 +23,13 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -142,12 +148,15 @@ def _checked(record: Any) -> dict[str, Any]:
     """
     if record is None:
         return {}
-    numbers = [record.get("metrics", {}), record.get("row", {})] if isinstance(record, dict) else [None]
-    tensors = (record.get("gradients") or {}) if isinstance(record, dict) else None
+    parts = [record.get(key) or {} for key in ("metrics", "row", "gradients")] if isinstance(record, dict) else [None]
+    is_named = all(isinstance(part, dict) and all(isinstance(key, str) for key in part) for part in parts)
+    metrics, row, gradients = cast("list[dict[str, Any]]", parts if is_named else [{}, {}, {}])
     if not (
-        all(isinstance(part, dict) and all(isinstance(x, float) for x in part.values()) for part in numbers)
-        and isinstance(tensors, dict)
-        and all(isinstance(x, Tensor) and x.ndim and len(x) for x in tensors.values())
+        is_named
+        and all(isinstance(value, Tensor) and value.numel() == 1 for value in metrics.values())
+        and "step" not in row
+        and all(isinstance(value, float) for value in row.values())
+        and all(isinstance(value, Tensor) and value.ndim and len(value) for value in gradients.values())
         and record.get("stage") in list(Stage)
         and isinstance(record.get("conditions"), dict)
         and isinstance(record.get("rows"), int | None)
@@ -338,17 +347,27 @@ class ResumableFitLoop(_FitLoop):
 
     def on_save_checkpoint(self) -> dict[str, Any]:
         """Return Lightning's state with the record of the moment."""
-        return {**super().on_save_checkpoint(), RECORD: self._new_record()}
+        state = {**super().on_save_checkpoint(), RECORD: self._new_record()}
+        if state[RECORD].get("is_within"):
+            for loader in state.get("combined_loader", []):
+                if isinstance(loader, dict) and "batches_read" in loader:  # ours, which has read one more
+                    loader["batches_read"] = cast(Any, self.epoch_loop.batch_progress.current).processed
+        return state
 
     def _new_record(self) -> dict[str, Any]:
         loop, trainer = self._loop, self.trainer
         stage = loop.stage
         if stage is Stage.EPOCH_END and not loop._num_ready_batches_reached():
             stage = Stage.BATCH  # max_steps or an early stop ended the epoch, which a resume goes on with
+        progress: Any = loop.batch_progress.current
+        is_within = stage is Stage.BATCH_END and progress.ready != progress.processed  # an exception was raised there
+        if is_within:
+            stage = Stage.BATCH if progress.processed else Stage.EPOCH
         record: dict[str, Any] = {
             "stage": stage.value,
+            "is_within": is_within,
             "should_stop": trainer.should_stop,
-            "metrics": {key: float(value) for key, value in trainer.callback_metrics.items() if value.numel() == 1},
+            "metrics": {key: value.detach().cpu().clone() for key, value in trainer.callback_metrics.items()},
             "conditions": _conditions(trainer),
             "rows": next((logger.rows for logger in trainer.loggers if hasattr(logger, "rows")), None),
         }
@@ -445,7 +464,7 @@ class ResumableFitLoop(_FitLoop):
         self._warn_of_differences()
         self.restarting = False
         connector = self.trainer._logger_connector
-        connector._callback_metrics.update({key: torch.tensor(v) for key, v in self.record.get("metrics", {}).items()})
+        connector._callback_metrics.update(self.record.get("metrics", {}))
         if self.is_pending(Stage.EPOCH_END):
             self.epoch_loop._update_learning_rates(interval="epoch", update_plateau_schedulers=True)
             self.epoch_progress.increment_completed()
@@ -453,7 +472,8 @@ class ResumableFitLoop(_FitLoop):
         if self.is_pending(Stage.EPOCH, Stage.EPOCH_END):
             self.record = {}
             self._resuming_from_checkpoint = False
-        if should_stop and any(isinstance(c, EarlyStopping) for c in _callbacks(self.trainer)):
+        early = [c for c in _callbacks(self.trainer) if isinstance(c, EarlyStopping)]
+        if should_stop and any(c.stopped_epoch or c.wait_count >= c.patience for c in early):
             self.trainer.should_stop = True
 
     def on_run_start(self) -> None:
@@ -469,6 +489,10 @@ class ResumableFitLoop(_FitLoop):
             for name, parameter in self.trainer.lightning_module.named_parameters():
                 if name in gradients:
                     own = gradients[name][self.trainer.global_rank % len(gradients[name])]
+                    if own.shape != parameter.shape:
+                        raise UserError(
+                            f"the checkpoint's gradient of {name} does not fit. Fix: give another checkpoint"
+                        )
                     parameter.grad = own.to(parameter, copy=True)
 
     def on_advance_start(self) -> None:
@@ -542,8 +566,14 @@ class ResumableFitLoop(_FitLoop):
     def _warn_of_differences(self) -> None:
         """Say what keeps a resumed run from being the uninterrupted one bit for bit, if anything does."""
         record, trainer = self.record, self.trainer
+        for callback in _callbacks(trainer):
+            if isinstance(callback, GradientAccumulationScheduler):  # it acts at an epoch's start alone
+                callback.on_train_epoch_start(trainer)
         earlier, now = record["conditions"], _conditions(trainer)
-        reasons = [f"{key} was {earlier.get(key)} and is {now[key]}" for key in now if earlier.get(key) != now[key]]
+        differing = [key for key in now if earlier.get(key, now[key]) != now[key]]
+        reasons = [f"{key} was {' '.join(str(earlier.get(key)).split())[:80]} and is {now[key]}" for key in differing]
+        if record.get("is_within"):
+            reasons.append("the checkpoint was written within a batch, which is trained on again")
         within = not self.is_pending(Stage.EPOCH, Stage.EPOCH_END)
         loaders = [] if self._combined_loader is None else self._combined_loader.flattened
         if within and not all(hasattr(loader, "load_state_dict") for loader in loaders):

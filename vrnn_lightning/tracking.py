@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +25,9 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import explained, flush, replacing, write_files
+from vrnn_lightning.files import explained, flush, is_remote, replacing, undamaged, write_files
 from vrnn_lightning.locks import FolderLock
+from vrnn_lightning.resuming import Stage
 
 __all__ = ["ElboBar", "RunCheckpoint", "RunLogger", "SaveConfig", "WandbLogger", "run_logger"]
 
@@ -56,7 +57,8 @@ class _Rows(ExperimentWriter):
             return
         if not self.resumed:
             raise UserError(f"{file}: exists already. Fix: leave the logger's `version` out, or give --ckpt_path")
-        with explained(file), file.open(newline="") as lines:
+        damaged = undamaged(f"{file}: is damaged", "move it away, and resume without its rows")
+        with explained(file), damaged, file.open(newline="", encoding="utf-8") as lines:
             reader = csv.DictReader(lines)
             rows = [row for number, row in enumerate(reader) if self._keeps(number, row)]
             self.metrics_keys = list(reader.fieldnames or [])
@@ -66,9 +68,12 @@ class _Rows(ExperimentWriter):
     def _keeps(self, number: int, row: dict[str, str]) -> bool:
         """Tell whether a row was written before the checkpoint; a line cut off by a kill was not."""
         step = row.get("step") or ""
-        if not step.isdigit() or (self.first_step is not None and int(step) >= self.first_step):
+        if not step.isdigit():
             return False
-        return self.kept is None or number < self.kept or any(row[key] for key in row if key.startswith("test/"))
+        earlier = self.first_step is None or int(step) < self.first_step
+        if self.kept is None:
+            return earlier
+        return number < self.kept or (earlier and any(row[key] for key in row if str(key).startswith("test/")))
 
     def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
         """Keep a row until it is saved, and count it."""
@@ -111,6 +116,8 @@ class RunLogger(CSVLogger):
         self.first_step: int | None = None
         self.kept_rows: int | None = None
         self._lock: FolderLock | None = None
+        self.note: Callable[[Path], None] | None = None
+        """Called with the run's folder when a fit has written its config there."""
         self.place_in_time: tuple[int, int] | None = None
 
     def place(self, root: Path, name: str) -> None:
@@ -157,10 +164,13 @@ class RunLogger(CSVLogger):
         """The run's version; a new one is claimed by making its folder, so that two runs never share it."""
         while self._version is None and not rank_zero_only.rank:  # type: ignore[attr-defined]
             super().version  # noqa: B018  # the base finds the next free number and keeps it
-            try:
-                Path(self.log_dir).mkdir(parents=True)
-            except FileExistsError:
-                self._version = None
+            with explained(self.log_dir, "--trainer.logger.save_dir"):
+                try:
+                    Path(self.log_dir).mkdir(parents=True)
+                except FileExistsError:
+                    if not Path(self.log_dir).is_dir():
+                        raise
+                    self._version = None
         return super().version
 
     @property
@@ -225,6 +235,8 @@ class SaveConfig(SaveConfigCallback):
             if isinstance(logger, RunLogger):
                 with replacing(Path(logger.log_dir) / "config.yaml") as temporary:
                     temporary.write_text(text)
+                if logger.note is not None:
+                    logger.note(Path(logger.log_dir))
             else:
                 logger.log_hyperparams(yaml.safe_load(text))
 
@@ -260,9 +272,16 @@ class RunCheckpoint(ModelCheckpoint):
         """Do nothing: :meth:`on_save_point` follows, when also the batch's row of metrics is written."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the best."""
-        if self.monitor is not None:
-            super().on_validation_end(trainer, pl_module)
+        """Save the best, also where a save by step has waited for this validation."""
+        if self.monitor is None:
+            return
+        if self._defer_save_until_validation and not self._should_skip_saving_checkpoint(trainer):
+            self._defer_save_until_validation = False
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+            return
+        super().on_validation_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the best."""
@@ -288,7 +307,7 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.fast_dev_run or trainer.sanity_checking:  # type: ignore[attr-defined]  # a connector sets it
             return
         if self.monitor is not None:
-            if not is_epoch_end and not stop:
+            if not is_epoch_end and getattr(trainer.fit_loop.epoch_loop, "stage", None) != Stage.VALIDATING:
                 self._save_monitored(trainer, pl_module)
             return
         epochs = self._every_n_epochs  # private parts: Lightning has no hook here
@@ -347,6 +366,8 @@ class RunCheckpoint(ModelCheckpoint):
         super().load_state_dict(state_dict)
 
     def _here(self, path: str) -> str:
+        if path and is_remote(str(self.dirpath)):
+            return f"{self.dirpath}/{Path(path).name}"
         return str(Path(self.dirpath or "", Path(path).name)) if path else path
 
 

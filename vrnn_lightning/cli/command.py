@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -403,8 +404,8 @@ class CLI(LightningCLI):
             training = self.subcommand == "fit"
             at = self.checkpoint
             run.resume(self.checkpoint.folder, at.step, at.epoch, training, at.rows)
-        if self.subcommand == "fit" and trainer.is_global_zero:
-            slurm.mark(Path(run.log_dir), self.command_line)
+        if self.subcommand == "fit":
+            run.note = partial(slurm.mark, words=self.command_line)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.run = run

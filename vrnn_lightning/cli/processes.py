@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 __all__ = ["end", "end_without", "follow_parent", "is_first_cause", "is_lost_peer", "launched", "remember"]
 
@@ -31,7 +33,7 @@ def launched() -> list[subprocess.Popen[bytes]]:
 
 def remember(launcher: Any) -> None:
     """Know the processes that a trainer's launcher starts, if it has one that starts any."""
-    _launchers[:] = [launcher] if hasattr(launcher, "procs") else []
+    _launchers[:] = [launcher] if isinstance(launcher, _SubprocessScriptLauncher) else []
 
 
 def is_first_cause() -> bool:
@@ -91,6 +93,8 @@ def _wait(seconds: float) -> None:
         if process.poll() is None:
             process.kill()
             process.wait()
+    for child in multiprocessing.active_children():  # of a strategy that spawns or forks
+        child.kill()
 
 
 def _is_launched() -> bool:
