@@ -159,7 +159,7 @@ def _drawings(path: Path) -> None:
 
 def _handwriting(layout: str) -> Callable[[Path], object]:
     def read(path: Path) -> object:
-        from datamodules.handwriting import Handwriting
+        from vrnn_lightning.datamodules.handwriting import Handwriting
 
         root = path if layout in ("sketch-rnn", "quickdraw") else path.parent
         data = Handwriting(str(root), layout=layout, val=0.3, test=0.3)  # type: ignore[arg-type]  # one of the words
@@ -198,7 +198,7 @@ def _sound(form: str, subtype: str) -> Callable[[Path], None]:
 
 
 def _speech(path: Path) -> object:
-    from datamodules.speech import Speech
+    from vrnn_lightning.datamodules.speech import Speech
 
     os.environ["XDG_CACHE_HOME"] = str(path.parent / "cache")
     data = Speech(str(path.parent), test=0.3, val=0.3)
@@ -215,7 +215,7 @@ def _music(path: Path) -> None:
 
 
 def _rolls(path: Path) -> object:
-    from datamodules.piano_rolls import PianoRolls
+    from vrnn_lightning.datamodules.piano_rolls import PianoRolls
 
     data = PianoRolls(str(path.parent if path.suffix == ".mid" else path))
     data.setup("fit")
@@ -233,7 +233,7 @@ def _idx(path: Path, pack: Callable[[bytes], bytes] = bytes) -> None:
 
 
 def _digits(path: Path) -> object:
-    from datamodules.mnist_rows import MNISTRows
+    from vrnn_lightning.datamodules.mnist_rows import MNISTRows
 
     data = MNISTRows(str(path.parent), val_size=3)
     data.setup("fit")
@@ -259,7 +259,7 @@ def _parquet(path: Path) -> None:
 
 
 def _table(path: Path) -> object:
-    from datamodules.tables import Tables
+    from vrnn_lightning.datamodules.tables import Tables
 
     data = Tables(str(path), ["y"], id="id", time="time")
     data.setup("fit")
@@ -463,12 +463,12 @@ SMALL = 0.05
 
 def _bombs(folder: Path) -> list[tuple[str, Path, Callable[[Path], object]]]:
     """Write files that declare or unpack to much more than they hold; return what each is, and its reader."""
-    from datamodules.archive import Archive
-    from datamodules.handwriting import Handwriting
-    from datamodules.mnist_rows import MNISTRows
-    from datamodules.piano_rolls import PianoRolls
-    from datamodules.speech import Speech
-    from datamodules.tables import Tables
+    from vrnn_lightning.datamodules.archive import Archive
+    from vrnn_lightning.datamodules.handwriting import Handwriting
+    from vrnn_lightning.datamodules.mnist_rows import MNISTRows
+    from vrnn_lightning.datamodules.piano_rolls import PianoRolls
+    from vrnn_lightning.datamodules.speech import Speech
+    from vrnn_lightning.datamodules.tables import Tables
 
     made: list[tuple[str, Path, Callable[[Path], object]]] = []
 
@@ -719,7 +719,8 @@ def _as_cell(folder: Path, text: str) -> str | None:
 
 def _in_a_table(folder: Path, text: str) -> str | None:
     """Read a table whose ids are hostile, and write the names of its series."""
-    from datamodules.tables import Tables
+    from vrnn_lightning.datamodules.tables import Tables
+
     from vrnn_lightning.files import csv_line
 
     lines = [csv_line(["id", "y"]), *(csv_line([text, i * i]) for i in range(40))]
