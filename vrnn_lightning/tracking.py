@@ -380,7 +380,7 @@ def _seconds(text: str) -> float:
     units = {"s": 1, "min": 60, "h": 3600, "d": 86400}
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h|d)", text.strip())
     if not found or not float(found[1]):
-        raise UserError(f"every {text}: is not a length of time. Fix: write it as 90s, 15min, 2h or 1d")
+        raise UserError(f"--last.every {text}: is not a length of time. Fix: write it as 90s, 15min, 2h or 1d, or null")
     return float(found[1]) * units[found[2]]
 
 

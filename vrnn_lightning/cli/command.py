@@ -23,7 +23,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from vrnn_lightning import discovery
+from vrnn_lightning import datamodules, discovery
 from vrnn_lightning.callbacks import Diagnostics, Evaluation, Loop, Predictions, Samples
 from vrnn_lightning.callbacks.predictions import Draws
 from vrnn_lightning.cli import processes, slurm
@@ -100,7 +100,8 @@ def main(args: list[str] | None = None) -> int:
     except Stopped as stopped:
         if stopped.signum in slurm.signals():
             slurm.requeue()
-        then = f"; continue with: lightning fit --ckpt_path {_short(stopped.saved)}" if stopped.saved else ""
+        resume = f"lightning fit --ckpt_path {_short(stopped.saved)}{_foreign_data(words)}"
+        then = f"; continue with: {resume}" if stopped.saved else ""
         line = f"ended by {signal.Signals(stopped.signum).name}{then}"
         return processes.end(128 + stopped.signum, line, is_stop=True)
     except (UserError, MisconfigurationException) as error:  # Lightning's own word for a user's mistake
@@ -549,7 +550,8 @@ class CLI(LightningCLI):
         if run is not None:
             yield f"run folder: {_short(run.log_dir)}"
         if best is not None and checkpoint is not None:
-            yield f"test it: lightning test --ckpt_path {_short(getattr(checkpoint, 'best_model_path', ''))}"
+            path = _short(getattr(checkpoint, "best_model_path", ""))
+            yield f"test it: lightning test --ckpt_path {path}{_foreign_data(self.words)}"
 
 
 def _num_inputs(data: LightningDataModule) -> int:
@@ -600,6 +602,20 @@ def _class_name(value: object) -> str | None:
     """Return the datamodule's name from ``Name`` or ``{class_path: Name}``."""
     name = value.get("class_path") if isinstance(value, dict) else value
     return name if isinstance(name, str) and not name.startswith("-") else None
+
+
+def _foreign_data(words: list[str]) -> str:
+    """Return the words that name a datamodule which a checkpoint alone may not name."""
+    named = [value for value in map(_class_name, mentions(words, "data")) if value]
+    if not named or any(named[-1] == cls.__name__ for cls in _installed()):
+        return ""
+    return f" --data {named[-1]}"
+
+
+def _installed() -> list[type]:
+    """Return the classes of this package's datamodules that are imported."""
+    modules = [module for name, module in [*sys.modules.items()] if datamodules.is_installed(f"{name}.any")]
+    return [value for module in modules for value in vars(module).values() if isinstance(value, type)]
 
 
 def _short(path: str) -> str:
