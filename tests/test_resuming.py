@@ -21,7 +21,7 @@ from vrnn_lightning.cli import main, processes
 from vrnn_lightning.compatibility import OPTIMIZED
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.locks import FolderLock
-from vrnn_lightning.resuming import Interruption, Stopped, match_optimizer_states
+from vrnn_lightning.resuming import Interruption, Stopped, interruption, match_optimizer_states
 from vrnn_lightning.tracking import RunCheckpoint
 
 LAST = Path("runs/sines/version_0/checkpoints/last.ckpt")
@@ -106,9 +106,10 @@ def test_a_second_signal_ends_at_once():
 
 def test_a_signal_before_training_ends_the_command():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Stopped) as stopped, Interruption().watching(signal.SIGINT):
+    with pytest.raises(Stopped) as stopped, interruption.watching(signal.SIGINT):
         os.kill(os.getpid(), signal.SIGINT)
     assert stopped.value.code == 130
+    assert not interruption.signum
     assert signal.getsignal(signal.SIGINT) is before
 
 

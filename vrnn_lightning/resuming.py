@@ -118,7 +118,7 @@ class Interruption:
         try:
             yield
         finally:
-            self.is_deferred = False
+            self.signum, self.is_deferred = 0, False  # a fit from Python that follows was not asked to end
             for signum, handler in earlier.items():
                 signal.signal(signum, handler)
 
