@@ -131,7 +131,7 @@ ROOM = 20_000
 
 
 class Scenario(NamedTuple):
-    """A run that meets a fault, and what is to come of it.
+    """A run that meets a fault, and the expected result.
 
     Args:
         name: What happens; in a table, "row / column".

@@ -243,7 +243,7 @@ def _images(path: Path, file: BinaryIO | gzip.GzipFile, max_gb: float) -> NDArra
     """Read images after comparing what the header declares with what is allowed and what is there."""
     start = file.read(16)
     if len(start) < 16:
-        raise UserError(f"{path}: is truncated: it holds {len(start)} bytes; copy it anew from {SOURCE}")
+        raise UserError(f"{path}: is truncated: it holds {len(start)} bytes. Fix: copy it again from {SOURCE}")
     magic, *shape = np.frombuffer(start, ">u4").tolist()
     if magic == LABELS:
         raise UserError(f"{path}: holds labels (magic number {LABELS}), expected images ({IMAGES})")
@@ -257,5 +257,6 @@ def _images(path: Path, file: BinaryIO | gzip.GzipFile, max_gb: float) -> NDArra
     data = file.read(expected)
     if len(data) < expected or file.read(1):
         what = f"truncated: it holds {16 + len(data)}" if len(data) < expected else "damaged: it holds more"
-        raise UserError(f"{path}: is {what} bytes, but {count} images take {16 + expected}; copy it anew from {SOURCE}")
+        fix = f"Fix: copy it again from {SOURCE}"
+        raise UserError(f"{path}: is {what} bytes, but {count} images take {16 + expected}. {fix}")
     return np.frombuffer(data, np.uint8).reshape(count, SIDE, SIDE)
