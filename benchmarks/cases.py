@@ -103,7 +103,7 @@ def _child(case: Case, work: Path, said: Path, marker: Path) -> None:
             os.dup2(file.fileno(), 2)
             sys.stdout = sys.stderr = file
             try:
-                code = int(case.run(work) or 0)  # type: ignore[call-overload]
+                code = int(case.run(work) or 0)  # type: ignore[call-overload]  # whatever a case returns counts as a number
             except UserError as error:
                 print(f"error: {error}", file=file)
                 code = 1

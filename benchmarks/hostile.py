@@ -275,7 +275,7 @@ def in_python(found: Callable[[], Any], cls: type) -> Callable:
     def run(folder: Path) -> int:
         sys.path.append(str(folder))
         plant()
-        cls.load_from_checkpoint(placed(found()))  # type: ignore[attr-defined]
+        cls.load_from_checkpoint(placed(found()))  # type: ignore[attr-defined]  # of either class
         return 0
 
     return run

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, require_intact_zip
 from vrnn_lightning.trust import Gate, require_bounded
 
-__all__ = ["options_of", "read_checkpoint", "require_types"]
+__all__ = ["Stored", "read_checkpoint", "read_stored", "require_types"]
 
 FIX = "Fix: give a checkpoint that `lightning fit` wrote"
 KINDS: dict[str, type | tuple[type, ...]] = {
@@ -76,26 +76,54 @@ def read_checkpoint(path: Path, option: str = "", map_location: Any = "cpu") -> 
     return content  # type: ignore[no-any-return]  # checked by the call
 
 
-def options_of(
-    content: Mapping[str, Any], key: str, cls: type, gate: Gate, given: Mapping[str, Any]
-) -> tuple[type, dict[str, Any]]:
-    """Return the class that a checkpoint's options belong to, and its arguments.
+class Stored(NamedTuple):
+    """A checkpoint, and what it makes.
 
     Args:
-        content: What :func:`read_checkpoint` returned.
+        content: What :func:`read_checkpoint` returns.
+        made: The class that its options belong to.
+        options: The arguments of that class.
+    """
+
+    content: dict[str, Any]
+    made: type
+    options: dict[str, Any]
+
+
+def read_stored(
+    path: Path,
+    key: str,
+    cls: type,
+    trust: str | Iterable[str],
+    given: Mapping[str, Any],
+    map_location: Any,
+    hparams_file: object,
+    weights_only: bool | None,
+) -> Stored:
+    """Return a checkpoint and what ``load_from_checkpoint`` makes of it.
+
+    Args:
+        path: The file.
         key: Where the options are.
         cls: The class to make, or its base class if the options name one.
-        gate: What they may name.
+        trust: What the user trusts.
         given: Arguments in place of the checkpoint's.
+        map_location: Where its tensors go, as in ``torch.load``.
+        hparams_file: Lightning's, which must be ``None``: a checkpoint holds its options.
+        weights_only: Lightning's, which must not be ``False``: nothing else is ever loaded.
 
     Raises:
-        UserError: They name what a file may not import.
+        UserError: It is not a checkpoint, or names what a file may not import.
     """
+    if hparams_file is not None or weights_only is False:
+        raise UserError(f"{path}: hparams_file and weights_only=False are not supported. Fix: leave it out")
+    content = read_checkpoint(path, map_location=map_location)
+    gate = Gate.of_call(path, trust, given)
     stored = content.get(key, {})
     named = stored.get("_class_path", "")
     made = cls if named in ("", f"{cls.__module__}.{cls.__qualname__}") else gate.resolve(named, (cls,), "_class_path")
     kept = {name: value for name, value in stored.items() if not name.startswith("_") and name not in given}
-    return made, gate.build(made, kept) | gate.build(made, given)
+    return Stored(content, made, gate.build(made, kept) | gate.build(made, given))
 
 
 def require_types(state: object, owner: object, **types: type | tuple[type, ...]) -> None:

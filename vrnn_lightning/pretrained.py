@@ -12,7 +12,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
-from vrnn_lightning.checkpoints import options_of, read_checkpoint
+from vrnn_lightning.checkpoints import read_stored
 from vrnn_lightning.compatibility import FORMAT, current_options, current_weights, require_known_format
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import write_files
@@ -123,14 +123,9 @@ class Pretrained:
             UserError: The file is missing, damaged or not a checkpoint of this class, or it names a class that is not
                 trusted.
         """
-        if hparams_file is not None or weights_only is False:
-            raise UserError(
-                f"{checkpoint_path}: hparams_file and weights_only=False are not supported. Fix: leave it out"
-            )
-        path = Path(checkpoint_path)
-        content = read_checkpoint(path, map_location=map_location or _here)
-        gate = Gate.of_call(path, trust, options)
-        made, given = options_of(content, "hyper_parameters", cls, gate, options)
+        path, key = Path(checkpoint_path), "hyper_parameters"
+        place = map_location or _here
+        content, made, given = read_stored(path, key, cls, trust, options, place, hparams_file, weights_only)
         weights = content.get("state_dict", {})
         require_model(path, made, given, weights)
         module = _made(path, made, given)

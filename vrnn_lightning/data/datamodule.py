@@ -13,12 +13,11 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.checkpoints import options_of, read_checkpoint, require_types
+from vrnn_lightning.checkpoints import read_stored, require_types
 from vrnn_lightning.data.loading import BatchSampler, ScaledSequences, SequenceLoader
 from vrnn_lightning.data.sequences import Modality, Scaler, Sequences, Split
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained
-from vrnn_lightning.trust import Gate
 
 __all__ = ["SequenceDataModule"]
 
@@ -112,11 +111,8 @@ class SequenceDataModule(LightningDataModule):
                 trusted.
         """
         path = Path(checkpoint_path)
-        if hparams_file is not None or weights_only is False:
-            raise UserError(f"{path}: hparams_file and weights_only=False are not supported. Fix: leave it out")
-        content = read_checkpoint(path, map_location=map_location)
-        gate = Gate.of_call(path, trust, options)
-        made, given = options_of(content, "datamodule_hyper_parameters", cls, gate, options)
+        key = "datamodule_hyper_parameters"
+        content, made, given = read_stored(path, key, cls, trust, options, map_location, hparams_file, weights_only)
         try:
             data = cast("Self", made(**given))
             if made.__qualname__ in content:
