@@ -79,11 +79,13 @@ class Stage(StrEnum):
 class Stopped(SystemExit):
     """A signal ended the command: exits with 128 + its number, as a shell expects."""
 
-    def __init__(self, signum: int, saved: str = "") -> None:
+    def __init__(self, signum: int, saved: str | None = None) -> None:
         super().__init__(128 + signum)
         self.signum = signum
-        self.saved = saved
+        self.saved = saved or ""
         """The checkpoint that was written before."""
+        self.is_agreed = saved is not None
+        """Whether all processes of the run end for it, at the same moment of a fit."""
 
 
 class Interruption:

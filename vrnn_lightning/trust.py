@@ -21,7 +21,7 @@ from vrnn_lightning import datamodules
 from vrnn_lightning.compatibility import current_class
 from vrnn_lightning.errors import UserError
 
-__all__ = ["Gate", "parameters_of", "require_bounded", "strings_of"]
+__all__ = ["Gate", "is_name", "parameters_of", "require_bounded", "strings_of"]
 
 OWN = "vrnn_lightning"
 ALLOWED = (
@@ -106,7 +106,7 @@ class Gate:
 
     def __post_init__(self) -> None:
         """Raise if a trusted name is neither a class path nor a module."""
-        wrong = next((name for name in self.trusted if not _is_name(name)), None)
+        wrong = next((name for name in self.trusted if not is_name(name)), None)
         if wrong is not None:
             raise UserError(f"trust {wrong!r}: is neither a class path nor a module. Fix: give the name of one")
 
@@ -217,7 +217,7 @@ class Gate:
             self._walk(inner, expected, place, make=False)
             return text
         for name in {text, inner} if expected.names else ():
-            if "." in name and _is_name(name):
+            if "." in name and is_name(name):
                 found = self._found(name, expected, place)
                 return found if make else text
             for cls in _short(name, expected.bases):
@@ -250,7 +250,7 @@ class Gate:
 
     def _found(self, name: object, expected: _Expected, place: str, called: bool = False) -> Any:
         """Check a name, import it, and check what it is."""
-        if not isinstance(name, str) or not _is_name(name):
+        if not isinstance(name, str) or not is_name(name):
             raise UserError(f"{self.source}: {place} must name a class, not {str(name)[:80]!r}")
         if "." not in name:
             named = _short(name, expected.bases)
@@ -373,7 +373,7 @@ def _is_scalar(value: Any, kind: type, *, is_text: bool) -> bool:
     return fits or (is_text and isinstance(value, str))
 
 
-def _is_name(text: str) -> bool:
+def is_name(text: str) -> bool:
     """Tell whether Python could import a text: more characters are letters to it than to a regular expression."""
     return all(part.isidentifier() for part in text.split("."))
 

@@ -37,7 +37,7 @@ from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.report import NAME, write_report
 from vrnn_lightning.resuming import Stopped, interruption
 from vrnn_lightning.tracking import ElboBar, RunCheckpoint, RunLogger, SaveConfig, WandbLogger, run_logger
-from vrnn_lightning.trust import Gate
+from vrnn_lightning.trust import Gate, is_name
 
 __all__ = ["CLI", "main"]
 
@@ -70,8 +70,6 @@ OPTIMIZERS = str(Path(torch.optim.__file__).parent)
 """Where an optimiser or a schedule reads the state that it has taken."""
 RUN_OPTIONS = frozenset({"root", "batch_size", "num_workers"})
 FIX = "leave it out of dict_kwargs or of the option that passes it on"
-DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
-"""A class path or a module."""
 LIGHTNING = ("lightning.pytorch.strategies.", "lightning.pytorch.callbacks.", "lightning.pytorch.loggers.")
 """Modules of classes whose options are passed on."""
 
@@ -103,7 +101,7 @@ def main(args: list[str] | None = None) -> int:
         resume = f"lightning fit --ckpt_path {_short(stopped.saved)}{_foreign_data(words)}"
         then = f"; continue with: {resume}" if stopped.saved else ""
         line = f"ended by {signal.Signals(stopped.signum).name}{then}"
-        return processes.end(128 + stopped.signum, line, is_stop=True)
+        return processes.end(128 + stopped.signum, line, stopped)
     except (UserError, MisconfigurationException) as error:  # Lightning's own word for a user's mistake
         if debug:
             raise
@@ -581,7 +579,7 @@ def _trusted(words: list[str]) -> tuple[str, ...]:
                 value = yaml.safe_load(given)
         names = value if isinstance(value, list) else [] if value is None else [value]
         for name in names:
-            if not isinstance(name, str) or not DOTTED.fullmatch(name):
+            if not isinstance(name, str) or not is_name(name):
                 raise UserError(f"--trust {given!r}: is no class path or module. Fix: give --trust my_package.data")
         trusted += names
     return tuple(trusted)
@@ -607,15 +605,9 @@ def _class_name(value: object) -> str | None:
 def _foreign_data(words: list[str]) -> str:
     """Return the words that name a datamodule which a checkpoint alone may not name."""
     named = [value for value in map(_class_name, mentions(words, "data")) if value]
-    if not named or any(named[-1] == cls.__name__ for cls in _installed()):
-        return ""
-    return f" --data {named[-1]}"
-
-
-def _installed() -> list[type]:
-    """Return the classes of this package's datamodules that are imported."""
-    modules = [module for name, module in [*sys.modules.items()] if datamodules.is_installed(f"{name}.any")]
-    return [value for module in modules for value in vars(module).values() if isinstance(value, type)]
+    found = discovery.known().get(named[-1]) if named else None
+    is_ours = found is not None and all(isinstance(p, Path) and p.parent == datamodules.INSTALLED for p in found.places)
+    return f" --data {named[-1]}" if named and not is_ours else ""
 
 
 def _short(path: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,12 +11,17 @@ import time
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.pytorch.strategies.launchers import subprocess_script
+
+from vrnn_lightning.resuming import Stopped
 
 __all__ = ["end", "end_without", "follow_parent", "is_first_cause", "is_lost_peer", "launched", "remember"]
 
 GRACE = 10.0
 """Seconds that other processes get to end by themselves."""
+OBSERVED = 12
+"""Seconds between two looks at whether a launched process has failed."""
 POLL = 0.1
 """Seconds between two looks at them."""
 CAUSE = "vrnn_lightning/first_cause"
@@ -26,14 +30,20 @@ PARENT = os.getppid()
 _launchers: list[Any] = []
 
 
-def launched() -> list[subprocess.Popen[bytes]]:
-    """Return the processes that this one has launched."""
+def launched() -> list[Any]:
+    """Return the processes that this one has launched: as commands (Popen), or spawned or forked (Process)."""
     return [process for launcher in _launchers for process in launcher.procs]
 
 
 def remember(launcher: Any) -> None:
     """Know the processes that a trainer's launcher starts, if it has one that starts any."""
-    _launchers[:] = [launcher] if isinstance(launcher, _SubprocessScriptLauncher) else []
+    _launchers[:] = [launcher] if hasattr(launcher, "procs") else []
+    subprocess_script._launch_process_observer = _observe  # type: ignore[assignment, attr-defined]  # private
+
+
+def _observe(children: list[subprocess.Popen[Any]]) -> None:
+    """End this process if one that it launched has failed, and it has not ended by itself: it may wait for it."""
+    _ChildProcessObserver(os.getpid(), children, sleep_period=OBSERVED).start()
 
 
 def is_first_cause() -> bool:
@@ -56,45 +66,58 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
-def end(code: int, line: str, is_stop: bool = False) -> int:
+def end(code: int, line: str, stop: Stopped | None = None) -> int:
     """Print a line, if no other process has said why the run ends, and wait for the processes that were launched.
 
     Args:
         code: The exit code of this process.
         line: Why it ends.
-        is_stop: Whether a signal ended it, which all processes have agreed on.
+        stop: The signal that ended it, if one did; unless all processes have agreed on it, the others are told.
 
     Returns:
         The exit code; 0 for a launched process that a signal ended, as its parent's counts.
     """
     if is_first_cause():
         print(line, file=sys.stderr, flush=True)
-    _wait(GRACE if is_stop else GRACE / 4)
-    return 0 if is_stop and _is_launched() else code
+    if stop is not None and not stop.is_agreed:
+        for process in launched():
+            if _is_alive(process):
+                os.kill(process.pid, stop.signum)
+        if _is_launched() and os.getppid() == PARENT:
+            os.kill(PARENT, stop.signum)
+    _wait(GRACE if stop is not None else GRACE / 4)
+    return 0 if stop is not None and _is_launched() else code
 
 
 def end_without(error: BaseException) -> int:
     """End because another process is gone; say so where that process had no time to."""
     time.sleep(GRACE / 5)  # whoever failed first prints why
     _wait(0.0)
-    codes = {rank: process.returncode or 0 for rank, process in enumerate(launched(), 1)}
+    codes = {rank: _code(process) for rank, process in enumerate(launched(), 1)}
     killed = [f"process {rank} was killed by signal {-code}" for rank, code in codes.items() if code < 0]
-    said = "; ".join(killed) or "another process of this run ended without a message"
+    reason = str(error).splitlines()[0].rpartition("] ")[2][:60]  # after the place in torch's source
+    said = "; ".join(killed) or f"another process of this run ended without a message ({reason})"
     fix = "check the memory and the messages of every node, and continue with --ckpt_path last"
-    return end(1, f"error: {said} ({str(error).splitlines()[0][:60]}). Fix: {fix}")
+    return end(1, f"error: {said}. Fix: {fix}")
 
 
 def _wait(seconds: float) -> None:
     """Wait for the processes that were launched, and kill those that are left."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and any(process.poll() is None for process in launched()):
+    while time.monotonic() < deadline and any(map(_is_alive, launched())):
         time.sleep(POLL)
     for process in launched():
-        if process.poll() is None:
+        if _is_alive(process):
             process.kill()
-            process.wait()
-    for child in multiprocessing.active_children():  # of a strategy that spawns or forks
-        child.kill()
+
+
+def _is_alive(process: Any) -> bool:
+    return process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
+
+
+def _code(process: Any) -> int:
+    """Return the exit code of a process that has ended, minus the signal that ended it; 0 of one that has not."""
+    return (process.returncode if isinstance(process, subprocess.Popen) else process.exitcode) or 0
 
 
 def _is_launched() -> bool:
