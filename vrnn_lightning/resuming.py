@@ -360,7 +360,7 @@ class ResumableFitLoop(_FitLoop):
         loop, trainer = self._loop, self.trainer
         stage = loop.stage
         if stage is Stage.EPOCH_END and not loop._num_ready_batches_reached():
-            stage = Stage.BATCH  # max_steps or an early stop ended the epoch, which a resume goes on with
+            stage = Stage.BATCH  # max_steps or an early stop ended the epoch, which a resume continues
         progress: Any = loop.batch_progress.current
         is_within = stage is Stage.BATCH_END and progress.ready != progress.processed  # an exception was raised there
         if is_within:
@@ -511,7 +511,7 @@ class ResumableFitLoop(_FitLoop):
                 _set_sampler_epoch(loader, self.trainer.current_epoch)
             for callback in averaging:
                 callback.on_train_epoch_start(self.trainer, self.trainer.lightning_module)
-        if starting:  # a schedule that was made anew has changed what the optimiser's state had brought back
+        if starting:  # a schedule that is made again changes the options that the optimiser's state has restored
             now = (group for optimizer in self.trainer.optimizers for group in optimizer.param_groups)
             for group, before in zip(now, groups, strict=True):
                 group.update({key: value for key, value in before.items() if key != "params"})

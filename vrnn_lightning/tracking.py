@@ -253,7 +253,7 @@ class RunCheckpoint(ModelCheckpoint):
         options: Those of ModelCheckpoint.
 
     Raises:
-        UserError: ``every`` is no time.
+        UserError: ``every`` is not a length of time.
     """
 
     def __init__(self, every: str | None = None, **options: Any) -> None:

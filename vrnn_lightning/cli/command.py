@@ -241,7 +241,7 @@ class CLI(LightningCLI):
             return None
         if self.checkpoint and any(word.partition("=")[0] == "--init_from" for word in self.words):
             raise UserError(
-                f"--init_from {paths[-1]}: --ckpt_path goes on with a run, which has its weights; give one of the two"
+                f"--init_from {paths[-1]}: --ckpt_path continues a run, which has its weights; give one of the two"
             )
         if self.checkpoint:
             return None
@@ -258,7 +258,7 @@ class CLI(LightningCLI):
         """Raise if the config beside a checkpoint names what a file may not import.
 
         Raises:
-            UserError: It does, or is no config.
+            UserError: It does, or it is not a config.
         """
         gate = self._gate(str(config), classes, config.parent)
         try:

@@ -91,7 +91,7 @@ def end(code: int, line: str, stop: Stopped | None = None) -> int:
 
 def end_without(error: BaseException) -> int:
     """End because another process is gone; say so where that process had no time to."""
-    time.sleep(GRACE / 5)  # whoever failed first prints why
+    time.sleep(GRACE / 5)  # the process that failed first prints the reason
     _wait(0.0)
     codes = {rank: _code(process) for rank, process in enumerate(launched(), 1)}
     killed = [f"process {rank} was killed by signal {-code}" for rank, code in codes.items() if code < 0]
