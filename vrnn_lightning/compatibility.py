@@ -195,7 +195,7 @@ def _is_new(renamed: Any, options: Any, key: str) -> bool:
 
 
 def _names(options: Any) -> Any:
-    """Return what of options or weights can be renamed, without tensors, whose comparison is no boolean."""
+    """Return what of options or weights can be renamed, without tensors, which do not compare to a boolean."""
     if isinstance(options, Mapping):
         return {key: _names(value) for key, value in options.items()}
     if isinstance(options, list):

@@ -141,7 +141,7 @@ def upload(local: Path, url: str, option: str = "") -> None:
 
 
 def is_remote(path: Path | str) -> bool:
-    """Return True for a URL, which is no path of this machine.
+    """Return True for a URL, which is not a path of this machine.
 
     >>> is_remote("s3://bucket/runs"), is_remote("runs")
     (True, False)
@@ -167,7 +167,7 @@ def require_local(path: Path | str, option: str) -> Path:
 def text_cell(text: str) -> str:
     """Return a text as a cell of a csv file that a spreadsheet does not run: an apostrophe stands before a formula.
 
-    A formula is a text that begins with ``=``, ``+``, ``-``, ``@``, a tab or a carriage return and is no number. A text
+    A formula is a text that begins with ``=``, ``+``, ``-``, ``@``, a tab or a carriage return and is not a number. A text
     that begins with apostrophes and one of these gets one more apostrophe, so that :func:`read_cell` restores it.
 
     >>> [text_cell(text) for text in ("=1+1", "'=1+1", "-1.5", "it's")]
@@ -235,7 +235,7 @@ def require_intact_zip(path: Path, option: str = "", refuse: Callable[[str], Use
         refuse: Makes the exception of a line.
 
     Raises:
-        UserError: It is no zip file, is truncated, or a member's bytes have another checksum than was stored.
+        UserError: It is not a zip file, is truncated, or a member's bytes have another checksum than was stored.
     """
     place = f"{option} {path}" if option else str(path)
     try:
@@ -290,7 +290,7 @@ def require_plain_yaml(text: str, place: str) -> None:
     """Raise if YAML holds far more values than it has characters, as aliases of aliases do, or is nested very deeply.
 
     Args:
-        text: The YAML, which is not loaded. What is no YAML passes: its reader says why.
+        text: The YAML, which is not loaded. A text that is not YAML passes: its reader raises.
         place: Where it stands, for the message.
 
     Raises:

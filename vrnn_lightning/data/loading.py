@@ -315,7 +315,7 @@ class ScaledSequences(Dataset[SequenceBatch]):
 
 
 def _outlive_signals(worker: int) -> None:
-    """Let a reading process go on at signals that reach all processes of a run: the main one ends it when it has saved.
+    """Keep a reading process alive at signals to all processes of a run: the main process ends it after it has saved.
 
     If the main one does not, it ends by itself after :data:`LINGER` seconds.
     """
