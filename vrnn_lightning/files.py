@@ -167,8 +167,8 @@ def require_local(path: Path | str, option: str) -> Path:
 def text_cell(text: str) -> str:
     """Return a text as a cell of a csv file that a spreadsheet does not run: an apostrophe stands before a formula.
 
-    A formula is a text that begins with ``=``, ``+``, ``-``, ``@``, a tab or a carriage return and is not a number. A text
-    that begins with apostrophes and one of these gets one more apostrophe, so that :func:`read_cell` restores it.
+    A formula is a text that begins with ``=``, ``+``, ``-``, ``@``, a tab or a carriage return and is not a number. A
+    text that begins with apostrophes and one of these gets one more apostrophe, so that :func:`read_cell` restores it.
 
     >>> [text_cell(text) for text in ("=1+1", "'=1+1", "-1.5", "it's")]
     ["'=1+1", "''=1+1", '-1.5', "it's"]

@@ -575,7 +575,7 @@ def _trusted(words: list[str]) -> tuple[str, ...]:
         value = given
         if isinstance(given, str):
             require_plain_yaml(given, "--trust")
-            with suppress(yaml.YAMLError, ValueError):  # then it is no name either
+            with suppress(yaml.YAMLError, ValueError):  # then it is not a name either
                 value = yaml.safe_load(given)
         names = value if isinstance(value, list) else [] if value is None else [value]
         for name in names:
