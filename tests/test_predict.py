@@ -899,7 +899,7 @@ def test_command_line(lightning, folder):
     for words, line in (
         (["--model.hidden_size=5"], f"error: --init_from {best}: vrnn."),
         (["--init_from=gone.ckpt"], "error: --init_from gone.ckpt: no such file"),
-        (["--ckpt_path", best], f"error: --init_from {best}: --ckpt_path goes on"),
+        (["--ckpt_path", best], f"error: --init_from {best}: --ckpt_path continues a run"),
     ):
         said = lightning(*start, *words)
         assert said.code == 1
