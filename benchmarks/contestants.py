@@ -16,7 +16,7 @@ from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.heads import Bernoulli, Gaussian
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO
-from vrnn_lightning.recurrence import textbook, textbook_filter, textbook_generation
+from vrnn_lightning.recurrence import readable_loop, readable_filter, readable_generation
 
 NETWORKS = ("phi_x", "phi_z", "prior", "encoder", "decoder")
 
@@ -110,7 +110,7 @@ def training(size: Size, device: str = "cpu", precision: str = "32") -> dict[str
         return ELBO()(model, batch, Noise(batch), 1.0, lambda total: total).value
 
     def slow() -> Tensor:
-        found = textbook(model, batch, Noise(batch).over_time(size.z), model.initial_state(size.batch))
+        found = readable_loop(model, batch, Noise(batch).over_time(size.z), model.initial_state(size.batch))
         return found.log_px.sum() - found.kl.sum()
 
     def without() -> Tensor:
@@ -147,7 +147,7 @@ def filtering(size: Size, samples: int, device: str = "cpu") -> dict[str, Callab
         noise = Noise(batch)
         z, draws = noise.over_time(size.z, samples), noise.uniform_over_time(rule.draws(samples))
         state = model.initial_state(samples * size.batch)
-        return textbook_filter(model, batch, z, draws, state, rule).log_likelihood.sum()
+        return readable_filter(model, batch, z, draws, state, rule).log_likelihood.sum()
 
     return {name: trained(model, of, size, "32") for name, of in (("fast", fast), ("textbook", slow))}
 
@@ -159,7 +159,7 @@ def evaluation(size: Size, device: str = "cpu") -> dict[str, Callable[[], object
     state = model.initial_state(size.batch)
     contestants = {
         "fast": lambda: model(batch),
-        "textbook": lambda: textbook(model, batch, Noise(batch).over_time(size.z), state),
+        "textbook": lambda: readable_loop(model, batch, Noise(batch).over_time(size.z), state),
         "floor": lambda: floor(x, torch.randn(size.steps, size.batch, size.z, device=device)),
     }
     return {name: torch.no_grad()(of) for name, of in contestants.items()}
@@ -170,7 +170,7 @@ def generation(size: Size, device: str = "cpu") -> dict[str, Callable[[], object
     model, _ = make(size._replace(steps=1), device)
     return {
         "fast": lambda: model.generate(size.steps, size.batch),
-        "textbook": lambda: textbook_generation(model, size.steps, model.initial_state(size.batch)),
+        "textbook": lambda: readable_generation(model, size.steps, model.initial_state(size.batch)),
     }
 
 

@@ -20,7 +20,7 @@ from vrnn_lightning.heads import (
     Poisson,
     tempered,
 )
-from vrnn_lightning.recurrence import Generated, generation, textbook_generation
+from vrnn_lightning.recurrence import Generated, generation, readable_generation
 
 SHOWN = {**OPTIONS, "plain": {}}
 
@@ -52,7 +52,7 @@ def draw_both(model: VRNN, steps: int = 6, rows: int = 3, temperature: float = 1
     torch.manual_seed(8)
     fast = model.generate(steps, state=state, inputs=inputs, temperature=temperature)
     torch.manual_seed(8)
-    return fast, textbook_generation(model, steps, state, inputs, temperature)
+    return fast, readable_generation(model, steps, state, inputs, temperature)
 
 
 def assert_equal(fast: Generated, slow: Generated, tolerance: float = 1e-9) -> None:

@@ -12,7 +12,7 @@ from vrnn_lightning import Layers, UserError, schedules
 from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO, FIVO, IWAE, elbo, iwae
-from vrnn_lightning.recurrence import textbook, textbook_filter
+from vrnn_lightning.recurrence import readable_loop, readable_filter
 
 
 def terms():
@@ -138,7 +138,7 @@ def test_the_fast_filter_equals_the_textbook(options, rule):
     fast = model.filter(batch, samples, rule, noise, masks, beta=0.7)
     z, draws = noise.over_time(4, samples), noise.uniform_over_time(rule.draws(samples))
     state = model.initial_state(3 * samples)
-    slow = textbook_filter(model, batch, z, draws, state, rule, masks, beta=0.7)
+    slow = readable_filter(model, batch, z, draws, state, rule, masks, beta=0.7)
     assert slow.effective_samples[0] < 3.9
     for a, b in zip(fast[:4], slow[:4], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -161,7 +161,7 @@ def test_a_filter_reads_the_covariates():
     trace = model(batch, z, samples=3)
     hoisted = iwae(trace.log_px, trace.log_ratio, 3)
     torch.testing.assert_close(model.filter(batch, 3, None, Noise(batch, [0, 1, 2])).log_likelihood, hoisted)
-    reference = textbook(model, batch, z[:3], model.initial_state(3))
+    reference = readable_loop(model, batch, z[:3], model.initial_state(3))
     first = (trace.log_px + trace.log_ratio)[:3]
     torch.testing.assert_close(first, reference.log_px + reference.log_ratio)
 

@@ -10,7 +10,7 @@ import torch
 from vrnn_lightning import VRNN, Layers, SequenceBatch, UserError
 from vrnn_lightning.heads import Bernoulli, Gaussian, GaussianMixture
 from vrnn_lightning.noise import Noise
-from vrnn_lightning.recurrence import State, textbook
+from vrnn_lightning.recurrence import State, readable_loop
 
 NETWORKS = ("phi_x", "phi_z", "prior", "encoder", "decoder")
 SIZES = [
@@ -60,7 +60,7 @@ def assert_equal_terms(model: VRNN, batch: SequenceBatch) -> None:
     noise, state = draw_noise(model, batch), random_state(model, len(batch))
     masks = model.draw_masks(Noise(batch, [7] * len(batch)))
     fast = model(batch, noise, state, masks)
-    slow = textbook(model, batch, noise, state, masks)
+    slow = readable_loop(model, batch, noise, state, masks)
     names = ("log_px", "kl", "log_ratio")
     pairs = [(getattr(fast, name), getattr(slow, name)) for name in names]
     pairs += [(a, b) for a, b in zip(fast.state, slow.state, strict=True) if a is not None]
@@ -205,7 +205,7 @@ def test_fast_path_equals_textbook_in_float32_and_for_bernoulli():
     model, batch = make_model(emission=Bernoulli).float(), make_batch([6, 2], binary=True)
     batch.x = batch.x.float()
     noise, state = draw_noise(model, batch), model.initial_state(2)
-    fast, slow = model(batch, noise), textbook(model, batch, noise, state)
+    fast, slow = model(batch, noise), readable_loop(model, batch, noise, state)
     torch.testing.assert_close(fast.log_px, slow.log_px, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(fast.kl, slow.kl, rtol=1e-4, atol=1e-5)
 
@@ -213,7 +213,7 @@ def test_fast_path_equals_textbook_in_float32_and_for_bernoulli():
 def test_fast_path_equals_textbook_for_a_mixture():
     model, batch = make_model(emission=partial(GaussianMixture, components=3)), make_batch([6, 2])
     noise = draw_noise(model, batch)
-    fast, slow = model(batch, noise), textbook(model, batch, noise, model.initial_state(2))
+    fast, slow = model(batch, noise), readable_loop(model, batch, noise, model.initial_state(2))
     torch.testing.assert_close(fast.log_px, slow.log_px, rtol=1e-9, atol=1e-9)
     for a, b in zip(gradients(model, fast.log_px), gradients(model, slow.log_px), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -367,7 +367,7 @@ def test_generation_uses_the_equations_of_training(cell, latent):
     for t in range(6):
         features = [model.phi_z(z[:, t]), h] if latent else [h]
         means.append(model.decoder(torch.cat(features, -1)).mean)
-        inputs = torch.cat([model.phi_x(model.look(x[:, t], torch.ones_like(x[:, t]).bool())), *features[:-1]], -1)
+        inputs = torch.cat([model.phi_x(model.standardize_input(x[:, t], torch.ones_like(x[:, t]).bool())), *features[:-1]], -1)
         if cell == "gru":
             h = model.cells[0](inputs, h)
         else:
@@ -473,7 +473,7 @@ def test_pruned_weights_are_those_that_count():
         prune.random_unstructured(module, "weight", 0.5)
     noise = draw_noise(model, batch)
     for _ in range(2):
-        fast, slow = model(batch, noise), textbook(model, batch, noise, model.initial_state(2))
+        fast, slow = model(batch, noise), readable_loop(model, batch, noise, model.initial_state(2))
         torch.testing.assert_close(fast.log_px, slow.log_px)
         (fast.log_px.sum() - fast.kl.sum()).backward()
         with torch.no_grad():
@@ -489,8 +489,8 @@ def test_a_way_back_that_was_interrupted_can_be_gone_again():
     class Stop(Exception):  # noqa: N818
         pass
 
-    (loop,) = {node for node in nodes(loss.grad_fn) if type(node).__name__ == "_LoopBackward"}
-    operation, calls = loop.tape.operations[-1], []
+    (loop,) = {node for node in nodes(loss.grad_fn) if type(node).__name__ == "_LoopFunctionBackward"}
+    operation, calls = loop.loop.tape.operations[-1], []
     backward = type(operation).backward
 
     def once(self, t):

@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from vrnn_lightning import UserError, VRNNLightningModule
 from vrnn_lightning.data import Scaler
-from vrnn_lightning.recurrence import textbook
+from vrnn_lightning.recurrence import readable_loop
 
 
 @dataclass
@@ -169,7 +169,7 @@ TRAPS = {
     ),
     "centring forgotten in sampling": Trap("recurrence.generation:_Look.forward", "self.look(self.x.at[t], None)", "self.x.at[t]", generates_as_trained),
     "loss on data, network on centred data": Trap(
-        SCORE, "(features), x, observed)", "(features), model.look(x, torch.ones_like(x).bool()), observed)", equals_textbook
+        SCORE, "(features), x, observed)", "(features), model.standardize_input(x, torch.ones_like(x).bool()), observed)", equals_textbook
     ),
     "no floor under the std": Trap("heads.continuous:Gaussian.moments", " + self.min_std", "", std_has_a_floor),
     "batch of one squeezed": Trap(
@@ -386,7 +386,7 @@ def test_the_reference_is_a_reference():
     model, batch = test_recurrence.make_model(), test_recurrence.make_batch([1, 1])
     noise = test_recurrence.draw_noise(model, batch)
     h = torch.zeros(2, 10, dtype=torch.float64)
-    found = textbook(model, batch, noise, model.initial_state(2))
+    found = readable_loop(model, batch, noise, model.initial_state(2))
     phi_x = model.phi_x((batch.x[:, 0] - model.input_mean) / model.input_std)
     q, p = model.encoder(torch.cat([phi_x, h], 1)), model.prior(h)
     z = q.mean + q.stddev * noise[:, 0]

@@ -21,19 +21,22 @@ from vrnn_lightning.heads import Factorised, Gaussian, Head, Network, log_prob
 from vrnn_lightning.nn import MLP, Layers
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import (
-    Choose,
     Generated,
+    InferenceSteps,
     Masks,
-    Now,
+    NetworkInputs,
     Prior,
-    Reads,
+    Purpose,
+    Resample,
     State,
-    Steps,
+    StepView,
     Stream,
-    free_run,
+    generate,
+    infer,
     log_ratio,
+    output,
+    partition,
     repeat_rows,
-    unroll,
 )
 
 __all__ = ["VRNN", "Particles", "StandardNormal", "Trace"]
@@ -88,7 +91,7 @@ HELD, FILTERED = 1024, 64  # steps that a pass, or a filter with its many partic
 class _Inferred(NamedTuple):
     """A pass of inference, time first; prior and posterior ``None`` without a latent."""
 
-    steps: Steps
+    steps: InferenceSteps
     mask: Tensor
     features: Tensor
     log_px: Tensor
@@ -97,41 +100,34 @@ class _Inferred(NamedTuple):
     prior: Normal | None
 
 
-Moments = tuple[Tensor, Tensor]
-
-
 def _score(
-    model: VRNN,
-    phi_z: Tensor,
-    hidden: Tensor,
-    latent: Moments | None,
-    known_prior: Moments | None,
-    x: Tensor,
-    mask: Tensor,
-    observed: Tensor | None,
+    model: VRNN, steps: InferenceSteps, x: Tensor, mask: Tensor, observed: Tensor | None, inputs: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """Score what the loop found, for all steps at once.
+    """Score what the loop computed, for all steps at once.
 
     Args:
-        model: Decoder, emission and prior.
-        phi_z: Features of z_t, shape (time, rows, width).
-        hidden: h_{t-1} and covariates, shape (time, rows, width).
-        latent: Mean and standard deviation of the posterior.
-        known_prior: Of the prior, if the loop found them.
+        model: The model.
+        steps: The latents and states.
         x: Frames, shape (time, rows, features).
         mask: True at real steps, shape (time, rows).
         observed: True at measured values, shape (time, rows, features).
+        inputs: Covariates, shape (time, rows, covariates), if the model reads any.
 
     Returns:
         What the emission's head reads, and log p(x_t | .); with a latent also the KL of each of its dimensions and the
         prior's mean and standard deviation.
     """
-    features = model.decoder.body(torch.cat([phi_z, hidden], -1))
+    features = steps.emission
+    if features is None:
+        features = model.emission_features(steps.z_features, steps.h, inputs)
     log_px = torch.where(mask, log_prob(model.decoder.head(features), x, observed), 0.0)
-    if latent is None or model.prior is None:
+    if steps.posterior is None:
         return features, log_px
-    posterior = Normal(*latent, validate_args=False)
-    prior = model.prior(hidden).base_dist if known_prior is None else Normal(*known_prior, validate_args=False)
+    posterior = Normal(*steps.posterior, validate_args=False)
+    if steps.prior is None:
+        prior = model.prior_dist(steps.h, inputs).base_dist
+    else:
+        prior = Normal(*steps.prior, validate_args=False)
     kl = torch.where(mask[..., None], kl_divergence(posterior, prior), 0.0)
     return features, log_px, kl, prior.loc, prior.scale
 
@@ -139,6 +135,12 @@ def _score(
 @cache
 def _compiled_score() -> Callable[..., tuple[Tensor, ...]]:
     return torch.compile(_score)
+
+
+def _join(*values: Tensor | None) -> Tensor:
+    """Return values side by side, without those that are absent."""
+    there = [value for value in values if value is not None]
+    return there[0] if len(there) == 1 else torch.cat(there, -1)
 
 
 def _batch_first(normal: Normal) -> Normal:
@@ -289,8 +291,8 @@ class VRNN(nn.Module):
         self.input_std.copy_(torch.where((std > 0) & self.decoder.head.scales_inputs, std, 1.0))
         self.decoder.head.start_from(mean)
 
-    def look(self, x: Tensor, counted: Tensor | None) -> Tensor:
-        """Return what phi_x reads of frames: centred values, and where it is told, which were measured.
+    def standardize_input(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Return what phi_x reads of frames: standardised values and, if it reads that, which were measured.
 
         Args:
             x: Frames, shape (..., features).
@@ -302,6 +304,117 @@ class VRNN(nn.Module):
         if not self.missing:
             return centred
         return torch.cat([centred, torch.ones_like(centred) if counted is None else counted.to(centred)], -1)
+
+    def extract_x(self, x: Tensor, counted: Tensor | None = None, masks: Masks | None = None) -> Tensor:
+        """Return the features of frames, shape (..., width), with their dropout applied.
+
+        Args:
+            x: Frames, shape (..., features).
+            counted: True at real, measured values, shape (..., features); ``None`` for all.
+            masks: Dropout.
+        """
+        features = self.phi_x(self.standardize_input(x, counted))
+        return features if masks is None else features * masks.phi_x
+
+    def extract_z(self, z: Tensor, masks: Masks | None = None) -> Tensor:
+        """Return the features of latents, shape (..., width), with their dropout applied.
+
+        Args:
+            z: Latents, shape (..., latent).
+            masks: Dropout.
+        """
+        features = z if self.phi_z is None else self.phi_z(z)
+        return features if masks is None else features * masks.phi_z
+
+    def prior_dist(self, h: Tensor, inputs: Tensor | None = None) -> Factorised:
+        r"""Return the prior :math:`p(z_t \mid x_{<t}, z_{<t})` (Chung et al. 2015, eq. 5).
+
+        Args:
+            h: h_{t-1} of the top layer, shape (..., hidden), with its dropout applied.
+            inputs: Covariates of step t, shape (..., covariates), if the model reads any.
+        """
+        if self.prior is None:
+            return Factorised(Normal(h[..., :0], h[..., :0], validate_args=False))
+        return self.prior(_join(h, inputs))
+
+    def emission_dist(self, z_features: Tensor, h: Tensor, inputs: Tensor | None = None) -> Distribution:
+        r"""Return the emission :math:`p(x_t \mid z_{\le t}, x_{<t})` (Chung et al. 2015, eq. 6).
+
+        Args:
+            z_features: Features of z_t, shape (..., width), with their dropout applied; of width 0 without a latent.
+            h: h_{t-1} of the top layer, shape (..., hidden), with its dropout applied.
+            inputs: Covariates of step t, shape (..., covariates), if the model reads any.
+        """
+        return cast(Distribution, self.decoder.head(self.emission_features(z_features, h, inputs)))
+
+    def emission_features(self, z_features: Tensor | None, h: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """Return what the head of the emission reads, shape (..., width); arguments as of :meth:`emission_dist`."""
+        return cast(Tensor, self.decoder.body(_join(z_features, h, inputs)))
+
+    def next_state(
+        self,
+        x_features: Tensor,
+        z_features: Tensor,
+        state: State,
+        inputs: Tensor | None = None,
+        masks: Masks | None = None,
+    ) -> tuple[Tensor, State]:
+        r"""Return the recurrence :math:`h_t = f(\varphi_x(x_t), \varphi_z(z_t), h_{t-1})` (Chung et al. 2015, eq. 7).
+
+        Args:
+            x_features: Features of x_t, shape (batch, width), with their dropout applied.
+            z_features: Features of z_t, shape (batch, width), with their dropout applied; of width 0 without a latent.
+            state: State before the step.
+            inputs: Covariates of step t, shape (batch, covariates), if the model reads any.
+            masks: Dropout of what networks and upper layers read of h.
+
+        Returns:
+            h_t of the top layer as the networks read it, shape (batch, hidden), and the state after the step.
+        """
+        below, hs, cs = _join(x_features, inputs, z_features), [], []
+        for layer, cell in enumerate(self.cells):
+            if state.c is None:
+                h = cell(below, state.h[:, layer])
+            else:
+                h, c = cell(below, (state.h[:, layer], state.c[:, layer]))
+                cs.append(c)
+            hs.append(h)
+            below = h if masks is None else h * masks.h[:, layer]
+        return below, State(torch.stack(hs, 1), torch.stack(cs, 1) if cs else None)
+
+    def posterior_dist(
+        self,
+        x_features: Tensor,
+        h: Tensor,
+        prior: Factorised | None = None,
+        inputs: Tensor | None = None,
+        future: Tensor | None = None,
+    ) -> Factorised:
+        r"""Return the posterior :math:`q(z_t \mid x_{\le t}, z_{<t})` (Chung et al. 2015, eq. 9).
+
+        Args:
+            x_features: Features of x_t, shape (..., width), with their dropout applied.
+            h: h_{t-1} of the top layer, shape (..., hidden), with its dropout applied.
+            prior: The prior, if it is known, for a residual posterior.
+            inputs: Covariates of step t, shape (..., covariates), if the model reads any.
+            future: State of the recurrence that reads backwards, shape (..., hidden), for smoothing.
+        """
+        if self.encoder is None:
+            return self.prior_dist(h, inputs)
+        posterior = cast(Factorised, self.encoder(_join(x_features, inputs, future, h)))
+        if not self.residual_posterior:
+            return posterior
+        prior = self.prior_dist(h, inputs) if prior is None else prior
+        base = posterior.base_dist
+        return Factorised(Normal(base.loc + prior.base_dist.loc, base.scale, validate_args=False))
+
+    def describe_step(self, purpose: Purpose) -> str:
+        """Return which lines of a step are computed before, inside and after the time loop.
+
+        Args:
+            purpose: "infer" for training and evaluation, "filter", "stream" or "generate".
+        """
+        return str(partition(self, purpose))
 
     def initial_state(self, batch_size: int) -> State:
         """Return the zero state for ``batch_size`` sequences."""
@@ -350,19 +463,10 @@ class VRNN(nn.Module):
             inputs = batch.inputs.to(batch.x).masked_fill(~batch.mask[..., None], 0.0)
         return replace(batch, x=batch.x.masked_fill(~batch.counted, 0.0), inputs=inputs)
 
-    def _reads(self, batch: SequenceBatch, masks: Masks | None, future: Tensor | None) -> Reads:
+    def _network_inputs(self, batch: SequenceBatch, masks: Masks | None, future: Tensor | None) -> NetworkInputs:
         """Return what the networks read of a clean batch, time first."""
-        phi_x, inputs = self._seen(batch, masks)
-        cell = torch.cat([phi_x, inputs], -1) if self.num_inputs else phi_x
-        encoder = cell if future is None else torch.cat([cell, future], -1)
-        return Reads(cell, encoder, inputs)
-
-    def _seen(self, batch: SequenceBatch, masks: Masks | None) -> tuple[Tensor, Tensor]:
-        """Return phi_x and the covariates of a clean batch, each (time, batch, width)."""
-        phi_x = self.phi_x(self.look(batch.x, batch.counted).transpose(0, 1))
-        if masks is not None:
-            phi_x = phi_x * masks.phi_x
-        return phi_x, phi_x[..., :0] if batch.inputs is None else batch.inputs.transpose(0, 1)
+        x_features = self.extract_x(batch.x.transpose(0, 1), batch.counted.transpose(0, 1), masks)
+        return NetworkInputs(x_features, None if batch.inputs is None else batch.inputs.transpose(0, 1), future)
 
     def _future(self, batch: SequenceBatch, masks: Masks | None) -> Tensor | None:
         """Return what the smoothing posterior knows beforehand, or ``None``.
@@ -371,8 +475,8 @@ class VRNN(nn.Module):
         """
         if self.backward_rnn is None:
             return None
-        phi_x, inputs = self._seen(batch, masks)
-        reads, lengths = torch.cat([phi_x, inputs], -1) if self.num_inputs else phi_x, batch.lengths
+        x_features, inputs, _ = self._network_inputs(batch, masks, None)
+        reads, lengths = _join(x_features, inputs), batch.lengths
         time = torch.arange(len(reads), device=lengths.device)[:, None]
         mirrored = torch.where(time < lengths, lengths - 1 - time, time)
         rows = torch.arange(len(lengths), device=lengths.device)
@@ -422,30 +526,25 @@ class VRNN(nn.Module):
         masks: Masks | None,
         samples: int,
         future: Tensor | None,
-        choose: Choose | None = None,
+        resample: Resample | None = None,
     ) -> _Inferred:
         """Infer the latents of a clean batch."""
         if len(state.h) != samples * len(batch):
             raise UserError(f"a state of {len(state.h)} rows, but {samples} x {len(batch)} trajectories are inferred")
         self._require_state(state)
         self._prune()
-        reads = self._reads(batch, masks, future)
+        data = self._network_inputs(batch, masks, future)
         lengths = repeat_rows(batch.lengths, samples)
-        noise = noise.transpose(0, 1).contiguous()
-        steps = unroll(self, reads, noise, state, lengths, masks, samples, choose)
-        hidden = steps.hidden
-        if batch.inputs is not None:
-            hidden = torch.cat([hidden, repeat_rows(batch.inputs, samples).transpose(0, 1)], -1)
-        x = repeat_rows(batch.x, samples).transpose(0, 1)
+        steps = infer(self, data, noise.transpose(0, 1).contiguous(), state, lengths, masks, samples, resample)
+        x, mask = repeat_rows(batch.x, samples).transpose(0, 1), repeat_rows(batch.mask, samples).t()
         observed = None if batch.observed is None else repeat_rows(batch.counted, samples).transpose(0, 1)
-        mask = repeat_rows(batch.mask, samples).t()
-        latent = None if self.prior is None else (steps.mean, steps.std)
+        inputs = None if batch.inputs is None else repeat_rows(batch.inputs, samples).transpose(0, 1)
         scored = _compiled_score() if self.compiled else _score
-        features, log_px, *of_latent = scored(self, steps.phi_z, hidden, latent, steps.prior, x, mask, observed)
-        if latent is None:
+        features, log_px, *of_latent = scored(self, steps, x, mask, observed, inputs)
+        if steps.posterior is None:
             return _Inferred(steps, mask, features, log_px, None, None, None)
         kl, mean, std = of_latent
-        posterior, prior = Normal(*latent, validate_args=False), Normal(mean, std, validate_args=False)
+        posterior, prior = (Normal(*moments, validate_args=False) for moments in (steps.posterior, (mean, std)))
         return _Inferred(steps, mask, features, log_px, kl, posterior, prior)
 
     def _trace(
@@ -458,7 +557,8 @@ class VRNN(nn.Module):
         future: Tensor | None,
     ) -> Trace:
         steps, mask, features, log_px, kl, posterior, prior = self._infer(batch, noise, state, masks, samples, future)
-        z, features, hidden = (part.transpose(0, 1) for part in (steps.z, features, steps.hidden))
+        features, hidden = features.transpose(0, 1), steps.h.transpose(0, 1)
+        z = hidden[..., :0] if steps.z is None else steps.z.transpose(0, 1)
         if kl is None or posterior is None or prior is None:
             return Trace(log_px.t(), z, mask.t(), features, self.decoder.head, None, None, z, steps.state, hidden)
         q, p = (Factorised(_batch_first(normal)) for normal in (posterior, prior))
@@ -644,22 +744,25 @@ class VRNN(nn.Module):
         x = repeat_rows(batch.x, samples)
         inputs = None if batch.inputs is None else repeat_rows(batch.inputs, samples)
 
-        def choose(t: int, now: Now) -> Tensor | None:
-            known = now.hidden if inputs is None else torch.cat([now.hidden, inputs[:, t]], -1)
-            emission = self.decoder(torch.cat([now.phi_z, known], -1))
-            increments = log_prob(emission, x[:, t], None if observed is None else observed[:, t])
-            if self.prior is not None and self.encoder is not None:
-                posterior = Factorised(Normal(*self.encoder.head.moments(now.raw), validate_args=False))
-                prior = self.prior(known)
-                increments = increments + beta * log_ratio(prior, posterior, now.z)
+        def resample(t: int, step: StepView) -> Tensor | None:
+            now = None if observed is None else observed[:, t]
+            increments = log_prob(self.decoder.head(step.emission), x[:, t], now)
+            if step.posterior is not None and self.encoder is not None:
+                posterior = Factorised(Normal(*self.encoder.head.moments(step.posterior), validate_args=False))
+                if step.prior is None:
+                    prior = self.prior_dist(step.h, None if inputs is None else inputs[:, t])
+                else:
+                    network = cast("Network[Gaussian]", self.prior)
+                    prior = Factorised(Normal(*network.head.moments(step.prior), validate_args=False))
+                increments = increments + beta * log_ratio(prior, posterior, cast(Tensor, step.z))
             assert draws is not None
             return weights.advance(t, increments.unflatten(0, (samples, -1)), draws[t].t())
 
         drawn = noise.over_time(self.latent_size, samples)
-        found = self._infer(batch, drawn, state, masks, samples, future, None if draws is None else choose)
+        found = self._infer(batch, drawn, state, masks, samples, future, None if draws is None else resample)
         increments = found.log_px
         if found.prior is not None and found.posterior is not None:
-            ratio = log_ratio(Factorised(found.prior), Factorised(found.posterior), found.steps.z)
+            ratio = log_ratio(Factorised(found.prior), Factorised(found.posterior), cast(Tensor, found.steps.z))
             increments = increments + beta * torch.where(found.mask, ratio, 0.0)
         increments = increments.unflatten(1, (samples, -1))
         gradient = resampling is not None and resampling.gradient
@@ -714,7 +817,7 @@ class VRNN(nn.Module):
             if inputs is None or tuple(inputs.shape) != needed:
                 given = "none" if inputs is None else f"shape {tuple(inputs.shape)}"
                 raise UserError(f"inputs: the model reads covariates of shape {needed}, but got {given}")
-        return free_run(self, steps, state, inputs if self.num_inputs else None, temperature)
+        return generate(self, steps, state, inputs if self.num_inputs else None, temperature)
 
     def stream(
         self,

@@ -17,8 +17,7 @@ from vrnn_lightning.inference.parts import (
     RESAMPLING,
     drawn_by_weight,
 )
-from vrnn_lightning.recurrence import log_ratio, repeat_rows
-from vrnn_lightning.recurrence.textbook import advanced
+from vrnn_lightning.recurrence import log_ratio, output, repeat_rows
 from vrnn_lightning.vrnn import VRNN
 
 __all__ = ["Imputer"]
@@ -49,44 +48,31 @@ class Imputer:
     def run(self) -> Imputer:
         """Follow the sequences to their ends."""
         model, batch, count = self.model, self.batch, self.particles
-        state = model.initial_state(count * len(batch))
-        states, layers = list(state.layers()), len(model.cells)
-        future = model._future(batch, None)
+        state, future = model.initial_state(count * len(batch)), model._future(batch, None)
         for t in range(batch.x.shape[1]):
             x, counted = (repeat_rows(part[:, t], count) for part in (batch.x, batch.counted))
-            u = [] if batch.inputs is None else [repeat_rows(batch.inputs[:, t], count)]
-            ahead = [] if future is None else [repeat_rows(future[t], count)]
-            known = torch.cat([states[layers - 1], *u], -1)
-            increments, phi_z = self._latent(x, counted, known, [*u, *ahead, states[layers - 1]])
-            emission = model.decoder(torch.cat([phi_z, known], -1))
+            inputs = None if batch.inputs is None else repeat_rows(batch.inputs[:, t], count)
+            later, h = None if future is None else repeat_rows(future[t], count), output(state)
+            prior = model.prior_dist(h, inputs)
+            posterior = model.posterior_dist(model.extract_x(x, counted), h, prior, inputs, later)
+            is_seen = counted.any(-1)
+            z = torch.where(is_seen[:, None], posterior.sample(), prior.sample())
+            z_features = model.extract_z(z)
+            emission = model.emission_dist(z_features, h, inputs)
+            increments = torch.where(is_seen, log_ratio(prior, posterior, z), 0.0)
             increments = increments + log_prob(emission, x, None if counted.all() else counted)
             frame = _completed(emission, x, counted)
-            seen = model.look(x, counted) if model.missing else model.look(frame, None)
-            states = advanced(model, torch.cat([model.phi_x(seen), *u, phi_z], -1), states)
+            x_features = model.extract_x(x, counted) if model.missing else model.extract_x(frame)
+            _, state = model.next_state(x_features, z_features, state, inputs)
             draws = torch.rand(RESAMPLING.draws(count), len(batch), device=x.device)
             self.frames.append(frame.unflatten(0, (count, -1)))
             self.log_weights.append(self.weights.log_weights)
             self.increments.append(increments.unflatten(0, (count, -1)))
             source = self.weights.advance(t, self.increments[-1], draws)
             if source is not None:
-                states = [part[source] for part in states]
+                state = state.select(source)
             self.ancestors.append(None if source is None else source.unflatten(0, (count, -1)) // len(batch))
         return self
-
-    def _latent(self, x: Tensor, counted: Tensor, known: Tensor, rest: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Draw z_t; return what it adds to the log-weights, shape (rows,), and phi_z(z_t)."""
-        model = self.model
-        if model.prior is None or model.encoder is None or model.phi_z is None:
-            return x.new_zeros(len(x)), x.new_zeros(len(x), 0)
-        prior = model.prior(known)
-        posterior = cast(Factorised, model.encoder(torch.cat([model.phi_x(model.look(x, counted)), *rest], -1)))
-        mean, std = posterior.base_dist.loc, posterior.base_dist.scale
-        if model.residual_posterior:
-            mean = mean + prior.mean
-        posterior = Factorised(torch.distributions.Normal(mean, std, validate_args=False))
-        there = counted.any(-1)
-        z = torch.where(there[:, None], posterior.sample(), prior.sample())
-        return torch.where(there, log_ratio(prior, posterior, z), 0.0), model.phi_z(z)
 
     def draws(self, row: int, samples: int, lag: int) -> Tensor:
         """Return a sequence with its gaps filled, shape (samples, time, features), in scaled units."""

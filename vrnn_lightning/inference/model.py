@@ -29,8 +29,7 @@ from vrnn_lightning.inference.parts import (
 )
 from vrnn_lightning.inference.session import Session
 from vrnn_lightning.noise import Noise
-from vrnn_lightning.recurrence import State, repeat_rows
-from vrnn_lightning.recurrence.textbook import advanced
+from vrnn_lightning.recurrence import State, output, repeat_rows
 from vrnn_lightning.vrnn import VRNN, Particles, Trace
 
 __all__ = ["Encoding", "Given", "Inference"]
@@ -198,15 +197,11 @@ class Inference:
             raise UserError(f"inputs: the model reads covariates of shape {needed}")
         with self._at_work(None):
             known = self._to_model(inputs) if model.num_inputs else None
-            states = list(model.initial_state(len(latents)).layers())
-            frames = []
-            for t, phi_z in enumerate(model.phi_z(latents.to(model.input_mean)).unbind(1)):
-                u = [] if known is None else [known[:, t]]
-                frame = _rounded(
-                    model.decoder.head, model.decoder(torch.cat([phi_z, states[len(model.cells) - 1], *u], -1)).mean
-                )
-                seen = model.phi_x(model.look(frame, None))
-                states = advanced(model, torch.cat([seen, *u, phi_z], -1), states)
+            state, frames = model.initial_state(len(latents)), []
+            for t, z_features in enumerate(model.extract_z(latents.to(model.input_mean)).unbind(1)):
+                now = None if known is None else known[:, t]
+                frame = _rounded(model.decoder.head, model.emission_dist(z_features, output(state), now).mean)
+                _, state = model.next_state(model.extract_x(frame), z_features, state, now)
                 frames.append(frame)
             return self.scaler.unscale(torch.stack(frames, 1))
 

@@ -38,12 +38,10 @@ def upcoming(model: VRNN, hidden: Tensor, inputs: Tensor | None, noise: Tensor) 
     Returns:
         Features of the emission's head, shape (rows, width).
     """
-    known = torch.cat([hidden, cast(Tensor, inputs).to(hidden)], -1) if model.num_inputs else hidden
-    if model.prior is None or model.phi_z is None:
-        return cast(Tensor, model.decoder.body(known))
-    prior = model.prior(known).base_dist
-    z = prior.loc + prior.scale * noise.to(known)
-    return cast(Tensor, model.decoder.body(torch.cat([model.phi_z(z.to(known)), known], -1)))
+    inputs = cast(Tensor, inputs).to(hidden) if model.num_inputs else None
+    prior = model.prior_dist(hidden, inputs).base_dist
+    z = prior.loc + prior.scale * noise.to(prior.loc)
+    return model.emission_features(model.extract_z(z.to(hidden)), hidden, inputs)
 
 
 class Predictive(Distribution):
