@@ -429,7 +429,10 @@ def wrong(seed: int) -> Iterator[Case]:
         yield Case(f"python: {key} is {name}", in_python(found, VRNNLightningModule), refused=False)
         yield Case(f"python, data: {key} is {name}", in_python(found, SequenceDataModule), refused=False)
         yield Case(f"fit: without {key}", on_line(without(key), lines[1]), refused=False)
+        yield Case(f"fit: {key} is laughs", on_line(with_value((key,), laughs()), lines[1]), refused=False)
     paths = sorted(inside(content()), key=str)
+    for path in [path for path in paths if len(path) == 3 and path[0] == "optimizer_states"]:
+        yield Case(f"fit: {path} is laughs", on_line(with_value(path, laughs()), lines[1]), refused=False)
     for path in draw.sample(paths, min(60, len(paths))):
         name, words = draw.choice(sorted(values)), draw.choice([lines[0], lines[1], lines[1]])
         place = ".".join(str(key).partition("{")[0] for key in path)

@@ -142,7 +142,8 @@ def test_options_of_a_command_are_those_of_the_command_line(renamed):
     assert found == {"fit": {"model": {"latent_size": 2, "name": "OldT"}}}
 
 
-@pytest.mark.parametrize("number", [0, -1, True, "2", 1.0])
+@pytest.mark.parametrize("number", [0, -1, True, "2", 1.0, [[2]]])
 def test_a_format_is_a_positive_number(number):
-    with pytest.raises(UserError, match=rf"a\.ckpt: its format {number!r} is (not a number|below 1). Fix:"):
+    what = "of type list" if isinstance(number, list) else repr(number)
+    with pytest.raises(UserError, match=rf"a\.ckpt: its format {what} is (not a number|below 1). Fix:"):
         compatibility.require_known_format(number, "a.ckpt")

@@ -395,6 +395,11 @@ def test_a_model_of_own_classes_comes_back(own, folder):
             VRNNLightningModule.load_from_checkpoint("a.ckpt", emission=head, **options)
 
 
+LAUGHS: list[Any] = ["x"]
+for _ in range(14):
+    LAUGHS = [LAUGHS] * 3  # five million texts in a file of a kilobyte
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -410,6 +415,7 @@ def test_a_model_of_own_classes_comes_back(own, folder):
         ({"loops": {"a": [[[[[[0]]]]]]} | {str(i): [0] * 999 for i in range(300)}}, "loops: holds more than"),
         ({"pytorch-lightning_version": "no version"}, "is not a version"),
         ({"optimizer_states": [1]}, "optimizer_states are not states"),
+        ({"optimizer_states": [{"state": {0: {"exp_avg": LAUGHS}}}]}, "optimizer_states: holds more than"),
         ({"loops": {"fit_loop": {"epoch_progress": 3}}}, "its state does not fit this run"),
         ({"loops": {"fit_loop": {"epoch_progress": {"total": {"ready": "3"}}}}}, "ready is not a count"),
     ],

@@ -163,8 +163,9 @@ def _require_shape(content: Any, place: str) -> None:
             raise UserError(f"{place}: its {key} is {content[key]}. {FIX}")
     if not re.fullmatch(r"\d+(\.\d+)*[.\w+]*", content.get("pytorch-lightning_version", "2")):
         raise UserError(f"{place}: its pytorch-lightning_version is not a version. {FIX}")
+    for key in content.keys() - {"state_dict"}:
+        require_bounded(content[key], f"{place}: its {key[:80]}")
     for key in OPTIONS:
-        require_bounded(content.get(key), f"{place}: its {key}")
         if isinstance(content.get(key), dict) and not all(isinstance(name, str) for name in content[key]):
             raise UserError(f"{place}: its {key} has names that are not text. {FIX}")
     if not all(isinstance(name, str) for name in content.get("callbacks", {})):

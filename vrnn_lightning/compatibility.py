@@ -63,8 +63,9 @@ def require_known_format(number: object, place: object) -> None:
     if number is None:
         return
     if type(number) is not int or number < 1:
-        reason = "is not a number" if type(number) is not int else "is below 1"
-        raise UserError(f"{place}: its format {number!r} {reason}. Fix: give a file that vrnn-lightning wrote")
+        what = repr(number)[:80] if isinstance(number, (int, float, str)) else f"of type {type(number).__name__}"
+        reason = "is below 1" if type(number) is int else "is not a number"
+        raise UserError(f"{place}: its format {what} {reason}. Fix: give a file that vrnn-lightning wrote")
     if number > FORMAT:
         raise UserError(
             f"{place}: has format {number}, but this version of vrnn-lightning reads formats up to {FORMAT}. "
