@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from vrnn_lightning import VRNN, Layers, SequenceBatch
+from vrnn_lightning import VRNN, Layers, SequenceBatch, build_vrnn
 from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.heads import Bernoulli, Gaussian
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO
-from vrnn_lightning.recurrence import readable_loop, readable_filter, readable_generation
+from vrnn_lightning.recurrence import readable_filter, readable_generation, readable_loop
 
 NETWORKS = ("phi_x", "phi_z", "prior", "encoder", "decoder")
 
@@ -74,7 +74,7 @@ def make(size: Size, device: str, emission: Callable[..., nn.Module] = Gaussian)
     """Return a model and a batch."""
     torch.manual_seed(0)
     layers = dict.fromkeys(NETWORKS, Layers(size.h))
-    model = VRNN(size.x, size.z, size.h, cell=size.cell, emission=emission, **layers).to(device)
+    model = build_vrnn(size.x, size.z, size.h, cell=size.cell, emission=emission, **layers).to(device)
     x = torch.randn(size.batch, size.steps, size.x, device=device)
     x = (x > 1.5).float() if emission is Bernoulli else x
     return model, SequenceBatch(x, torch.full((size.batch,), size.steps, device=device))

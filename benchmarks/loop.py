@@ -172,7 +172,7 @@ def streamed(size: Size) -> Callable[[], None]:
         carried = None
         for _ in range(0, size.steps, 100):
             found = ELBO()(model, batch, Noise(batch), 1.0, lambda x: x, carried)
-            carried = found.carried.restart(torch.zeros(size.batch, dtype=torch.bool))
+            carried = found.carried.reset_rows(torch.zeros(size.batch, dtype=torch.bool))
             optimizer.zero_grad()
             (-found.value).backward()
             optimizer.step()

@@ -34,7 +34,7 @@ from vrnn_lightning.heads import (
     tempered,
 )
 from vrnn_lightning.heads.gamma import inverse_softplus, log_gamma_ratio, log_softplus
-from vrnn_lightning.vrnn import VRNN
+from vrnn_lightning.vrnn import build_vrnn
 
 
 def features(*shape: int) -> Tensor:
@@ -284,7 +284,7 @@ def test_check_accepts_draws_and_refuses_what_has_no_probability(case):
 
 @every_head
 def test_head_in_a_model(case):
-    model = VRNN(case.num_features, latent_size=2, hidden_size=5, emission=case.make)
+    model = build_vrnn(case.num_features, latent_size=2, hidden_size=5, emission=case.make)
     model.start_from(case.data(case.tails[-1]) * 0.3, torch.ones(case.num_features))
     x = model.generate(steps=6, batch_size=3).x
     assert x.shape == (3, 6, case.num_features)

@@ -353,7 +353,7 @@ def joint(module, x, draws):
         if not value.isnan():
             log_weight = log_weight + emission.log_prob(frame)
         frames.append(frame)
-        h = vrnn.cells[0](torch.cat([vrnn.phi_x(vrnn.look(frame, None)), vrnn.phi_z(z)], -1), h)
+        h = vrnn.cells[0](torch.cat([vrnn.phi_x(vrnn.standardize_input(frame)), vrnn.phi_z(z)], -1), h)
     weights = log_weight.softmax(0)
     return scaler.unscale(torch.stack(frames, 1))[..., 0], weights
 

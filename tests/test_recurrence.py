@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from vrnn_lightning import VRNN, Layers, SequenceBatch, UserError
+from vrnn_lightning import VRNN, Layers, SequenceBatch, UserError, build_vrnn
 from vrnn_lightning.heads import Bernoulli, Gaussian, GaussianMixture
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import State, readable_loop
@@ -27,7 +27,7 @@ def make_model(
 ) -> VRNN:
     torch.manual_seed(1)
     networks = {name: Layers(width, depth) for name, width in zip(NETWORKS, (5, 6, 7, 8, 9), strict=True)}
-    model = VRNN(features, latent, 10, cell=cell, emission=emission, **{**networks, **options}).double()
+    model = build_vrnn(features, latent, 10, cell=cell, emission=emission, **{**networks, **options}).double()
     model.start_from(torch.rand(features).double() * 0.5 + 0.2, torch.rand(features).double() + 0.5)
     return model
 
@@ -367,7 +367,9 @@ def test_generation_uses_the_equations_of_training(cell, latent):
     for t in range(6):
         features = [model.phi_z(z[:, t]), h] if latent else [h]
         means.append(model.decoder(torch.cat(features, -1)).mean)
-        inputs = torch.cat([model.phi_x(model.standardize_input(x[:, t], torch.ones_like(x[:, t]).bool())), *features[:-1]], -1)
+        inputs = torch.cat(
+            [model.phi_x(model.standardize_input(x[:, t], torch.ones_like(x[:, t]).bool())), *features[:-1]], -1
+        )
         if cell == "gru":
             h = model.cells[0](inputs, h)
         else:
@@ -412,7 +414,7 @@ def test_generation_goes_on_from_a_state():
 )
 def test_absurd_sizes_are_refused(options, word):
     with pytest.raises(UserError, match=word):
-        VRNN(**{"num_features": 3, **options})
+        build_vrnn(**{"num_features": 3, **options})
 
 
 def test_layers_need_a_width_and_a_depth():

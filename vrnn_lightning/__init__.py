@@ -5,7 +5,7 @@ from vrnn_lightning.data import Scaler, SequenceDataModule
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.nn import Layers
-from vrnn_lightning.vrnn import VRNN
+from vrnn_lightning.vrnn import VRNN, build_vrnn
 
 __all__ = [
     "VRNN",
@@ -16,5 +16,6 @@ __all__ = [
     "SequenceDataModule",
     "UserError",
     "VRNNLightningModule",
+    "build_vrnn",
 ]
 __version__ = "0.1.0"

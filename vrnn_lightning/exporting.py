@@ -36,7 +36,7 @@ class _Step(nn.Module):
 
     def __init__(self, model: VRNN, scaler: Scaler) -> None:
         super().__init__()
-        model._prune()
+        model.apply_pruning()
         self.model = copy.deepcopy(model).cpu().eval()
         self.register_buffer("scale_mean", scaler.mean.detach().clone().cpu())
         self.register_buffer("scale_std", scaler.std.detach().clone().cpu())

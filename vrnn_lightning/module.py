@@ -25,16 +25,17 @@ from vrnn_lightning.compatibility import FORMAT, KEY, OPTIMIZED, upgrade
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.exporting import Exported
+from vrnn_lightning.filtering import Particles
 from vrnn_lightning.heads import Gaussian, Head
 from vrnn_lightning.inference import Inference
 from vrnn_lightning.metrics import ActiveUnits, Bound, Estimate
 from vrnn_lightning.nn import Layers
 from vrnn_lightning.noise import Noise
-from vrnn_lightning.objectives import ELBO, Carried, ImportanceBound, Objective
+from vrnn_lightning.objectives import ELBO, ImportanceBound, Objective, StreamState
 from vrnn_lightning.pretrained import Pretrained
 from vrnn_lightning.recurrence import State
 from vrnn_lightning.resuming import make_resumable, match_optimizer_states
-from vrnn_lightning.vrnn import VRNN, Particles, Trace
+from vrnn_lightning.vrnn import Trace, build_vrnn
 
 __all__ = ["VRNNLightningModule"]
 
@@ -108,7 +109,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         super().__init__()
         self.save_hyperparameters(logger=False)
         _make_storable(self.hparams)
-        self.vrnn = VRNN(
+        self.vrnn = build_vrnn(
             num_features,
             latent_size,
             hidden_size,
@@ -135,7 +136,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         self.traced = True
         """Whether ``predict_step`` infers latents; a callback may set it."""
         self._first_epoch = 0
-        self._carried: Carried | None = None
+        self._carried: StreamState | None = None
         self._resumed: list[list[Tensor]] | None = None
         self._loaded: dict[str, Any] | None = None
         self.batch_kl: Tensor | None = None
@@ -267,7 +268,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         value, log_px, kl, ahead = self.objective(
             self.vrnn, batch, noise, self.beta, self._total, self._carried_into(batch)
         )
-        self._carried = None if batch.reset is None else ahead.restart(torch.zeros_like(batch.reset))
+        self._carried = None if batch.reset is None else ahead.reset_rows(torch.zeros_like(batch.reset))
         steps, sequences = batch.lengths.sum(), (batch.lengths > 0).sum()
         samples = len(log_px) // len(batch)
         parts = (value, log_px.sum() / samples, kl.sum() / samples, steps, sequences)
@@ -287,7 +288,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
             self.log(f"train/{name}_per_sequence", part / all_sequences)
         return loss
 
-    def _carried_into(self, batch: SequenceBatch) -> Carried | None:
+    def _carried_into(self, batch: SequenceBatch) -> StreamState | None:
         """Return what goes on into a window of streams, anew where a sequence begins; ``None`` for whole sequences."""
         if batch.reset is None:
             return None
@@ -303,7 +304,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
             return None
         if len(self._carried.trajectories.log_weights[0]) != len(batch):
             raise UserError(f"{type(self._data).__name__}: streams must have as many rows in every batch of an epoch")
-        return self._carried.restart(batch.reset)
+        return self._carried.reset_rows(batch.reset)
 
     def _check(self, batch: SequenceBatch) -> None:
         """Refuse values that the emission can't score, and say what the model does not read."""
@@ -472,13 +473,13 @@ def _parameter_names(module: LightningModule, optimizer: Optimizer) -> list[str]
     return [names.get(id(parameter), "") for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _flatten(carried: Carried) -> list[list[Tensor]]:
+def _flatten(carried: StreamState) -> list[list[Tensor]]:
     """Return what is carried as lists of tensors, which load without running pickled code."""
     return [[part.log_weights, *(x for x in part.state if x is not None)] for part in carried if part is not None]
 
 
-def _unflatten(parts: list[list[Tensor]]) -> Carried:
-    return Carried(*(Particles(State(*states), log_weights) for log_weights, *states in parts))
+def _unflatten(parts: list[list[Tensor]]) -> StreamState:
+    return StreamState(*(Particles(State(*states), log_weights) for log_weights, *states in parts))
 
 
 def _wide() -> Any:

@@ -11,12 +11,9 @@ from torch.distributions import Categorical, Distribution
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.filtering import Weights
+from vrnn_lightning.filtering import ParticleWeights, draw_by_weight, map_tensors
 from vrnn_lightning.heads import Factorised, Mixture, log_prob
-from vrnn_lightning.inference.parts import (
-    RESAMPLING,
-    drawn_by_weight,
-)
+from vrnn_lightning.inference.parts import RESAMPLING
 from vrnn_lightning.recurrence import log_ratio, output, repeat_rows
 from vrnn_lightning.vrnn import VRNN
 
@@ -37,9 +34,11 @@ class Imputer:
 
     def __init__(self, model: VRNN, batch: SequenceBatch, particles: int) -> None:
         self.model, self.particles = model, particles
-        self.batch = model._clean(batch)
+        self.batch = model.mask_invalid(batch)
         size = len(batch)
-        self.weights = Weights(batch.lengths, batch.x.new_full((particles, size), -math.log(particles)), RESAMPLING)
+        self.weights = ParticleWeights(
+            batch.lengths, batch.x.new_full((particles, size), -math.log(particles)), RESAMPLING
+        )
         self.frames: list[Tensor] = []  # as drawn, each (particles, batch, features)
         self.ancestors: list[Tensor | None] = []  # of the particles after a step, each (particles, batch)
         self.log_weights: list[Tensor] = []  # before a step
@@ -48,7 +47,7 @@ class Imputer:
     def run(self) -> Imputer:
         """Follow the sequences to their ends."""
         model, batch, count = self.model, self.batch, self.particles
-        state, future = model.initial_state(count * len(batch)), model._future(batch, None)
+        state, future = model.initial_state(count * len(batch)), model.backward_states(batch, None)
         for t in range(batch.x.shape[1]):
             x, counted = (repeat_rows(part[:, t], count) for part in (batch.x, batch.counted))
             inputs = None if batch.inputs is None else repeat_rows(batch.inputs[:, t], count)
@@ -70,7 +69,7 @@ class Imputer:
             self.increments.append(increments.unflatten(0, (count, -1)))
             source = self.weights.advance(t, self.increments[-1], draws)
             if source is not None:
-                state = state.select(source)
+                state = map_tensors(lambda x, rows=source: x[rows], state)  # type: ignore[misc]
             self.ancestors.append(None if source is None else source.unflatten(0, (count, -1)) // len(batch))
         return self
 
@@ -85,7 +84,7 @@ class Imputer:
                 stop -= 1
                 continue
             shares = self._shares(row, stop - 1, min(stop - 1 + lag, length - 1))
-            chosen = drawn_by_weight(shares.log()[:, None], samples)[:, 0]
+            chosen = draw_by_weight(shares.log()[:, None], samples)[:, 0]
             apart = len(chosen.unique())
             while stop > 0 and open_steps[stop - 1] and len(chosen.unique()) >= apart / 2:
                 stop -= 1

@@ -18,19 +18,18 @@ from torch import Tensor
 from vrnn_lightning.batch import Sequence, SequenceBatch, pad
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.filtering import Filtered, Weights
+from vrnn_lightning.filtering import FilterResult, Particles, select_by_weight
 from vrnn_lightning.heads import Bernoulli, Head, Pen
 from vrnn_lightning.inference.imputing import Imputer
 from vrnn_lightning.inference.parts import (
     RESAMPLING,
-    choose,
     log_std,
     require,
 )
 from vrnn_lightning.inference.session import Session
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import State, output, repeat_rows
-from vrnn_lightning.vrnn import VRNN, Particles, Trace
+from vrnn_lightning.vrnn import VRNN, Trace
 
 __all__ = ["Encoding", "Given", "Inference"]
 
@@ -109,7 +108,7 @@ class Inference:
         """
         with self._at_work(seed):
             batch = self._batch(sequences, inputs)
-            (mean,), _ = self.vrnn.terms(batch, _noise(batch, seed), lambda trace: (trace.emission.mean,))
+            (mean,), _ = self.vrnn.collect(batch, _noise(batch, seed), lambda trace: (trace.emission.mean,))
             return _cut(self.scaler.unscale(mean), batch.lengths)
 
     def score(
@@ -135,7 +134,7 @@ class Inference:
             batch = self._batch(sequences, inputs)
             if samples == 1:
                 noise = _noise(batch, seed)
-                (nats,), _ = self.vrnn.terms(batch, noise, lambda trace: (trace.log_px - trace.kl.sum(-1),))
+                (nats,), _ = self.vrnn.collect(batch, noise, lambda trace: (trace.log_px - trace.kl.sum(-1),))
             else:
                 stream = self.vrnn.stream(len(batch), samples, resampling=RESAMPLING)
                 us = [None] * batch.x.shape[1] if batch.inputs is None else batch.inputs.unbind(1)
@@ -165,7 +164,7 @@ class Inference:
                     return trace.z, trace.z, trace.hidden
                 return trace.posterior.mean, trace.posterior.stddev, trace.hidden
 
-            (mean, std, before), state = self.vrnn.terms(batch, _noise(batch, seed), of)
+            (mean, std, before), state = self.vrnn.collect(batch, _noise(batch, seed), of)
             last = (torch.arange(before.shape[1], device=before.device) == batch.lengths[:, None] - 1)[..., None]
             hidden = torch.where(last, state.h[:, -1:], before.roll(-1, 1))
             parts = (_cut(part, batch.lengths) for part in (mean[..., :latent], std[..., :latent], hidden))
@@ -300,15 +299,17 @@ class Inference:
                 if self.vrnn.backward_rnn is not None:
                     particles, first = self.vrnn.new_particles(len(batch), samples), 0
                 window, drawn = batch.window(first, origin), noise.window(first, origin)
-                filtered = self.vrnn.filter(window, samples, RESAMPLING, drawn, carried=particles)
+                filtered = self.vrnn.filter(window, samples, RESAMPLING, drawn, particles=particles)
                 ahead = None if batch.inputs is None else batch.inputs[:, origin : origin + steps]
                 paths = self._paths(filtered, origin, steps, temperature, ahead, seed)
-                particles, first = _resampled(filtered, noise.window(origin - 1, origin)), origin
+                uniform = noise.window(origin - 1, origin).uniform_over_time(RESAMPLING.draws(samples))[:, 0].t()
+                particles = Particles(filtered.state, filtered.log_weights).resample_where_due(RESAMPLING, uniform)
+                first = origin
             yield paths
 
     def _paths(
         self,
-        filtered: Filtered,
+        filtered: FilterResult,
         origin: int,
         steps: int,
         temperature: float,
@@ -319,7 +320,7 @@ class Inference:
         samples, batch = filtered.log_weights.shape
         if seed is not None:
             torch.manual_seed(_mixed(seed, origin))
-        state = choose(filtered.log_weights, State(*filtered.states), samples)
+        state = select_by_weight(filtered.log_weights, filtered.state, samples)
         known = None if inputs is None else repeat_rows(cast(Tensor, self._to_model(inputs)), samples)
         drawn = self.vrnn.generate(steps, state=state, inputs=known, temperature=temperature).x
         paths: Tensor = self.scaler.unscale(drawn).unflatten(0, (samples, batch))
@@ -452,19 +453,6 @@ def _noise(batch: SequenceBatch, seed: int | None) -> Noise:
 def _mixed(seed: int, place: int) -> int:
     """Return a seed of a seed and a place."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {place}".encode(), digest_size=7).digest())
-
-
-def _resampled(filtered: Filtered, noise: Noise) -> Particles:
-    """Return the particles that a filter goes on with after its last step, drawn anew where that is due."""
-    log_weights, state = filtered.log_weights, State(*filtered.states)
-    samples, batch = log_weights.shape
-    endless = torch.full((batch,), 2**62, device=log_weights.device)
-    weights = Weights(endless, log_weights, RESAMPLING)
-    draws = noise.uniform_over_time(RESAMPLING.draws(samples))[:, 0].t()
-    source = weights.advance(0, torch.zeros_like(log_weights), draws)
-    if source is not None:
-        state = State(state.h[source], None if state.c is None else state.c[source])
-    return Particles(state, weights.log_weights)
 
 
 def _cut(values: Tensor, lengths: Tensor) -> list[Tensor]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import Resampling
-from vrnn_lightning.recurrence import State
 
-__all__ = ["RESAMPLING", "choose", "drawn_by_weight", "log_std", "require", "require_shape"]
+__all__ = ["RESAMPLING", "log_std", "require", "require_shape"]
 
 RESAMPLING = Resampling()
 """Of every particle filter here."""
@@ -41,21 +39,3 @@ def log_std(scaler: Scaler, counted: Tensor) -> Tensor:
     """Return the logarithm of the scaler's Jacobian at counted values, shape (...)."""
     jacobian: Tensor = (scaler.std.to(counted.device).double().log() * counted).sum(-1)
     return jacobian
-
-
-def drawn_by_weight(log_weights: Tensor, count: int) -> Tensor:
-    """Return indices drawn by weights of shape (particles, batch), systematically and in no order: (count, batch)."""
-    uniform = torch.rand(1, log_weights.shape[1], device=log_weights.device)
-    places = (uniform + torch.arange(count, device=uniform.device)[:, None]) / count
-    chosen = torch.searchsorted(
-        log_weights.double().softmax(0).cumsum(0).t().contiguous(), places.double().t().contiguous()
-    )
-    chosen = chosen.clamp(max=len(log_weights) - 1).t()
-    return chosen.gather(0, torch.rand(chosen.shape, device=chosen.device).argsort(0))
-
-
-def choose(log_weights: Tensor, state: State, count: int) -> State:
-    """Return states of particles drawn by their weights, shape (samples, batch), as ``count * batch`` rows."""
-    batch = log_weights.shape[1]
-    rows = (drawn_by_weight(log_weights, count) * batch + torch.arange(batch, device=log_weights.device)).flatten()
-    return State(state.h[rows], None if state.c is None else state.c[rows])

@@ -12,10 +12,10 @@ from torch.distributions import Categorical, Distribution
 
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.filtering import select_by_weight
 from vrnn_lightning.heads import Head, log_prob
 from vrnn_lightning.heads.base import SampleShape, at_least_float32
 from vrnn_lightning.inference.parts import (
-    choose,
     log_std,
     require,
     require_shape,
@@ -203,7 +203,7 @@ class Step:
         """
         require("steps", steps)
         require("samples", samples)
-        state = choose(self.log_weights, self.state, samples)
+        state = select_by_weight(self.log_weights, self.state, samples)
         known = None if inputs is None else repeat_rows(inputs.to(state.h), samples)
         drawn = self._model.generate(steps, state=state, inputs=known, temperature=temperature).x
         paths: Tensor = self._scaler.unscale(drawn).unflatten(0, (samples, self.log_weights.shape[1]))

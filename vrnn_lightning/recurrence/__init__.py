@@ -2,8 +2,8 @@
 
 :func:`infer` is what training runs: it holds only what depends on z_t, and no autograd graph. :func:`generate` draws
 sequences, and :class:`Stream` follows them frame by frame. All three run one layout of the step,
-:class:`~vrnn_lightning.recurrence.step.FastStep`. :func:`readable_loop` is the reference that they are tested against: it
-steps through the model's four methods.
+:class:`~vrnn_lightning.recurrence.step.FastStep`. :func:`readable_loop` is the reference that they are tested against:
+it steps through the model's four methods.
 """
 
 from vrnn_lightning.recurrence.generation import Generated, generate

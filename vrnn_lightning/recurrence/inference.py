@@ -11,7 +11,7 @@ from torch import Tensor
 from vrnn_lightning.heads import Gaussian, Network
 from vrnn_lightning.recurrence.operations import Pass
 from vrnn_lightning.recurrence.state import Masks, Networks, State, as_state
-from vrnn_lightning.recurrence.step import FastStep
+from vrnn_lightning.recurrence.step import FastStep, Purpose
 from vrnn_lightning.recurrence.tape import Tape
 
 __all__ = ["InferenceSteps", "NetworkInputs", "Resample", "StepView", "infer"]
@@ -106,7 +106,7 @@ def infer(
     given = {name: value for name, value in data._asdict().items() if value is not None}
     known = data.x_features if len(given) == 1 else torch.cat(list(given.values()), -1)
     widths = {name: value.shape[-1] for name, value in given.items()}
-    purpose = "infer" if resample is None else "filter"
+    purpose: Purpose = "infer" if resample is None else "filter"
     step = FastStep(model, tape, state, purpose, known, widths, noise, masks, samples)
     parts = {
         name: buffer

@@ -1,7 +1,7 @@
 """The readable loop: every step is the model's four methods, as the paper writes them. The tests' reference.
 
-Slow and plain: :func:`~vrnn_lightning.recurrence.infer`, the particle filter and generation are tested against it, values
-and gradients, and timed against it. Nothing else runs on it.
+Slow and plain: :func:`~vrnn_lightning.recurrence.infer`, the particle filter and generation are tested against it,
+values and gradients, and timed against it. Nothing else runs on it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.filtering import Filtered, Resampling, particle_filter
+from vrnn_lightning.filtering import FilterResult, Resampling, particle_filter
 from vrnn_lightning.heads import log_prob, tempered
 from vrnn_lightning.recurrence.generation import Generated
 from vrnn_lightning.recurrence.state import Masks, Networks, State, log_ratio, output, repeat_rows
@@ -59,10 +59,11 @@ def readable_loop(
     steps, future = [], readable_future(model, batch, masks)
     for t in range(batch.x.shape[1]):
         is_real = t < batch.lengths
-        *terms, z, after = readable_step(model, batch, t, state, noise[:, t], masks, future)
-        state = State(*(_where(is_real, new, old) for new, old in zip(after, state, strict=True)))
-        steps.append([*(_where(is_real, term, 0.0) for term in terms), z])
-    return StepTerms(*(torch.stack(term, 1) for term in zip(*steps, strict=True)), state)
+        step = readable_step(model, batch, t, state, noise[:, t], masks, future)
+        state = _next_where(is_real, step.state, state)
+        steps.append([*(_where(is_real, term, 0.0) for term in step[:3]), step.z])
+    log_px, kl, ratio, z = (torch.stack(term, 1) for term in zip(*steps, strict=True))
+    return StepTerms(log_px, kl, ratio, z, state)
 
 
 def readable_step(
@@ -99,10 +100,13 @@ def readable_step(
     return StepTerms(log_px, kl, log_ratio(prior, posterior, z), z, after)
 
 
-def _where(is_real: Tensor, new: Tensor | None, old: Tensor | float | None) -> Tensor | None:
-    if new is None or old is None:
-        return None
+def _where(is_real: Tensor, new: Tensor, old: Tensor | float) -> Tensor:
     return torch.where(is_real.view(-1, *[1] * (new.ndim - 1)), new, old)
+
+
+def _next_where(is_real: Tensor, new: State, old: State) -> State:
+    c = None if new.c is None or old.c is None else _where(is_real, new.c, old.c)
+    return State(_where(is_real, new.h, old.h), c)
 
 
 def readable_future(model: Networks, batch: SequenceBatch, masks: Masks | None = None) -> Tensor | None:
@@ -135,7 +139,7 @@ def readable_filter(
     resampling: Resampling | None,
     masks: Masks | None = None,
     beta: float = 1.0,
-) -> Filtered:
+) -> FilterResult:
     """Run the particle filter on readable steps, with a graph through all of it; not for smoothing.
 
     Args:
@@ -157,15 +161,12 @@ def readable_filter(
     many = SequenceBatch(spread(batch.x), spread(batch.lengths), observed, inputs)
     dropped = None if masks is None else Masks(*(spread(mask) for mask in masks))
 
-    def step(t: int, states: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        terms = readable_step(model, many, t, State(*states), noise[:, t], dropped)
-        increments = (terms.log_px + beta * terms.log_ratio).unflatten(0, (samples, -1))
-        return increments, tuple(part for part in terms.state if part is not None)
+    def step(t: int, state: State) -> tuple[Tensor, State]:
+        terms = readable_step(model, many, t, state, noise[:, t], dropped)
+        return (terms.log_px + beta * terms.log_ratio).unflatten(0, (samples, -1)), terms.state
 
-    uniforms, states = iter(draws.unbind(1)), tuple(part for part in state if part is not None)
-    return particle_filter(
-        step, states, batch.lengths, samples, batch.x.shape[1], resampling, lambda _: next(uniforms)
-    )
+    uniforms = iter(draws.unbind(1))
+    return particle_filter(step, state, batch.lengths, samples, batch.x.shape[1], resampling, lambda _: next(uniforms))
 
 
 @torch.no_grad()
@@ -190,4 +191,5 @@ def readable_generation(
         x = emission.sample()
         drawn.append((x, emission.mean, z))
         _, state = model.next_state(model.extract_x(x), z_features, state, now)
-    return Generated(*(torch.stack(part, 1) for part in zip(*drawn, strict=True)), state)
+    x, mean, z = (torch.stack(part, 1) for part in zip(*drawn, strict=True))
+    return Generated(x, mean, z, state)

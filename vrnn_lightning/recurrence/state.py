@@ -30,10 +30,6 @@ class State(NamedTuple):
         """Return h of each layer, then c of each layer, each (batch, hidden)."""
         return (*self.h.unbind(1), *(() if self.c is None else self.c.unbind(1)))
 
-    def select(self, rows: Tensor) -> State:
-        """Return the state of some rows, in their order."""
-        return State(self.h[rows], None if self.c is None else self.c[rows])
-
 
 class Masks(NamedTuple):
     """Dropout of a pass, the same at every step of a sequence: 0 or 1 / (1 - probability).

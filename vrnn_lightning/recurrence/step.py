@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from itertools import groupby, repeat
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -45,8 +45,8 @@ READS = {
 }
 """The values that the network computing a value reads, in the order of the columns of its first weight."""
 
-GIVEN = {purpose: ("x_features", "inputs", "future") for purpose in ("infer", "filter", "stream")}
-GIVEN["generate"] = ("inputs",)
+DATA = ("x_features", "inputs", "future")
+GIVEN: dict[Purpose, tuple[str, ...]] = {"infer": DATA, "filter": DATA, "stream": DATA, "generate": ("inputs",)}
 """Values that are given, or computed from given ones, for all steps beforehand; in the order of their columns."""
 
 READ_AT_ONCE: dict[Purpose, tuple[str, ...]] = {
@@ -213,7 +213,7 @@ class FastStep:
         if masks is not None:
             self.h = tape.buffer(hs[-1].width, tape.wide)
             tape.add(Scale(hs[-1], self._mask(masks.h[:, -1], tape.wide), self.h))
-        self.cells = [_CellSums(tape, cell, h, c) for cell, h, c in zip(cells, hs, cs or [None] * count, strict=True)]
+        self.cells = [_CellSums(tape, cell, h, c) for cell, h, c in zip(cells, hs, cs or repeat(None), strict=False)]
         networks = {
             name: network
             for name, network in (
@@ -287,7 +287,9 @@ class FastStep:
             self.prior = _lay_gaussian(self.tape, self._sums["prior"], self.model.prior)
 
     def _lay_posterior(self) -> None:
-        self.posterior = _lay_gaussian(self.tape, self._sums["posterior"], cast("Network[Gaussian]", self.model.encoder))
+        self.posterior = _lay_gaussian(
+            self.tape, self._sums["posterior"], cast("Network[Gaussian]", self.model.encoder)
+        )
 
     def _lay_z(self) -> None:
         tape, model = self.tape, self.model
@@ -417,7 +419,11 @@ def lay_features(
 
 
 def _lay_perceptron(
-    tape: Tape, first: Buffer, linears: Iterable[nn.Linear], mask: ParameterRef | None = None, into: Buffer | None = None
+    tape: Tape,
+    first: Buffer,
+    linears: Iterable[nn.Linear],
+    mask: ParameterRef | None = None,
+    into: Buffer | None = None,
 ) -> Buffer:
     """Add a perceptron from the sums of its first layer on."""
     rest = list(linears)[1:]

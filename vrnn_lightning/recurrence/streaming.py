@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.filtering import Resampling, Weights
+from vrnn_lightning.filtering import ParticleWeights, Resampling
 from vrnn_lightning.heads import Gaussian, Network, log_prob
 from vrnn_lightning.recurrence.state import Networks, State, as_state, repeat_rows
 from vrnn_lightning.recurrence.step import FastStep, lay_features
@@ -49,9 +49,8 @@ class Stream:
         self.batch = len(state.h) // samples
         with torch.inference_mode(False), torch.no_grad():  # steps may be taken in either mode
             self._lay(state)
-        endless = torch.full((self.batch,), 2**62, device=state.h.device)
         even = state.h.new_full((samples, self.batch), -math.log(samples))
-        self._weights = Weights(endless, even, resampling)
+        self._weights = ParticleWeights(None, even, resampling)
 
     def _lay(self, state: State) -> None:
         """Lay out the step, and before it the features of a frame, which all particles of a sequence share."""
@@ -127,13 +126,19 @@ class Stream:
         spread = repeat_rows(x, self.samples)
         increments = log_prob(emission, spread, None if observed is None else repeat_rows(counted, self.samples))
         increments = increments.to(self.log_weights) + self._log_ratio(h)
-        return self._weigh(increments.unflatten(0, (self.samples, self.batch)))
+        nats, rows = self._weights.follow(increments.unflatten(0, (self.samples, self.batch)))
+        if rows is not None:
+            self._step.select_rows(rows)
+        return nats
 
     def _log_ratio(self, h: Tensor | None) -> Tensor | float:
         """Return log p(z_t | .) - log q(z_t | .) of the step's latents, shape (rows,)."""
         if self._posterior is None:
             return 0.0
-        z, (_, std) = cast("Tensor", self._z), cast("Network[Gaussian]", self.model.encoder).head.moments(self._posterior)
+        z, (_, std) = (
+            cast("Tensor", self._z),
+            cast("Network[Gaussian]", self.model.encoder).head.moments(self._posterior),
+        )
         if self._prior is None:
             assert h is not None
             inputs = repeat_rows(self._known_inputs, self.samples).to(h) if self.inputs else None
@@ -142,18 +147,6 @@ class Stream:
             mean_0, std_0 = cast("Network[Gaussian]", self.model.prior).head.moments(self._prior)
             log_p = -(0.5 * ((z - mean_0) / std_0).square() + std_0.log()).sum(-1)
         return log_p + (0.5 * self._noise.square() + std.log()).sum(-1)
-
-    def _weigh(self, increments: Tensor) -> Tensor:
-        """Return the step's nats, shape (batch,), and let the weights, and where due the particles, follow."""
-        weights, draws = self._weights, None
-        if self.resampling is not None and self.samples > 1:
-            draws = torch.rand(self.resampling.draws(self.samples), self.batch).to(increments.device)
-        weights.total = torch.zeros_like(weights.total)  # of this step alone: a stream has no end
-        source = weights.advance(0, increments, draws)
-        weights.moves.clear()
-        if source is not None:
-            self._step.select_rows(source)
-        return weights.total
 
     @staticmethod
     def _require(name: str, given: Tensor | None, *shape: int) -> None:
