@@ -315,10 +315,12 @@ def _prefork_rank() -> None:
     spare = os.fork()
     if spare == 0:
         os.close(writer)
+        kept = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to all; this is no process yet
         with os.fdopen(reader) as pipe:
             environment = pipe.read()
         if not environment:
             os._exit(0)
+        signal.signal(signal.SIGINT, kept)
         os.environ.clear()
         os.environ.update(json.loads(environment))
         return

@@ -223,6 +223,18 @@ def test_a_save_by_step_waits_for_the_next_validation(lightning, tiny):
     assert state["best_model_score"].item() in scores(LAST.parents[1])
 
 
+@pytest.mark.parametrize(
+    "limit",
+    [("--trainer.max_epochs", 3), ("--trainer.max_epochs", 5, "--trainer.max_steps", 9)],
+    ids=["epochs", "steps"],
+)
+def test_the_last_checkpoint_of_a_run_that_saves_by_step_is_its_end(lightning, tiny, limit):
+    """Whether or not the number of steps is a multiple of it, so that an interrupted run ends with the same file."""
+    words = ("fit", "-c", tiny, "--data.train_size", 12, *limit, "--last.every_n_train_steps", 2)
+    assert lightning(*words).code == 0
+    assert torch.load(LAST, weights_only=True)["global_step"] == 9
+
+
 def test_a_save_by_step_comes_before_the_end_that_a_signal_asks_for(lightning, tiny, monkeypatch):
     step = VRNNLightningModule.training_step
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import yaml
@@ -244,8 +244,8 @@ class SaveConfig(SaveConfigCallback):
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, which saves where a resume is exact and knows its files in a folder that was moved.
 
-    Without a monitor it saves when all of an epoch is done (validated or not), when training ends within one, after
-    every validation within one, every so often by the clock, and when a signal ends the run. With a monitor that a
+    Without a monitor it saves when all of an epoch is done (validated or not), when training ends, after every
+    validation within an epoch, every so often by the clock, and when a signal ends the run. With a monitor that a
     validation yields, it saves after validations alone, so that no score is that of earlier weights.
 
     Args:
@@ -312,7 +312,7 @@ class RunCheckpoint(ModelCheckpoint):
             return
         epochs = self._every_n_epochs  # private parts: Lightning has no hook here
         if is_epoch_end:
-            wanted = epochs >= 1 and (trainer.current_epoch + 1) % epochs == 0
+            wanted = (epochs >= 1 and (trainer.current_epoch + 1) % epochs == 0) or _is_last_epoch(trainer)
         else:
             wanted = self._is_due_within(trainer)
         if stop or wanted or (save and self.every is not None):
@@ -369,6 +369,13 @@ class RunCheckpoint(ModelCheckpoint):
         if path and is_remote(str(self.dirpath)):
             return f"{self.dirpath}/{Path(path).name}"
         return str(Path(self.dirpath or "", Path(path).name)) if path else path
+
+
+def _is_last_epoch(trainer: Trainer) -> bool:
+    """Tell whether training ends with the epoch that has ended."""
+    loop, epochs = trainer.fit_loop, cast(Any, trainer.fit_loop.epoch_progress.current)
+    limits = ((epochs.processed, loop.max_epochs), (trainer.global_step, loop.max_steps))
+    return trainer.should_stop or any(most is not None and 0 <= most <= count for count, most in limits)
 
 
 def _seconds(text: str) -> float:

@@ -93,8 +93,7 @@ def main(args: list[str] | None = None) -> int:
         with warnings.catch_warnings(), interruption.watching(signal.SIGTERM, signal.SIGINT, *slurm.signals()):
             _silence()
             processes.follow_parent()
-            words = [word for word in words if word != "--debug"]
-            _report(words[1:]) if words[:1] == ["report"] else CLI(words)
+            _run([word for word in words if word != "--debug"])
     except Stopped as stopped:
         if stopped.signum in slurm.signals():
             slurm.requeue()
@@ -118,6 +117,16 @@ def main(args: list[str] | None = None) -> int:
             raise
         return 1
     return 0
+
+
+def _run(words: list[str]) -> None:
+    """Run a command; of two processes that a signal is to end, one may notice first that the other one is gone."""
+    try:
+        _report(words[1:]) if words[:1] == ["report"] else CLI(words)
+    except Exception as error:
+        if interruption.signum and processes.is_lost_peer(error):
+            raise Stopped(interruption.signum) from None
+        raise
 
 
 def _report(words: list[str]) -> None:
