@@ -1,4 +1,4 @@
-"""What is timed: the fast loop, the textbook loop, and torch.nn's recurrence without a latent in its loop."""
+"""What is timed: the fast loop, the readable loop, and torch.nn's recurrence without a latent in its loop."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def training(size: Size, device: str = "cpu", precision: str = "32") -> dict[str
         log_px, kl = floor(x, torch.randn(size.steps, size.batch, size.z, device=device))
         return log_px.sum() - kl.sum()
 
-    contestants = {"fast": (model, fast), "textbook": (model, slow), "floor": (floor, without)}
+    contestants = {"fast": (model, fast), "readable": (model, slow), "floor": (floor, without)}
     return {name: trained(*of, size, precision) for name, of in contestants.items()}
 
 
@@ -149,7 +149,7 @@ def filtering(size: Size, samples: int, device: str = "cpu") -> dict[str, Callab
         state = model.initial_state(samples * size.batch)
         return readable_filter(model, batch, z, draws, state, rule).log_likelihood.sum()
 
-    return {name: trained(model, of, size, "32") for name, of in (("fast", fast), ("textbook", slow))}
+    return {name: trained(model, of, size, "32") for name, of in (("fast", fast), ("readable", slow))}
 
 
 def evaluation(size: Size, device: str = "cpu") -> dict[str, Callable[[], object]]:
@@ -159,7 +159,7 @@ def evaluation(size: Size, device: str = "cpu") -> dict[str, Callable[[], object
     state = model.initial_state(size.batch)
     contestants = {
         "fast": lambda: model(batch),
-        "textbook": lambda: readable_loop(model, batch, Noise(batch).over_time(size.z), state),
+        "readable": lambda: readable_loop(model, batch, Noise(batch).over_time(size.z), state),
         "floor": lambda: floor(x, torch.randn(size.steps, size.batch, size.z, device=device)),
     }
     return {name: torch.no_grad()(of) for name, of in contestants.items()}
@@ -170,7 +170,7 @@ def generation(size: Size, device: str = "cpu") -> dict[str, Callable[[], object
     model, _ = make(size._replace(steps=1), device)
     return {
         "fast": lambda: model.generate(size.steps, size.batch),
-        "textbook": lambda: readable_generation(model, size.steps, model.initial_state(size.batch)),
+        "readable": lambda: readable_generation(model, size.steps, model.initial_state(size.batch)),
     }
 
 

@@ -18,7 +18,7 @@ needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++")
 
 
 @pytest.mark.parametrize("options", [{"emission": GaussianMixture, "residual_posterior": True}, {"latent": 0}], ids=str)
-def test_equals_textbook(options, monkeypatch):
+def test_equals_readable(options, monkeypatch):
     """What is traced; the code that is made of it is the next test's."""
     traced = torch.compile(trace._score, backend="aot_eager")
     monkeypatch.setattr(trace, "_compiled_score", lambda: traced)

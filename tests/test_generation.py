@@ -1,4 +1,4 @@
-"""Fast generation draws what the textbook draws."""
+"""Fast generation draws what the readable loop draws."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def assert_equal(fast: Generated, slow: Generated, tolerance: float = 1e-9) -> N
 @pytest.mark.parametrize("options", SHOWN.values(), ids=SHOWN)
 @pytest.mark.parametrize("latent", [4, 0])
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_equals_textbook(cell, latent, options):
+def test_equals_readable(cell, latent, options):
     assert_equal(*draw_both(make_model(cell, latent, **options)))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 @pytest.mark.parametrize("emission", [Bernoulli, Gaussian, GaussianMixture, Laplace, MuLaw, Poisson, Wide])
-def test_every_emission_equals_textbook(emission, temperature):
+def test_every_emission_equals_readable(emission, temperature):
     assert_equal(*draw_both(make_model(emission=emission, depth=1), temperature=temperature))
 
 

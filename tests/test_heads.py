@@ -367,7 +367,7 @@ def test_marginal_leaves_out_what_is_missing():
         log_prob(d.base_dist, x, observed)
 
 
-def test_kl_of_the_model_is_the_textbooks():
+def test_kl_of_the_model_is_the_closed_form():
     """Per dimension: 0 for equal Gaussians, else log(s2/s1) + (s1^2 + (m1-m2)^2) / (2 s2^2) - 1/2."""
     m1, m2, s1, s2 = features(4, 6)
     s1, s2 = s1.abs() + 0.1, s2.abs() + 0.1

@@ -130,7 +130,7 @@ RULES = [Resampling("systematic", 0.9), Resampling("multinomial", 1.0, gradient=
 
 @pytest.mark.parametrize("rule", RULES, ids=["systematic", "gradient", "multinomial"])
 @pytest.mark.parametrize("options", FILTERED.values(), ids=FILTERED)
-def test_the_fast_filter_equals_the_textbook(options, rule):
+def test_the_fast_filter_equals_the_readable(options, rule):
     """Value, effective samples, last weights and states, and every gradient, along resampled particles."""
     model, batch = make(**options)
     samples, noise = 4, Noise(batch, [0, 1, 2])

@@ -1,4 +1,4 @@
-"""The fast path equals the textbook loop, and padding changes nothing."""
+"""The fast loop equals the readable loop, and padding changes nothing."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def assert_equal_terms(model: VRNN, batch: SequenceBatch) -> None:
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("latent", [4, 0])
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_fast_path_equals_textbook(cell, latent, depth, lengths):
+def test_fast_path_equals_readable(cell, latent, depth, lengths):
     assert_equal_terms(make_model(cell, latent, depth), make_batch(lengths))
 
 
@@ -97,7 +97,7 @@ OPTIONS = {
 @pytest.mark.parametrize("lengths", [[6, 4, 1], [1], [4, 0, 4]], ids=["ragged", "one step", "empty"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_every_option_equals_textbook(cell, options, lengths):
+def test_every_option_equals_readable(cell, options, lengths):
     model, batch = make_model(cell, **options), make_batch(lengths)
     add_extras(model, batch)
     assert_equal_terms(model, batch)
@@ -201,7 +201,7 @@ def test_dropout_is_one_mask_per_sequence_in_training_alone():
     torch.testing.assert_close(model(batch, noise).log_px, model(batch, noise).log_px, rtol=0, atol=0)
 
 
-def test_fast_path_equals_textbook_in_float32_and_for_bernoulli():
+def test_fast_path_equals_readable_in_float32_and_for_bernoulli():
     model, batch = make_model(emission=Bernoulli).float(), make_batch([6, 2], binary=True)
     batch.x = batch.x.float()
     noise, state = draw_noise(model, batch), model.initial_state(2)
@@ -210,7 +210,7 @@ def test_fast_path_equals_textbook_in_float32_and_for_bernoulli():
     torch.testing.assert_close(fast.kl, slow.kl, rtol=1e-4, atol=1e-5)
 
 
-def test_fast_path_equals_textbook_for_a_mixture():
+def test_fast_path_equals_readable_for_a_mixture():
     model, batch = make_model(emission=partial(GaussianMixture, components=3)), make_batch([6, 2])
     noise = draw_noise(model, batch)
     fast, slow = model(batch, noise), readable_loop(model, batch, noise, model.initial_state(2))
@@ -357,7 +357,7 @@ def test_an_early_frame_does_not_see_later_ones():
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 @pytest.mark.parametrize("latent", [4, 0])
 def test_generation_uses_the_equations_of_training(cell, latent):
-    """Fed with the frames and latents that were drawn, the textbook's equations give the means they were drawn from."""
+    """Fed with the frames and latents that were drawn, the equations give the means they were drawn from."""
     model = make_model(cell, latent)
     torch.manual_seed(5)
     drawn = model.generate(6, 3)

@@ -20,7 +20,7 @@ from vrnn_lightning.filtering import Particles, Resampling
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.vrnn import VRNN, Trace
 
-__all__ = ["ELBO", "FIVO", "IWAE", "StreamState", "ObjectiveOutput", "ImportanceBound", "Objective", "elbo", "iwae"]
+__all__ = ["ELBO", "FIVO", "IWAE", "ImportanceBound", "Objective", "ObjectiveOutput", "StreamState", "elbo", "iwae"]
 
 Total = Callable[[Tensor], Tensor]
 
