@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -26,10 +27,8 @@ from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.exporting import Exported
 from vrnn_lightning.filtering import Particles
-from vrnn_lightning.heads import Gaussian, Head
 from vrnn_lightning.inference import Inference
 from vrnn_lightning.metrics import ActiveUnits, Bound, Estimate
-from vrnn_lightning.nn import Layers
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO, ImportanceBound, Objective, StreamState
 from vrnn_lightning.pretrained import Pretrained
@@ -50,26 +49,11 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
 
     Args:
         num_features: Width of a frame; on the command line the data say it.
-        latent_size: Dimensions of z_t; 0 for a plain recurrent network.
-        hidden_size: Units of the recurrence.
-        layers: Layers of the recurrence; the networks read the top one.
-        cell: "gru" or "lstm".
-        emission: Head of p(x_t | ...): a class of ``vrnn_lightning.heads``, or a partial of one.
-        phi_x: Size of the feature extractor of x_t.
-        phi_z: Size of the feature extractor of z_t.
-        prior: Size of the prior network; null for N(0, I) at every step, the paper's VRNN-I.
-        encoder: Size of the inference network.
-        decoder: Size of the network before the emission.
-        residual_posterior: The encoder's mean is added to the prior's.
-        smoothing: The encoder also reads a recurrence that comes back from the sequence's end.
-        dropout: Probability of dropping a unit of phi_x, phi_z or h where networks read it, the same units at every
-            step of a sequence.
-        num_inputs: Covariates per step; on the command line the data say it.
-        missing: phi_x also reads which values were measured; on the command line the data say it.
         objective: The bound to train on: a class of ``vrnn_lightning.objectives``, or a partial of one.
         optimizer: Called with the parameters: an optimiser class or a partial of one.
         lr_scheduler: Called with the optimiser: a scheduler class or a partial of one.
         lr_interval: Whether the scheduler steps after every "epoch" or every "step".
+        network: The other options of :func:`~vrnn_lightning.vrnn.build_vrnn`.
 
     Raises:
         UserError: A size that no network can have, or a factory that no checkpoint can hold.
@@ -79,6 +63,8 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
     torch.Size([4, 5, 3])
     """
 
+    forwards_options_to = staticmethod(build_vrnn)
+    """What makes the model of the options that ``__init__`` does not name."""
     scale_mean: Tensor
     scale_std: Tensor
     prepared: Tensor
@@ -86,47 +72,19 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
     def __init__(
         self,
         num_features: int,
-        latent_size: int = 16,
-        hidden_size: int = 64,
-        layers: int = 1,
-        cell: Literal["gru", "lstm"] = "gru",
-        emission: Callable[[int, int], Head] = Gaussian,
-        phi_x: Layers = Layers(),
-        phi_z: Layers = Layers(),
-        prior: Layers | None = Layers(),
-        encoder: Layers = Layers(),
-        decoder: Layers = Layers(),
-        residual_posterior: bool = False,
-        smoothing: bool = False,
-        dropout: float = 0.0,
-        num_inputs: int = 0,
-        missing: bool = False,
+        *,
         objective: Callable[[], Objective] = ELBO,
         optimizer: OptimizerCallable = lambda params: Adam(params, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
+        **network: Any,
     ) -> None:
         super().__init__()
+        defaults = inspect.signature(build_vrnn).parameters.values()
+        network = {option.name: option.default for option in defaults if option.name != "num_features"} | network
+        self.vrnn = build_vrnn(num_features, **network)
         self.save_hyperparameters(logger=False)
         _make_storable(self.hparams)
-        self.vrnn = build_vrnn(
-            num_features,
-            latent_size,
-            hidden_size,
-            layers,
-            cell,
-            emission,
-            phi_x,
-            phi_z,
-            prior,
-            encoder,
-            decoder,
-            residual_posterior,
-            smoothing,
-            dropout,
-            num_inputs,
-            missing,
-        )
         self.objective = objective()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -147,7 +105,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         self.register_buffer("prepared", torch.tensor(False))
         self.bound = Bound()
         self.held_out = Estimate()
-        self.active = ActiveUnits(latent_size)
+        self.active = ActiveUnits(self.vrnn.latent_size)
 
     @property
     def scaler(self) -> Scaler:

@@ -36,26 +36,22 @@ class GRU(Operation):
         self.both = gates.columns(size, 3 * size)
 
     def bind(self, values: Pass) -> None:
-        """Look up the tensors."""
         self.states, self.news, self.boths = values.steps(self.h), values.steps(self.new), values.steps(self.both)
         self.resets, self.updates = values.steps(self.reset), values.steps(self.update)
         self.news_h, self.news_x = values.steps(self.new_h), values.steps(self.new_x)
 
     def forward(self, t: int) -> None:
-        """Compute the next state."""
         self.boths[t].sigmoid_()
         new = torch.addcmul(self.news_x[t], self.resets[t], self.news_h[t], out=self.news[t]).tanh_()
         torch.lerp(new, self.states[t], self.updates[t], out=self.states[t + 1])
 
     def plan(self, values: Pass) -> None:
-        """Look up the tensors."""
         self.values = [values.value(part) for part in (self.new_h, self.reset, self.update, self.new, self.h)]
         self.grads = [values.grad(part) for part in (self.new_h, self.reset, self.update, self.new_x)]
         self.gate_grads, self.h_grads = values.grad(self.gates).unflatten(-1, (4, -1)), values.grad(self.h)
         self.h_grad_steps, self.updates = values.grad_steps(self.h), values.steps(self.update)
 
     def prepare(self, start: int, end: int) -> None:
-        """Compute the factors."""
         new_h, reset, update, new, h = (value[start:end] for value in self.values)
         new_h_grad, reset_grad, update_grad, new_grad = (grad[start:end] for grad in self.grads)
         ops.tanh_backward.grad_input(1 - update, new, grad_input=new_grad)
@@ -67,7 +63,6 @@ class GRU(Operation):
         self.h_grad_columns = self.h_grads[start + 1 : end + 1].unsqueeze(2).unbind(0)
 
     def backward(self, t: int) -> None:
-        """Multiply the gradient of the state by the factors."""
         i = t - self.start
         self.factors[i].mul_(self.h_grad_columns[i])
         self.h_grad_steps[t].addcmul_(self.h_grad_steps[t + 1], self.updates[t])
@@ -93,13 +88,11 @@ class LSTM(Operation):
         self.both = gates.columns(0, 2 * size)
 
     def bind(self, values: Pass) -> None:
-        """Look up the tensors."""
         self.sums = list(zip(*(values.steps(part) for part in (self.both, *self.parts)), strict=True))
         self.states, self.cells = values.steps(self.h), values.steps(self.c)
         self.news, self.tanhs = values.steps(self.new), values.steps(self.squashed)
 
     def forward(self, t: int) -> None:
-        """Compute the next output and cell state."""
         both, write, forget, sums, output = self.sums[t]
         both.sigmoid_()
         new = self.news[t].copy_(sums).tanh_()
@@ -110,7 +103,6 @@ class LSTM(Operation):
         torch.mul(output, squashed, out=self.states[t + 1])
 
     def plan(self, values: Pass) -> None:
-        """Look up the tensors."""
         self.values = [values.value(part) for part in (*self.parts, self.new, self.squashed, self.c)]
         self.grads = [values.grad(part) for part in self.parts]
         self.gate_grads = values.grad(self.gates).unflatten(-1, (4, -1))
@@ -118,7 +110,6 @@ class LSTM(Operation):
         self.h_grad_steps, self.c_grad_steps = values.grad_steps(self.h), values.grad_steps(self.c)
 
     def prepare(self, start: int, end: int) -> None:
-        """Compute the factors by which gradients of c_t, and those of h_t for o, are multiplied."""
         write, forget, _, output, new, squashed, c = (value[start:end] for value in self.values)
         write_grad, forget_grad, new_grad, output_grad = (grad[start:end] for grad in self.grads)
         self.through = ops.tanh_backward(output, squashed).unbind(0)
@@ -131,7 +122,6 @@ class LSTM(Operation):
         self.c_grad_columns = self.c_grads[start + 1 : end + 1].unsqueeze(2).unbind(0)
 
     def backward(self, t: int) -> None:
-        """Multiply the gradients of output and cell state by the factors."""
         i, grad = t - self.start, self.h_grad_steps[t + 1]
         c_grad = self.c_grad_steps[t + 1].addcmul_(grad, self.through[i])
         self.c_factors[i].mul_(self.c_grad_columns[i])

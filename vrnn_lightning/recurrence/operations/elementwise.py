@@ -22,23 +22,19 @@ class Relu(Operation):
         self.buffer, self.mask = buffer, mask
 
     def bind(self, values: Pass) -> None:
-        """Look up the tensors."""
         self.values = values.steps(self.buffer)
         self.kept = None if self.mask is None else values.parameter(self.mask)
 
     def forward(self, t: int) -> None:
-        """Compute the result."""
         value = self.values[t].relu_()
         if self.kept is not None:
             value.mul_(self.kept)
 
     def plan(self, values: Pass) -> None:
-        """Look up the tensors."""
         self.results, self.grads = values.value(self.buffer), values.grad_steps(self.buffer)
         self.kept = None if self.mask is None else values.parameter(self.mask)
 
     def prepare(self, start: int, end: int) -> None:
-        """Compute the slopes."""
         value = self.results[start:end]
         slope = (value > 0).to(value)
         if self.kept is not None:
@@ -46,7 +42,6 @@ class Relu(Operation):
         self.start, self.slopes = start, slope.unbind(0)
 
     def backward(self, t: int) -> None:
-        """Multiply the gradient by the slope."""
         self.grads[t].mul_(self.slopes[t - self.start])
 
 
@@ -63,21 +58,17 @@ class Scale(Operation):
         self.source, self.mask, self.target = source, mask, target
 
     def bind(self, values: Pass) -> None:
-        """Look up the tensors."""
         self.inputs, self.results = values.steps(self.source), values.steps(self.target)
         self.kept = values.parameter(self.mask)
 
     def forward(self, t: int) -> None:
-        """Compute the result."""
         torch.mul(self.inputs[t], self.kept, out=self.results[t])
 
     def plan(self, values: Pass) -> None:
-        """Look up the tensors."""
         self.into, self.grads = values.grad_steps(self.source), values.grad_steps(self.target)
         self.kept = values.parameter(self.mask)
 
     def backward(self, t: int) -> None:
-        """Add to the gradient of the state, which is always written."""
         self.into[t].addcmul_(self.grads[t], self.kept)
 
 
@@ -93,20 +84,16 @@ class Cast(Operation):
         self.source, self.target = source, target
 
     def bind(self, values: Pass) -> None:
-        """Look up the tensors."""
         self.inputs, self.results = values.steps(self.source), values.steps(self.target)
 
     def forward(self, t: int) -> None:
-        """Convert."""
         self.results[t].copy_(self.inputs[t])
 
     def plan(self, values: Pass) -> None:
-        """Look up the tensors."""
         self.adds = values.claim(self.source)
         self.into, self.grads = values.grad_steps(self.source), values.grad_steps(self.target)
 
     def backward(self, t: int) -> None:
-        """Convert the gradient."""
         if self.adds:
             self.into[t].add_(self.grads[t])
         else:

@@ -26,13 +26,11 @@ class Affine(Operation):
         self.target, self.bias, self.known, self.weight = target, bias, known, weight
 
     def bind(self, values: Pass) -> None:
-        """Look up the tensors."""
         self.sums, self.shift = values.value(self.target), values.parameter(self.bias)
         if self.known is not None and self.weight is not None:
             self.input, self.matrix = values.parameter(self.known), values.parameter(self.weight)
 
     def begin(self) -> None:
-        """Compute the result."""
         if self.known is None:
             self.sums.copy_(self.shift.expand_as(self.sums))
             return
@@ -45,7 +43,6 @@ class Affine(Operation):
             self.sums.unflatten(1, (-1, batch)).copy_(product)
 
     def finish(self, values: Pass) -> None:
-        """Compute the gradients of the weight, of the bias and of what is known."""
         grad = values.grad(self.target)
         if self.known is not None and self.weight is not None:
             known = values.parameter(self.known)
@@ -75,7 +72,6 @@ class MatMul(Operation):
         self.source, self.weight, self.target, self.bias = source, weight, target, bias
 
     def bind(self, values: Pass) -> None:
-        """Look up the tensors."""
         self.inputs, self.sums = values.steps(self.source), values.steps(self.target)
         self.matrix = values.parameter(self.weight).contiguous()  # small products are faster
         self.all_sums = values.value(self.target)
@@ -83,32 +79,27 @@ class MatMul(Operation):
         self.adds_bias = self.shift is not None and len(self.sums) == 1  # otherwise all sums start from the bias
 
     def begin(self) -> None:
-        """Let all sums start from the bias."""
         if self.shift is not None and not self.adds_bias:
             self.all_sums.copy_(self.shift.expand_as(self.all_sums))
 
     def forward(self, t: int) -> None:
-        """Compute the product."""
         if self.adds_bias:
             torch.addmm(self.shift, self.inputs[t], self.matrix, out=self.sums[t])  # type: ignore[arg-type]  # there is one
         else:
             self.sums[t].addmm_(self.inputs[t], self.matrix)
 
     def plan(self, values: Pass) -> None:
-        """Look up the tensors."""
         self.adds = values.claim(self.source)
         self.into, self.grads = values.grad_steps(self.source), values.grad_steps(self.target)
         self.transposed = values.parameter(self.weight).t()
 
     def backward(self, t: int) -> None:
-        """Compute the gradient of the source."""
         if self.adds:
             self.into[t].addmm_(self.grads[t], self.transposed)
         else:
             torch.mm(self.grads[t], self.transposed, out=self.into[t])
 
     def finish(self, values: Pass) -> None:
-        """Compute the gradients of the weight and of the bias."""
         grad = values.grad(self.target)
         rows = grad.shape[0] * grad.shape[1]
         if self.weight.requires_grad:

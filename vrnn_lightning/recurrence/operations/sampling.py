@@ -35,7 +35,6 @@ class GaussianSample(Operation):
         self.prior_mean = None if prior is None else prior.columns(0, z.width)
 
     def bind(self, values: Pass) -> None:
-        """Look up the tensors."""
         self.means, self.spreads = values.steps(self.mean), values.steps(self.spread)
         self.noises, self.draws = values.steps(self.noise), values.steps(self.z)
         self.prior_means = None if self.prior_mean is None else values.steps(self.prior_mean)
@@ -43,7 +42,6 @@ class GaussianSample(Operation):
         self.least = self.std.new_tensor(self.floor)  # adding a tensor takes less time than adding a number
 
     def forward(self, t: int) -> None:
-        """Draw."""
         mean = self.means[t]
         if self.prior_means is not None:
             mean.add_(self.prior_means[t])
@@ -51,21 +49,18 @@ class GaussianSample(Operation):
         torch.addcmul(mean, self.std.add_(self.least), self.noises[t], out=self.draws[t])
 
     def plan(self, values: Pass) -> None:
-        """Look up the tensors."""
         self.all_noise, self.all_spreads = values.value(self.noise), values.value(self.spread)
         self.all_raw_grads, self.all_z_grads = values.grad(self.raw), values.grad(self.z)
         self.mean_grads = values.grad_steps(self.mean)
         self.prior_grads = None if self.prior_mean is None else values.grad_steps(self.prior_mean)
 
     def prepare(self, start: int, end: int) -> None:
-        """Compute the derivatives of z by mean and spread."""
         slope = ops.softplus_backward(self.all_noise[start:end], self.all_spreads[start:end], 1, 20)
         self.start, self.factors = start, torch.stack([torch.ones_like(slope), slope], 2).unbind(0)
         self.raw_grads = self.all_raw_grads.unflatten(-1, (2, -1))[start:end].unbind(0)
         self.z_grads = self.all_z_grads[start:end].unsqueeze(2).unbind(0)
 
     def backward(self, t: int) -> None:
-        """Pass the gradient of z to mean and spread, and to the mean of the prior."""
         i = t - self.start
         self.raw_grads[i].addcmul_(self.z_grads[i], self.factors[i])
         if self.prior_grads is not None:
@@ -84,11 +79,9 @@ class StandardNormal(Operation):
         self.target, self.std = target, std
 
     def bind(self, values: Pass) -> None:
-        """Look up the tensors."""
         self.draws = values.steps(self.target)
 
     def forward(self, t: int) -> None:
-        """Draw."""
         self.draws[t].normal_(0.0, self.std)
 
 
@@ -105,10 +98,8 @@ class Call(Operation):
         self.function, self.sources, self.target = function, sources, target
 
     def bind(self, values: Pass) -> None:
-        """Look up the tensors."""
         self.inputs = [values.steps(source) for source in self.sources]
         self.results = values.steps(self.target)
 
     def forward(self, t: int) -> None:
-        """Call the function."""
         self.results[t].copy_(self.function(*(steps[t] for steps in self.inputs)))
