@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from vrnn_lightning import VRNN, Layers, SequenceBatch, build_vrnn
+from vrnn_lightning import VRNN, MLPConfig, SequenceBatch, build_vrnn
 from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.heads import Bernoulli, Gaussian
 from vrnn_lightning.noise import Noise
@@ -73,7 +73,7 @@ def _normal(raw: Tensor) -> Normal:
 def make(size: Size, device: str, emission: Callable[..., nn.Module] = Gaussian) -> tuple[VRNN, SequenceBatch]:
     """Return a model and a batch."""
     torch.manual_seed(0)
-    layers = dict.fromkeys(NETWORKS, Layers(size.h))
+    layers = dict.fromkeys(NETWORKS, MLPConfig(size.h))
     model = build_vrnn(size.x, size.z, size.h, cell=size.cell, emission=emission, **layers).to(device)
     x = torch.randn(size.batch, size.steps, size.x, device=device)
     x = (x > 1.5).float() if emission is Bernoulli else x

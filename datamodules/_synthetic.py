@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator
 
-from vrnn_lightning.batch import Sequence
+from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data import SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
 
@@ -81,7 +81,7 @@ class SyntheticDataModule(SequenceDataModule):
     def drawing(self) -> Draw:
         """Return what draws the values; a function of a module or a partial, for it travels to reading processes."""
 
-    def sequences(self, split: Split) -> list[Sequence]:
+    def sequences(self, split: Split) -> list[SequenceSample]:
         """Draw a split's sequences."""
         stream = (self.seed, ("train", "val", "test").index(split))
         lengths = np.random.default_rng(stream).integers(self.min_steps, self.steps + 1, self.sizes[split])
@@ -90,14 +90,14 @@ class SyntheticDataModule(SequenceDataModule):
         return Redrawn(draw) if self.fresh and split == "train" else draw(0)
 
 
-class Redrawn(list[Sequence]):
+class Redrawn(list[SequenceSample]):
     """The sequences of epoch 0, and what draws those of another."""
 
-    def __init__(self, draw: Callable[[int], list[Sequence]]) -> None:
+    def __init__(self, draw: Callable[[int], list[SequenceSample]]) -> None:
         super().__init__(draw(0))
         self.draw = draw
 
-    def in_epoch(self, epoch: int) -> list[Sequence]:
+    def in_epoch(self, epoch: int) -> list[SequenceSample]:
         """Return the sequences of an epoch."""
         return self.draw(epoch) if epoch else self
 
@@ -114,20 +114,22 @@ def opening(split: Split, size: int, shortest: int, longest: int, seed: int, epo
 
 def measured(
     name: str, x: torch.Tensor, lengths: list[int], missing_rate: float, generator: Generator
-) -> list[Sequence]:
+) -> list[SequenceSample]:
     """Return sequences of values of shape (sequences, longest, features), each of which may be missing."""
     seen = torch.rand(x.shape, generator=generator) >= missing_rate if missing_rate else None
     return [
-        Sequence(x[i, :n].float(), None if seen is None else seen[i, :n], name=f"{name} {i}")
+        SequenceSample(x[i, :n].float(), None if seen is None else seen[i, :n], name=f"{name} {i}")
         for i, n in enumerate(lengths)
     ]
 
 
 def _sequences(
     draw: Draw, lengths: NDArray[np.int64], stream: tuple[int, int], name: str, epoch: int
-) -> list[Sequence]:
+) -> list[SequenceSample]:
     values = torch.from_numpy(draw(lengths, np.random.default_rng((*stream, 1 + epoch)))).float()
-    return [Sequence(x[:n], name=f"{name} {i}") for i, (x, n) in enumerate(zip(values, lengths.tolist(), strict=True))]
+    return [
+        SequenceSample(x[:n], name=f"{name} {i}") for i, (x, n) in enumerate(zip(values, lengths.tolist(), strict=True))
+    ]
 
 
 def integrate(derivative: Callable[[Floats], Floats], state: Floats, interval: float | Floats, steps: int) -> Floats:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vrnn_lightning.batch import Sequence, SequenceBatch
+from vrnn_lightning.batch import SequenceBatch, SequenceSample
 from vrnn_lightning.data import Modality, SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
 
@@ -121,7 +121,7 @@ class LinearGaussian(SequenceDataModule):
         self.initial_covariance = self.state_covariance / (1 - memory**2)
         """Covariance of the first state and of every later one, shape (states, states)."""
 
-    def sequences(self, split: Split) -> list[Sequence]:
+    def sequences(self, split: Split) -> list[SequenceSample]:
         """Draw a split's sequences, each split from a stream of its own."""
         roots = [torch.linalg.cholesky(c) for c in (self.initial_covariance, self.state_covariance)]
         scale = self.observation_covariance.sqrt()
@@ -139,14 +139,14 @@ class LinearGaussian(SequenceDataModule):
 
         A row of :math:`C` whose value is missing counts as 0: the value is then noise, independent of all others.
         """
-        counted = batch.counted.cpu()
-        x = batch.x.detach().cpu().double().where(counted, 0.0)
+        valid = batch.valid_mask.cpu()
+        x = batch.x.detach().cpu().double().where(valid, 0.0)
         size, states = len(x), len(self.transition)
         mean = x.new_zeros(size, states, 1)
         covariance = self.initial_covariance.expand(size, -1, -1)
         identity = torch.eye(states, dtype=x.dtype)
         log_p = x.new_zeros(size)
-        for value, seen in zip(x.unbind(1), counted.unbind(1), strict=True):
+        for value, seen in zip(x.unbind(1), valid.unbind(1), strict=True):
             c = self.observation * seen[..., None]
             root = torch.linalg.cholesky(c @ covariance @ c.mT + self.observation_covariance)
             surprise = (value[..., None] - c @ mean) * seen[..., None]
@@ -215,7 +215,7 @@ def _paths(
     system: tuple[Tensor, ...],
     missing_rate: float,
     epoch: int,
-) -> list[Sequence]:
+) -> list[SequenceSample]:
     """Draw an epoch's sequences.
 
     Args:

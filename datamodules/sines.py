@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vrnn_lightning.batch import Sequence, SequenceBatch
+from vrnn_lightning.batch import SequenceBatch, SequenceSample
 from vrnn_lightning.data import Modality, SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
 
@@ -98,7 +98,7 @@ class Sines(SequenceDataModule):
         self.diagonal_loss = -0.5 * torch.logdet(self.noise_covariance / noise**2).item()
         """What a diagonal Gaussian loses to the noise's correlation where the rest is known, in nats per step."""
 
-    def sequences(self, split: Split) -> list[Sequence]:
+    def sequences(self, split: Split) -> list[SequenceSample]:
         """Draw a split's sequences, each split from a stream of its own."""
         lengths = (self.min_steps, self.steps)
         draw = partial(
@@ -151,7 +151,7 @@ def _sines(
     amplitude: float,
     covariance: Tensor,
     epoch: int,
-) -> list[Sequence]:
+) -> list[SequenceSample]:
     """Draw an epoch's sequences; ``between`` are the shortest and the longest length."""
     lengths, generator = opening(split, size, *between, seed, epoch)
     omega = omegas[torch.randint(len(omegas), (size,), generator=generator)]
@@ -159,4 +159,4 @@ def _sines(
     waves = amplitude * draw[..., :2] @ _basis(omega, between[1])
     noise = torch.linalg.cholesky(covariance) @ draw[..., 2:]
     x = (waves + noise).transpose(1, 2).float()
-    return [Sequence(x[i, :length], name=f"{split} sine {i}") for i, length in enumerate(lengths)]
+    return [SequenceSample(x[i, :length], name=f"{split} sine {i}") for i, length in enumerate(lengths)]

@@ -8,7 +8,7 @@ import pytest
 import test_recurrence
 import torch
 
-from vrnn_lightning import Layers, UserError, schedules
+from vrnn_lightning import MLPConfig, UserError, schedules
 from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO, FIVO, IWAE, elbo, iwae
@@ -219,7 +219,7 @@ def test_beta_weighs_the_latents_part_alone(objective):
 
 
 def test_balance_shares_the_gradient_of_the_kl_and_keeps_its_value():
-    model, batch = make(prior=Layers(7, 2))
+    model, batch = make(prior=MLPConfig(7, 2))
     whole, prior_only, posterior_only, half = (
         evaluate(ELBO(balance=balance), model, batch) for balance in (None, 1.0, 0.0, 0.5)
     )

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from vrnn_lightning import VRNN, Layers, SequenceBatch, UserError, build_vrnn
+from vrnn_lightning import VRNN, MLPConfig, SequenceBatch, UserError, build_vrnn
 from vrnn_lightning.heads import Bernoulli, Gaussian, GaussianMixture
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import State, readable_loop
@@ -26,9 +26,9 @@ def make_model(
     cell: str = "gru", latent: int = 4, depth: int = 2, emission=Gaussian, features: int = 3, **options
 ) -> VRNN:
     torch.manual_seed(1)
-    networks = {name: Layers(width, depth) for name, width in zip(NETWORKS, (5, 6, 7, 8, 9), strict=True)}
+    networks = {name: MLPConfig(width, depth) for name, width in zip(NETWORKS, (5, 6, 7, 8, 9), strict=True)}
     model = build_vrnn(features, latent, 10, cell=cell, emission=emission, **{**networks, **options}).double()
-    model.start_from(torch.rand(features).double() * 0.5 + 0.2, torch.rand(features).double() + 0.5)
+    model.init_from_statistics(torch.rand(features).double() * 0.5 + 0.2, torch.rand(features).double() + 0.5)
     return model
 
 
@@ -419,9 +419,9 @@ def test_absurd_sizes_are_refused(options, word):
 
 def test_layers_need_a_width_and_a_depth():
     with pytest.raises(UserError, match="width 0"):
-        Layers(0)
+        MLPConfig(0)
     with pytest.raises(UserError, match="depth 0"):
-        Layers(4, 0)
+        MLPConfig(4, 0)
     with pytest.raises(UserError, match="steps 0"):
         make_model().generate(0)
 

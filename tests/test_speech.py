@@ -143,8 +143,8 @@ class TestFraming:
     def test_padding_is_zero_and_uncounted_in_the_batch(self, corpus):
         datamodule = speech(corpus, tail="pad")
         batch = next(iter(datamodule.train_dataloader()))
-        assert batch.x[~batch.counted].count_nonzero() == 0
-        names = dict(zip(batch.names, batch.counted.sum((1, 2)).tolist(), strict=True))
+        assert batch.x[~batch.valid_mask].count_nonzero() == 0
+        names = dict(zip(batch.names, batch.valid_mask.sum((1, 2)).tolist(), strict=True))
         assert names == {name: soundfile.info(corpus / name).frames for name in batch.names}
 
     def test_a_file_of_whole_frames_needs_no_mask(self, tmp_path):
@@ -576,7 +576,7 @@ def test_the_spoken_digits():
     assert all(Path(name).stem[-2:] in {f"_{i}" for i in range(5)} for name in files(datamodule, "test"))
     batch = next(iter(datamodule.train_dataloader()))
     assert batch.x.shape[2] == 200
-    assert float(batch.x[batch.counted].std()) == pytest.approx(1, abs=0.5)
+    assert float(batch.x[batch.valid_mask].std()) == pytest.approx(1, abs=0.5)
 
 
 def test_training_files_seen_from_elsewhere_are_not_tested(corpus, tmp_path):

@@ -67,7 +67,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
     """What makes the model of the options that ``__init__`` does not name."""
     scale_mean: Tensor
     scale_std: Tensor
-    prepared: Tensor
+    is_initialized: Tensor
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         self.lr_interval = lr_interval
         self.beta = 1.0
         """Weight of the KL in training; a callback may set it."""
-        self.traced = True
+        self.is_tracing = True
         """Whether ``predict_step`` infers latents; a callback may set it."""
         self._first_epoch = 0
         self._carried: StreamState | None = None
@@ -102,9 +102,9 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         self.noise_seed = torch.initial_seed()
         self.register_buffer("scale_mean", torch.zeros(num_features))
         self.register_buffer("scale_std", torch.ones(num_features))
-        self.register_buffer("prepared", torch.tensor(False))
+        self.register_buffer("is_initialized", torch.tensor(False))
         self.bound = Bound()
-        self.held_out = Estimate()
+        self.val_objective_metric = Estimate()
         self.active = ActiveUnits(self.vrnn.latent_size)
 
     @property
@@ -133,7 +133,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
             if here != there:
                 raise UserError(f"vrnn.{key}: {there} there, {here} here; give the architecture it was trained with")
         self.vrnn.load_state_dict(given)
-        self.prepared.fill_(True)
+        self.is_initialized.fill_(True)
 
     def setup(self, stage: str) -> None:
         """Refuse what can't work.
@@ -166,23 +166,23 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
             match_optimizer_states(self._loaded, [_parameter_names(self, o) for o in self.trainer.optimizers])
             self._loaded = None
         self._take_scaler(anew=True)
-        if not self.prepared and hasattr(self._data, "input_statistics"):
+        if not self.is_initialized and hasattr(self._data, "input_statistics"):
             moments = self._data.input_statistics()
-            with self.whole_parameters():
-                self.vrnn.start_from(*moments)
-        self.prepared.fill_(True)
+            with self.summon_full_params():
+                self.vrnn.init_from_statistics(*moments)
+        self.is_initialized.fill_(True)
 
     def on_validation_start(self) -> None:
         """Refuse data that are scaled otherwise than in training."""
-        self._take_scaler(anew=not self.prepared)
+        self._take_scaler(anew=not self.is_initialized)
 
     def on_test_start(self) -> None:
         """Refuse data that are scaled otherwise than in training."""
-        self._take_scaler(anew=not self.prepared)
+        self._take_scaler(anew=not self.is_initialized)
 
     def on_predict_start(self) -> None:
         """Refuse data that are scaled otherwise than in training."""
-        self._take_scaler(anew=not self.prepared)
+        self._take_scaler(anew=not self.is_initialized)
 
     def _take_scaler(self, anew: bool) -> None:
         if not hasattr(self._data, "scaler"):
@@ -197,13 +197,15 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         self.scale_mean.copy_(scaler.mean)
         self.scale_std.copy_(scaler.std)
 
-    def whole_parameters(self) -> AbstractContextManager[None]:
+    def summon_full_params(self) -> AbstractContextManager[None]:
         """Return a context for whoever reads or writes parameters outside a step; every process has to enter it.
 
         Under FSDP a process holds a share of each parameter, and all of them only within a step or this context.
         """
-        gather = getattr(self.trainer.model, "summon_full_params", None)
-        return nullcontext() if gather is None else cast(AbstractContextManager[None], gather(self.trainer.model))
+        sharded: Any = self.trainer.model
+        if sharded is self or not hasattr(sharded, "summon_full_params"):
+            return nullcontext()
+        return cast(AbstractContextManager[None], sharded.summon_full_params(sharded))
 
     def on_train_start(self) -> None:
         """Remember the epoch in which every batch is checked."""
@@ -266,7 +268,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
 
     def _check(self, batch: SequenceBatch) -> None:
         """Refuse values that the emission can't score, and say what the model does not read."""
-        self.vrnn.decoder.head.check(batch.x, batch.counted)
+        self.vrnn.decoder.head.check(batch.x, batch.valid_mask)
         data = type(self._data).__name__
         if not self.vrnn.missing and batch.observed is not None and not batch.observed[batch.mask].all():
             rank_zero_warn(
@@ -332,7 +334,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         """Add a batch to the validation totals, and return its trace."""
         if isinstance(self.objective, ImportanceBound):
             values = self.objective.of_sequences(self.vrnn, batch, self._noise(batch, batch_idx))
-            self.held_out.update(values, batch.lengths)
+            self.val_objective_metric.update(values, batch.lengths)
         return self._evaluate(batch, batch_idx)
 
     def test_step(self, batch: SequenceBatch, batch_idx: int) -> Any:
@@ -344,13 +346,13 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         return self.vrnn.trace(batch, self._noise(batch, batch_idx))
 
     def _evaluate(self, batch: SequenceBatch, batch_idx: int) -> Trace:
-        self.vrnn.decoder.head.check(batch.x, batch.counted)
+        self.vrnn.decoder.head.check(batch.x, batch.valid_mask)
         trace = self.trace(batch, batch_idx)
-        counted = batch.counted
-        log_scale = (counted * self.scale_std.log()).sum()
+        valid = batch.valid_mask
+        log_scale = (valid * self.scale_std.log()).sum()
         known = getattr(self._data, "exact_log_likelihood", None)
         exact = known(batch) if known is not None else None
-        self.bound.update(trace.log_px, trace.kl, batch.lengths, counted.sum(), log_scale, exact)
+        self.bound.update(trace.log_px, trace.kl, batch.lengths, valid.sum(), log_scale, exact)
         if trace.posterior is not None:
             self.active.update(trace.posterior.mean, batch.mask)
         return trace
@@ -359,8 +361,8 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         """Log the validation figures, and the bound that is trained on."""
         elbo = self._report("val")
         if isinstance(self.objective, ImportanceBound):
-            self.log("val/objective", self.held_out.compute()[""].float(), sync_dist=True)
-            self.held_out.reset()
+            self.log("val/objective", self.val_objective_metric.compute()[""].float(), sync_dist=True)
+            self.val_objective_metric.reset()
         else:
             self.log("val/objective", elbo, sync_dist=True)
 
@@ -385,7 +387,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
 
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> Trace | tuple[()]:
         """Return the trace of a batch, or nothing where a callback makes something else of it."""
-        return self.trace(batch, batch_idx) if self.traced else ()
+        return self.trace(batch, batch_idx) if self.is_tracing else ()
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser, and the schedule of its learning rate where there is one."""

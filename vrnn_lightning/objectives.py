@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.compatibility import keep_old_hooks
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import Particles, Resampling
 from vrnn_lightning.noise import Noise
@@ -127,8 +128,14 @@ class ObjectiveOutput(NamedTuple):
 class Objective(ABC):
     """A bound to train on."""
 
-    absent: ClassVar[dict[str, str]] = {}
-    """Options that it can't have, and why, for whoever asks."""
+    unsupported_options: ClassVar[dict[str, str]] = {}
+    """Options that it can't have, by name, and the reason."""
+    absent = unsupported_options
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let a subclass list options under the attribute's old name."""
+        super().__init_subclass__(**options)
+        keep_old_hooks(cls, {"absent": "unsupported_options"})
 
     @abstractmethod
     def __call__(
@@ -227,7 +234,7 @@ def _constant(normal: Normal) -> Normal:
 class ImportanceBound(Objective):
     """A bound made of importance weights: a sum of bounds of sequences."""
 
-    absent = {
+    unsupported_options = {
         "kl": "its weights are made of the latents drawn, so the KL is always sampled; for an analytic one use ELBO"
     }
 

@@ -13,7 +13,7 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import ParticleWeights, draw_by_weight, map_tensors
 from vrnn_lightning.heads import Factorised, Mixture, log_prob
-from vrnn_lightning.inference.parts import RESAMPLING
+from vrnn_lightning.inference.checks import RESAMPLING
 from vrnn_lightning.recurrence import log_ratio, output, repeat_rows
 from vrnn_lightning.vrnn import VRNN
 
@@ -49,19 +49,19 @@ class Imputer:
         model, batch, count = self.model, self.batch, self.particles
         state, future = model.initial_state(count * len(batch)), model.backward_states(batch, None)
         for t in range(batch.x.shape[1]):
-            x, counted = (repeat_rows(part[:, t], count) for part in (batch.x, batch.counted))
+            x, valid = (repeat_rows(part[:, t], count) for part in (batch.x, batch.valid_mask))
             inputs = None if batch.inputs is None else repeat_rows(batch.inputs[:, t], count)
             later, h = None if future is None else repeat_rows(future[t], count), output(state)
             prior = model.prior_dist(h, inputs)
-            posterior = model.posterior_dist(model.extract_x(x, counted), h, prior, inputs, later)
-            is_seen = counted.any(-1)
+            posterior = model.posterior_dist(model.extract_x(x, valid), h, prior, inputs, later)
+            is_seen = valid.any(-1)
             z = torch.where(is_seen[:, None], posterior.sample(), prior.sample())
             z_features = model.extract_z(z)
             emission = model.emission_dist(z_features, h, inputs)
             increments = torch.where(is_seen, log_ratio(prior, posterior, z), 0.0)
-            increments = increments + log_prob(emission, x, None if counted.all() else counted)
-            frame = _completed(emission, x, counted)
-            x_features = model.extract_x(x, counted) if model.missing else model.extract_x(frame)
+            increments = increments + log_prob(emission, x, None if valid.all() else valid)
+            frame = _completed(emission, x, valid)
+            x_features = model.extract_x(x, valid) if model.missing else model.extract_x(frame)
             _, state = model.next_state(x_features, z_features, state, inputs)
             draws = torch.rand(RESAMPLING.draws(count), len(batch), device=x.device)
             self.frames.append(frame.unflatten(0, (count, -1)))
@@ -77,7 +77,7 @@ class Imputer:
         """Return a sequence with its gaps filled, shape (samples, time, features), in scaled units."""
         length = int(self.batch.lengths[row])
         paths = self.batch.x[row, :length].expand(samples, -1, -1).clone()
-        open_steps = (~self.batch.counted[row, :length]).any(-1).tolist()
+        open_steps = (~self.batch.valid_mask[row, :length]).any(-1).tolist()
         stop = length
         while stop > 0:
             if not open_steps[stop - 1]:
@@ -124,14 +124,14 @@ class Imputer:
         return shares
 
 
-def _completed(emission: Distribution, x: Tensor, counted: Tensor) -> Tensor:
+def _completed(emission: Distribution, x: Tensor, valid: Tensor) -> Tensor:
     """Return frames with what is missing drawn from the emission, given what is there."""
-    if counted.all():
+    if valid.all():
         return x
-    partly = counted.any(-1) & ~counted.all(-1)
+    partly = valid.any(-1) & ~valid.all(-1)
     if isinstance(emission, Mixture) and partly.any():
         components = cast(Factorised, emission.component_distribution)
-        fits = components.marginal_log_prob(x[:, None], counted[:, None])
+        fits = components.marginal_log_prob(x[:, None], valid[:, None])
         logits = emission.mixture_distribution.logits.log_softmax(-1) + fits
         which = Categorical(logits=logits).sample()[:, None, None]
         drawn = components.sample()
@@ -143,4 +143,4 @@ def _completed(emission: Distribution, x: Tensor, counted: Tensor) -> Tensor:
             f"{type(emission).__name__}: can't fill a part of a frame; let whole steps be missing, or choose an "
             "emission with independent features"
         )
-    return torch.where(counted, x, drawn.to(x))
+    return torch.where(valid, x, drawn.to(x))

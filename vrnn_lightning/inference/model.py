@@ -6,8 +6,7 @@ All of it in data units, and without a Trainer.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple, cast
@@ -15,17 +14,17 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from vrnn_lightning.batch import Sequence, SequenceBatch, pad
+from vrnn_lightning.batch import SequenceBatch, SequenceSample, pad
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import FilterResult, Particles, select_by_weight
 from vrnn_lightning.heads import Bernoulli, Head, Pen
-from vrnn_lightning.inference.imputing import Imputer
-from vrnn_lightning.inference.parts import (
+from vrnn_lightning.inference.checks import (
     RESAMPLING,
     log_std,
     require,
 )
+from vrnn_lightning.inference.imputing import Imputer
 from vrnn_lightning.inference.session import Session
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import State, output, repeat_rows
@@ -33,7 +32,7 @@ from vrnn_lightning.vrnn import VRNN, Trace
 
 __all__ = ["Encoding", "Given", "Inference"]
 
-Given = Tensor | SequenceOf[Tensor] | SequenceBatch
+Given = Tensor | Sequence[Tensor] | SequenceBatch
 """Sequences in data units: one tensor of shape (batch, time, features), or tensors of shape (time, features), NaN where
 a value is missing; or a datamodule's batch, which is in scaled units."""
 
@@ -138,9 +137,9 @@ class Inference:
             else:
                 stream = self.vrnn.stream(len(batch), samples, resampling=RESAMPLING)
                 us = [None] * batch.x.shape[1] if batch.inputs is None else batch.inputs.unbind(1)
-                frames = zip(batch.x.unbind(1), batch.counted.unbind(1), us, strict=True)
+                frames = zip(batch.x.unbind(1), batch.valid_mask.unbind(1), us, strict=True)
                 nats = torch.stack([stream.step(x, seen, u) for x, seen, u in frames], 1)
-            nats = nats - log_std(self.scaler, batch.counted).to(nats)
+            nats = nats - log_std(self.scaler, batch.valid_mask).to(nats)
             return _cut(nats, batch.lengths)
 
     def encode(self, sequences: Given, inputs: Given | None = None, seed: int | None = None) -> list[Encoding]:
@@ -244,7 +243,7 @@ class Inference:
     def backtest(
         self,
         sequences: Given,
-        origins: SequenceOf[int],
+        origins: Sequence[int],
         steps: int,
         samples: int = 100,
         temperature: float = 1.0,
@@ -285,7 +284,7 @@ class Inference:
     def _rolling(
         self,
         batch: SequenceBatch,
-        origins: SequenceOf[int],
+        origins: Sequence[int],
         steps: int,
         samples: int,
         temperature: float,
@@ -374,7 +373,7 @@ class Inference:
             for row, paths in enumerate(drawn):
                 length = int(batch.lengths[row])
                 kept = self.scaler.unscale(batch.x[row, :length])
-                seen = batch.counted[row, :length]
+                seen = batch.valid_mask[row, :length]
                 whole.append(torch.where(seen, kept, self.scaler.unscale(paths).to(kept)))
             return whole
 
@@ -418,25 +417,25 @@ class Inference:
             xs = list(sequences)
             if not xs:
                 raise UserError("no sequence is given")
-            us: list[Tensor | None] = [None] * len(xs) if inputs is None else list(cast("SequenceOf[Tensor]", inputs))
+            us: list[Tensor | None] = [None] * len(xs) if inputs is None else list(cast("Sequence[Tensor]", inputs))
             if len(us) != len(xs):
                 raise UserError(f"inputs: of {len(us)} sequences, but {len(xs)} are given")
             batch = pad([self._sequence(i, x, u) for i, (x, u) in enumerate(zip(xs, us, strict=True))])
-            batch.x = self.scaler.scale(batch.x.double()).masked_fill(~batch.counted, 0.0)
+            batch.x = self.scaler.scale(batch.x.double()).masked_fill(~batch.valid_mask, 0.0)
         moved = {name: value.to(like.device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
         batch = SequenceBatch(**{**vars(batch), **moved})
         batch.x = batch.x.to(like)
         return batch
 
-    def _sequence(self, index: int, x: Tensor, inputs: Tensor | None) -> Sequence:
+    def _sequence(self, index: int, x: Tensor, inputs: Tensor | None) -> SequenceSample:
         if x.ndim != 2 or x.shape[1] != self.vrnn.num_features or len(x) == 0:
             expected = f"(time, {self.vrnn.num_features}) with at least one step"
             raise UserError(f"sequence {index}: has shape {tuple(x.shape)}, expected {expected}")
         if x.isinf().any():
-            raise UserError(f"sequence {index}: holds infinite values; mend it, or NaN says that they are missing")
+            raise UserError(f"sequence {index}: holds infinite values; fix it, or NaN says that they are missing")
         missing = x.isnan()
         observed = ~missing if missing.any() else None
-        return Sequence(x.double().masked_fill(missing, 0.0), observed, inputs, f"sequence {index}")
+        return SequenceSample(x.double().masked_fill(missing, 0.0), observed, inputs, f"sequence {index}")
 
 
 def _rounded(head: Head, mean: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import select_by_weight
 from vrnn_lightning.heads import Head, log_prob
 from vrnn_lightning.heads.base import SampleShape, at_least_float32
-from vrnn_lightning.inference.parts import (
+from vrnn_lightning.inference.checks import (
     log_std,
     require,
     require_shape,
@@ -123,8 +123,8 @@ class Predictive(Distribution):
         scaled = self._scaler.scale(value.double()).to(self._features)
         seen = None if observed is None else observed[..., None, :]
         each = log_prob(self.components, scaled[..., None, :], seen)
-        counted = torch.ones_like(value, dtype=torch.bool) if observed is None else observed
-        return (each + self.log_weights).logsumexp(-1) - log_std(self._scaler, counted).to(each)
+        valid = torch.ones_like(value, dtype=torch.bool) if observed is None else observed
+        return (each + self.log_weights).logsumexp(-1) - log_std(self._scaler, valid).to(each)
 
     def _average(self, each: Tensor) -> Tensor:
         """Return the weighted mean over components of values of shape (batch, components, features)."""
@@ -264,17 +264,17 @@ class Session:
         x = x.to(model.input_mean.device)
         if observed is not None and observed.dtype != torch.bool:
             raise UserError(f"observed: is of {observed.dtype}, and must be bool: True where a value was measured")
-        counted = torch.ones_like(x, dtype=torch.bool) if observed is None else observed.to(x.device)
+        valid = torch.ones_like(x, dtype=torch.bool) if observed is None else observed.to(x.device)
         if model.num_inputs and inputs is not None and not inputs.isfinite().all():
             raise UserError("inputs: holds a value that is no number")
         if not x.sum().isfinite():
             if observed is None:
-                observed = counted = ~x.isnan()
-            require_shape("observed", counted, *x.shape)
-            if not x[counted].isfinite().all():
-                raise UserError("x: holds a value that is no number; mend it, or let NaN say that it is missing")
+                observed = valid = ~x.isnan()
+            require_shape("observed", valid, *x.shape)
+            if not x[valid].isfinite().all():
+                raise UserError("x: holds a value that is no number; fix it, or let NaN say that it is missing")
         scaled = self._scaler.scale(x.double())
-        nats = self._stream.step(scaled, None if observed is None else counted, inputs, noise)
-        jacobian = self._jacobian if observed is None else log_std(self._scaler, counted)
+        nats = self._stream.step(scaled, None if observed is None else valid, inputs, noise)
+        jacobian = self._jacobian if observed is None else log_std(self._scaler, valid)
         self._nats = nats - jacobian.to(nats)
         return self.now

@@ -86,15 +86,15 @@ def readable_step(
         masks: Dropout.
         future: States of the recurrence that reads backwards, for smoothing, shape (batch, time, hidden).
     """
-    x, counted, h = batch.x[:, t], batch.counted[:, t], output(state, masks)
+    x, valid, h = batch.x[:, t], batch.valid_mask[:, t], output(state, masks)
     inputs, future = (None if values is None else values[:, t] for values in (batch.inputs, future))
-    x_features = model.extract_x(x, counted, masks)
+    x_features = model.extract_x(x, valid, masks)
     prior = model.prior_dist(h, inputs)
     posterior = model.posterior_dist(x_features, h, prior, inputs, future)
     z = posterior.mean + posterior.stddev * noise
     z_features = model.extract_z(z, masks)
     emission = model.emission_dist(z_features, h, inputs)
-    log_px = log_prob(emission, x, None if batch.observed is None else counted)
+    log_px = log_prob(emission, x, None if batch.observed is None else valid)
     kl = kl_divergence(posterior.base_dist, prior.base_dist)
     _, after = model.next_state(x_features, z_features, state, inputs, masks)
     return StepTerms(log_px, kl, log_ratio(prior, posterior, z), z, after)
@@ -119,7 +119,7 @@ def readable_future(model: Networks, batch: SequenceBatch, masks: Masks | None =
     a = c = batch.x.new_zeros(len(batch), rnn.hidden_size)
     states = []
     for t in reversed(range(batch.x.shape[1])):
-        x_features = model.extract_x(batch.x[:, t], batch.counted[:, t], masks)
+        x_features = model.extract_x(batch.x[:, t], batch.valid_mask[:, t], masks)
         read = x_features if batch.inputs is None else torch.cat([x_features, batch.inputs[:, t]], -1)
         before = a if isinstance(cell, nn.GRUCell) else (a, c)
         found = torch.func.functional_call(cell, weights, (read, before))

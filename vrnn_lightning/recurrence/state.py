@@ -65,10 +65,10 @@ class Networks(Protocol):
     backward_rnn: nn.GRU | nn.LSTM | None
     residual_posterior: bool
 
-    def standardize_input(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
+    def standardize_input(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """Return what phi_x reads of frames, shape (..., width)."""
 
-    def extract_x(self, x: Tensor, counted: Tensor | None = None, masks: Masks | None = None) -> Tensor:
+    def extract_x(self, x: Tensor, valid: Tensor | None = None, masks: Masks | None = None) -> Tensor:
         """Return the features of frames."""
 
     def extract_z(self, z: Tensor, masks: Masks | None = None) -> Tensor:

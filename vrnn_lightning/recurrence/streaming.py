@@ -106,9 +106,9 @@ class Stream:
         """
         like = self._states[0]
         self._require("x", x, self.batch, self.model.decoder.head.num_features)
-        counted = torch.ones_like(x, dtype=torch.bool) if observed is None else observed
-        self._require("observed", counted, *x.shape)
-        x = x.to(like) if observed is None else x.to(like).masked_fill(~counted, 0.0)
+        valid = torch.ones_like(x, dtype=torch.bool) if observed is None else observed
+        self._require("observed", valid, *x.shape)
+        x = x.to(like) if observed is None else x.to(like).masked_fill(~valid, 0.0)
         if self.inputs:
             self._require("inputs", inputs, self.batch, self.inputs)
             self._known_inputs.copy_(cast("Tensor", inputs))
@@ -117,14 +117,14 @@ class Stream:
         else:
             self._require("noise", noise, *self._noise.shape)
             self._noise.copy_(noise)
-        self._x.copy_(self.model.standardize_input(x, counted))
+        self._x.copy_(self.model.standardize_input(x, valid))
         self._before.step()
         self._known_x.copy_(self._x_features)
         h = None if self._posterior is None or self._prior is not None else cast("Tensor", self._h).clone()
         self._step.step()
         emission = self.model.decoder.head(self._emission)
         spread = repeat_rows(x, self.samples)
-        increments = log_prob(emission, spread, None if observed is None else repeat_rows(counted, self.samples))
+        increments = log_prob(emission, spread, None if observed is None else repeat_rows(valid, self.samples))
         increments = increments.to(self.log_weights) + self._log_ratio(h)
         nats, rows = self._weights.follow(increments.unflatten(0, (self.samples, self.batch)))
         if rows is not None:

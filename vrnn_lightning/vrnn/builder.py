@@ -9,7 +9,7 @@ from torch import nn
 
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads import Gaussian, Head, Network
-from vrnn_lightning.nn import MLP, Layers
+from vrnn_lightning.nn import MLP, MLPConfig
 from vrnn_lightning.vrnn.equations import StandardNormal
 from vrnn_lightning.vrnn.model import VRNN
 
@@ -23,11 +23,11 @@ def build_vrnn(
     layers: int = 1,
     cell: Literal["gru", "lstm"] = "gru",
     emission: Callable[[int, int], Head] = Gaussian,
-    phi_x: Layers = Layers(),
-    phi_z: Layers = Layers(),
-    prior: Layers | None = Layers(),
-    encoder: Layers = Layers(),
-    decoder: Layers = Layers(),
+    phi_x: MLPConfig = MLPConfig(),
+    phi_z: MLPConfig = MLPConfig(),
+    prior: MLPConfig | None = MLPConfig(),
+    encoder: MLPConfig = MLPConfig(),
+    decoder: MLPConfig = MLPConfig(),
     residual_posterior: bool = False,
     smoothing: bool = False,
     dropout: float = 0.0,
@@ -43,7 +43,7 @@ def build_vrnn(
         num_features: Width of a frame, D.
         latent_size: Dimensions of z_t; 0 for a plain recurrent network, which ignores the options of the latent.
         hidden_size: Units of the recurrence.
-        layers: Layers of the recurrence; the networks read the top one.
+        layers: MLPConfig of the recurrence; the networks read the top one.
         cell: "gru" or "lstm"; in an LSTM the networks read the output h, not the cell state.
         emission: Called with (in_features, num_features), returns the head of p(x_t | ...).
         phi_x: Size of the feature extractor of x_t.

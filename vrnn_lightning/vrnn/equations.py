@@ -121,35 +121,35 @@ class Equations(nn.Module):
         self.register_buffer("input_std", torch.ones(self.num_features))
 
     @torch.no_grad()
-    def start_from(self, mean: Tensor, std: Tensor) -> None:
+    def init_from_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Centre what phi_x reads, and start the emission's bias, from the data's moments, each (features,)."""
         self.input_mean.copy_(mean)
         self.input_std.copy_(torch.where((std > 0) & self.decoder.head.scales_inputs, std, 1.0))
-        self.decoder.head.start_from(mean)
+        self.decoder.head.init_from_statistics(mean)
 
-    def standardize_input(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
+    def standardize_input(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """Return what phi_x reads of frames: standardised values and, if it reads that, which were measured.
 
         Args:
             x: Frames, shape (..., features).
-            counted: True at real, measured values, shape (..., features); others read as the mean. ``None`` for all.
+            valid: True at real, measured values, shape (..., features); others read as the mean. ``None`` for all.
         """
         centred = (x - self.input_mean) / self.input_std
-        if counted is not None:
-            centred = centred.masked_fill(~counted, 0.0)
+        if valid is not None:
+            centred = centred.masked_fill(~valid, 0.0)
         if not self.missing:
             return centred
-        return torch.cat([centred, torch.ones_like(centred) if counted is None else counted.to(centred)], -1)
+        return torch.cat([centred, torch.ones_like(centred) if valid is None else valid.to(centred)], -1)
 
-    def extract_x(self, x: Tensor, counted: Tensor | None = None, masks: Masks | None = None) -> Tensor:
+    def extract_x(self, x: Tensor, valid: Tensor | None = None, masks: Masks | None = None) -> Tensor:
         """Return the features of frames, shape (..., width), with their dropout applied.
 
         Args:
             x: Frames, shape (..., features).
-            counted: True at real, measured values, shape (..., features); ``None`` for all.
+            valid: True at real, measured values, shape (..., features); ``None`` for all.
             masks: Dropout.
         """
-        features: Tensor = self.phi_x(self.standardize_input(x, counted))
+        features: Tensor = self.phi_x(self.standardize_input(x, valid))
         return features if masks is None else features * masks.phi_x
 
     def extract_z(self, z: Tensor, masks: Masks | None = None) -> Tensor:
@@ -305,11 +305,11 @@ class Equations(nn.Module):
                     f"the batch has {width} covariates (inputs) per step, the model reads {self.num_inputs}"
                 )
             inputs = batch.inputs.to(batch.x).masked_fill(~batch.mask[..., None], 0.0)
-        return replace(batch, x=batch.x.masked_fill(~batch.counted, 0.0), inputs=inputs)
+        return replace(batch, x=batch.x.masked_fill(~batch.valid_mask, 0.0), inputs=inputs)
 
     def network_inputs(self, batch: SequenceBatch, masks: Masks | None, future: Tensor | None) -> NetworkInputs:
         """Return what the networks read of a clean batch, time first."""
-        x_features = self.extract_x(batch.x.transpose(0, 1), batch.counted.transpose(0, 1), masks)
+        x_features = self.extract_x(batch.x.transpose(0, 1), batch.valid_mask.transpose(0, 1), masks)
         return NetworkInputs(x_features, None if batch.inputs is None else batch.inputs.transpose(0, 1), future)
 
     def backward_states(self, batch: SequenceBatch, masks: Masks | None) -> Tensor | None:

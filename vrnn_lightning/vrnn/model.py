@@ -114,7 +114,7 @@ class VRNN(Equations):
         data = self.network_inputs(batch, masks, future)
         lengths, noise = repeat_rows(batch.lengths, samples), noise.transpose(0, 1).contiguous()
         steps = infer(self, data, noise, state, lengths, masks, samples, resample)
-        observed = None if batch.observed is None else batch.counted
+        observed = None if batch.observed is None else batch.valid_mask
         x, mask, seen, inputs = (
             None if part is None else repeat_rows(part, samples)
             for part in (batch.x, batch.mask, observed, batch.inputs)
@@ -289,7 +289,7 @@ class VRNN(Equations):
         """Return what weighs the particles after each step, and resamples them."""
         x, observed, inputs = (
             None if part is None else repeat_rows(part, samples).unbind(1)
-            for part in (batch.x, None if batch.observed is None else batch.counted, batch.inputs)
+            for part in (batch.x, None if batch.observed is None else batch.valid_mask, batch.inputs)
         )
         assert x is not None
 

@@ -35,7 +35,7 @@ def require_shape(name: str, given: Tensor | None, *shape: int) -> None:
         raise UserError(f"{name}: must have shape {shape}, but got {found}")
 
 
-def log_std(scaler: Scaler, counted: Tensor) -> Tensor:
-    """Return the logarithm of the scaler's Jacobian at counted values, shape (...)."""
-    jacobian: Tensor = (scaler.std.to(counted.device).double().log() * counted).sum(-1)
+def log_std(scaler: Scaler, valid: Tensor) -> Tensor:
+    """Return the logarithm of the scaler's Jacobian at valid values, shape (...)."""
+    jacobian: Tensor = (scaler.std.to(valid.device).double().log() * valid).sum(-1)
     return jacobian
