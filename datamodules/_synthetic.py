@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,13 +47,11 @@ class SyntheticDataModule(SequenceDataModule):
     Args:
         num_features: Features per step.
         steps: Longest sequence.
-        min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
         sizes: Sequences of training, validation and test.
+        min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
         fresh: Draw the training sequences anew in each epoch, in the same lengths.
         batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead.
-        seed: Seed of the sequences and of their order.
-        window: Steps per window in training; ``None`` trains on whole sequences.
+        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:
         UserError: An option outside its range.
@@ -62,15 +61,13 @@ class SyntheticDataModule(SequenceDataModule):
         self,
         num_features: int,
         steps: int,
-        min_steps: int | None,
         sizes: tuple[int, int, int],
-        fresh: bool,
-        batch_size: int,
-        num_workers: int,
-        seed: int,
-        window: int | None,
+        min_steps: int | None = None,
+        fresh: bool = False,
+        batch_size: int = 64,
+        **options: Any,
     ) -> None:
-        super().__init__(num_features, batch_size, num_workers, seed, window)
+        super().__init__(num_features=num_features, batch_size=batch_size, **options)
         self.sizes: dict[Split, int] = dict(zip(("train", "val", "test"), sizes, strict=True))
         require_sizes(self.sizes, steps, min_steps, num_features)
         self.steps = steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,9 +46,7 @@ class Sines(SequenceDataModule):
         val_size: Validation sequences.
         test_size: Test sequences.
         batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead.
-        seed: Seed of the sequences and of their order.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:
         UserError: An option outside its range.
@@ -70,11 +68,9 @@ class Sines(SequenceDataModule):
         val_size: int = 512,
         test_size: int = 512,
         batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(channels, batch_size, num_workers, seed, window)
+        super().__init__(num_features=channels, batch_size=batch_size, **options)
         require("channels", channels, 3)
         require("frequencies", frequencies, 1)
         self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}

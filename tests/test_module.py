@@ -200,16 +200,16 @@ class Kinds(Callback):
         self.kinds = {}
 
     def on_fit_start(self, trainer, pl_module):
-        inner = pl_module.vrnn._trace
+        inner = pl_module.vrnn._infer
 
-        def look(batch, noise, state, masks, *rest):
+        def infer(batch, noise, state, masks, *rest):
             trace = inner(batch, noise, state, masks, *rest)
-            self._look(batch, noise, masks, trace)
+            self._keep_pass(batch, noise, masks, trace)
             return trace
 
-        pl_module.vrnn._trace = look
+        pl_module.vrnn._infer = infer
 
-    def _look(self, batch, noise, masks, trace):
+    def _keep_pass(self, batch, noise, masks, trace):
         dropped = {} if masks is None else masks._asdict()
         made = {"x": batch.x, "noise": noise, **dropped, **vars(trace), **trace.state._asdict()}
         made |= {"mean": trace.posterior.mean, "prior": trace.prior.mean, "emission": trace.emission.mean}

@@ -309,7 +309,8 @@ class Equations(nn.Module):
 
     def network_inputs(self, batch: SequenceBatch, masks: Masks | None, future: Tensor | None) -> NetworkInputs:
         """Return what the networks read of a clean batch, time first."""
-        x_features = self.extract_x(batch.x.transpose(0, 1), batch.valid_mask.transpose(0, 1), masks)
+        x_features = self.phi_x(self.standardize_input(batch.x, batch.valid_mask).transpose(0, 1))
+        x_features = x_features if masks is None else x_features * masks.phi_x
         return NetworkInputs(x_features, None if batch.inputs is None else batch.inputs.transpose(0, 1), future)
 
     def backward_states(self, batch: SequenceBatch, masks: Masks | None) -> Tensor | None:
