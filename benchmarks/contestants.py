@@ -1,4 +1,4 @@
-"""What is timed: the fast loop, the textbook loop, and torch.nn's recurrence without a latent in its loop."""
+"""What is timed: the fast loop, the readable loop, and torch.nn's recurrence without a latent in its loop."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from vrnn_lightning import VRNN, Layers, SequenceBatch
+from vrnn_lightning import VRNN, MLPConfig, SequenceBatch, build_vrnn
 from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.heads import Bernoulli, Gaussian
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO
-from vrnn_lightning.recurrence import textbook, textbook_filter, textbook_generation
+from vrnn_lightning.recurrence import readable_filter, readable_generation, readable_loop
 
 NETWORKS = ("phi_x", "phi_z", "prior", "encoder", "decoder")
 
@@ -73,8 +73,8 @@ def _normal(raw: Tensor) -> Normal:
 def make(size: Size, device: str, emission: Callable[..., nn.Module] = Gaussian) -> tuple[VRNN, SequenceBatch]:
     """Return a model and a batch."""
     torch.manual_seed(0)
-    layers = dict.fromkeys(NETWORKS, Layers(size.h))
-    model = VRNN(size.x, size.z, size.h, cell=size.cell, emission=emission, **layers).to(device)
+    layers = dict.fromkeys(NETWORKS, MLPConfig(size.h))
+    model = build_vrnn(size.x, size.z, size.h, cell=size.cell, emission=emission, **layers).to(device)
     x = torch.randn(size.batch, size.steps, size.x, device=device)
     x = (x > 1.5).float() if emission is Bernoulli else x
     return model, SequenceBatch(x, torch.full((size.batch,), size.steps, device=device))
@@ -110,14 +110,14 @@ def training(size: Size, device: str = "cpu", precision: str = "32") -> dict[str
         return ELBO()(model, batch, Noise(batch), 1.0, lambda total: total).value
 
     def slow() -> Tensor:
-        found = textbook(model, batch, Noise(batch).over_time(size.z), model.initial_state(size.batch))
+        found = readable_loop(model, batch, Noise(batch).over_time(size.z), model.initial_state(size.batch))
         return found.log_px.sum() - found.kl.sum()
 
     def without() -> Tensor:
         log_px, kl = floor(x, torch.randn(size.steps, size.batch, size.z, device=device))
         return log_px.sum() - kl.sum()
 
-    contestants = {"fast": (model, fast), "textbook": (model, slow), "floor": (floor, without)}
+    contestants = {"fast": (model, fast), "readable": (model, slow), "floor": (floor, without)}
     return {name: trained(*of, size, precision) for name, of in contestants.items()}
 
 
@@ -147,9 +147,9 @@ def filtering(size: Size, samples: int, device: str = "cpu") -> dict[str, Callab
         noise = Noise(batch)
         z, draws = noise.over_time(size.z, samples), noise.uniform_over_time(rule.draws(samples))
         state = model.initial_state(samples * size.batch)
-        return textbook_filter(model, batch, z, draws, state, rule).log_likelihood.sum()
+        return readable_filter(model, batch, z, draws, state, rule).log_likelihood.sum()
 
-    return {name: trained(model, of, size, "32") for name, of in (("fast", fast), ("textbook", slow))}
+    return {name: trained(model, of, size, "32") for name, of in (("fast", fast), ("readable", slow))}
 
 
 def evaluation(size: Size, device: str = "cpu") -> dict[str, Callable[[], object]]:
@@ -159,7 +159,7 @@ def evaluation(size: Size, device: str = "cpu") -> dict[str, Callable[[], object
     state = model.initial_state(size.batch)
     contestants = {
         "fast": lambda: model(batch),
-        "textbook": lambda: textbook(model, batch, Noise(batch).over_time(size.z), state),
+        "readable": lambda: readable_loop(model, batch, Noise(batch).over_time(size.z), state),
         "floor": lambda: floor(x, torch.randn(size.steps, size.batch, size.z, device=device)),
     }
     return {name: torch.no_grad()(of) for name, of in contestants.items()}
@@ -170,7 +170,7 @@ def generation(size: Size, device: str = "cpu") -> dict[str, Callable[[], object
     model, _ = make(size._replace(steps=1), device)
     return {
         "fast": lambda: model.generate(size.steps, size.batch),
-        "textbook": lambda: textbook_generation(model, size.steps, model.initial_state(size.batch)),
+        "readable": lambda: readable_generation(model, size.steps, model.initial_state(size.batch)),
     }
 
 

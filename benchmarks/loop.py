@@ -1,4 +1,4 @@
-"""Time the loop: training, evaluation, generation and particle filters, against the textbook and against torch.nn.
+"""Time the loop: training, evaluation, generation and particle filters, against the readable loop and against torch.nn.
 
     python benchmarks/loop.py
     python benchmarks/loop.py training memory --repeats 5
@@ -119,10 +119,10 @@ def profile(options: argparse.Namespace) -> None:
 
 def memory(options: argparse.Namespace) -> None:
     """Print the peak memory of a training step, each in a process of its own."""
-    print("\n| peak memory of a training step | fast, MB | textbook, MB | fast / textbook |")
+    print("\n| peak memory of a training step | fast, MB | readable, MB | fast / readable |")
     print("| --- | --- | --- | --- |")
     for name, size, every in MEMORY:
-        fast, slow = (peak(size, contestant, every) for contestant in ("fast", "textbook"))
+        fast, slow = (peak(size, contestant, every) for contestant in ("fast", "readable"))
         print(f"| {name}, {size} | {fast:.0f} | {slow:.0f} | {fast / slow:.2f} |", flush=True)
     print("\n| steps of a sequence | all kept, MB | checkpointing, MB | windows of 100, the state carried, MB |")
     print("| --- | --- | --- | --- |")
@@ -148,7 +148,7 @@ def measure_peak(contestant: str, every: str, *size: str) -> None:
 
         kept, contestants.make = contestants.make, lambda *a: _recomputing(kept(*a), int(every))
         step = training(of)[contestant]
-    training(of._replace(batch=1, steps=1))["textbook"]()  # imports and first calls
+    training(of._replace(batch=1, steps=1))["readable"]()  # imports and first calls
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is a new peak
     step()
@@ -172,7 +172,7 @@ def streamed(size: Size) -> Callable[[], None]:
         carried = None
         for _ in range(0, size.steps, 100):
             found = ELBO()(model, batch, Noise(batch), 1.0, lambda x: x, carried)
-            carried = found.carried.restart(torch.zeros(size.batch, dtype=torch.bool))
+            carried = found.carried.reset_rows(torch.zeros(size.batch, dtype=torch.bool))
             optimizer.zero_grad()
             (-found.value).backward()
             optimizer.step()

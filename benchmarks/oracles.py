@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from vrnn_lightning.datamodules.linear_gaussian import LinearGaussian
 
-from vrnn_lightning import Layers, VRNNLightningModule
-from vrnn_lightning.batch import Sequence, pad
+from vrnn_lightning import MLPConfig, VRNNLightningModule
+from vrnn_lightning.batch import SequenceSample, pad
 
 TINY = 1e-4
 """Size of the state's units within the GRU, whose tanh is a line there, to a millionth of a percent."""
@@ -115,8 +115,8 @@ def built(data: LinearGaussian) -> VRNNLightningModule:
     precision = torch.eye(states).double() + q**2 / r**2 * c.T @ c
     gain, std = torch.linalg.solve(precision, q / r**2 * c.T), precision.diagonal().rsqrt()
     torch.testing.assert_close(precision, precision.diagonal().diag())
-    layers = {"phi_x": Layers(2 * channels), "phi_z": Layers(2 * states), "decoder": Layers(2 * channels)}
-    options = {"latent_size": states, "hidden_size": states, "prior": None, "encoder": Layers(2 * states), **layers}
+    layers = {"phi_x": MLPConfig(2 * channels), "phi_z": MLPConfig(2 * states), "decoder": MLPConfig(2 * channels)}
+    options = {"latent_size": states, "hidden_size": states, "prior": None, "encoder": MLPConfig(2 * states), **layers}
     module = VRNNLightningModule(channels, **options).double().eval()
     vrnn = module.vrnn
 
@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.checkpoint:
         module = VRNNLightningModule.load_from_checkpoint(options.checkpoint, map_location="cpu").eval()
         stationary = Exact.of(data, data.steps, data.initial_covariance)
-        batch = pad([Sequence(s.x.double()) for s in data.sequences("test")])
+        batch = pad([SequenceSample(s.x.double()) for s in data.sequences("test")])
         torch.testing.assert_close(stationary.log_likelihood(batch.x), data.exact_log_likelihood(batch))
         rows("trained", module, stationary, batch.x, options.particles, options.draws)
 

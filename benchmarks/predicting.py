@@ -23,7 +23,7 @@ import torch
 from contestants import Size, alternate, medians
 from lightning.pytorch import Trainer
 
-from vrnn_lightning import Sequence, SequenceDataModule, VRNNLightningModule
+from vrnn_lightning import SequenceDataModule, SequenceSample, VRNNLightningModule
 from vrnn_lightning.callbacks import Predictions
 from vrnn_lightning.callbacks.predictions import Draws
 
@@ -55,10 +55,10 @@ class Lazy(SequenceDataModule):
         """Return the number of sequences."""
         return self.count
 
-    def __getitem__(self, index: int, /) -> Sequence:
+    def __getitem__(self, index: int, /) -> SequenceSample:
         """Make a sequence."""
         generator = torch.Generator().manual_seed(index)
-        return Sequence(torch.randn(STEPS, FEATURES, generator=generator), name=f"sequence {index}")
+        return SequenceSample(torch.randn(STEPS, FEATURES, generator=generator), name=f"sequence {index}")
 
     def sequences(self, split: str) -> Lazy:
         """Return them for the test, and some to fit the scaler on."""
@@ -85,7 +85,7 @@ def sampling(options: argparse.Namespace) -> None:
     print("| --- | --- | --- | --- | --- |")
     for size in SAMPLING:
         module = VRNNLightningModule(size.x, latent_size=size.z, hidden_size=size.h).eval()
-        module.prepared.fill_(True)
+        module.is_initialized.fill_(True)
         with TemporaryDirectory() as folder:
 
             def run(shown: int, folder: str = folder, size: Size = size, module: VRNNLightningModule = module) -> None:

@@ -272,7 +272,7 @@ CONFIG = (
 
 
 def _config(path: Path) -> object:
-    from vrnn_lightning.cli.words import mentions, with_configs
+    from vrnn_lightning.cli.argv import mentions, with_configs
 
     return mentions(with_configs(["fit", "-c", str(path)]), "data")
 

@@ -6,13 +6,14 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Generator
 
-from vrnn_lightning.batch import Sequence
+from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data import SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
 
@@ -46,13 +47,11 @@ class SyntheticDataModule(SequenceDataModule):
     Args:
         num_features: Features per step.
         steps: Longest sequence.
-        min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
         sizes: Sequences of training, validation and test.
+        min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
         fresh: Draw the training sequences anew in each epoch, in the same lengths.
         batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead.
-        seed: Seed of the sequences and of their order.
-        window: Steps per window in training; ``None`` trains on whole sequences.
+        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:
         UserError: An option outside its range.
@@ -62,15 +61,13 @@ class SyntheticDataModule(SequenceDataModule):
         self,
         num_features: int,
         steps: int,
-        min_steps: int | None,
         sizes: tuple[int, int, int],
-        fresh: bool,
-        batch_size: int,
-        num_workers: int,
-        seed: int,
-        window: int | None,
+        min_steps: int | None = None,
+        fresh: bool = False,
+        batch_size: int = 64,
+        **options: Any,
     ) -> None:
-        super().__init__(num_features, batch_size, num_workers, seed, window)
+        super().__init__(num_features=num_features, batch_size=batch_size, **options)
         self.sizes: dict[Split, int] = dict(zip(("train", "val", "test"), sizes, strict=True))
         require_sizes(self.sizes, steps, min_steps, num_features)
         self.steps = steps
@@ -81,7 +78,7 @@ class SyntheticDataModule(SequenceDataModule):
     def drawing(self) -> Draw:
         """Return what draws the values; a function of a module or a partial, for it travels to reading processes."""
 
-    def sequences(self, split: Split) -> list[Sequence]:
+    def sequences(self, split: Split) -> list[SequenceSample]:
         """Draw a split's sequences."""
         stream = (self.seed, ("train", "val", "test").index(split))
         lengths = np.random.default_rng(stream).integers(self.min_steps, self.steps + 1, self.sizes[split])
@@ -90,14 +87,14 @@ class SyntheticDataModule(SequenceDataModule):
         return Redrawn(draw) if self.fresh and split == "train" else draw(0)
 
 
-class Redrawn(list[Sequence]):
+class Redrawn(list[SequenceSample]):
     """The sequences of epoch 0, and what draws those of another."""
 
-    def __init__(self, draw: Callable[[int], list[Sequence]]) -> None:
+    def __init__(self, draw: Callable[[int], list[SequenceSample]]) -> None:
         super().__init__(draw(0))
         self.draw = draw
 
-    def in_epoch(self, epoch: int) -> list[Sequence]:
+    def in_epoch(self, epoch: int) -> list[SequenceSample]:
         """Return the sequences of an epoch."""
         return self.draw(epoch) if epoch else self
 
@@ -114,20 +111,22 @@ def opening(split: Split, size: int, shortest: int, longest: int, seed: int, epo
 
 def measured(
     name: str, x: torch.Tensor, lengths: list[int], missing_rate: float, generator: Generator
-) -> list[Sequence]:
+) -> list[SequenceSample]:
     """Return sequences of values of shape (sequences, longest, features), each of which may be missing."""
     seen = torch.rand(x.shape, generator=generator) >= missing_rate if missing_rate else None
     return [
-        Sequence(x[i, :n].float(), None if seen is None else seen[i, :n], name=f"{name} {i}")
+        SequenceSample(x[i, :n].float(), None if seen is None else seen[i, :n], name=f"{name} {i}")
         for i, n in enumerate(lengths)
     ]
 
 
 def _sequences(
     draw: Draw, lengths: NDArray[np.int64], stream: tuple[int, int], name: str, epoch: int
-) -> list[Sequence]:
+) -> list[SequenceSample]:
     values = torch.from_numpy(draw(lengths, np.random.default_rng((*stream, 1 + epoch)))).float()
-    return [Sequence(x[:n], name=f"{name} {i}") for i, (x, n) in enumerate(zip(values, lengths.tolist(), strict=True))]
+    return [
+        SequenceSample(x[:n], name=f"{name} {i}") for i, (x, n) in enumerate(zip(values, lengths.tolist(), strict=True))
+    ]
 
 
 def integrate(derivative: Callable[[Floats], Floats], state: Floats, interval: float | Floats, steps: int) -> Floats:

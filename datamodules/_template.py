@@ -9,18 +9,18 @@ Needed:
 
 - ``__init__`` hands ``num_features`` (values per time step) and the four common options to the base class. It opens no
   file: a checkpoint's model is built from it even where the data is not at hand.
-- ``sequences(split)`` returns the "train", "val" or "test" sequences in data units: a list of ``Sequence``, or any
-  object with ``__len__`` and ``__getitem__`` that reads one when asked. Import heavy libraries inside it. For a folder
-  with one csv file per sequence and a sub-folder per split its body would be
+- ``sequences(split)`` returns the "train", "val" or "test" sequences in data units: a list of ``SequenceSample``, or
+  any object with ``__len__`` and ``__getitem__`` that reads one when asked. Import heavy libraries inside it. For a
+  folder with one csv file per sequence and a sub-folder per split its body would be
 
       files = sorted(Path(self.root, split).glob("*.csv"))
       table = functools.partial(np.loadtxt, delimiter=",", dtype="float32", ndmin=2)
-      return [Sequence(torch.from_numpy(table(file)), name=f"{split}/{file.name}") for file in files]
+      return [SequenceSample(torch.from_numpy(table(file)), name=f"{split}/{file.name}") for file in files]
 
-  ``Sequence`` also takes ``observed`` (True where a value was measured) and ``inputs`` (covariates known beforehand).
-  Where you use them, say so in ``__init__``, for the model is built accordingly: ``self.missing = True`` and
-  ``self.num_inputs = 4`` (the number of covariates per step, which every sequence must then have).
-  What a user got wrong is a ``UserError`` of one line that names the file or option and the cure.
+  ``SequenceSample`` also takes ``observed`` (True where a value was measured) and ``inputs`` (covariates that are known
+  beforehand). Where you use them, say so in ``__init__``, for the model is built accordingly: ``self.missing = True``
+  and ``self.num_inputs = 4`` (the number of covariates per step, which every sequence must then have).
+  What a user got wrong is a ``UserError`` of one line that names the file or option and the fix.
 
 Optional:
 
@@ -37,14 +37,14 @@ Optional:
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from vrnn_lightning.batch import Sequence, SequenceBatch
+from vrnn_lightning.batch import SequenceBatch, SequenceSample
 from vrnn_lightning.data import Modality, SequenceDataModule, Sequences, Split
 
 __all__ = ["MyData"]
@@ -89,9 +89,9 @@ class MyData(SequenceDataModule):
         x[:, 0] /= (1 - self.memory**2) ** 0.5  # the spread that the recursion keeps
         for t in range(1, self.num_steps):
             x[:, t] += self.memory * x[:, t - 1]
-        return [Sequence(row, name=f"{split} {i}") for i, row in enumerate(x)]
+        return [SequenceSample(row, name=f"{split} {i}") for i, row in enumerate(x)]
 
-    def lengths(self, split: Split) -> SequenceOf[int]:
+    def lengths(self, split: Split) -> Sequence[int]:
         """Return the steps of each sequence of a split."""
         return [self.num_steps] * len(self.split(split))
 
@@ -102,4 +102,4 @@ class MyData(SequenceDataModule):
         std = torch.ones_like(x)
         std[:, 0] = (1 - self.memory**2) ** -0.5
         density: Tensor = Normal(mean, std).log_prob(x) + self.scaler.std.to(x).log()  # the scaler's Jacobian
-        return (density * batch.counted).sum((1, 2))
+        return (density * batch.valid_mask).sum((1, 2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -14,9 +14,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from vrnn_lightning.data import (
     MAX_GB,
     ArchiveSplit,
-    DrawnDataModule,
-    DrawnSplits,
     Modality,
+    RandomSplitDataModule,
+    RandomSplits,
     Split,
     archive_holds,
     checked_limit,
@@ -31,7 +31,7 @@ STILL = 1e-9
 """Range of a column, next to the widest, below which it holds nothing but what rounding left."""
 
 
-class Archive(DrawnDataModule):
+class Archive(RandomSplitDataModule):
     r"""A flat archive of real-valued sequences: joint angles, cepstra, pen velocities, and whatever else.
 
     Splits are the archive's own. Where it has no ``valid``, or no ``test``, some of the training sequences are drawn
@@ -63,7 +63,7 @@ class Archive(DrawnDataModule):
 
     modality: ClassVar[Modality] = "series"
     scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "per_feature"
-    run_options: ClassVar[frozenset[str]] = DrawnDataModule.run_options | {"max_gb"}
+    run_options: ClassVar[frozenset[str]] = RandomSplitDataModule.run_options | {"max_gb"}
 
     def __init__(
         self,
@@ -87,13 +87,13 @@ class Archive(DrawnDataModule):
         self.features = features
         self.kept = [column for column in range(features) if column not in out]
         self._parts: dict[Split, float] = {"val": val, "test": test}
-        DrawnSplits(val, test, seed)  # refuses fractions early
+        RandomSplits(val, test, seed)  # refuses fractions early
 
     def sequences(self, split: Split) -> ArchiveSplit:
         """Return the sequences of a split, each of shape (steps, features)."""
-        if self.drawn is None or split in self._held:
+        if self.random_splits is None or split in self._held:
             return self._train if split == "train" else self._read(split)
-        digests = self.drawn.names(split, self.sizes, self.root)
+        digests = self.random_splits.names(split, self.sizes, self.root)
         places = sorted(place for digest in digests for place in self._places[digest])
         return self._train.take(np.array(places, dtype=np.int64))
 
@@ -110,10 +110,10 @@ class Archive(DrawnDataModule):
         return {split for split in splits if archive_holds(self.root, split)}
 
     @cached_property
-    def drawn(self) -> DrawnSplits | None:
+    def random_splits(self) -> RandomSplits | None:
         """How splits that the archive has not are drawn from its training sequences; ``None`` where it has all."""
         val, test = (0.0 if split in self._held else part for split, part in self._parts.items())
-        return DrawnSplits(val, test, self.seed) if len(self._held) < 2 else None
+        return RandomSplits(val, test, self.seed) if len(self._held) < 2 else None
 
     @cached_property
     def _places(self) -> dict[str, list[int]]:
@@ -149,12 +149,12 @@ class Archive(DrawnDataModule):
 
     def _read(self, split: Split) -> ArchiveSplit:
         """Return a split as the archive has it, without the excluded columns."""
-        cure = f"; give its width as --data.features, which is {self.features}"
-        found = read_archive(self.root, split, self.features, cure=cure, max_gb=self.max_gb)
+        fix = f"; give its width as --data.features, which is {self.features}"
+        found = read_archive(self.root, split, self.features, fix=fix, max_gb=self.max_gb)
         return replace(found, values=found.values[:, self.kept])
 
 
-def _columns(exclude: SequenceOf[int], features: int) -> set[int]:
+def _columns(exclude: Sequence[int], features: int) -> set[int]:
     """Return checked columns."""
     for column in exclude:
         if not 0 <= column < features:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,17 +29,12 @@ class BouncingBall(SyntheticDataModule):
     Args:
         channels: Dimensions of the box, D.
         steps: Longest sequence.
-        min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
         speed: Way of one step, at most 2: from wall to wall.
         noise: Standard deviation of the noise, sigma; 0 for none.
-        fresh: Draw the training sequences anew in each epoch, in the same lengths.
         train_size: Training sequences.
         val_size: Validation sequences.
         test_size: Test sequences.
-        batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead.
-        seed: Seed of the sequences and of their order.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+        options: The other options of ``SyntheticDataModule``.
 
     Raises:
         UserError: An option outside its range.
@@ -55,20 +50,15 @@ class BouncingBall(SyntheticDataModule):
         self,
         channels: int = 2,
         steps: int = 60,
-        min_steps: int | None = None,
         speed: float = 0.2,
         noise: float = 0.05,
-        fresh: bool = False,
         train_size: int = 2048,
         val_size: int = 256,
         test_size: int = 256,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
+        **options: Any,
     ) -> None:
         sizes = (train_size, val_size, test_size)
-        super().__init__(channels, steps, min_steps, sizes, fresh, batch_size, num_workers, seed, window)
+        super().__init__(num_features=channels, steps=steps, sizes=sizes, **options)
         require("channels", channels, 1)
         require("speed", speed, 0, 2)
         require("noise", noise, 0, 1e3)

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from vrnn_lightning.batch import Sequence
+from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data import (
     MAX_GB,
     ArchiveSplit,
     AugmentedSequences,
-    BadFiles,
-    DrawnDataModule,
-    DrawnSplits,
+    InvalidFiles,
     Modality,
+    RandomSplitDataModule,
+    RandomSplits,
     Scaler,
     Sequences,
     Split,
@@ -60,7 +60,7 @@ SHOWN = 5
 """Missing forms that a message names."""
 
 
-class Handwriting(DrawnDataModule):
+class Handwriting(RandomSplitDataModule):
     r"""Pen strokes: rows (dx, dy, lift), as in Chung et al. (2015, arXiv 1506.02216).
 
     A row is the pen's offset from the last point, and lift is 1 where the pen leaves the paper after this point, else
@@ -124,7 +124,12 @@ class Handwriting(DrawnDataModule):
     """
 
     modality: ClassVar[Modality] = "strokes"
-    run_options: ClassVar[frozenset[str]] = DrawnDataModule.run_options | {"layout", "skip_bad", "download", "max_gb"}
+    run_options: ClassVar[frozenset[str]] = RandomSplitDataModule.run_options | {
+        "layout",
+        "skip_bad",
+        "download",
+        "max_gb",
+    }
 
     def __init__(
         self,
@@ -173,7 +178,7 @@ class Handwriting(DrawnDataModule):
         self.scale = scale
         self.smooth = smooth
         self.augment = augment
-        self._draw = DrawnSplits(val, test, seed)
+        self._draw = RandomSplits(val, test, seed)
 
     @property
     def pen_starts_down(self) -> bool:
@@ -264,7 +269,7 @@ class Handwriting(DrawnDataModule):
         return _layout_of(self.root) if self.layout == "auto" else self.layout
 
     @property
-    def drawn(self) -> DrawnSplits | None:
+    def random_splits(self) -> RandomSplits | None:
         """How the splits of QuickDraw's files and InkML's are drawn; ``None`` of what has its own."""
         return self._draw if self._layout in ("quickdraw", "inkml") else None
 
@@ -274,7 +279,7 @@ class Handwriting(DrawnDataModule):
             found = read_archive(self.root, split, 3, max_gb=self.max_gb)
             wrong = (found.values != 0) & (found.values != 1)
             wrong[:, :2] = False
-            found.refuse(wrong, "expected rows (dx, dy, lift) whose lift is 0 or 1")
+            found.raise_if(wrong, "expected rows (dx, dy, lift) whose lift is 0 or 1")
             return found
         if self._layout == "sketch-rnn":
             return self._sketches(split)
@@ -288,7 +293,7 @@ class Handwriting(DrawnDataModule):
         self, files: dict[str, Path], read: Callable[[Path], NDArray[np.float32]], split: Split
     ) -> ArchiveSplit:
         """Return the rows of files, a sequence each."""
-        bad, rows = BadFiles(self.skip_bad), {}
+        bad, rows = InvalidFiles(self.skip_bad), {}
         for name in tracked(list(files), f"reading {self.root.name}"):
             with bad.tolerated():
                 rows[name] = read(files[name])
@@ -299,7 +304,7 @@ class Handwriting(DrawnDataModule):
         """Return the drawings of an archive of sketch-rnn."""
         word = WORDS[split]
         drawings = read_sketch_rnn(self.root, word, self.max_gb)
-        bad, rows = BadFiles(self.skip_bad), {}
+        bad, rows = InvalidFiles(self.skip_bad), {}
         for number, drawing in enumerate(drawings):
             with bad.tolerated():
                 rows[number] = _checked(f"{self.root}: {word} {number}", drawing)
@@ -309,7 +314,7 @@ class Handwriting(DrawnDataModule):
     @cached_property
     def _drawings(self) -> ArchiveSplit:
         """All drawings whose split is drawn, those of QuickDraw's files or an InkML file each."""
-        bad, total = BadFiles(self.skip_bad), 0
+        bad, total = InvalidFiles(self.skip_bad), 0
         names: list[str] = []
         rows: list[NDArray[np.float32]] = []
         ink = self._layout == "inkml"
@@ -446,8 +451,8 @@ class _Stretched(AugmentedSequences):
         factors = generator.uniform(1 - self.amount, 1 + self.amount, (len(self), 2))
         return torch.from_numpy(np.insert(factors, 2, 1.0, axis=1)).float()
 
-    def augmented(self, index: int, sequence: Sequence) -> Sequence:
-        return Sequence(sequence.x * self.factors[index], name=sequence.name)
+    def augmented(self, index: int, sequence: SequenceSample) -> SequenceSample:
+        return SequenceSample(sequence.x * self.factors[index], name=sequence.name)
 
 
 def _checked(place: str, drawing: Any) -> NDArray[Any]:
@@ -463,7 +468,7 @@ def _checked(place: str, drawing: Any) -> NDArray[Any]:
             f"{place}: is of type {rows.dtype} and shape {rows.shape}, expected numbers of shape (steps, 3)"
         )
     if not np.isfinite(rows).all():
-        raise UserError(f"{place}: holds values that are no finite numbers; remove it or mend it")
+        raise UserError(f"{place}: holds values that are no finite numbers; remove it or fix it")
     wrong = (rows[:, 2] != 0) & (rows[:, 2] != 1)
     if wrong.any():
         step = int(wrong.argmax())

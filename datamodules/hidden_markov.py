@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Normal
 
-from vrnn_lightning.batch import Sequence, SequenceBatch, pad
+from vrnn_lightning.batch import SequenceBatch, SequenceSample, pad
 from vrnn_lightning.data import Modality, SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
 
@@ -51,9 +51,7 @@ class HiddenMarkov(SequenceDataModule):
         val_size: Validation sequences.
         test_size: Test sequences.
         batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead.
-        seed: Seed of the sequences and of their order.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:
         UserError: An option outside its range.
@@ -76,11 +74,9 @@ class HiddenMarkov(SequenceDataModule):
         val_size: int = 512,
         test_size: int = 512,
         batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(channels, batch_size, num_workers, seed, window)
+        super().__init__(num_features=channels, batch_size=batch_size, **options)
         require("states", states, 2)
         require("channels", channels, 1)
         self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
@@ -109,7 +105,7 @@ class HiddenMarkov(SequenceDataModule):
         self.responses = contrast * (2 * math.pi * turns).cos()
         """Logits, or means, of the channels in each state, shape (states, channels)."""
 
-    def sequences(self, split: Split) -> list[Sequence]:
+    def sequences(self, split: Split) -> list[SequenceSample]:
         """Draw a split's sequences, each split from a stream of its own."""
         lengths = (self.min_steps, self.steps)
         chain = (self.initial, self.transition, self.responses)
@@ -153,15 +149,15 @@ class HiddenMarkov(SequenceDataModule):
             mean = weights @ self.responses
             variance = 1 + weights @ self.responses.square() - mean.square()
             factors = Normal(mean, variance.sqrt())
-        alone = factors.log_prob(batch.x.double().where(batch.counted, 0.0)).where(batch.counted, 0.0).sum(-1)
+        alone = factors.log_prob(batch.x.double().where(batch.valid_mask, 0.0)).where(batch.valid_mask, 0.0).sum(-1)
         return float((evidence - alone).sum() / batch.lengths.sum())
 
     def _forward(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
         """Return log p(x_t | x_<t), 0 at padding, shape (batch, time), and log p(k_t | x_<t), (batch, time, states)."""
-        counted = batch.counted.cpu()
-        x = batch.x.detach().cpu().double().where(counted, 0.0)
+        valid = batch.valid_mask.cpu()
+        x = batch.x.detach().cpu().double().where(valid, 0.0)
         given = Bernoulli(logits=self.responses) if self.emission == "bernoulli" else Normal(self.responses, 1.0)
-        fits = given.log_prob(x[:, :, None]).where(counted[:, :, None], 0.0).sum(-1)
+        fits = given.log_prob(x[:, :, None]).where(valid[:, :, None], 0.0).sum(-1)
         log_transition = self.transition.log()
         state = self.initial.log().expand(len(x), -1)
         evidence, predicted = [], []
@@ -183,7 +179,7 @@ def _chains(
     binary: bool,
     missing_rate: float,
     epoch: int,
-) -> list[Sequence]:
+) -> list[SequenceSample]:
     """Draw an epoch's sequences.
 
     Args:

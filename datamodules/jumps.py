@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,19 +38,14 @@ class Jumps(SyntheticDataModule):
     Args:
         channels: Features per step, D, at least 2.
         steps: Longest sequence.
-        min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
         memory: How much of a value the next one keeps, rho, from 0 to 1: a random walk.
         jump: Size of a jump, a.
         noise: Standard deviation of the noise, sigma.
         correlation: Correlation of the noise between channels, c, from 0 to 0.99.
-        fresh: Draw the training sequences anew in each epoch, in the same lengths.
         train_size: Training sequences.
         val_size: Validation sequences.
         test_size: Test sequences.
-        batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead.
-        seed: Seed of the sequences and of their order.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+        options: The other options of ``SyntheticDataModule``.
 
     Raises:
         UserError: An option outside its range.
@@ -66,22 +61,17 @@ class Jumps(SyntheticDataModule):
         self,
         channels: int = 3,
         steps: int = 50,
-        min_steps: int | None = None,
         memory: float = 0.5,
         jump: float = 1.0,
         noise: float = 0.2,
         correlation: float = 0.5,
-        fresh: bool = False,
         train_size: int = 4096,
         val_size: int = 512,
         test_size: int = 512,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
+        **options: Any,
     ) -> None:
         sizes = (train_size, val_size, test_size)
-        super().__init__(channels, steps, min_steps, sizes, fresh, batch_size, num_workers, seed, window)
+        super().__init__(num_features=channels, steps=steps, sizes=sizes, **options)
         require("channels", channels, 2)
         require("memory", memory, 0, 1)
         require("jump", jump, 1e-3, 1e3)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from vrnn_lightning.batch import Sequence, SequenceBatch
+from vrnn_lightning.batch import SequenceBatch, SequenceSample
 from vrnn_lightning.data import Modality, SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
 
@@ -53,9 +53,7 @@ class LinearGaussian(SequenceDataModule):
         val_size: Validation sequences.
         test_size: Test sequences.
         batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead.
-        seed: Seed of the sequences and of their order.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:
         UserError: An option outside its range.
@@ -79,11 +77,9 @@ class LinearGaussian(SequenceDataModule):
         val_size: int = 512,
         test_size: int = 512,
         batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(channels, batch_size, num_workers, seed, window)
+        super().__init__(num_features=channels, batch_size=batch_size, **options)
         require("state_size", state_size, 1)
         require("channels", channels, 2)
         self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
@@ -121,7 +117,7 @@ class LinearGaussian(SequenceDataModule):
         self.initial_covariance = self.state_covariance / (1 - memory**2)
         """Covariance of the first state and of every later one, shape (states, states)."""
 
-    def sequences(self, split: Split) -> list[Sequence]:
+    def sequences(self, split: Split) -> list[SequenceSample]:
         """Draw a split's sequences, each split from a stream of its own."""
         roots = [torch.linalg.cholesky(c) for c in (self.initial_covariance, self.state_covariance)]
         scale = self.observation_covariance.sqrt()
@@ -139,14 +135,14 @@ class LinearGaussian(SequenceDataModule):
 
         A row of :math:`C` whose value is missing counts as 0: the value is then noise, independent of all others.
         """
-        counted = batch.counted.cpu()
-        x = batch.x.detach().cpu().double().where(counted, 0.0)
+        valid = batch.valid_mask.cpu()
+        x = batch.x.detach().cpu().double().where(valid, 0.0)
         size, states = len(x), len(self.transition)
         mean = x.new_zeros(size, states, 1)
         covariance = self.initial_covariance.expand(size, -1, -1)
         identity = torch.eye(states, dtype=x.dtype)
         log_p = x.new_zeros(size)
-        for value, seen in zip(x.unbind(1), counted.unbind(1), strict=True):
+        for value, seen in zip(x.unbind(1), valid.unbind(1), strict=True):
             c = self.observation * seen[..., None]
             root = torch.linalg.cholesky(c @ covariance @ c.mT + self.observation_covariance)
             surprise = (value[..., None] - c @ mean) * seen[..., None]
@@ -215,7 +211,7 @@ def _paths(
     system: tuple[Tensor, ...],
     missing_rate: float,
     epoch: int,
-) -> list[Sequence]:
+) -> list[SequenceSample]:
     """Draw an epoch's sequences.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,17 +26,12 @@ class Lorenz(SyntheticDataModule):
     Args:
         channels: How many of x, y and z are seen, from 1 to 3.
         steps: Longest sequence.
-        min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
         interval: Time between two steps, at most 1.
         noise: Standard deviation of the noise, in the attractor's units; x spreads by 7.9. 0 for none.
-        fresh: Draw the training sequences anew in each epoch, in the same lengths.
         train_size: Training sequences.
         val_size: Validation sequences.
         test_size: Test sequences.
-        batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead.
-        seed: Seed of the sequences and of their order.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+        options: The other options of ``SyntheticDataModule``.
 
     Raises:
         UserError: An option outside its range.
@@ -52,20 +47,15 @@ class Lorenz(SyntheticDataModule):
         self,
         channels: int = 3,
         steps: int = 100,
-        min_steps: int | None = None,
         interval: float = 0.05,
         noise: float = 0.5,
-        fresh: bool = False,
         train_size: int = 1024,
         val_size: int = 128,
         test_size: int = 128,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
+        **options: Any,
     ) -> None:
         sizes = (train_size, val_size, test_size)
-        super().__init__(channels, steps, min_steps, sizes, fresh, batch_size, num_workers, seed, window)
+        super().__init__(num_features=channels, steps=steps, sizes=sizes, **options)
         require("channels", channels, 1, 3)
         require("interval", interval, 1e-4, 1)
         require("noise", noise, 0, 1e3)

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
-from vrnn_lightning.batch import Sequence
+from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data import (
     MAX_GB,
     ArchiveSplit,
@@ -131,8 +131,8 @@ class MNISTRows(SequenceDataModule):
     def _archived(self, split: Split) -> ArchiveSplit:
         found = read_archive(self.root, split, SIDE, stacked="images", max_gb=self.max_gb)
         whole = found.values.dtype.kind != "f"
-        cure = "grey values are whole numbers from 0 to 255, or floats from 0 to 1"
-        found.refuse((found.values < 0) | (found.values > (255 if whole else 1)), cure)
+        fix = "grey values are whole numbers from 0 to 255, or floats from 0 to 1"
+        found.raise_if((found.values < 0) | (found.values > (255 if whole else 1)), fix)
         if not whole:
             return replace(found, values=255 * found.values.astype(np.float32))
         grey = found.values.astype(np.uint8)
@@ -171,16 +171,16 @@ class _Images:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int, /) -> Sequence:
+    def __getitem__(self, index: int, /) -> SequenceSample:
         return self._shown(index, self.images[index])
 
-    def window(self, index: int, first: int, last: int, /) -> Sequence | None:
+    def window(self, index: int, first: int, last: int, /) -> SequenceSample | None:
         """Return steps ``first`` to ``last - 1`` of an image."""
         return None if self.width == 1 else self._shown(index, self.images.window(index, first, last))
 
-    def _shown(self, index: int, image: Sequence) -> Sequence:
+    def _shown(self, index: int, image: SequenceSample) -> SequenceSample:
         x = (image.x > 127.5).float() if self.binary else image.x
-        return Sequence(x.reshape(-1, self.width), name=image.name)
+        return SequenceSample(x.reshape(-1, self.width), name=image.name)
 
 
 @dataclass(frozen=True)
@@ -195,14 +195,14 @@ class _DrawnImages(_Images):
     stream: tuple[int, int] = (0, 0)
     epoch: int = 0
 
-    def window(self, index: int, first: int, last: int, /) -> Sequence | None:
+    def window(self, index: int, first: int, last: int, /) -> SequenceSample | None:
         """Return ``None``: an image is drawn as a whole."""
         return None
 
-    def _shown(self, index: int, image: Sequence) -> Sequence:
+    def _shown(self, index: int, image: SequenceSample) -> SequenceSample:
         random = np.random.default_rng((*self.stream, self.epoch, index))
         uniform = torch.from_numpy(random.random(tuple(image.x.shape), dtype=np.float32))
-        return Sequence((255 * uniform < image.x).float().reshape(-1, self.width), name=image.name)
+        return SequenceSample((255 * uniform < image.x).float().reshape(-1, self.width), name=image.name)
 
 
 class _RedrawnImages(_DrawnImages):

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from vrnn_lightning.batch import Sequence
+from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data import (
     MAX_GB,
     ArchiveSplit,
     AugmentedSequences,
-    BadFiles,
+    InvalidFiles,
     Modality,
     SequenceDataModule,
     Sequences,
@@ -199,7 +199,7 @@ class PianoRolls(SequenceDataModule):
         if suffix in NOTE_LISTS:
             return read_note_lists(self.root, split, self.max_gb)
         found = read_archive(self.root, split, KEYS, max_gb=self.max_gb)
-        found.refuse((found.values != 0) & (found.values != 1), "a roll holds 0 and 1: binarise it")
+        found.raise_if((found.values != 0) & (found.values != 1), "a roll holds 0 and 1: binarise it")
         return found
 
     def _refuse_idle_options(self) -> None:
@@ -308,7 +308,7 @@ class PianoRolls(SequenceDataModule):
 
     def _without_bad(self, digests: dict[str, str]) -> dict[str, str]:
         """Leave out files that can't be used, before splits are drawn: so none is the whole of one."""
-        bad, good = BadFiles(skip=True), {}
+        bad, good = InvalidFiles(skip=True), {}
         for name, digest in digests.items():
             with bad.tolerated():
                 self._song(name)
@@ -319,10 +319,10 @@ class PianoRolls(SequenceDataModule):
     def _names(self) -> list[str]:
         """Return the paths of all MIDI files below the root, with forward slashes, sorted."""
 
-        def refuse(error: OSError) -> None:
+        def raise_error(error: OSError) -> None:
             raise UserError(f"{error.filename}: may not be read by you; give yourself the permission") from None
 
-        paths = (Path(folder, file) for folder, _, files in os.walk(self.root, onerror=refuse) for file in files)
+        paths = (Path(folder, file) for folder, _, files in os.walk(self.root, onerror=raise_error) for file in files)
         found = [path for path in paths if path.suffix.lower() in MIDI and not path.name.startswith(".")]
         if not found:
             raise UserError(f"--data.root {self.root}: no MIDI files in it; expected {' or '.join(MIDI)}")
@@ -349,13 +349,13 @@ class _Songs:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int, /) -> Sequence:
+    def __getitem__(self, index: int, /) -> SequenceSample:
         return self.window(index, 0, self.notes[index].steps)
 
-    def window(self, index: int, first: int, last: int, /) -> Sequence:
+    def window(self, index: int, first: int, last: int, /) -> SequenceSample:
         """Return steps ``first`` to ``last - 1`` of a roll."""
         roll = self.notes[index].roll(first, last)
-        return Sequence(torch.from_numpy(roll.astype(np.float32)), name=self.names[index])
+        return SequenceSample(torch.from_numpy(roll.astype(np.float32)), name=self.names[index])
 
     @property
     def lengths(self) -> list[int]:
@@ -374,7 +374,7 @@ class _Transposed(AugmentedSequences):
     most: int
     reach: list[tuple[int, int]]
 
-    def augmented(self, index: int, sequence: Sequence) -> Sequence:
+    def augmented(self, index: int, sequence: SequenceSample) -> SequenceSample:
         low, high = self.reach[index]
         random = np.random.default_rng((self.seed, self.epoch, index))
         shift = int(random.integers(-min(self.most, low), min(self.most, KEYS - 1 - high), endpoint=True))
@@ -383,7 +383,7 @@ class _Transposed(AugmentedSequences):
         )  # nothing sounds beyond the reach, so nothing comes round
 
 
-def _reach(roll: Sequence) -> tuple[int, int]:
+def _reach(roll: SequenceSample) -> tuple[int, int]:
     """Return the lowest and the highest key that sound, those of the whole keyboard where none does."""
     keys = roll.x.any(0).nonzero().flatten().tolist()
     return (keys[0], keys[-1]) if keys else (0, KEYS - 1)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from vrnn_lightning.batch import Sequence, SequenceBatch
+from vrnn_lightning.batch import SequenceBatch, SequenceSample
 from vrnn_lightning.data import Modality, SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
 
@@ -46,9 +46,7 @@ class Sines(SequenceDataModule):
         val_size: Validation sequences.
         test_size: Test sequences.
         batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead.
-        seed: Seed of the sequences and of their order.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:
         UserError: An option outside its range.
@@ -70,11 +68,9 @@ class Sines(SequenceDataModule):
         val_size: int = 512,
         test_size: int = 512,
         batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(channels, batch_size, num_workers, seed, window)
+        super().__init__(num_features=channels, batch_size=batch_size, **options)
         require("channels", channels, 3)
         require("frequencies", frequencies, 1)
         self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
@@ -98,7 +94,7 @@ class Sines(SequenceDataModule):
         self.diagonal_loss = -0.5 * torch.logdet(self.noise_covariance / noise**2).item()
         """What a diagonal Gaussian loses to the noise's correlation where the rest is known, in nats per step."""
 
-    def sequences(self, split: Split) -> list[Sequence]:
+    def sequences(self, split: Split) -> list[SequenceSample]:
         """Draw a split's sequences, each split from a stream of its own."""
         lengths = (self.min_steps, self.steps)
         draw = partial(
@@ -151,7 +147,7 @@ def _sines(
     amplitude: float,
     covariance: Tensor,
     epoch: int,
-) -> list[Sequence]:
+) -> list[SequenceSample]:
     """Draw an epoch's sequences; ``between`` are the shortest and the longest length."""
     lengths, generator = opening(split, size, *between, seed, epoch)
     omega = omegas[torch.randint(len(omegas), (size,), generator=generator)]
@@ -159,4 +155,4 @@ def _sines(
     waves = amplitude * draw[..., :2] @ _basis(omega, between[1])
     noise = torch.linalg.cholesky(covariance) @ draw[..., 2:]
     x = (waves + noise).transpose(1, 2).float()
-    return [Sequence(x[i, :length], name=f"{split} sine {i}") for i, length in enumerate(lengths)]
+    return [SequenceSample(x[i, :length], name=f"{split} sine {i}") for i, length in enumerate(lengths)]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -17,10 +16,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from vrnn_lightning.batch import Sequence
+from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data import (
     MAX_GB,
-    BadFiles,
+    InvalidFiles,
     Modality,
     Scaler,
     SequenceDataModule,
@@ -32,9 +31,9 @@ from vrnn_lightning.data import (
     require_size,
 )
 from vrnn_lightning.data.audio import HIGHEST_RATE, AudioHeader, opened, read_samples, resampled, seekable
+from vrnn_lightning.data.audio_index import IndexedFile, index_audio
 from vrnn_lightning.data.cache import digest, recall, remember
 from vrnn_lightning.data.corpora import FSDD_TEST, Layout, Recording, find_recordings
-from vrnn_lightning.data.index import IndexedFile, index_audio
 from vrnn_lightning.data.mel import LogMelFrames
 from vrnn_lightning.data.progress import tracked
 from vrnn_lightning.errors import UserError
@@ -290,7 +289,7 @@ class Speech(SequenceDataModule):
             return whole
         return _Crops(whole, self._whole_lengths(split), self.crop, self.seed)
 
-    def lengths(self, split: Split) -> SequenceOf[int]:
+    def lengths(self, split: Split) -> Sequence[int]:
         """Return the frames of each sequence of a split, from the headers alone."""
         lengths = self._whole_lengths(split)
         return lengths if self.crop is None or split != "train" else [min(self.crop, steps) for steps in lengths]
@@ -474,7 +473,7 @@ class Speech(SequenceDataModule):
     def _scan(self) -> dict[str, IndexedFile]:
         """Return what the header of every file of the corpus says, in the order of their paths."""
         if self._files is None:
-            bad = BadFiles(self.skip_bad)
+            bad = InvalidFiles(self.skip_bad)
             recordings = find_recordings(self.root, self.layout, bad)
             total = len(recordings) + len(bad.problems)
             files = index_audio(self._folder, [recording.name for recording in recordings], bad, self.max_gb)
@@ -539,19 +538,19 @@ class _Recordings:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int, /) -> Sequence:
+    def __getitem__(self, index: int, /) -> SequenceSample:
         with opened(self.root / self.names[index]) as file:
             return self._read(index, file, 0, None)
 
-    def window(self, index: int, first: int, last: int, /) -> Sequence | None:
+    def window(self, index: int, first: int, last: int, /) -> SequenceSample | None:
         with opened(self.root / self.names[index]) as file:
             return self._read(index, file, *self.frames.span(first, last)) if seekable(file) else None
 
-    def _read(self, index: int, file: SoundFile, start: int, stop: int | None) -> Sequence:
+    def _read(self, index: int, file: SoundFile, start: int, stop: int | None) -> SequenceSample:
         """Return frames of a recording, from sample ``start`` to before ``stop`` or its end."""
         name = self.names[index]
         x, observed = self.frames.cut(read_samples(self.root / name, file, self.sample_rate, start, stop))
-        return Sequence(torch.from_numpy(x), None if observed is None else torch.from_numpy(observed), name=name)
+        return SequenceSample(torch.from_numpy(x), None if observed is None else torch.from_numpy(observed), name=name)
 
 
 @dataclass(frozen=True)
@@ -570,16 +569,16 @@ class _Crops:
     def __len__(self) -> int:
         return len(self.whole)
 
-    def __getitem__(self, index: int, /) -> Sequence:
+    def __getitem__(self, index: int, /) -> SequenceSample:
         steps = min(self.crop, self.lengths[index])
         part = self.window(index, 0, steps)
         if part is not None:
             return part
         first, s = self._first(index), self.whole[index]
         observed = None if s.observed is None else s.observed[first : first + steps]
-        return Sequence(s.x[first : first + steps], observed, name=s.name)
+        return SequenceSample(s.x[first : first + steps], observed, name=s.name)
 
-    def window(self, index: int, first: int, last: int, /) -> Sequence | None:
+    def window(self, index: int, first: int, last: int, /) -> SequenceSample | None:
         begin = self._first(index)
         return self.whole.window(index, begin + first, begin + last)
 

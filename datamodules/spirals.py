@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,20 +31,14 @@ class Spirals(SyntheticDataModule):
     mean and one standard deviation scale dx and dy; lift stays as it is. The emission to choose is ``Pen``.
 
     Args:
-        arms: Spirals of a drawing, A.
+        arms: Spirals of a drawing, A; at most ``min_steps``.
         turns: How often each goes round, at most 20.
         steps: Points of the longest drawing.
-        min_steps: Points of the shortest; they are uniform in between, at least one for each arm. ``None`` gives every
-            drawing ``steps`` points.
         noise: Standard deviation of each point, sigma; a drawing is of size 1, give or take a quarter. 0 for none.
-        fresh: Draw the training sequences anew in each epoch, in the same lengths.
         train_size: Training sequences.
         val_size: Validation sequences.
         test_size: Test sequences.
-        batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead.
-        seed: Seed of the sequences and of their order.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+        options: The other options of ``SyntheticDataModule``.
 
     Raises:
         UserError: An option outside its range.
@@ -60,19 +54,14 @@ class Spirals(SyntheticDataModule):
         arms: int = 2,
         turns: float = 1.5,
         steps: int = 60,
-        min_steps: int | None = None,
         noise: float = 0.01,
-        fresh: bool = False,
         train_size: int = 2048,
         val_size: int = 256,
         test_size: int = 256,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
+        **options: Any,
     ) -> None:
         sizes = (train_size, val_size, test_size)
-        super().__init__(3, steps, min_steps, sizes, fresh, batch_size, num_workers, seed, window)
+        super().__init__(num_features=3, steps=steps, sizes=sizes, **options)
         require("arms", arms, 1)
         if arms > self.min_steps:
             raise UserError(f"--data.arms {arms}: more than the points of the shortest drawing, {self.min_steps}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,17 +30,12 @@ class StochasticVolatility(SyntheticDataModule):
     Args:
         channels: Assets, D.
         steps: Longest sequence.
-        min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
         persistence: How much of the log-volatility stays, phi, from 0 to 0.999.
         volatility: Standard deviation of what drives it, sigma, at most 2.
-        fresh: Draw the training sequences anew in each epoch, in the same lengths.
         train_size: Training sequences.
         val_size: Validation sequences.
         test_size: Test sequences.
-        batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead.
-        seed: Seed of the sequences and of their order.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+        options: The other options of ``SyntheticDataModule``.
 
     Raises:
         UserError: An option outside its range.
@@ -55,20 +50,15 @@ class StochasticVolatility(SyntheticDataModule):
         self,
         channels: int = 3,
         steps: int = 100,
-        min_steps: int | None = None,
         persistence: float = 0.95,
         volatility: float = 0.4,
-        fresh: bool = False,
         train_size: int = 2048,
         val_size: int = 256,
         test_size: int = 256,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
+        **options: Any,
     ) -> None:
         sizes = (train_size, val_size, test_size)
-        super().__init__(channels, steps, min_steps, sizes, fresh, batch_size, num_workers, seed, window)
+        super().__init__(num_features=channels, steps=steps, sizes=sizes, **options)
         require("channels", channels, 1)
         require("persistence", persistence, 0, 0.999)
         require("volatility", volatility, 0, 2)

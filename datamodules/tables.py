@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path, PurePosixPath
@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from vrnn_lightning.batch import Sequence, SequenceBatch
+from vrnn_lightning.batch import SequenceBatch, SequenceSample
 from vrnn_lightning.data import (
     MAX_GB,
     TABLE_SUFFIXES,
@@ -253,7 +253,7 @@ class Tables(SequenceDataModule):
         starts = [(i, t) for i, a, b in parts for t in range(a, b - self.length + 1, self.stride or self.length)]
         return _Windows(series, np.array([(i, t, t + self.length) for i, t in starts]), self.missing)
 
-    def lengths(self, split: Split) -> SequenceOf[int]:
+    def lengths(self, split: Split) -> Sequence[int]:
         """Return the steps of each sequence of a split."""
         return self._windows(split).lengths
 
@@ -370,19 +370,21 @@ class Tables(SequenceDataModule):
         labels = [] if self.anomaly is None else [self.anomaly]
         wanted = {"columns": self.columns, "inputs": self.inputs, "anomaly": labels}
         table = read_columns(path, wanted, self.id, self.time, self.delimiter, self.max_gb)
-        table.refuse(np.isinf(table.numbers), "is infinite; mend it, or leave the cell empty")
+        table.raise_if(np.isinf(table.numbers), "is infinite; fix it, or leave the cell empty")
         unknown = np.isnan(table.numbers)
         if not self.missing:
-            table.refuse(unknown[:, : self.num_features], "is empty; fill it, or set --data.missing true")
+            table.raise_if(unknown[:, : self.num_features], "is empty; fill it, or set --data.missing true")
         unknown[:, : self.num_features] = False
         if labels:
             odd = np.zeros_like(unknown)
             odd[:, -1] = (table.numbers[:, -1] != 0) & (table.numbers[:, -1] != 1)
-            table.refuse(odd, "is neither 0 nor 1; --data.anomaly takes 1 at steps that are faulty and 0 at all others")
-        table.refuse(unknown, "is empty; covariates (--data.inputs) must be known at each step: fill it")
+            table.raise_if(
+                odd, "is neither 0 nor 1; --data.anomaly takes 1 at steps that are faulty and 0 at all others"
+            )
+        table.raise_if(unknown, "is empty; covariates (--data.inputs) must be known at each step: fill it")
         if self.step is not None and self.step.dated != table.dated:
-            kind, cure = ("dates", "with a unit, as 1h") if table.dated else ("numbers", "without a unit")
-            raise UserError(f"{path}: --data.step {self.step.word}: times are {kind}; give the step {cure}")
+            kind, fix = ("dates", "with a unit, as 1h") if table.dated else ("numbers", "without a unit")
+            raise UserError(f"{path}: --data.step {self.step.word}: times are {kind}; give the step {fix}")
         return table
 
     def _grouped(self, tables: dict[str, Columns]) -> dict[str, _Rows]:
@@ -414,7 +416,7 @@ class Tables(SequenceDataModule):
     def _made(self, name: str, rows: _Rows) -> _Series:
         """Return a series in the order of time, with rows of missing values where ``step`` asks for them."""
         rows = rows.take(np.argsort(rows.times, kind="stable")) if self.sort else rows
-        rows.refuse_disorder()
+        rows.require_sorted()
         times, numbers = rows.times, rows.numbers
         if self.step is not None:
             times, place = rows.grid(self.step.size, f"--data.step {self.step.word}")
@@ -430,12 +432,12 @@ class Tables(SequenceDataModule):
             return
         i = int((np.diff(place) > 1).argmax())
         absent = _stamp(times[place[i] + 1], rows.clock)
-        cure = (
+        fix = (
             "covariates (--data.inputs) must be known at each step: add the row"
             if self.inputs
             else "add the row, or set --data.missing true"
         )
-        raise UserError(f"{rows.place(i)}: no row for {absent} comes after it, which --data.step asks for; {cure}")
+        raise UserError(f"{rows.place(i)}: no row for {absent} comes after it, which --data.step asks for; {fix}")
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
@@ -487,7 +489,7 @@ class _Rows:
         of = f", id {self.id!r}" if self.id else ""
         return f"{self.paths[self.files[index]]}: row {self.rows[index]}{of}"
 
-    def refuse_disorder(self) -> None:
+    def require_sorted(self) -> None:
         """Refuse times that don't increase."""
         wrong = self.times[1:] <= self.times[:-1]
         if not wrong.any():
@@ -558,18 +560,18 @@ class _Windows:
     def __len__(self) -> int:
         return len(self.bounds)
 
-    def __getitem__(self, index: int, /) -> Sequence:
+    def __getitem__(self, index: int, /) -> SequenceSample:
         _, start, end = self.bounds[index].tolist()
         return self.window(index, 0, end - start)
 
-    def window(self, index: int, first: int, last: int, /) -> Sequence:
+    def window(self, index: int, first: int, last: int, /) -> SequenceSample:
         """Return steps ``first`` to ``last - 1`` of one sequence."""
         which, start, end = self.bounds[index].tolist()
         series, part = self.series[which], slice(start + first, min(start + last, end))
         x = torch.from_numpy(series.values[part])
         inputs = torch.from_numpy(series.inputs[part]) if series.inputs.shape[1] else None
         name = f"{series.name} from {_stamp(series.times[start], series.clock)}"
-        return Sequence(x, ~x.isnan() if self.missing else None, inputs, name)
+        return SequenceSample(x, ~x.isnan() if self.missing else None, inputs, name)
 
     def faulty(self, index: int) -> Tensor:
         """Return True at the steps of one sequence that are known to be faulty, shape (steps,)."""
@@ -611,7 +613,7 @@ def _step(option: float | str) -> _Step:
     return _Step(size, bool(unit), str(option))
 
 
-def _names(option: str, names: SequenceOf[str]) -> list[str]:
+def _names(option: str, names: Sequence[str]) -> list[str]:
     if isinstance(names, str):
         raise UserError(f"--data.{option} {names!r}: must be a list of names, as in --data.{option} '[{names}]'")
     twice = next((name for name in names if list(names).count(name) > 1), None)
@@ -650,8 +652,8 @@ def _part_of(root: Path, split: Split) -> Path:
     if len(found) != 1:
         wanted = WORDS[split][0]
         problem = f"both {found[0].name} and {found[1].name}; remove one" if found else f"no {wanted}"
-        cure = "" if found else f"; expected a folder of that name, or {wanted}.csv, .csv.gz or .parquet"
-        raise UserError(f"{root}: holds {problem}{cure}, for --data.split files")
+        fix = "" if found else f"; expected a folder of that name, or {wanted}.csv, .csv.gz or .parquet"
+        raise UserError(f"{root}: holds {problem}{fix}, for --data.split files")
     return found[0]
 
 

@@ -13,14 +13,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from vrnn_lightning.datamodules.sines import Sines
 
-from vrnn_lightning import Layers, UserError, VRNNLightningModule
+from vrnn_lightning import MLPConfig, UserError, VRNNLightningModule
 from vrnn_lightning.callbacks import ConstantKLWeight, ControlVAE, CyclicalKLAnnealing, LinearKLAnnealing
 
 
 def fit(folder, *callbacks, latent=2, size=32, batch_size=4, ckpt_path=None, **options):
     """Train a small model; return it and its trainer."""
     seed_everything(1, verbose=False)
-    layers = dict.fromkeys(("phi_x", "phi_z", "prior", "encoder", "decoder"), Layers(16))
+    layers = dict.fromkeys(("phi_x", "phi_z", "prior", "encoder", "decoder"), MLPConfig(16))
     optimizer = partial(torch.optim.Adam, lr=4e-3)
     model = VRNNLightningModule(3, latent_size=latent, hidden_size=16, optimizer=optimizer, **layers)
     logger = CSVLogger(folder, name="", version="")

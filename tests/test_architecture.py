@@ -47,7 +47,7 @@ def room_of(name: str) -> str | None:
 
 def files_of(room: str) -> list[Path]:
     package = ROOT / "vrnn_lightning"
-    return [package / f"{room}.py"] if (package / f"{room}.py").is_file() else sorted((package / room).glob("*.py"))
+    return [package / f"{room}.py"] if (package / f"{room}.py").is_file() else sorted((package / room).rglob("*.py"))
 
 
 def test_every_file_is_a_room():

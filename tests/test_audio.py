@@ -13,9 +13,9 @@ import pytest
 import soundfile
 from rich.progress import Progress
 
-from vrnn_lightning.data import BadFiles, audio, cache, index, progress
+from vrnn_lightning.data import InvalidFiles, audio, audio_index, cache, progress
 from vrnn_lightning.data.audio import check_samples, opened, read_header, read_samples, resampled
-from vrnn_lightning.data.index import index_audio
+from vrnn_lightning.data.audio_index import index_audio
 from vrnn_lightning.data.mel import FLOOR, LogMelFrames, mel_filters
 from vrnn_lightning.errors import UserError
 
@@ -222,7 +222,7 @@ def corpus(tmp_path) -> Path:
 def headers(monkeypatch):
     """The files whose headers were read."""
     seen = []
-    monkeypatch.setattr(index, "read_header", lambda path, *_: seen.append(path.name) or read_header(path))
+    monkeypatch.setattr(audio_index, "read_header", lambda path, *_: seen.append(path.name) or read_header(path))
     return seen
 
 
@@ -233,7 +233,7 @@ def cached(tmp_path, monkeypatch) -> Path:
 
 
 def indexed(corpus: Path, skip: bool = False):
-    return index_audio(corpus, sorted(path.name for path in corpus.iterdir()), BadFiles(skip))
+    return index_audio(corpus, sorted(path.name for path in corpus.iterdir()), InvalidFiles(skip))
 
 
 class TestIndex:
@@ -337,19 +337,19 @@ class TestIndex:
         write(corpus / "3.wav", nan, "FLOAT")
         with pytest.raises(UserError, match=r"1.wav: cannot be read as audio"):
             indexed(corpus)
-        bad = BadFiles(skip=True)
+        bad = InvalidFiles(skip=True)
         names = sorted(path.name for path in corpus.iterdir())
         assert list(index_audio(corpus, [*names, "gone.wav"], bad)) == ["0.wav", "4.wav", "5.wav"]
         assert [re.split(r" \(| or dir", line.split("corpus/")[1])[0] for line in bad.problems] == [
             "gone.wav: No such file",
             "1.wav: cannot be read as audio",
             "2.wav: cannot be read as audio",
-            "3.wav: holds NaN or infinite samples; remove it or mend it",
+            "3.wav: holds NaN or infinite samples; remove it or fix it",
         ]
 
     def test_files_are_read_to_their_end_once_if_bad_ones_are_skipped(self, corpus, monkeypatch):
         seen = []
-        monkeypatch.setattr(index, "check_samples", lambda path: seen.append(path.name))
+        monkeypatch.setattr(audio_index, "check_samples", lambda path: seen.append(path.name))
         indexed(corpus)
         assert seen == []
         indexed(corpus, skip=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from vrnn_lightning import vrnn
+from vrnn_lightning.vrnn import trace
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -22,8 +24,8 @@ def test_loop(capsys, monkeypatch):
     for name in ("TRAINING", "EVALUATION", "GENERATION", "FILTER"):
         benchmark[name][:] = [size, size._replace(cell="lstm")]
     benchmark["COMPILED"][:] = [("Gaussian", benchmark["Gaussian"], size)]
-    traced = torch.compile(vrnn._score, backend="eager")  # no compiler here
-    monkeypatch.setattr(vrnn, "_compiled_score", lambda: traced)
+    traced = torch.compile(trace._score, backend="eager")  # no compiler here
+    monkeypatch.setattr(trace, "_compiled_score", lambda: traced)
     benchmark["MEMORY"][:] = [("one step", size, 2)]
     benchmark["LENGTHS"][:] = []
     tables = (
@@ -74,3 +76,22 @@ def test_predicting(capsys, monkeypatch):
     said = capsys.readouterr().out.splitlines()
     assert said[-2].startswith("| 2 / 3 / 1, 2 x 3 |")
     assert all(float(word) > 0 for word in said[-1].split())
+
+
+def test_compare(capsys, monkeypatch, tmp_path):
+    """Two checkouts in turns, here this one twice; the interval holds the median."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    small = (FOLDER / "compare.py").read_text().replace("(28, 100, 16, ", "(2, 3, 1, ").replace("1000)", "3)")
+    (tmp_path / "benchmarks").mkdir()
+    script = tmp_path / "benchmarks" / "compare.py"
+    script.write_text(small)
+    for name in ("contestants.py",):
+        (tmp_path / "benchmarks" / name).write_text((FOLDER / name).read_text())
+    (tmp_path / "vrnn_lightning").symlink_to(FOLDER.parent / "vrnn_lightning")
+    words = [sys.executable, str(script), str(tmp_path), "evaluation", "streaming", "--rounds", "3"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("| evaluation:", "| streaming:"))]
+    assert len(rows) == 4
+    for row in rows:
+        median, low, high = (float(x) for x in re.findall(r"\d+\.\d{3}", row.split("|")[4]))
+        assert low <= median <= high

@@ -11,7 +11,7 @@ PLUGIN = """
 from pathlib import Path
 
 import torch
-from vrnn_lightning import Sequence, SequenceDataModule, UserError
+from vrnn_lightning import SequenceSample, SequenceDataModule, UserError
 
 class Pairs(SequenceDataModule):
     def __init__(self, width: int = 2, wrong: str = "", num_workers: int = 0) -> None:
@@ -25,7 +25,7 @@ class Pairs(SequenceDataModule):
         if self.wrong == "setup":
             raise UserError("pairs.txt: is empty")
         value = float("nan") if self.wrong == "value" else 1.0
-        return [Sequence(torch.full((3, self.num_features), value), name=f"pair {i}") for i in range(4)]
+        return [SequenceSample(torch.full((3, self.num_features), value), name=f"pair {i}") for i in range(4)]
 """
 SMALL = (
     "--trainer.accelerator=cpu",
@@ -210,7 +210,7 @@ def test_mistake_is_one_line(lightning, folder, words, parts):
         (["--data.wrong=setup"], "error: pairs.txt: is empty"),
         (
             ["--data.wrong=value", "--data.num_workers=1"],
-            "error: pair 0: holds NaN or infinite values; remove it or mend it",
+            "error: pair 0: holds NaN or infinite values; remove it or fix it",
         ),
     ],
 )
@@ -478,7 +478,7 @@ def test_too_much_memory_is_one_line(lightning, tiny):
 COVARIATES = """
 import torch
 
-from vrnn_lightning import Sequence, SequenceDataModule
+from vrnn_lightning import SequenceSample, SequenceDataModule
 
 
 class Driven(SequenceDataModule):
@@ -494,7 +494,8 @@ class Driven(SequenceDataModule):
         generator = torch.Generator().manual_seed(len(split))
         drive = torch.randn(6, 5, 2, generator=generator)
         seen = torch.rand(6, 5, 1, generator=generator) > 0.2
-        return [Sequence(u.sum(1, keepdim=True), s, u, f"{split} {i}") for i, (u, s) in enumerate(zip(drive, seen))]
+        rows = enumerate(zip(drive, seen))
+        return [SequenceSample(u.sum(1, keepdim=True), s, u, f"{split} {i}") for i, (u, s) in rows]
 """
 
 

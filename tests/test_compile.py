@@ -10,18 +10,18 @@ import pytest
 import torch
 from test_recurrence import assert_equal_terms, make_batch, make_model
 
-from vrnn_lightning import vrnn
 from vrnn_lightning.heads import GaussianMixture
+from vrnn_lightning.vrnn import trace
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it does itself
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
 
 
 @pytest.mark.parametrize("options", [{"emission": GaussianMixture, "residual_posterior": True}, {"latent": 0}], ids=str)
-def test_equals_textbook(options, monkeypatch):
+def test_equals_readable(options, monkeypatch):
     """What is traced; the code that is made of it is the next test's."""
-    traced = torch.compile(vrnn._score, backend="aot_eager")
-    monkeypatch.setattr(vrnn, "_compiled_score", lambda: traced)
+    traced = torch.compile(trace._score, backend="aot_eager")
+    monkeypatch.setattr(trace, "_compiled_score", lambda: traced)
     model = make_model(**options)
     names = list(model.state_dict())
     model.compiled = True

@@ -165,7 +165,7 @@ class TestSplits:
 
     def test_the_whole_ljspeech(self):
         names = [f"LJSpeech-1.1/wavs/LJ{i // 260:03d}-{i % 260:04d}.wav" for i in range(13100)]
-        found = corpora.LAYOUTS["ljspeech"](Path("nowhere"), names, corpora.BadFiles(False))
+        found = corpora.LAYOUTS["ljspeech"](Path("nowhere"), names, corpora.InvalidFiles(False))
         assert [r.split for r in found] == ["train"] * 12600 + ["val"] * 250 + ["test"] * 250
 
     def test_clips_that_the_metadata_name_must_be_there(self, tmp_path):
@@ -174,7 +174,7 @@ class TestSplits:
         (tmp_path / "metadata.csv").write_text("\n".join(rows) + "\n")
         line = refusal(speech(tmp_path, "ljspeech"))
         listed = ", ".join(f"wavs/LJ003-{i:04d}.wav" for i in range(1, 6))
-        assert f"metadata.csv: 6 of 12 files that it names are missing: {listed}, ...; mend the list" in line
+        assert f"metadata.csv: 6 of 12 files that it names are missing: {listed}, ...; fix the list" in line
         with pytest.warns(UserWarning, match="6 of 12 files that it names are missing: .*they are skipped"):
             assert len(files(speech(tmp_path, "ljspeech", skip_bad=True), "train")) == 54
 
@@ -312,7 +312,7 @@ class TestManifest:
         )
         line = refusal(manifest(tmp_path, text))
         listed = ", ".join(self.NAMES[6:11])
-        assert line.startswith(f"{tmp_path}/list.csv: 6 of 12 files that it names are missing: {listed}, ...; mend")
+        assert line.startswith(f"{tmp_path}/list.csv: 6 of 12 files that it names are missing: {listed}, ...; fix")
         lenient = speech(tmp_path / "list.csv", "manifest", skip_bad=True)
         with pytest.warns(UserWarning, match="6 of 12 files that it names are missing"):
             assert [len(names) for names in all_files(lenient).values()] == [2, 2, 2]
@@ -344,7 +344,7 @@ class TestManifest:
     def test_none_of_the_files_is_there(self, tmp_path):
         manifest(tmp_path, "path\na.wav\nb.wav\n")
         line = refusal(speech(tmp_path / "list.csv", "manifest", skip_bad=True))
-        assert line == f"{tmp_path}/list.csv: none of 2 files that it names is there, a.wav for one; mend the list"
+        assert line == f"{tmp_path}/list.csv: none of 2 files that it names is there, a.wav for one; fix the list"
 
     def test_what_is_no_manifest(self, tmp_path):
         assert "is a folder; --data.layout manifest takes the csv file itself" in refusal(speech(tmp_path, "manifest"))
@@ -415,7 +415,7 @@ class TestSkipBad:
             return scandir(path)
 
         monkeypatch.setattr(os, "scandir", refuse)
-        assert refusal(speech(root, "folder")).startswith(f"{root}/locked: cannot be opened (Permission denied); mend")
+        assert refusal(speech(root, "folder")).startswith(f"{root}/locked: cannot be opened (Permission denied); fix")
         datamodule = speech(root, "folder", skip_bad=True)
         with pytest.warns(UserWarning, match=r"1 of 13 files are skipped .*locked: cannot be opened"):
             datamodule.setup("fit")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vrnn_lightning.batch import Sequence, SequenceBatch, pad
+from vrnn_lightning.batch import SequenceBatch, SequenceSample, pad
 from vrnn_lightning.data import BatchSampler, Scaler, SequenceDataModule, SequenceLoader, Window, data_root
 from vrnn_lightning.data.loading import ScaledSequences
 from vrnn_lightning.errors import UserError
@@ -18,7 +18,7 @@ from vrnn_lightning.errors import UserError
 
 def ragged(lengths, width=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [Sequence(torch.randn(n, width, generator=generator), name=str(i)) for i, n in enumerate(lengths)]
+    return [SequenceSample(torch.randn(n, width, generator=generator), name=str(i)) for i, n in enumerate(lengths)]
 
 
 def sampler_of(sequences, **options):
@@ -42,7 +42,7 @@ class Changing(list):
     """Sequences whose values are the epoch's number."""
 
     def in_epoch(self, epoch):
-        return [Sequence(torch.full_like(s.x, epoch), name=s.name) for s in self]
+        return [SequenceSample(torch.full_like(s.x, epoch), name=s.name) for s in self]
 
     def __getitem__(self, index):
         return self.in_epoch(0)[index]
@@ -65,16 +65,16 @@ class TestPad:
         batch = pad(ragged([3, 0, 5]))
         assert batch.mask.sum(1).tolist() == [3, 0, 5]
         assert batch.mask[0].tolist() == [True] * 3 + [False] * 2
-        assert batch.counted.sum() == 8 * 2
+        assert batch.valid_mask.sum() == 8 * 2
 
     def test_observed_of_one_sequence_means_everywhere_in_the_others(self):
         seen = torch.tensor([[True, False]])
-        batch = pad([Sequence(torch.ones(1, 2), observed=seen), Sequence(torch.ones(3, 2))])
-        assert batch.counted[0].tolist() == [[True, False], [False, False], [False, False]]
-        assert batch.counted[1].all()
+        batch = pad([SequenceSample(torch.ones(1, 2), observed=seen), SequenceSample(torch.ones(3, 2))])
+        assert batch.valid_mask[0].tolist() == [[True, False], [False, False], [False, False]]
+        assert batch.valid_mask[1].all()
 
     def test_inputs_are_padded_with_zeros(self):
-        batch = pad([Sequence(torch.ones(1, 2), inputs=torch.ones(1, 4)), Sequence(torch.ones(3, 2))])
+        batch = pad([SequenceSample(torch.ones(1, 2), inputs=torch.ones(1, 4)), SequenceSample(torch.ones(3, 2))])
         assert batch.inputs.shape == (2, 3, 4)
         assert batch.inputs.sum() == 4
 
@@ -86,10 +86,10 @@ class TestPad:
     @pytest.mark.parametrize("shape", [(4,), (4, 3), (1, 4, 2)])
     def test_names_a_sequence_of_another_shape(self, shape):
         with pytest.raises(UserError, match=r"odd: shape .*, expected \(time, 2\)"):
-            pad([Sequence(torch.zeros(4, 2)), Sequence(torch.zeros(shape), name="odd")])
+            pad([SequenceSample(torch.zeros(4, 2)), SequenceSample(torch.zeros(shape), name="odd")])
 
     def test_precision_is_kept(self):
-        assert pad([Sequence(torch.zeros(1, 1, dtype=torch.float64))]).x.dtype == torch.float64
+        assert pad([SequenceSample(torch.zeros(1, 1, dtype=torch.float64))]).x.dtype == torch.float64
 
 
 class TestWindowOfABatch:
@@ -107,7 +107,7 @@ class TestWindowOfABatch:
 
     def test_observed_and_inputs_go_along(self):
         seen, inputs = torch.rand(5, 2) > 0.5, torch.randn(5, 3)
-        batch = pad([Sequence(torch.ones(5, 2), seen, inputs)]).window(1, 3)
+        batch = pad([SequenceSample(torch.ones(5, 2), seen, inputs)]).window(1, 3)
         assert torch.equal(batch.observed[0], seen[1:3])
         assert torch.equal(batch.inputs[0], inputs[1:3])
 
@@ -315,7 +315,7 @@ class InParts(Lazily):
         self.reads[index, first, last] += 1
         s = self.given[index]
         observed, inputs = (None if v is None else v[first:last] for v in (s.observed, s.inputs))
-        return Sequence(s.x[first:last], observed, inputs, s.name)
+        return SequenceSample(s.x[first:last], observed, inputs, s.name)
 
 
 class TestReadingWindows:
@@ -363,7 +363,7 @@ class TestReadingWindows:
 
     @pytest.mark.parametrize("kind", [list, InParts])
     def test_covariates_and_masks_are_cut_alike(self, kind):
-        given = [Sequence(torch.randn(9, 2), torch.rand(9, 2) > 0.5, torch.randn(9, 3), "a")]
+        given = [SequenceSample(torch.randn(9, 2), torch.rand(9, 2) > 0.5, torch.randn(9, 3), "a")]
         loader = SequenceLoader(kind(given), Scaler(), 2, streams_of([9], 4, 1), 3)
         batches = list(loader)
         assert torch.equal(torch.cat([b.inputs[0, : b.lengths[0]] for b in batches]), given[0].inputs)
@@ -371,11 +371,11 @@ class TestReadingWindows:
 
     @pytest.mark.parametrize("kind", [list, InParts])
     def test_a_batch_of_nothing_has_its_covariates(self, kind):
-        given = [Sequence(torch.randn(9, 2), None, torch.randn(9, 3), "a")]
+        given = [SequenceSample(torch.randn(9, 2), None, torch.randn(9, 3), "a")]
         dataset = SequenceLoader(kind(given), Scaler(), 2, streams_of([9], 4, 1), 3).dataset
         batch = dataset[[Window(-1, 0, 0, True)] * 2]
         assert batch.inputs.shape == (2, 1, 3)
-        assert batch.counted.sum() == 0
+        assert batch.valid_mask.sum() == 0
         assert batch.reset.all()
         assert batch.start.tolist() == [0, 0]
 
@@ -495,31 +495,31 @@ class TestSequenceLoader:
     @pytest.mark.parametrize("workers", [0, 1])
     def test_a_user_s_mistake_is_one_line_from_any_process(self, workers, monkeypatch):
         monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)  # else a failed worker ends in 5 s
-        sequences = [Sequence(torch.tensor([[0.0, math.nan]]), name="bad.wav")]
+        sequences = [SequenceSample(torch.tensor([[0.0, math.nan]]), name="bad.wav")]
         with pytest.raises(UserError) as raised:
             list(self.loader(sequences, num_workers=workers))
-        assert str(raised.value) == "bad.wav: holds NaN or infinite values; remove it or mend it"
+        assert str(raised.value) == "bad.wav: holds NaN or infinite values; remove it or fix it"
         del raised
         gc.collect()  # ends the worker
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     def test_what_was_not_observed_may_be_anything(self, value):
         observed = torch.tensor([[True, False]])
-        batch = next(iter(self.loader([Sequence(torch.tensor([[1.0, value]]), observed)])))
+        batch = next(iter(self.loader([SequenceSample(torch.tensor([[1.0, value]]), observed)])))
         assert batch.x.tolist() == [[[1.0, 0.0]]]
 
     def test_a_wrong_width_is_named(self):
         with pytest.raises(UserError, match=r"sequence 0: shape \(1, 3\), expected \(time, 2\)"):
-            list(self.loader([Sequence(torch.zeros(1, 3))]))
+            list(self.loader([SequenceSample(torch.zeros(1, 3))]))
 
     def test_a_process_without_data_still_has_covariates(self):
-        sequences = [Sequence(torch.ones(4, 2), torch.ones(4, 2) > 0, torch.ones(4, 3), "a")]
+        sequences = [SequenceSample(torch.ones(4, 2), torch.ones(4, 2) > 0, torch.ones(4, 3), "a")]
         idle = SequenceLoader(sequences, Scaler(), 2, sampler_of(sequences, num_replicas=2, rank=1))
         (batch,) = idle
         assert batch.names == ["(none)"]
         assert batch.lengths.tolist() == [0]
         assert batch.inputs.shape == (1, 1, 3)
-        assert batch.counted.sum() == 0
+        assert batch.valid_mask.sum() == 0
 
 
 class TestScaler:
@@ -550,22 +550,22 @@ class TestScaler:
 
     def test_unobserved_values_do_not_count(self):
         observed = torch.tensor([[True], [True], [False]])
-        scaler = Given([Sequence(torch.tensor([[1.0], [3.0], [99.0]]), observed)], "per_feature").scaler
+        scaler = Given([SequenceSample(torch.tensor([[1.0], [3.0], [99.0]]), observed)], "per_feature").scaler
         assert (scaler.mean.tolist(), scaler.std.tolist()) == ([2.0], [1.0])
 
     @pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e6])
     def test_a_constant_feature_is_only_centred(self, value):
-        sequences = [Sequence(torch.full((n, 1), value)) for n in (3, 1000, 77)]
+        sequences = [SequenceSample(torch.full((n, 1), value)) for n in (3, 1000, 77)]
         scaler = Given(sequences, "per_feature").scaler
         assert scaler.std.tolist() == [1.0]
         assert abs(float(scaler.scale(torch.tensor([value])))) <= 1e-6 * abs(value)
 
     def test_a_small_feature_is_not_taken_for_constant(self):
-        scaler = Given([Sequence(torch.tensor([[1e-9], [-1e-9]]))], "per_feature").scaler
+        scaler = Given([SequenceSample(torch.tensor([[1e-9], [-1e-9]]))], "per_feature").scaler
         assert float(scaler.std) == pytest.approx(1e-9)
 
     def test_scaled_training_data_are_standard(self):
-        mean, std = Given([Sequence(3 + 5 * s.x) for s in ragged([30, 80])], "per_feature").input_statistics()
+        mean, std = Given([SequenceSample(3 + 5 * s.x) for s in ragged([30, 80])], "per_feature").input_statistics()
         torch.testing.assert_close(mean, torch.zeros(2), atol=1e-6, rtol=0)
         torch.testing.assert_close(std, torch.ones(2))
 
@@ -605,7 +605,7 @@ class WithInputs(Given):
 
 class TestInputs:
     def test_they_are_read_in_single_precision(self):
-        given = [Sequence(torch.zeros(2, 1), inputs=torch.ones(2, 4, dtype=torch.int64))]
+        given = [SequenceSample(torch.zeros(2, 1), inputs=torch.ones(2, 4, dtype=torch.int64))]
         inputs = next(iter(WithInputs(given).val_dataloader())).inputs
         assert inputs.dtype == torch.float32
         assert inputs.tolist() == [[[1.0] * 4] * 2]
@@ -617,16 +617,19 @@ class TestInputs:
             (torch.ones(3, 2), r"odd: inputs of shape \(3, 2\), expected \(3, 4\)"),
             (torch.ones(2, 4), r"odd: inputs of shape \(2, 4\), expected \(3, 4\)"),
             (torch.ones(4), r"odd: inputs of shape \(4,\), expected \(3, 4\)"),
-            (torch.full((3, 4), math.nan), "odd: holds NaN or infinite inputs; remove it or mend it"),
+            (torch.full((3, 4), math.nan), "odd: holds NaN or infinite inputs; remove it or fix it"),
         ],
     )
     def test_a_sequence_without_them_is_named(self, inputs, message):
-        given = [Sequence(torch.zeros(2, 1), inputs=torch.ones(2, 4)), Sequence(torch.zeros(3, 1), None, inputs, "odd")]
+        given = [
+            SequenceSample(torch.zeros(2, 1), inputs=torch.ones(2, 4)),
+            SequenceSample(torch.zeros(3, 1), None, inputs, "odd"),
+        ]
         with pytest.raises(UserError, match=message):
             list(WithInputs(given).val_dataloader())
 
     def test_a_process_without_data_has_their_width(self):
-        given = [Sequence(torch.zeros(2, 1), inputs=torch.ones(2, 4))]
+        given = [SequenceSample(torch.zeros(2, 1), inputs=torch.ones(2, 4))]
         assert WithInputs(given).val_dataloader().dataset[[-1]].inputs.shape == (1, 1, 4)
 
     def test_none_are_expected_by_default(self):
@@ -651,7 +654,9 @@ def test_a_large_offset_costs_no_precision():
 
         def sequences(self, split):
             generator = torch.Generator().manual_seed(0)
-            return [Sequence(torch.randn(200, 1, generator=generator, dtype=torch.float64) + 1e8) for _ in range(3)]
+            return [
+                SequenceSample(torch.randn(200, 1, generator=generator, dtype=torch.float64) + 1e8) for _ in range(3)
+            ]
 
     data = Far(num_features=1, batch_size=3)
     x = next(iter(data.val_dataloader())).x
@@ -675,9 +680,9 @@ def test_a_path_among_the_options_is_stored_as_words():
 
 
 def test_covariates_keep_their_values_whatever_the_first_one_s_type():
-    first = Sequence(torch.zeros(2, 3), inputs=torch.tensor([[1], [2]]), name="a")
+    first = SequenceSample(torch.zeros(2, 3), inputs=torch.tensor([[1], [2]]), name="a")
     for value, refused in ((0.5, False), (float("nan"), True), (1e300, True)):
-        later = Sequence(torch.zeros(2, 3), inputs=torch.full((2, 1), value, dtype=torch.float64), name="b")
+        later = SequenceSample(torch.zeros(2, 3), inputs=torch.full((2, 1), value, dtype=torch.float64), name="b")
         dataset = ScaledSequences([first, later], Scaler(), 3, 1)
         if refused:
             with pytest.raises(UserError, match=r"b: holds .*inputs"):
@@ -687,13 +692,13 @@ def test_covariates_keep_their_values_whatever_the_first_one_s_type():
 
 
 def test_values_beyond_float32_are_refused():
-    dataset = ScaledSequences([Sequence(torch.full((2, 3), 1e300, dtype=torch.float64), name="a")], Scaler(), 3)
+    dataset = ScaledSequences([SequenceSample(torch.full((2, 3), 1e300, dtype=torch.float64), name="a")], Scaler(), 3)
     with pytest.raises(UserError, match="a: holds values too large for float32"):
         dataset[[0]]
 
 
 def test_covariates_of_other_shapes_are_refused():
-    xs = [Sequence(torch.zeros(2, 3), inputs=torch.zeros(2, width)) for width in (1, 2)]
+    xs = [SequenceSample(torch.zeros(2, 3), inputs=torch.zeros(2, width)) for width in (1, 2)]
     with pytest.raises(UserError, match=r"inputs of shape \(2, 2\), expected \(2, 1\)"):
         pad(xs)
 

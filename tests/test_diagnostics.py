@@ -16,14 +16,14 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from vrnn_lightning.datamodules.sines import Sines
 
-from vrnn_lightning import Layers, UserError, VRNNLightningModule
+from vrnn_lightning import MLPConfig, UserError, VRNNLightningModule
 from vrnn_lightning.callbacks import ConstantKLWeight, ControlVAE, Diagnostics, GradientNorms, LinearKLAnnealing
 
 
 def fit(folder, *callbacks, latent=2, epochs=1, size=256, batch_size=16, ckpt_path=None, **options):
     """Train a small model; return it and its trainer."""
     seed_everything(1, verbose=False)
-    layers = dict.fromkeys(("phi_x", "phi_z", "prior", "encoder", "decoder"), Layers(16))
+    layers = dict.fromkeys(("phi_x", "phi_z", "prior", "encoder", "decoder"), MLPConfig(16))
     optimizer = partial(torch.optim.Adam, lr=4e-3)
     model = VRNNLightningModule(3, latent_size=latent, hidden_size=16, optimizer=optimizer, **layers)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
@@ -43,8 +43,8 @@ def test_a_collapse_is_said_once_with_what_to_try(tmp_path, caplog):
     assert line.startswith("warning: the latent collapses: val/kl is ")
     assert "at beta 50, below 0.01 in 5 validations in a row" in line
     assert "0 of 2 latent dimensions are active" in line
-    for cure in ("LinearKLAnnealing", "--model.objective.free_bits", "ControlVAE", "smaller weight", "IWAE", "decoder"):
-        assert cure in line
+    for fix in ("LinearKLAnnealing", "--model.objective.free_bits", "ControlVAE", "smaller weight", "IWAE", "decoder"):
+        assert fix in line
     assert "\n" not in line
 
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from vrnn_lightning.datamodules.linear_gaussian import LinearGaussian
 
-from vrnn_lightning import Layers, UserError, VRNNLightningModule
+from vrnn_lightning import MLPConfig, UserError, VRNNLightningModule
 from vrnn_lightning.callbacks import Evaluation
 from vrnn_lightning.callbacks.evaluation import importance_weighted
 from vrnn_lightning.metrics import Estimate
@@ -24,7 +24,7 @@ def source(**options):
 
 def module(**options):
     seed_everything(1, verbose=False)
-    layers = dict.fromkeys(("phi_x", "phi_z", "prior", "encoder", "decoder"), Layers(8))
+    layers = dict.fromkeys(("phi_x", "phi_z", "prior", "encoder", "decoder"), MLPConfig(8))
     return VRNNLightningModule(4, **{"latent_size": 2, "hidden_size": 8, **layers, **options})
 
 

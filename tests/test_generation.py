@@ -1,4 +1,4 @@
-"""Fast generation draws what the textbook draws."""
+"""Fast generation draws what the readable loop draws."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vrnn_lightning.heads import (
     Poisson,
     tempered,
 )
-from vrnn_lightning.recurrence import Generated, generation, textbook_generation
+from vrnn_lightning.recurrence import Generated, generation, readable_generation
 
 SHOWN = {**OPTIONS, "plain": {}}
 
@@ -52,7 +52,7 @@ def draw_both(model: VRNN, steps: int = 6, rows: int = 3, temperature: float = 1
     torch.manual_seed(8)
     fast = model.generate(steps, state=state, inputs=inputs, temperature=temperature)
     torch.manual_seed(8)
-    return fast, textbook_generation(model, steps, state, inputs, temperature)
+    return fast, readable_generation(model, steps, state, inputs, temperature)
 
 
 def assert_equal(fast: Generated, slow: Generated, tolerance: float = 1e-9) -> None:
@@ -67,13 +67,13 @@ def assert_equal(fast: Generated, slow: Generated, tolerance: float = 1e-9) -> N
 @pytest.mark.parametrize("options", SHOWN.values(), ids=SHOWN)
 @pytest.mark.parametrize("latent", [4, 0])
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_equals_textbook(cell, latent, options):
+def test_equals_readable(cell, latent, options):
     assert_equal(*draw_both(make_model(cell, latent, **options)))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 @pytest.mark.parametrize("emission", [Bernoulli, Gaussian, GaussianMixture, Laplace, MuLaw, Poisson, Wide])
-def test_every_emission_equals_textbook(emission, temperature):
+def test_every_emission_equals_readable(emission, temperature):
     assert_equal(*draw_both(make_model(emission=emission, depth=1), temperature=temperature))
 
 

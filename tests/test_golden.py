@@ -10,7 +10,10 @@ import torch
 import yaml
 
 from vrnn_lightning import UserError, VRNNLightningModule, compatibility
+from vrnn_lightning.data import RandomSplitDataModule, RandomSplits
 from vrnn_lightning.datamodules import local
+from vrnn_lightning.heads import Poisson
+from vrnn_lightning.objectives import ELBO
 from vrnn_lightning.pretrained import NAME
 
 RELEASES = sorted(Path(__file__).with_name("golden").iterdir())
@@ -26,7 +29,7 @@ def run(request, folder):
 @pytest.fixture
 def renamed(monkeypatch):
     """Rename a part of the model, an option, a class' option and a class, as a release would."""
-    monkeypatch.setattr(compatibility, "WEIGHTS", {"vrnn.old_cell": "vrnn.cells"})
+    monkeypatch.setitem(compatibility.WEIGHTS, "vrnn.old_cell", "vrnn.cells")
     monkeypatch.setitem(compatibility.OPTIONS, "model.states", "latent_size")
     monkeypatch.setitem(compatibility.OPTIONS, "loop.every", "checkpoint_every")
     monkeypatch.setitem(compatibility.OPTIONS, "vrnn_lightning.heads.StudentT.floor", "min_scale")
@@ -104,7 +107,7 @@ def test_old_names_of_options_classes_and_weights(run, lightning, renamed):
 
 def test_states_below_an_old_class_are_kept(monkeypatch):
     monkeypatch.setattr(compatibility, "CLASSES", [("a.Old", "a.New"), ("a.Data", "b.Data2")])
-    monkeypatch.setattr(compatibility, "WEIGHTS", {"vrnn.old_cell": "vrnn.cells"})
+    monkeypatch.setitem(compatibility.WEIGHTS, "vrnn.old_cell", "vrnn.cells")
     optimized = compatibility.OPTIMIZED
     content = {"callbacks": {"Old{'monitor': None}": 1, "Older": 2}, "Data": {"epoch": 3}}
     content[optimized] = [["vrnn.old_cell.0.weight_ih", "vrnn.old_cells"]]
@@ -147,3 +150,79 @@ def test_a_format_is_a_positive_number(number):
     what = "of type list" if isinstance(number, list) else repr(number)
     with pytest.raises(UserError, match=rf"a\.ckpt: its format {what} is (not a number|below 1). Fix:"):
         compatibility.require_known_format(number, "a.ckpt")
+
+
+def test_names_of_the_last_release_are_found_with_a_warning():
+    import vrnn_lightning
+    from vrnn_lightning import batch, data, nn
+
+    for module, old, new in (
+        (vrnn_lightning, "Sequence", "SequenceSample"),
+        (vrnn_lightning, "Layers", "MLPConfig"),
+        (batch, "Sequence", "SequenceSample"),
+        (nn, "Layers", "MLPConfig"),
+        (data, "BadFiles", "InvalidFiles"),
+        (data, "DrawnDataModule", "RandomSplitDataModule"),
+        (data, "DrawnSplits", "RandomSplits"),
+    ):
+        with pytest.warns(FutureWarning, match=rf"{old} is now called {new}"):
+            assert getattr(module, old) is getattr(module, new)
+        with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+            getattr(module, "Nothing")  # noqa: B009  # as Python asks for it
+    sample = batch.pad([batch.SequenceSample(torch.zeros(2, 1))])
+    with pytest.warns(FutureWarning, match="counted is now called valid_mask"):
+        assert torch.equal(sample.counted, sample.valid_mask)
+
+
+def test_hooks_of_the_last_release_still_override():
+    """A head, an objective and a datamodule that a user wrote for it; and what inherits from them under either name."""
+    calls = []
+    with pytest.warns(FutureWarning) as said:
+
+        class Old(Poisson):
+            cure = "count again"
+
+            def start_from(self, mean):
+                calls.append("old")
+                super().start_from(mean)
+
+    warned = [str(warning.message) for warning in said]
+    assert [line.rpartition("Old.")[2] for line in warned] == [
+        "start_from is now called init_from_statistics. Fix: rename it", "cure is now called fix. Fix: rename it"
+    ]  # fmt: skip
+
+    class New(Old):
+        def init_from_statistics(self, mean):
+            calls.append("new")
+            super().init_from_statistics(mean)
+
+    class Older(New):
+        __test__ = False
+
+    for head, expected in ((Old(4, 2), ["old"]), (New(4, 2), ["new", "old"]), (Older(4, 2), ["new", "old"])):
+        calls.clear()
+        before = head.linear.bias.clone()
+        head.init_from_statistics(torch.tensor([3.0, 5.0]))
+        assert calls == expected
+        assert not torch.equal(head.linear.bias, before)
+        with pytest.raises(UserError, match="count again or choose"):
+            head.check(-torch.ones(1, 1, 2), torch.ones(1, 1, 2, dtype=torch.bool))
+    own = Poisson(4, 2)
+    own.cure = "count them by hand"
+    with pytest.raises(UserError, match="count them by hand or choose"):
+        own.check(-torch.ones(1, 1, 2), torch.ones(1, 1, 2, dtype=torch.bool))
+
+    with pytest.warns(FutureWarning, match=r"Bound\.absent is now called unsupported_options"):
+
+        class Bound(ELBO):
+            absent = {"kl": "it has none"}
+
+    assert Bound.unsupported_options == {"kl": "it has none"}
+    with pytest.warns(FutureWarning, match=r"Halves\.drawn is now called random_splits"):
+
+        class Halves(RandomSplitDataModule):
+            @property
+            def drawn(self):
+                return RandomSplits(0.5, 0.0, 1)
+
+    assert Halves(1).random_splits.val == 0.5

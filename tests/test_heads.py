@@ -34,7 +34,7 @@ from vrnn_lightning.heads import (
     tempered,
 )
 from vrnn_lightning.heads.gamma import inverse_softplus, log_gamma_ratio, log_softplus
-from vrnn_lightning.vrnn import VRNN
+from vrnn_lightning.vrnn import build_vrnn
 
 
 def features(*shape: int) -> Tensor:
@@ -284,8 +284,8 @@ def test_check_accepts_draws_and_refuses_what_has_no_probability(case):
 
 @every_head
 def test_head_in_a_model(case):
-    model = VRNN(case.num_features, latent_size=2, hidden_size=5, emission=case.make)
-    model.start_from(case.data(case.tails[-1]) * 0.3, torch.ones(case.num_features))
+    model = build_vrnn(case.num_features, latent_size=2, hidden_size=5, emission=case.make)
+    model.init_from_statistics(case.data(case.tails[-1]) * 0.3, torch.ones(case.num_features))
     x = model.generate(steps=6, batch_size=3).x
     assert x.shape == (3, 6, case.num_features)
     everywhere = torch.ones_like(x, dtype=torch.bool)
@@ -367,7 +367,7 @@ def test_marginal_leaves_out_what_is_missing():
         log_prob(d.base_dist, x, observed)
 
 
-def test_kl_of_the_model_is_the_textbooks():
+def test_kl_of_the_model_is_the_closed_form():
     """Per dimension: 0 for equal Gaussians, else log(s2/s1) + (s1^2 + (m1-m2)^2) / (2 s2^2) - 1/2."""
     m1, m2, s1, s2 = features(4, 6)
     s1, s2 = s1.abs() + 0.1, s2.abs() + 0.1
@@ -384,7 +384,7 @@ def test_biases_start_from_the_datas_mean(make):
     head, mean = make(4, 3), torch.tensor([0.1, 0.5, 0.0])
     if isinstance(head, DiscretisedLogisticMixture):
         mean = torch.tensor([20.0, 128.0, 200.0])
-    head.start_from(mean)
+    head.init_from_statistics(mean)
     d = head(torch.zeros(4))
     if isinstance(head, DiscretisedLogisticMixture):
         torch.testing.assert_close(d.base_dist.loc, mean[:, None].expand(3, 2))
@@ -395,7 +395,7 @@ def test_biases_start_from_the_datas_mean(make):
 
 def test_pen_starts_from_the_share_of_lifts():
     head = Pen(4, 3)
-    head.start_from(torch.tensor([5.0, 5.0, 0.04]))
+    head.init_from_statistics(torch.tensor([5.0, 5.0, 0.04]))
     assert head(torch.zeros(4)).mean[2].item() == pytest.approx(0.04, rel=1e-5)
 
 

@@ -11,7 +11,7 @@ from scipy.stats import bernoulli, norm
 from vrnn_lightning.datamodules.hidden_markov import HiddenMarkov
 
 from vrnn_lightning import UserError
-from vrnn_lightning.batch import Sequence, SequenceBatch, pad
+from vrnn_lightning.batch import SequenceBatch, SequenceSample, pad
 from vrnn_lightning.testing import CHECKS
 
 SMALL = {"train_size": 21, "val_size": 9, "test_size": 7, "steps": 5, "min_steps": 1, "batch_size": 4, "channels": 3}
@@ -22,7 +22,7 @@ def small(**options) -> HiddenMarkov:
     return HiddenMarkov(**SMALL | options)
 
 
-def enumerated(data: HiddenMarkov, s: Sequence) -> float:
+def enumerated(data: HiddenMarkov, s: SequenceSample) -> float:
     """Return log p of the measured values of a short sequence: the sum over every path of the state."""
     seen = torch.ones_like(s.x, dtype=torch.bool) if s.observed is None else s.observed
     total = torch.zeros((), dtype=torch.float64)
@@ -60,7 +60,7 @@ def test_the_forward_algorithm_is_the_sum_over_all_paths(emission, missing_rate)
 
 def test_the_probabilities_of_all_short_sequences_add_up_to_one():
     data = small(states=3, channels=2)
-    every = [Sequence(torch.tensor(x).view(3, 2)) for x in itertools.product([0.0, 1.0], repeat=6)]
+    every = [SequenceSample(torch.tensor(x).view(3, 2)) for x in itertools.product([0.0, 1.0], repeat=6)]
     assert data.exact_log_likelihood(pad(every)).exp().sum().item() == pytest.approx(1, abs=1e-12)
 
 
@@ -69,7 +69,7 @@ def test_what_stands_at_missing_values_and_padding_does_not_count(emission):
     data = small(emission=emission, missing_rate=0.3)
     batch = pad(data.split("val"))
     exact = data.exact_log_likelihood(batch)
-    spoiled = SequenceBatch(batch.x.where(batch.counted, float("nan")), batch.lengths, batch.observed)
+    spoiled = SequenceBatch(batch.x.where(batch.valid_mask, float("nan")), batch.lengths, batch.observed)
     assert torch.equal(data.exact_log_likelihood(spoiled), exact)
 
 
@@ -82,7 +82,7 @@ def test_a_sequence_alone_is_as_likely_as_in_a_batch(emission):
 
 def test_no_steps_have_probability_one():
     data = small()
-    assert data.exact_log_likelihood(pad([Sequence(torch.zeros(0, 3))])).tolist() == [0.0]
+    assert data.exact_log_likelihood(pad([SequenceSample(torch.zeros(0, 3))])).tolist() == [0.0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to hold the batch")
@@ -104,7 +104,7 @@ def test_the_draws_have_the_probabilities_they_claim():
     """Frequencies of every sequence of two steps in two channels, against their likelihoods."""
     data = small(states=3, channels=2, steps=2, min_steps=2, train_size=20000)
     every = torch.tensor(list(itertools.product([0.0, 1.0], repeat=4)))
-    exact = data.exact_log_likelihood(pad([Sequence(x.view(2, 2)) for x in every])).exp()
+    exact = data.exact_log_likelihood(pad([SequenceSample(x.view(2, 2)) for x in every])).exp()
     drawn = torch.stack([s.x.flatten() for s in data.split("train")])
     share = (drawn[:, None] == every).all(-1).double().mean(0)
     assert (share - exact).abs().max() < 4 * (0.25 / 20000) ** 0.5

@@ -10,7 +10,7 @@ import torch
 from torch.distributions import Categorical, MixtureSameFamily, Normal
 
 from vrnn_lightning import SequenceBatch, UserError, VRNNLightningModule
-from vrnn_lightning.batch import Sequence, pad
+from vrnn_lightning.batch import SequenceSample, pad
 from vrnn_lightning.filtering import resample
 from vrnn_lightning.heads import (
     Bernoulli,
@@ -91,7 +91,7 @@ def test_shapes_and_seeds(options):
 @variants
 def test_scores_add_up_to_the_elbo_in_data_units(options):
     module, xs = model(**options).eval(), sequences(6, 1, 4)
-    batch = pad([Sequence(module.scaler.scale(x), name=f"sequence {i}") for i, x in enumerate(xs)])
+    batch = pad([SequenceSample(module.scaler.scale(x), name=f"sequence {i}") for i, x in enumerate(xs)])
     trace = module.vrnn(batch, Noise.named(batch, 3).over_time(module.vrnn.latent_size))
     jacobian = module.scale_std.log().sum() * batch.lengths
     elbo = trace.log_px.sum(1) - trace.kl.sum((1, 2)) - jacobian
@@ -110,7 +110,7 @@ def test_encodings_hold_the_states(options):
             part = module.encode([x[:t]], seed=2)[0]
             torch.testing.assert_close(part.hidden, whole[0].hidden[:t])
             torch.testing.assert_close(part.mean, whole[0].mean[:t])
-    batch = pad([Sequence(module.scaler.scale(v), name=f"sequence {i}") for i, v in enumerate((x, y))])
+    batch = pad([SequenceSample(module.scaler.scale(v), name=f"sequence {i}") for i, v in enumerate((x, y))])
     trace = module.vrnn(batch, Noise.named(batch, 2).over_time(module.vrnn.latent_size))
     for i in (0, 1):
         torch.testing.assert_close(whole[i].hidden[-1], trace.state.h[i, -1])
@@ -119,7 +119,7 @@ def test_encodings_hold_the_states(options):
 def test_long_sequences_are_read_in_windows_without_a_difference():
     module = model().eval()
     (x,) = sequences(2500)
-    batch = pad([Sequence(module.scaler.scale(x), name="sequence 0")])
+    batch = pad([SequenceSample(module.scaler.scale(x), name="sequence 0")])
     trace = module.vrnn(batch, Noise.named(batch, 1).over_time(2))
     (nats,), (encoded,), (mean,) = (
         module.score([x], seed=1),
@@ -353,7 +353,7 @@ def joint(module, x, draws):
         if not value.isnan():
             log_weight = log_weight + emission.log_prob(frame)
         frames.append(frame)
-        h = vrnn.cells[0](torch.cat([vrnn.phi_x(vrnn.look(frame, None)), vrnn.phi_z(z)], -1), h)
+        h = vrnn.cells[0](torch.cat([vrnn.phi_x(vrnn.standardize_input(frame)), vrnn.phi_z(z)], -1), h)
     weights = log_weight.softmax(0)
     return scaler.unscale(torch.stack(frames, 1))[..., 0], weights
 

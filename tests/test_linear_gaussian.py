@@ -11,7 +11,7 @@ from torch.distributions import MultivariateNormal
 from vrnn_lightning.datamodules.linear_gaussian import LinearGaussian
 
 from vrnn_lightning import UserError
-from vrnn_lightning.batch import Sequence, SequenceBatch, pad
+from vrnn_lightning.batch import SequenceBatch, SequenceSample, pad
 from vrnn_lightning.testing import CHECKS
 
 SMALL = {"train_size": 21, "val_size": 9, "test_size": 7, "steps": 9, "min_steps": 1, "batch_size": 4}
@@ -71,9 +71,9 @@ def test_steps_without_any_measurement_are_bridged():
     data = small()
     x, seen = data.split("val")[0].x.new_zeros(6, 4).normal_(), torch.ones(6, 4, dtype=torch.bool)
     seen[[0, 2, 3]] = False
-    (value,) = data.exact_log_likelihood(pad([Sequence(x, seen)])).tolist()
+    (value,) = data.exact_log_likelihood(pad([SequenceSample(x, seen)])).tolist()
     assert value == pytest.approx(joint_log_density(data, x, seen), rel=1e-9)
-    nothing = data.exact_log_likelihood(pad([Sequence(x, torch.zeros_like(seen))]))
+    nothing = data.exact_log_likelihood(pad([SequenceSample(x, torch.zeros_like(seen))]))
     assert nothing.tolist() == [0.0]
 
 
@@ -81,7 +81,7 @@ def test_what_stands_at_missing_values_and_padding_does_not_count():
     data = small(missing_rate=0.3)
     batch = pad(data.split("val"))
     exact = data.exact_log_likelihood(batch)
-    spoiled = SequenceBatch(batch.x.where(batch.counted, float("nan")), batch.lengths, batch.observed)
+    spoiled = SequenceBatch(batch.x.where(batch.valid_mask, float("nan")), batch.lengths, batch.observed)
     assert torch.equal(data.exact_log_likelihood(spoiled), exact)
 
 
@@ -93,7 +93,7 @@ def test_a_sequence_alone_is_as_likely_as_in_a_batch():
 
 def test_no_steps_have_probability_one():
     data = small()
-    assert data.exact_log_likelihood(pad([Sequence(torch.zeros(0, 4))])).tolist() == [0.0]
+    assert data.exact_log_likelihood(pad([SequenceSample(torch.zeros(0, 4))])).tolist() == [0.0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU to hold the batch")

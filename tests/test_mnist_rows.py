@@ -183,9 +183,9 @@ def test_grey_values_are_left_and_warned_of_once(folder_of_idx):
     data.setup("test")
     assert torch.equal(pixels(data), torch.from_numpy(IMAGES["train"]).float())
     batch = next(iter(data.val_dataloader()))
-    DiscretisedLogisticMixture(4, 28).check(batch.x, batch.counted)
+    DiscretisedLogisticMixture(4, 28).check(batch.x, batch.valid_mask)
     with pytest.raises(UserError, match="binarise the data"):
-        Bernoulli(4, 28).check(batch.x, batch.counted)
+        Bernoulli(4, 28).check(batch.x, batch.valid_mask)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         of(folder_of_idx, binarise="dynamic").setup("fit")

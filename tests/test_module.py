@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 from vrnn_lightning.datamodules.sines import Sines
 
-from vrnn_lightning import Layers, UserError, VRNNLightningModule
-from vrnn_lightning.batch import Sequence, SequenceBatch, pad
+from vrnn_lightning import MLPConfig, UserError, VRNNLightningModule
+from vrnn_lightning.batch import SequenceBatch, SequenceSample, pad
 from vrnn_lightning.callbacks import (
     ConstantKLWeight,
     ControlVAE,
@@ -46,7 +46,7 @@ def data(**options):
 
 def module(**options):
     seed_everything(1, verbose=False)
-    layers = dict.fromkeys(("phi_x", "phi_z", "prior", "encoder", "decoder"), Layers(8))
+    layers = dict.fromkeys(("phi_x", "phi_z", "prior", "encoder", "decoder"), MLPConfig(8))
     return VRNNLightningModule(3, **{"latent_size": 2, "hidden_size": 8, **layers, **options})
 
 
@@ -200,16 +200,16 @@ class Kinds(Callback):
         self.kinds = {}
 
     def on_fit_start(self, trainer, pl_module):
-        inner = pl_module.vrnn._trace
+        inner = pl_module.vrnn._infer
 
-        def look(batch, noise, state, masks, *rest):
+        def infer(batch, noise, state, masks, *rest):
             trace = inner(batch, noise, state, masks, *rest)
-            self._look(batch, noise, masks, trace)
+            self._keep_pass(batch, noise, masks, trace)
             return trace
 
-        pl_module.vrnn._trace = look
+        pl_module.vrnn._infer = infer
 
-    def _look(self, batch, noise, masks, trace):
+    def _keep_pass(self, batch, noise, masks, trace):
         dropped = {} if masks is None else masks._asdict()
         made = {"x": batch.x, "noise": noise, **dropped, **vars(trace), **trace.state._asdict()}
         made |= {"mean": trace.posterior.mean, "prior": trace.prior.mean, "emission": trace.emission.mean}
@@ -252,7 +252,7 @@ def test_hyperparameters_load_without_running_code(tmp_path):
     """Factories and sizes given in Python come back from a weights-only checkpoint."""
     model = module(
         emission=partial(Gaussian, min_std=0.01),
-        prior=Layers(5, 2),
+        prior=MLPConfig(5, 2),
         optimizer=partial(torch.optim.SGD, lr=1e-5),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1),
     )
@@ -557,7 +557,7 @@ def test_validation_drops_nothing(tmp_path):
 def test_sequences_of_no_steps_do_not_count(tmp_path):
     """Neither in a mean over sequences nor, alone in a batch, as a figure that is no number."""
     full = data(train_size=5, steps=6, min_steps=6).sequences("train")
-    nothing = Sequence(full[0].x[:0])
+    nothing = SequenceSample(full[0].x[:0])
     together, alone = pad([full[0], nothing, full[1], nothing]), pad([nothing, nothing])
 
     def loader(*batches):

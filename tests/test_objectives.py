@@ -8,11 +8,11 @@ import pytest
 import test_recurrence
 import torch
 
-from vrnn_lightning import Layers, UserError, schedules
+from vrnn_lightning import MLPConfig, UserError, schedules
 from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO, FIVO, IWAE, elbo, iwae
-from vrnn_lightning.recurrence import textbook, textbook_filter
+from vrnn_lightning.recurrence import readable_filter, readable_loop
 
 
 def terms():
@@ -130,7 +130,7 @@ RULES = [Resampling("systematic", 0.9), Resampling("multinomial", 1.0, gradient=
 
 @pytest.mark.parametrize("rule", RULES, ids=["systematic", "gradient", "multinomial"])
 @pytest.mark.parametrize("options", FILTERED.values(), ids=FILTERED)
-def test_the_fast_filter_equals_the_textbook(options, rule):
+def test_the_fast_filter_equals_the_readable(options, rule):
     """Value, effective samples, last weights and states, and every gradient, along resampled particles."""
     model, batch = make(**options)
     samples, noise = 4, Noise(batch, [0, 1, 2])
@@ -138,13 +138,12 @@ def test_the_fast_filter_equals_the_textbook(options, rule):
     fast = model.filter(batch, samples, rule, noise, masks, beta=0.7)
     z, draws = noise.over_time(4, samples), noise.uniform_over_time(rule.draws(samples))
     state = model.initial_state(3 * samples)
-    slow = textbook_filter(model, batch, z, draws, state, rule, masks, beta=0.7)
+    slow = readable_filter(model, batch, z, draws, state, rule, masks, beta=0.7)
     assert slow.effective_samples[0] < 3.9
     for a, b in zip(fast[:4], slow[:4], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    longest = (batch.lengths == 6).repeat(samples)  # the textbook's states go on in padding
-    top = slow.states[len(model.cells) - 1]
-    torch.testing.assert_close(fast.states[0][longest, -1], top[longest], rtol=1e-9, atol=1e-9)
+    longest = (batch.lengths == 6).repeat(samples)  # the readable loop's states continue in padding
+    torch.testing.assert_close(fast.state.h[longest], slow.state.h[longest], rtol=1e-9, atol=1e-9)
     weights = torch.tensor([1.0, -0.5, 2.0]).double()
     torch.testing.assert_close(
         gradient((fast.log_likelihood * weights).sum(), model),
@@ -161,7 +160,7 @@ def test_a_filter_reads_the_covariates():
     trace = model(batch, z, samples=3)
     hoisted = iwae(trace.log_px, trace.log_ratio, 3)
     torch.testing.assert_close(model.filter(batch, 3, None, Noise(batch, [0, 1, 2])).log_likelihood, hoisted)
-    reference = textbook(model, batch, z[:3], model.initial_state(3))
+    reference = readable_loop(model, batch, z[:3], model.initial_state(3))
     first = (trace.log_px + trace.log_ratio)[:3]
     torch.testing.assert_close(first, reference.log_px + reference.log_ratio)
 
@@ -220,7 +219,7 @@ def test_beta_weighs_the_latents_part_alone(objective):
 
 
 def test_balance_shares_the_gradient_of_the_kl_and_keeps_its_value():
-    model, batch = make(prior=Layers(7, 2))
+    model, batch = make(prior=MLPConfig(7, 2))
     whole, prior_only, posterior_only, half = (
         evaluate(ELBO(balance=balance), model, batch) for balance in (None, 1.0, 0.0, 0.5)
     )

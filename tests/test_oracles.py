@@ -12,7 +12,7 @@ from torch.distributions import MultivariateNormal
 from vrnn_lightning.datamodules.hidden_markov import HiddenMarkov
 from vrnn_lightning.datamodules.linear_gaussian import LinearGaussian
 
-from vrnn_lightning import VRNN, Layers, SequenceBatch
+from vrnn_lightning import VRNN, MLPConfig, SequenceBatch, build_vrnn
 from vrnn_lightning.batch import pad
 from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.heads import Bernoulli, Gaussian
@@ -26,8 +26,13 @@ def factor_analysis() -> tuple[VRNN, MultivariateNormal]:
     """
     torch.manual_seed(0)
     latent, features = 2, 3
-    layers = {"phi_z": Layers(2 * latent), "decoder": Layers(2 * features), "encoder": Layers(8), "phi_x": Layers(8)}
-    model = VRNN(features, latent, 4, prior=None, **layers).double()
+    layers = {
+        "phi_z": MLPConfig(2 * latent),
+        "decoder": MLPConfig(2 * features),
+        "encoder": MLPConfig(8),
+        "phi_x": MLPConfig(8),
+    }
+    model = build_vrnn(features, latent, 4, prior=None, **layers).double()
     loading, bias = torch.randn(features, latent).double(), torch.randn(features).double()
     spread = torch.full((features,), 0.3).double()
     identity = torch.eye(latent).double()
@@ -80,8 +85,8 @@ def test_importance_weights_estimate_the_models_own_likelihood():
 def test_no_model_beats_the_truth_on_average(source, emission):
     """ELBO <= IWAE <= log p_model <= log p_true: paired differences over sequences, three standard errors."""
     torch.manual_seed(0)
-    model = VRNN(source.num_features, 3, 16, emission=emission)
-    model.start_from(*source.input_statistics())
+    model = build_vrnn(source.num_features, 3, 16, emission=emission)
+    model.init_from_statistics(*source.input_statistics())
     batch = pad(source.sequences("train"))
     batch.x = batch.x.float()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)

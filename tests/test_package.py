@@ -13,10 +13,10 @@ import sys
 
 import torch
 
-from vrnn_lightning import Sequence, SequenceDataModule
+from vrnn_lightning import SequenceSample, SequenceDataModule
 
 
-class Recorded(Sequence):
+class Recorded(SequenceSample):
     pass  # pickled by its name
 
 

@@ -200,7 +200,7 @@ BAD_LISTS = [
     (GOOD | {"train": [60]}, "train 0 is 60, expected a list of steps"),
     (GOOD | {"train": [[[60]], [60]]}, "train 1, step 0 is 60, expected a list of notes"),
     (GOOD | {"train": [[[60], None]]}, "train 0, step 1 is None, expected a list of notes"),
-    (GOOD | {"train": [[[60], [20]]]}, "train 0, step 1 holds note 20, but a piano's are 21 to 108; mend or remove it"),
+    (GOOD | {"train": [[[60], [20]]]}, "train 0, step 1 holds note 20, but a piano's are 21 to 108; fix or remove it"),
     (GOOD | {"train": [[[60]], [[60, 109]]]}, "train 1, step 0 holds note 109, but a piano's are 21 to 108"),
     (GOOD | {"train": [[[60.5]]]}, "holds note 60.5, but"),
     (GOOD | {"train": [[["C4"]]]}, "holds note 'C4', but"),

@@ -16,13 +16,13 @@ import soundfile
 import torch
 from lightning.pytorch import Trainer
 
-from vrnn_lightning import Sequence, SequenceDataModule, UserError, VRNNLightningModule
+from vrnn_lightning import SequenceDataModule, SequenceSample, UserError, VRNNLightningModule
 from vrnn_lightning.callbacks import Predictions, archives
 from vrnn_lightning.callbacks.archives import ArchiveWriter, write_archive
 from vrnn_lightning.callbacks.predictions import GROUP, Draws
 from vrnn_lightning.data import read_archive
 from vrnn_lightning.metrics import Detection, DrawScores, seasonal_naive
-from vrnn_lightning.nn import Layers
+from vrnn_lightning.nn import MLPConfig
 
 LENGTHS = (9, 4, 12, 7)
 LEVELS = [k / 10 for k in range(1, 10)]
@@ -51,7 +51,7 @@ class Ramps(SequenceDataModule):
             if self.nothing and split == "test":
                 observed[:] = False
             inputs = torch.zeros(length, self.num_inputs) if self.num_inputs else None
-            found.append(Sequence(x.masked_fill(~observed, 0.0), observed, inputs, f'{split}, {"ramp" * i}"{i}"'))
+            found.append(SequenceSample(x.masked_fill(~observed, 0.0), observed, inputs, f'{split}, {"ramp" * i}"{i}"'))
         return found
 
 
@@ -75,7 +75,7 @@ def predict(folder: Path, data=None, module=None, **options) -> tuple[dict[str, 
     )
     module, data = module or model(), data or Ramps()
     if callback.task == "sample":
-        module.prepared.fill_(True)
+        module.is_initialized.fill_(True)
         trainer.predict(module, dataloaders=Draws(callback.options["count"], 2, trainer), return_predictions=False)
     else:
         trainer.predict(module, datamodule=data, return_predictions=False)
@@ -620,7 +620,7 @@ def test_strokes_are_drawn_and_rolls_can_be_played(tmp_path, modality, width, su
         default_root_dir=tmp_path, callbacks=[callback], logger=False, accelerator="cpu", enable_progress_bar=False
     )
     module = VRNNLightningModule(num_features=width, latent_size=2, hidden_size=4)
-    module.prepared.fill_(True)
+    module.is_initialized.fill_(True)
     trainer.predict(module, dataloaders=Draws(2, width, trainer), return_predictions=False)
     names = {path.name for path in (tmp_path / "predictions/sample").iterdir()}
     assert names == {"test.npz", "test.png", *(f"test_sampled_{i}.{suffix}" for suffix in suffixes for i in range(2))}
@@ -641,7 +641,7 @@ def test_a_sequence_with_nothing_observed_is_left_out(tmp_path):
 def test_sequences_of_one_step_one_at_a_time(tmp_path):
     class Short(Ramps):
         def sequences(self, split):
-            return [Sequence(s.x[:1], s.observed[:1], None, s.name) for s in super().sequences(split)]
+            return [SequenceSample(s.x[:1], s.observed[:1], None, s.name) for s in super().sequences(split)]
 
     for task in ("encode", "reconstruct", "score"):
         found, _ = predict(tmp_path, Short(batch_size=1), task=task)
@@ -826,7 +826,7 @@ def test_an_untrained_model_can_not_sample(tmp_path):
 
 def test_weights_of_another_training():
     old = model()
-    old.vrnn.start_from(torch.tensor([3.0, 4.0]), torch.tensor([5.0, 6.0]))
+    old.vrnn.init_from_statistics(torch.tensor([3.0, 4.0]), torch.tensor([5.0, 6.0]))
     old.scale_mean.fill_(7.0)
     new = VRNNLightningModule(num_features=2, latent_size=2, hidden_size=4, missing=True)
     new.init_from(old.state_dict())
@@ -835,7 +835,7 @@ def test_weights_of_another_training():
     assert new.vrnn.input_mean.tolist() == [3.0, 4.0]
     assert new.scale_mean.tolist() == [0.0, 0.0], "the new data bring their own scaler"
     with pytest.raises(UserError, match=r"^vrnn.phi_x.0.weight: shape .* there, shape .* here"):
-        model(phi_x=Layers(width=3)).init_from(old.state_dict())
+        model(phi_x=MLPConfig(width=3)).init_from(old.state_dict())
     with pytest.raises(UserError, match=r"^vrnn.cells.1.* none there, shape .* here"):
         model(layers=2).init_from(old.state_dict())
 
@@ -844,7 +844,7 @@ PLUGIN = """
 from pathlib import Path
 
 import torch
-from vrnn_lightning import Sequence, SequenceDataModule, UserError
+from vrnn_lightning import SequenceSample, SequenceDataModule, UserError
 
 
 class Numbered(SequenceDataModule):
@@ -858,7 +858,7 @@ class Numbered(SequenceDataModule):
         if not Path(self.root).is_file():
             raise UserError(f"--data.root {self.root}: no such file")
         draws = torch.randn(4, 6, 1, generator=torch.Generator().manual_seed(0))
-        return [Sequence(100.0 + self.offset + x, name=f"{split} {i}") for i, x in enumerate(draws)]
+        return [SequenceSample(100.0 + self.offset + x, name=f"{split} {i}") for i, x in enumerate(draws)]
 """
 QUICK = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 

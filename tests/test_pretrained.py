@@ -22,13 +22,13 @@ from vrnn_lightning.datamodules.sines import Sines
 from vrnn_lightning import VRNNLightningModule
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads import Bernoulli, DiscretisedLogisticMixture, Gaussian, GaussianMixture, Pen, StudentT
-from vrnn_lightning.nn import Layers
+from vrnn_lightning.nn import MLPConfig
 
 SIZES = {
     "num_features": 2,
     "latent_size": 3,
     "hidden_size": 5,
-    "phi_x": Layers(width=6, depth=2),
+    "phi_x": MLPConfig(width=6, depth=2),
     "emission": partial(GaussianMixture, components=4),
 }
 
@@ -241,7 +241,7 @@ HUGE = struct.pack("<Q", len(HEADER)) + HEADER
         (lambda f: change(f, hidden_size=True), "hidden_size 'True' is not of type int"),
         (lambda f: change(f, dropout=NAN), r"dropout nan: must lie in \[0, 1\)"),
         (lambda f: change(f, phi_x="width"), "no model can be made of its options"),
-        (lambda f: change(f, phi_x={"breadth": 3}), "breadth is no option of Layers"),
+        (lambda f: change(f, phi_x={"breadth": 3}), "breadth is no option of MLPConfig"),
         (lambda f: change(f, no_such_option=1), "no_such_option is no option of VRNNLightningModule in this version"),
         (lambda f: emission(f, components="4"), "components '4' is not of type int"),
         (lambda f: emission(f, in_features=4), "no model can be made of its options"),

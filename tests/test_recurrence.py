@@ -1,4 +1,4 @@
-"""The fast path equals the textbook loop, and padding changes nothing."""
+"""The fast loop equals the readable loop, and padding changes nothing."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from vrnn_lightning import VRNN, Layers, SequenceBatch, UserError
+from vrnn_lightning import VRNN, MLPConfig, SequenceBatch, UserError, build_vrnn
 from vrnn_lightning.heads import Bernoulli, Gaussian, GaussianMixture
 from vrnn_lightning.noise import Noise
-from vrnn_lightning.recurrence import State, textbook
+from vrnn_lightning.recurrence import State, readable_loop
 
 NETWORKS = ("phi_x", "phi_z", "prior", "encoder", "decoder")
 SIZES = [
@@ -26,9 +26,9 @@ def make_model(
     cell: str = "gru", latent: int = 4, depth: int = 2, emission=Gaussian, features: int = 3, **options
 ) -> VRNN:
     torch.manual_seed(1)
-    networks = {name: Layers(width, depth) for name, width in zip(NETWORKS, (5, 6, 7, 8, 9), strict=True)}
-    model = VRNN(features, latent, 10, cell=cell, emission=emission, **{**networks, **options}).double()
-    model.start_from(torch.rand(features).double() * 0.5 + 0.2, torch.rand(features).double() + 0.5)
+    networks = {name: MLPConfig(width, depth) for name, width in zip(NETWORKS, (5, 6, 7, 8, 9), strict=True)}
+    model = build_vrnn(features, latent, 10, cell=cell, emission=emission, **{**networks, **options}).double()
+    model.init_from_statistics(torch.rand(features).double() * 0.5 + 0.2, torch.rand(features).double() + 0.5)
     return model
 
 
@@ -60,7 +60,7 @@ def assert_equal_terms(model: VRNN, batch: SequenceBatch) -> None:
     noise, state = draw_noise(model, batch), random_state(model, len(batch))
     masks = model.draw_masks(Noise(batch, [7] * len(batch)))
     fast = model(batch, noise, state, masks)
-    slow = textbook(model, batch, noise, state, masks)
+    slow = readable_loop(model, batch, noise, state, masks)
     names = ("log_px", "kl", "log_ratio")
     pairs = [(getattr(fast, name), getattr(slow, name)) for name in names]
     pairs += [(a, b) for a, b in zip(fast.state, slow.state, strict=True) if a is not None]
@@ -76,7 +76,7 @@ def assert_equal_terms(model: VRNN, batch: SequenceBatch) -> None:
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("latent", [4, 0])
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_fast_path_equals_textbook(cell, latent, depth, lengths):
+def test_fast_path_equals_readable(cell, latent, depth, lengths):
     assert_equal_terms(make_model(cell, latent, depth), make_batch(lengths))
 
 
@@ -97,7 +97,7 @@ OPTIONS = {
 @pytest.mark.parametrize("lengths", [[6, 4, 1], [1], [4, 0, 4]], ids=["ragged", "one step", "empty"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_every_option_equals_textbook(cell, options, lengths):
+def test_every_option_equals_readable(cell, options, lengths):
     model, batch = make_model(cell, **options), make_batch(lengths)
     add_extras(model, batch)
     assert_equal_terms(model, batch)
@@ -201,19 +201,19 @@ def test_dropout_is_one_mask_per_sequence_in_training_alone():
     torch.testing.assert_close(model(batch, noise).log_px, model(batch, noise).log_px, rtol=0, atol=0)
 
 
-def test_fast_path_equals_textbook_in_float32_and_for_bernoulli():
+def test_fast_path_equals_readable_in_float32_and_for_bernoulli():
     model, batch = make_model(emission=Bernoulli).float(), make_batch([6, 2], binary=True)
     batch.x = batch.x.float()
     noise, state = draw_noise(model, batch), model.initial_state(2)
-    fast, slow = model(batch, noise), textbook(model, batch, noise, state)
+    fast, slow = model(batch, noise), readable_loop(model, batch, noise, state)
     torch.testing.assert_close(fast.log_px, slow.log_px, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(fast.kl, slow.kl, rtol=1e-4, atol=1e-5)
 
 
-def test_fast_path_equals_textbook_for_a_mixture():
+def test_fast_path_equals_readable_for_a_mixture():
     model, batch = make_model(emission=partial(GaussianMixture, components=3)), make_batch([6, 2])
     noise = draw_noise(model, batch)
-    fast, slow = model(batch, noise), textbook(model, batch, noise, model.initial_state(2))
+    fast, slow = model(batch, noise), readable_loop(model, batch, noise, model.initial_state(2))
     torch.testing.assert_close(fast.log_px, slow.log_px, rtol=1e-9, atol=1e-9)
     for a, b in zip(gradients(model, fast.log_px), gradients(model, slow.log_px), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -357,7 +357,7 @@ def test_an_early_frame_does_not_see_later_ones():
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 @pytest.mark.parametrize("latent", [4, 0])
 def test_generation_uses_the_equations_of_training(cell, latent):
-    """Fed with the frames and latents that were drawn, the textbook's equations give the means they were drawn from."""
+    """Fed with the frames and latents that were drawn, the equations give the means they were drawn from."""
     model = make_model(cell, latent)
     torch.manual_seed(5)
     drawn = model.generate(6, 3)
@@ -367,7 +367,9 @@ def test_generation_uses_the_equations_of_training(cell, latent):
     for t in range(6):
         features = [model.phi_z(z[:, t]), h] if latent else [h]
         means.append(model.decoder(torch.cat(features, -1)).mean)
-        inputs = torch.cat([model.phi_x(model.look(x[:, t], torch.ones_like(x[:, t]).bool())), *features[:-1]], -1)
+        inputs = torch.cat(
+            [model.phi_x(model.standardize_input(x[:, t], torch.ones_like(x[:, t]).bool())), *features[:-1]], -1
+        )
         if cell == "gru":
             h = model.cells[0](inputs, h)
         else:
@@ -412,14 +414,14 @@ def test_generation_goes_on_from_a_state():
 )
 def test_absurd_sizes_are_refused(options, word):
     with pytest.raises(UserError, match=word):
-        VRNN(**{"num_features": 3, **options})
+        build_vrnn(**{"num_features": 3, **options})
 
 
 def test_layers_need_a_width_and_a_depth():
     with pytest.raises(UserError, match="width 0"):
-        Layers(0)
+        MLPConfig(0)
     with pytest.raises(UserError, match="depth 0"):
-        Layers(4, 0)
+        MLPConfig(4, 0)
     with pytest.raises(UserError, match="steps 0"):
         make_model().generate(0)
 
@@ -473,7 +475,7 @@ def test_pruned_weights_are_those_that_count():
         prune.random_unstructured(module, "weight", 0.5)
     noise = draw_noise(model, batch)
     for _ in range(2):
-        fast, slow = model(batch, noise), textbook(model, batch, noise, model.initial_state(2))
+        fast, slow = model(batch, noise), readable_loop(model, batch, noise, model.initial_state(2))
         torch.testing.assert_close(fast.log_px, slow.log_px)
         (fast.log_px.sum() - fast.kl.sum()).backward()
         with torch.no_grad():
@@ -489,8 +491,8 @@ def test_a_way_back_that_was_interrupted_can_be_gone_again():
     class Stop(Exception):  # noqa: N818
         pass
 
-    (loop,) = {node for node in nodes(loss.grad_fn) if type(node).__name__ == "_LoopBackward"}
-    operation, calls = loop.tape.operations[-1], []
+    (loop,) = {node for node in nodes(loss.grad_fn) if type(node).__name__ == "_LoopFunctionBackward"}
+    operation, calls = loop.loop.tape.operations[-1], []
     backward = type(operation).backward
 
     def once(self, t):

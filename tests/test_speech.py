@@ -20,7 +20,7 @@ from vrnn_lightning.datamodules.speech import PATTERNS, Speech
 
 from vrnn_lightning import VRNNLightningModule
 from vrnn_lightning.callbacks import Samples
-from vrnn_lightning.data import index
+from vrnn_lightning.data import audio_index
 from vrnn_lightning.data.audio import read_header
 from vrnn_lightning.data.mel import LogMelFrames
 from vrnn_lightning.errors import UserError
@@ -143,8 +143,8 @@ class TestFraming:
     def test_padding_is_zero_and_uncounted_in_the_batch(self, corpus):
         datamodule = speech(corpus, tail="pad")
         batch = next(iter(datamodule.train_dataloader()))
-        assert batch.x[~batch.counted].count_nonzero() == 0
-        names = dict(zip(batch.names, batch.counted.sum((1, 2)).tolist(), strict=True))
+        assert batch.x[~batch.valid_mask].count_nonzero() == 0
+        names = dict(zip(batch.names, batch.valid_mask.sum((1, 2)).tolist(), strict=True))
         assert names == {name: soundfile.info(corpus / name).frames for name in batch.names}
 
     def test_a_file_of_whole_frames_needs_no_mask(self, tmp_path):
@@ -322,7 +322,7 @@ class TestReading:
 
     def test_every_header_is_read_once(self, corpus, monkeypatch):
         seen = []
-        monkeypatch.setattr(index, "read_header", lambda path, *_: seen.append(path) or read_header(path))
+        monkeypatch.setattr(audio_index, "read_header", lambda path, *_: seen.append(path) or read_header(path))
         datamodule = speech(corpus)
         datamodule.setup("fit")
         for split in ("train", "val", "test"):
@@ -576,7 +576,7 @@ def test_the_spoken_digits():
     assert all(Path(name).stem[-2:] in {f"_{i}" for i in range(5)} for name in files(datamodule, "test"))
     batch = next(iter(datamodule.train_dataloader()))
     assert batch.x.shape[2] == 200
-    assert float(batch.x[batch.counted].std()) == pytest.approx(1, abs=0.5)
+    assert float(batch.x[batch.valid_mask].std()) == pytest.approx(1, abs=0.5)
 
 
 def test_training_files_seen_from_elsewhere_are_not_tested(corpus, tmp_path):
@@ -850,7 +850,7 @@ class TestMemory:
         first = speech(corpus)
         first.prepare_data()
         seen = []
-        monkeypatch.setattr(index, "read_header", lambda path, *_: seen.append(path) or read_header(path))
+        monkeypatch.setattr(audio_index, "read_header", lambda path, *_: seen.append(path) or read_header(path))
         speech(corpus).setup("fit")
         assert seen == []
 

@@ -257,7 +257,7 @@ def test_spirals_lie_on_their_curve(arms, steps):
 
 def test_a_pen_can_score_spirals():
     batch = next(iter(Spirals(**SMALL).train_dataloader()))
-    Pen(4, 3).check(batch.x, batch.counted)
+    Pen(4, 3).check(batch.x, batch.valid_mask)
     data = Spirals(train_size=300)
     offsets = data.scaler.scale(stacked(data))[..., :2]
     assert offsets.mean().item() == pytest.approx(0, abs=1e-6)

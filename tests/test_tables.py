@@ -437,7 +437,7 @@ class TestSplits:
         count = 0
         for batch in data.predict_dataloader():
             faulty, x = data.anomalies(batch), data.scaler.unscale(batch.x)[..., 0].round()
-            assert torch.equal(faulty, (x == 2) & batch.counted[..., 0])
+            assert torch.equal(faulty, (x == 2) & batch.valid_mask[..., 0])
             count += int(faulty.sum())
         assert count > 2
         assert Tables(tmp_path / "a.csv", ["x"]).anomalies(batch) is None

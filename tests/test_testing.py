@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from vrnn_lightning import Sequence, SequenceDataModule, UserError, testing
+from vrnn_lightning import SequenceDataModule, SequenceSample, UserError, testing
 from vrnn_lightning.batch import pad
 from vrnn_lightning.data import Scaler
 
@@ -22,7 +22,7 @@ class Rambles(SequenceDataModule):
     def sequences(self, split):
         generator = torch.Generator().manual_seed(self.seed * 3 + ["train", "val", "test"].index(split))
         return [
-            Sequence(torch.randn(n + 3, 2, generator=generator).cumsum(0), name=f"{split} {n}")
+            SequenceSample(torch.randn(n + 3, 2, generator=generator).cumsum(0), name=f"{split} {n}")
             for n in range(self.size)
         ]
 
@@ -41,7 +41,7 @@ class SharesUnnamed(Rambles):
     def sequences(self, split):
         of_train = super().sequences("train")
         found = of_train if split == "train" else [*super().sequences(split)[:1], *of_train[1:]]
-        return [Sequence(s.x) for s in found]
+        return [SequenceSample(s.x) for s in found]
 
 
 class IgnoresTheProcess(Rambles):
@@ -63,7 +63,7 @@ class SaysOtherLengths(Rambles):
 
 class NamesTwice(Rambles):
     def sequences(self, split):
-        return [Sequence(s.x, name=split) for s in super().sequences(split)]
+        return [SequenceSample(s.x, name=split) for s in super().sequences(split)]
 
 
 class NoModality(Rambles):
@@ -73,14 +73,14 @@ class NoModality(Rambles):
 class HidesMissing(Rambles):
     def sequences(self, split):
         found = super().sequences(split)
-        return [Sequence(s.x, torch.arange(len(s.x))[:, None].expand(-1, 2) > 0, name=s.name) for s in found]
+        return [SequenceSample(s.x, torch.arange(len(s.x))[:, None].expand(-1, 2) > 0, name=s.name) for s in found]
 
 
 class PromisesInputs(Rambles):
     num_inputs = 2
 
     def sequences(self, split):
-        return [Sequence(s.x, None, s.x[:, :1], s.name) for s in super().sequences(split)]
+        return [SequenceSample(s.x, None, s.x[:, :1], s.name) for s in super().sequences(split)]
 
 
 class Unsteady(Rambles):
@@ -93,7 +93,7 @@ class Unsteady(Rambles):
 
             def __getitem__(self, i):
                 s = sequences[i]
-                return Sequence(s.x + torch.rand(()), name=s.name)
+                return SequenceSample(s.x + torch.rand(()), name=s.name)
 
         return Reader()
 
@@ -103,7 +103,7 @@ class ReadsOtherWindows(Rambles):
         class Reader(list):
             def window(self, index, first, last):
                 s = self[index]
-                return Sequence(s.x[max(0, first - 1) : max(0, first - 1) + last - first], name=s.name)
+                return SequenceSample(s.x[max(0, first - 1) : max(0, first - 1) + last - first], name=s.name)
 
         return Reader(super().sequences(split))
 
@@ -133,7 +133,7 @@ class DrawsOtherLengths(Rambles):
         found = super().sequences(split)
         if split != "train":
             return found
-        return Drawn(found, lambda epoch: [Sequence(s.x[: len(s.x) - (epoch > 0)], name=s.name) for s in found])
+        return Drawn(found, lambda epoch: [SequenceSample(s.x[: len(s.x) - (epoch > 0)], name=s.name) for s in found])
 
 
 class ChangesNothing(Rambles):
@@ -172,7 +172,7 @@ class Plain(LightningDataModule):
     scaler = Scaler()
 
     def loader(self):
-        return DataLoader([Sequence(torch.randn(n, 2)) for n in (3, 5, 4)], batch_size=2, collate_fn=pad)
+        return DataLoader([SequenceSample(torch.randn(n, 2)) for n in (3, 5, 4)], batch_size=2, collate_fn=pad)
 
     train_dataloader = val_dataloader = test_dataloader = loader
 

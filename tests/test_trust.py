@@ -18,7 +18,7 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.optim import Adam, Optimizer
 
-from vrnn_lightning import Layers, SequenceDataModule, UserError, VRNNLightningModule, trust
+from vrnn_lightning import MLPConfig, SequenceDataModule, UserError, VRNNLightningModule, trust
 from vrnn_lightning.heads import Head, StudentT
 from vrnn_lightning.trust import Gate
 
@@ -28,7 +28,7 @@ OWN = """
 import torch
 from lightning.pytorch import Callback
 from torch.optim import Adam
-from vrnn_lightning import Sequence, SequenceDataModule
+from vrnn_lightning import SequenceSample, SequenceDataModule
 from vrnn_lightning.heads import Gaussian
 
 print("own module imported")
@@ -40,7 +40,7 @@ class Walks(SequenceDataModule):
     def __init__(self, batch_size: int = 4) -> None:
         super().__init__(1, batch_size)
     def sequences(self, split):
-        return [Sequence(torch.randn(4, 1)) for _ in range(4)]
+        return [SequenceSample(torch.randn(4, 1)) for _ in range(4)]
 """
 
 
@@ -88,8 +88,8 @@ def own(folder: Path, request: pytest.FixtureRequest) -> str:
         (spec("Unheard"), Head),
         ({"class_path": "vrnn_lightning.heads.Gaussian", "evil": 1}, Head),
         (spec("vrnn_lightning.heads.Gaussian", **{"a.b": 1}), Head),
-        ({"width": spec("os.system"), "depth": 1}, Layers),
-        ({"breadth": 1}, Layers),
+        ({"width": spec("os.system"), "depth": 1}, MLPConfig),
+        ({"breadth": 1}, MLPConfig),
     ],
     ids=str,
 )
@@ -113,7 +113,7 @@ def test_what_is_not_allowed_is_refused(value, annotation, folder):
         ("vrnn_lightning.schedules.linear", Callable[..., float]),
         (spec("datamodules.sines.Sines", steps=4), LightningDataModule),
         (spec("lightning.pytorch.callbacks.LearningRateMonitor"), list[Callback] | Callback | None),
-        ({"width": 3, "depth": 1}, Layers | None),
+        ({"width": 3, "depth": 1}, MLPConfig | None),
         ("os.system", str | None),
         ("os.system", Literal["os.system"]),
         ("data.csv", Path | None),

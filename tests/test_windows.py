@@ -58,13 +58,13 @@ def test_an_evaluation_in_windows_is_exact(options, rule, monkeypatch):
     model.eval()
     found = []
     for size in (6, 2):
-        monkeypatch.setattr("vrnn_lightning.vrnn.HELD", size)
-        monkeypatch.setattr("vrnn_lightning.vrnn.FILTERED", size)
+        monkeypatch.setattr("vrnn_lightning.vrnn.model.MAX_WINDOW", size)
+        monkeypatch.setattr("vrnn_lightning.vrnn.model.MAX_FILTER_WINDOW", size)
         with torch.no_grad():
             trace = model.trace(batch, Noise(batch, SEEDS))
             filtered = model.filter(batch, 4, rule, Noise(batch, SEEDS))
         terms = [trace.log_px, trace.kl, trace.log_ratio, trace.z * batch.mask[..., None], *trace.state]
-        found.append([*terms, *filtered[:4], *filtered.states])
+        found.append([*terms, *filtered[:4], *filtered.state])
     for a, b in zip(*found, strict=True):
         if a is not None:
             torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
@@ -79,13 +79,13 @@ def test_what_is_carried_joins_windows_to_a_sequence(options, objective):
     for first in (0, 2, 4):
         window = batch.window(first, first + 2)
         found = evaluated(objective, model, window, carried)
-        total, carried = total + found.value, found.carried.restart(torch.zeros(3, dtype=torch.bool))
+        total, carried = total + found.value, found.carried.reset_rows(torch.zeros(3, dtype=torch.bool))
     torch.testing.assert_close(total, whole.value, rtol=1e-12, atol=1e-12)
 
 
 def test_a_stream_starts_anew_where_a_sequence_begins():
     model, batch = test_objectives.make()
-    carried = evaluated(IWAE(3), model, batch).carried.restart(torch.tensor([False, True, False]))
+    carried = evaluated(IWAE(3), model, batch).carried.reset_rows(torch.tensor([False, True, False]))
     state, log_weights = carried.trajectories
     assert not state.h.requires_grad
     assert (state.h[[1, 4, 7]] == 0).all()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+import collections.abc
+import warnings
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vrnn_lightning.compatibility import old_names
 from vrnn_lightning.errors import UserError
 
-__all__ = ["Sequence", "SequenceBatch", "pad"]
+__all__ = ["SequenceBatch", "SequenceSample", "pad"]
+__getattr__ = old_names(__name__, {"Sequence": "SequenceSample"})
 
 
 @dataclass
-class Sequence:
+class SequenceSample:
     """One sequence, as a dataset returns it.
 
     Args:
@@ -72,12 +75,18 @@ class SequenceBatch:
         return torch.arange(self.x.shape[1], device=self.x.device) < self.lengths[:, None]
 
     @property
-    def counted(self) -> Tensor:
+    def valid_mask(self) -> Tensor:
         """True at real, measured values, shape (batch, time, features)."""
         mask = self.mask[..., None].expand_as(self.x)
         return mask if self.observed is None else mask & self.observed
 
-    def rows(self, index: SequenceOf[int]) -> SequenceBatch:
+    @property
+    def counted(self) -> Tensor:
+        """The old name of :attr:`valid_mask`."""
+        warnings.warn("SequenceBatch.counted is now called valid_mask", FutureWarning, stacklevel=2)
+        return self.valid_mask
+
+    def rows(self, index: collections.abc.Sequence[int]) -> SequenceBatch:
         """Return some of the sequences, cut to the longest of them."""
         chosen = list(index)
         steps = max(1, int(self.lengths[chosen].max()))
@@ -93,7 +102,7 @@ class SequenceBatch:
 
         ``start`` moves on, and past the batch's first step no state starts anew. The window is at least one step long.
 
-        >>> batch = pad([Sequence(torch.ones(2, 3)), Sequence(torch.ones(5, 3))])
+        >>> batch = pad([SequenceSample(torch.ones(2, 3)), SequenceSample(torch.ones(5, 3))])
         >>> window = batch.window(1, 4)
         >>> tuple(window.x.shape), window.lengths.tolist(), window.start.tolist()
         ((2, 3, 3), [1, 3], [1, 1])
@@ -114,7 +123,7 @@ class SequenceBatch:
         return SequenceBatch(**pinned)
 
 
-def pad(sequences: SequenceOf[Sequence], dtype: torch.dtype | None = None) -> SequenceBatch:
+def pad(sequences: collections.abc.Sequence[SequenceSample], dtype: torch.dtype | None = None) -> SequenceBatch:
     """Stack sequences of different lengths into one batch, zeros behind their ends.
 
     A sequence of no steps is allowed and counts nothing. The batch is at least one step long.
@@ -129,7 +138,7 @@ def pad(sequences: SequenceOf[Sequence], dtype: torch.dtype | None = None) -> Se
     Raises:
         UserError: A sequence is not (time, features) or its width differs from the first one's; or its covariates do.
 
-    >>> batch = pad([Sequence(torch.ones(2, 3)), Sequence(torch.ones(4, 3))])
+    >>> batch = pad([SequenceSample(torch.ones(2, 3)), SequenceSample(torch.ones(4, 3))])
     >>> tuple(batch.x.shape), batch.lengths.tolist()
     ((2, 4, 3), [2, 4])
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from importlib.machinery import PathFinder
@@ -26,6 +27,8 @@ __all__ = [
     "current_option",
     "current_options",
     "current_weights",
+    "keep_old_hooks",
+    "old_names",
     "require_known_format",
     "upgrade",
 ]
@@ -44,7 +47,7 @@ CLASSES: list[tuple[str, str]] = [
     ("datamodules.", "vrnn_lightning.datamodules.local."),  # 0.1.0, files of the working directory
 ]
 """Old and new class path, or package with a dot at its end, which counts for the modules that the new one has."""
-WEIGHTS: dict[str, str] = {}
+WEIGHTS: dict[str, str] = {"prepared": "is_initialized"}
 """The new name of a part of the model by its old one, as in ``state_dict`` (``vrnn.phi_x``)."""
 
 
@@ -71,6 +74,38 @@ def require_known_format(number: object, place: object) -> None:
             f"{place}: has format {number}, but this version of vrnn-lightning reads formats up to {FORMAT}. "
             "Fix: pip install --upgrade vrnn-lightning"
         )
+
+
+def keep_old_hooks(cls: type, hooks: Mapping[str, str]) -> None:
+    """Let a new subclass override hooks under the names that they had, with a warning; call it as the class is made.
+
+    Args:
+        cls: The subclass.
+        hooks: The new name of each hook by its old one. The class that defines them has both.
+    """
+    for old, new in hooks.items():
+        if new in vars(cls):
+            setattr(cls, old, vars(cls)[new])  # a subclass of this one may call it by the old name
+        elif old in vars(cls):
+            warnings.warn(f"{cls.__qualname__}.{old} is now called {new}. Fix: rename it", FutureWarning, stacklevel=3)
+            setattr(cls, new, vars(cls)[old])
+
+
+def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return a module's ``__getattr__`` that finds what was renamed under its old name, with a warning.
+
+    Args:
+        module: The module.
+        names: The new name of each by its old one.
+    """
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(f"{module}.{name} is now called {names[name]}", FutureWarning, stacklevel=2)
+        return getattr(importlib.import_module(module), names[name])
+
+    return find
 
 
 def current_class(path: str) -> str:

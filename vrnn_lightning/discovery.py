@@ -140,7 +140,7 @@ def _import(module: str, file: Path | None) -> ModuleType:
         raise UserError(f"cannot import {module}: there is no module {error.name} here or installed") from error
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # whatever a user's file raises while it is imported is the user's to mend
+    except (Exception, SystemExit) as error:  # whatever a user's file raises while it is imported is the user's to fix
         raise _broken(module, file, error) from error
 
 

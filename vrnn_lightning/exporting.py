@@ -16,16 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, write_files
-from vrnn_lightning.heads import Head, Network
+from vrnn_lightning.heads import Head, Network, log_prob
 from vrnn_lightning.inference import upcoming
 from vrnn_lightning.pretrained import require_numbers
-from vrnn_lightning.recurrence import State
-from vrnn_lightning.recurrence.parts import as_state
-from vrnn_lightning.recurrence.textbook import textbook_step
+from vrnn_lightning.recurrence import State, log_ratio, output
 from vrnn_lightning.vrnn import VRNN
 
 __all__ = ["Exported"]
@@ -39,7 +36,7 @@ class _Step(nn.Module):
 
     def __init__(self, model: VRNN, scaler: Scaler) -> None:
         super().__init__()
-        model._prune()
+        model.apply_pruning()
         self.model = copy.deepcopy(model).cpu().eval()
         self.register_buffer("scale_mean", scaler.mean.detach().clone().cpu())
         self.register_buffer("scale_std", scaler.std.detach().clone().cpu())
@@ -76,16 +73,17 @@ class _Step(nn.Module):
         if observed is not None:
             x = torch.where(observed, x, 0.0)
             log_std = torch.where(observed, std.log(), 0.0).sum(-1)
-        ones = torch.ones_like(x[:, 0], dtype=torch.long)
-        observed, inputs = (None if part is None else part[:, None] for part in (observed, given.get("inputs")))
-        states = State(given["h"], given.get("c")).layers()
-        none = x[:, :0]
-        found, after = textbook_step(
-            self.model, SequenceBatch(x[:, None], ones, observed, inputs), 0, states, given.get("noise", none), None
-        )
-        state = as_state(after, len(self.model.cells))
-        nats = found.log_px + found.log_ratio - log_std
-        ahead = upcoming(self.model, state.h[:, -1], given.get("next_inputs"), given.get("next_noise", none))
+        model, inputs, none = self.model, given.get("inputs"), x[:, :0]
+        state = State(given["h"], given.get("c"))
+        h, x_features = output(state), model.extract_x(x, observed)
+        prior = model.prior_dist(h, inputs)
+        posterior = model.posterior_dist(x_features, h, prior, inputs)
+        z = posterior.mean + posterior.stddev * given.get("noise", none)
+        z_features = model.extract_z(z)
+        nats = log_prob(model.emission_dist(z_features, h, inputs), x, observed) - log_std
+        nats = nats + log_ratio(prior, posterior, z)
+        h, state = model.next_state(x_features, z_features, state, inputs)
+        ahead = upcoming(model, h, given.get("next_inputs"), given.get("next_noise", none))
         emission = self.model.decoder.head(ahead)
         outputs = {"nats": nats, "next_mean": emission.mean * std + mean, "h_next": state.h, "c_next": state.c}
         if "next_std" in self.outputs:

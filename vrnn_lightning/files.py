@@ -226,13 +226,13 @@ def explained(path: Path | str, option: str = "", fix: str = "") -> Iterator[Non
         raise UserError(f"{place!r}: holds a null byte. Fix: choose another path") from error
 
 
-def require_intact_zip(path: Path, option: str = "", refuse: Callable[[str], UserError] = UserError) -> None:
+def require_intact_zip(path: Path, option: str = "", make_error: Callable[[str], UserError] = UserError) -> None:
     """Raise if a zip file (a checkpoint, an .npz archive) is damaged: every member is read and its CRC compared.
 
     Args:
         path: The file.
         option: The option that names it, for the message.
-        refuse: Makes the exception of a line.
+        make_error: Makes the exception of a line.
 
     Raises:
         UserError: It is not a zip file, is truncated, or a member's bytes have another checksum than was stored.
@@ -249,7 +249,7 @@ def require_intact_zip(path: Path, option: str = "", refuse: Callable[[str], Use
                     while content.read(PIECE):
                         pass
     except UserError as error:
-        raise refuse(str(error)) from error
+        raise make_error(str(error)) from error
 
 
 def zip_members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:

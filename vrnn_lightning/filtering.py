@@ -1,11 +1,16 @@
-"""The particle filter: an unbiased estimate of a likelihood from any model that can take a step."""
+"""The particle filter: an unbiased estimate of a likelihood from any model that can take a step.
+
+Nothing in here knows a network. A model gives the log of each step's increments, and receives which particles continue:
+step by step to :func:`particle_filter`, or from a loop of its own to :class:`ParticleWeights`, whose estimate
+:func:`window_estimate` computes for all steps at once.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,23 +18,46 @@ from torch import Tensor
 from vrnn_lightning.errors import UserError
 
 __all__ = [
-    "Filtered",
-    "Move",
+    "FilterResult",
+    "ParticleWeights",
+    "Particles",
     "Resampling",
+    "ResamplingEvent",
     "Step",
-    "Weights",
+    "WindowEstimate",
+    "draw_by_weight",
     "effective_samples",
-    "evidence",
+    "log_evidence",
+    "map_tensors",
     "particle_filter",
     "resample",
+    "select_by_weight",
+    "window_estimate",
 ]
 
-Step = Callable[[int, tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]]
+StateT = TypeVar("StateT")
+Step = Callable[[int, Any], tuple[Tensor, Any]]
+"""Called with a step and the state; returns the log of the increments and the new state."""
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], state: StateT) -> StateT:
+    """Return a state with a function applied to each of its tensors.
+
+    Args:
+        function: Maps a tensor to another one.
+        state: A tensor, ``None``, or a tuple of states.
+    """
+    if state is None:
+        return state
+    if isinstance(state, Tensor):
+        return cast(StateT, function(state))
+    parts = [map_tensors(function, part) for part in cast("tuple[Any, ...]", state)]
+    return type(state)(*parts) if hasattr(state, "_fields") else cast(StateT, tuple(parts))
 
 
 @dataclass(frozen=True)
 class Resampling:
-    """When and how particles are drawn anew.
+    """When and how particles are resampled.
 
     Args:
         scheme: "multinomial", independent draws; "systematic", one draw for all, of less variance
@@ -38,6 +66,9 @@ class Resampling:
         gradient: Let the gradient account for the choice of ancestors (Maddison et al. 2017): that of the
             expected bound, unbiased at threshold 1, and of a variance that usually spoils training. Only for
             "multinomial", whose draws have a density.
+
+    Raises:
+        UserError: An option is outside its range.
     """
 
     scheme: Literal["multinomial", "systematic"] = "systematic"
@@ -45,7 +76,7 @@ class Resampling:
     gradient: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what can't be done."""
+        """Raise if an option is outside its range."""
         if self.scheme not in ("multinomial", "systematic"):
             raise UserError(f"resampling {self.scheme!r}: choose 'multinomial' or 'systematic'")
         if not 0 <= self.threshold <= 1:
@@ -60,8 +91,8 @@ class Resampling:
         return particles if self.scheme == "multinomial" else 1
 
 
-class Filtered(NamedTuple):
-    """What a particle filter found of each sequence.
+class FilterResult(NamedTuple):
+    """What a particle filter computed of each sequence.
 
     Args:
         log_likelihood: log of the unbiased estimate of p(x) in nats, shape (batch,).
@@ -69,14 +100,49 @@ class Filtered(NamedTuple):
             shape (batch,).
         final_effective_samples: The same of the last real step alone, shape (batch,).
         log_weights: Normalised, after the last real step, shape (particles, batch).
-        states: After the last step, as the filter was given them.
+        state: After the last step, of the type that the filter was given.
     """
 
     log_likelihood: Tensor
     effective_samples: Tensor
     final_effective_samples: Tensor
     log_weights: Tensor
-    states: tuple[Tensor, ...]
+    state: Any
+
+
+class Particles(NamedTuple):
+    """Weighted trajectories to continue from.
+
+    Args:
+        state: State of samples * batch rows; row ``k * batch + i`` is particle k of sequence i.
+        log_weights: Normalised, shape (samples, batch).
+    """
+
+    state: Any
+    log_weights: Tensor
+
+    def reset_rows(self, reset: Tensor) -> Particles:
+        """Return the particles without gradient, even and in the zero state for some sequences.
+
+        Args:
+            reset: True for those sequences, shape (batch,).
+        """
+        samples = len(self.log_weights)
+        kept = (~reset).repeat(samples)
+        state = map_tensors(lambda x: x.detach() * kept.view(-1, *[1] * (x.ndim - 1)), self.state)
+        return Particles(state, torch.where(reset, -math.log(samples), self.log_weights.detach()))
+
+    def resample_where_due(self, resampling: Resampling, draws: Tensor) -> Particles:
+        """Return the particles, resampled where their weights ask for it.
+
+        Args:
+            resampling: When and how.
+            draws: Numbers in [0, 1), shape (particles or 1, batch).
+        """
+        weights = ParticleWeights(None, self.log_weights, resampling)
+        rows = weights.advance(0, torch.zeros_like(self.log_weights), draws)
+        state = self.state if rows is None else map_tensors(lambda x: x[rows], self.state)
+        return Particles(state, weights.log_weights)
 
 
 def resample(log_weights: Tensor, uniforms: Tensor) -> Tensor:
@@ -102,26 +168,45 @@ def resample(log_weights: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, scaled.contiguous(), right=True).clamp(max=count - 1).t()
 
 
-class Weights:
-    """Weights of K particles per sequence, and when to draw them anew.
+def draw_by_weight(log_weights: Tensor, count: int) -> Tensor:
+    """Return indices drawn by weights of shape (particles, batch), systematically and in no order: (count, batch)."""
+    uniform = torch.rand(1, log_weights.shape[1], device=log_weights.device)
+    places = (uniform + torch.arange(count, device=uniform.device)[:, None]) / count
+    chosen = torch.searchsorted(
+        log_weights.double().softmax(0).cumsum(0).t().contiguous(), places.double().t().contiguous()
+    )
+    chosen = chosen.clamp(max=len(log_weights) - 1).t()
+    return chosen.gather(0, torch.rand(chosen.shape, device=chosen.device).argsort(0))
+
+
+def select_by_weight(log_weights: Tensor, state: StateT, count: int) -> StateT:
+    """Return the state of particles drawn by weights of shape (particles, batch), of ``count * batch`` rows."""
+    batch = log_weights.shape[1]
+    rows = (draw_by_weight(log_weights, count) * batch + torch.arange(batch, device=log_weights.device)).flatten()
+    return map_tensors(lambda x: x[rows], state)
+
+
+class ParticleWeights:
+    """Weights of K particles per sequence, and when they are resampled.
 
     Args:
-        lengths: Real steps of each sequence, shape (batch,).
+        lengths: Real steps of each sequence, shape (batch,); ``None`` for sequences without an end.
         log_weights: Before the first step, normalised, shape (particles, batch).
         resampling: When and how; ``None`` never.
     """
 
-    def __init__(self, lengths: Tensor, log_weights: Tensor, resampling: Resampling | None) -> None:
-        self.lengths, self.log_weights, self.resampling = lengths, log_weights, resampling
+    def __init__(self, lengths: Tensor | None, log_weights: Tensor, resampling: Resampling | None) -> None:
+        self.log_weights, self.resampling = log_weights, resampling
         self.particles, batch = log_weights.shape
-        self.rows = torch.arange(batch, device=lengths.device)
+        self.rows = torch.arange(batch, device=log_weights.device)
+        self.lengths = torch.full_like(self.rows, 2**62) if lengths is None else lengths
         self.total = log_weights.new_zeros(batch)
         self.effective_sum = torch.zeros_like(self.total)
         self.effective = torch.full_like(self.total, self.particles)
-        self.moves: list[Move] = []
+        self.events: list[ResamplingEvent] = []
 
     def advance(self, t: int, increments: Tensor, draws: Tensor | None) -> Tensor | None:
-        """Weigh the particles of step t; return the rows that go on, or ``None`` if none is drawn anew.
+        """Weigh the particles of step t; return the rows that continue, or ``None`` if none is resampled.
 
         Args:
             t: The step.
@@ -145,18 +230,36 @@ class Weights:
         drawn = resample(self.log_weights.detach(), draws)
         ancestors = torch.where(due, drawn, torch.arange(self.particles, device=drawn.device)[:, None])
         score = self.log_weights.gather(0, ancestors).sum(0) if self.resampling.gradient else None
-        self.moves.append(Move(t, due, ancestors, score, self.total.detach()))
+        self.events.append(ResamplingEvent(t, due, ancestors, score, self.total.detach()))
         self.log_weights = torch.where(due, -math.log(self.particles), self.log_weights)
         return (ancestors * len(self.rows) + self.rows).flatten()
 
+    def follow(self, increments: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weigh the next step of sequences without an end, with draws from torch's generator.
 
-class Move(NamedTuple):
-    """One time at which particles were drawn anew.
+        Args:
+            increments: Shape (particles, batch), nats.
+
+        Returns:
+            The step's estimate of log p(x_t | x_<t) in nats, shape (batch,), and the rows that continue, or ``None``
+            if none is resampled.
+        """
+        draws = None
+        if self.resampling is not None and self.particles > 1:
+            draws = torch.rand(self.resampling.draws(self.particles), len(self.rows)).to(increments.device)
+        self.total = torch.zeros_like(self.total)
+        rows = self.advance(0, increments, draws)
+        self.events.clear()
+        return self.total, rows
+
+
+class ResamplingEvent(NamedTuple):
+    """One time at which particles were resampled.
 
     Args:
         t: After which step.
         due: Of which sequences, shape (batch,).
-        ancestors: What each particle goes on from, shape (particles, batch).
+        ancestors: The particle that each one continues from, shape (particles, batch).
         score: Log-probability of the ancestors of each sequence, shape (batch,), if the gradient accounts for it.
         total: Log-likelihood up to there, shape (batch,).
     """
@@ -173,8 +276,46 @@ def effective_samples(log_weights: Tensor) -> Tensor:
     return (-(2 * log_weights).logsumexp(0)).exp()
 
 
-def evidence(
-    increments: Tensor, log_weights: Tensor, moves: Sequence[Move], gradient: bool = False
+class WindowEstimate(NamedTuple):
+    """What a window of steps adds to an estimate.
+
+    Args:
+        log_likelihood: Nats, shape (batch,).
+        log_weights: Normalised, after the window, shape (particles, batch).
+        effective_sum: Effective sample sizes, summed over the real steps, shape (batch,).
+        effective: The effective sample size at the last of them, shape (batch,).
+    """
+
+    log_likelihood: Tensor
+    log_weights: Tensor
+    effective_sum: Tensor
+    effective: Tensor
+
+
+def window_estimate(
+    increments: Tensor, log_weights: Tensor, weights: ParticleWeights | None, mask: Tensor, gradient: bool = False
+) -> WindowEstimate:
+    """Return the estimate of a window, with a graph through its increments.
+
+    Args:
+        increments: Zero at padding, shape (steps, particles, batch), nats.
+        log_weights: Before the first step, normalised, shape (particles, batch).
+        weights: The weights that resampled along the window; ``None`` if none did.
+        mask: True at real steps, shape (steps, batch).
+        gradient: Let the gradient account for the choice of ancestors.
+    """
+    if weights is not None:
+        gained, last = log_evidence(increments, log_weights, weights.events, gradient)
+        return WindowEstimate(gained, last, weights.effective_sum, weights.effective)
+    gained, last = log_evidence(increments, log_weights, ())
+    with torch.no_grad():
+        path = log_weights + increments.to(log_weights.dtype).cumsum(0)
+        effective = effective_samples((path - path.logsumexp(1, keepdim=True)).transpose(0, 1))
+        return WindowEstimate(gained, last, torch.where(mask, effective, 0.0).sum(0), effective[-1])
+
+
+def log_evidence(
+    increments: Tensor, log_weights: Tensor, events: Sequence[ResamplingEvent], gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
     r"""Return the log-likelihood of each sequence and the last weights, for all steps at once.
 
@@ -184,21 +325,21 @@ def evidence(
     Args:
         increments: Zero at padding, shape (steps, particles, batch).
         log_weights: Before the first step, normalised, shape (particles, batch).
-        moves: When particles were drawn anew, from :class:`Weights`.
+        events: When particles were resampled, from :class:`ParticleWeights`.
         gradient: Let it account for the choice of ancestors.
 
     Returns:
         Nats, shape (batch,), and normalised log-weights, shape (particles, batch).
     """
     increments = increments.to(log_weights.dtype)
-    if not moves:
+    if not events:
         final = log_weights + increments.sum(0)
         total = final.logsumexp(0)
         return total, torch.where(total > -math.inf, final - total, -math.log(len(final)))
     steps, particles, batch = increments.shape
     due = torch.zeros(steps + 1, batch, dtype=torch.int64, device=increments.device)
-    for move in moves:
-        due[move.t + 1] = move.due
+    for event in events:
+        due[event.t + 1] = event.due
     stretch = due.cumsum(0)  # which stretch between resamplings a step belongs to
     count = int(stretch[-1].max()) + 1
     start = log_weights.new_full((count, particles, batch), -math.log(particles))
@@ -210,24 +351,24 @@ def evidence(
     last = weights.gather(0, stretch[-1].expand(1, particles, batch))[0]
     if gradient:
         up_to = gained.detach().cumsum(0)
-        for move in moves:
-            ended = stretch[move.t].expand(1, batch)
+        for event in events:
+            ended = stretch[event.t].expand(1, batch)
             own = weights.gather(0, ended[:, None].expand(1, particles, batch))[0]
-            score = own.gather(0, move.ancestors).sum(0)
+            score = own.gather(0, event.ancestors).sum(0)
             ahead = up_to[-1] - up_to.gather(0, ended)[0]
-            total = total + torch.where(move.due, (score - score.detach()) * ahead, 0.0)  # only its gradient counts
+            total = total + torch.where(event.due, (score - score.detach()) * ahead, 0.0)  # only its gradient counts
     return total, last
 
 
 def particle_filter(
     step: Step,
-    states: tuple[Tensor, ...],
+    state: Any,
     lengths: Tensor,
     particles: int,
     steps: int,
     resampling: Resampling | None,
     uniform: Callable[[int], Tensor],
-) -> Filtered:
+) -> FilterResult:
     r"""Estimate a likelihood with weighted particles (Maddison et al. 2017, arXiv 1705.09279).
 
     .. math::
@@ -238,32 +379,31 @@ def particle_filter(
     log-likelihood is a lower bound. Without resampling it is the importance-weighted bound (Burda et al. 2016).
     Each sequence resamples when its own weights ask for it, and only among its real steps.
 
-    It takes any model that can take a step; ``VRNN.filter`` does the same for a VRNN without a graph in its loop.
-
     Args:
-        step: Called with the time t and the states; returns the log of the increments
-            :math:`\alpha_t = p(x_t, z_t \mid \cdot) / q(z_t \mid \cdot)`, shape (particles, batch), and the new
-            states.
-        states: Any tensors whose first dimension is particles * batch; row ``k * batch + i`` is particle k of
-            sequence i.
+        step: Called with t and the state; returns the log of the increments
+            :math:`\alpha_t = p(x_t, z_t \mid \cdot) / q(z_t \mid \cdot)`, shape (particles, batch), and the new state.
+        state: Tensors whose first dimension is particles * batch, or tuples of them; row ``k * batch + i`` is particle
+            k of sequence i.
         lengths: Real steps of each sequence, shape (batch,).
         particles: K.
         steps: Length of the longest sequence.
         resampling: When and how; ``None`` never.
         uniform: Called with a number n, returns fresh numbers in [0, 1), shape (batch, n).
     """
-    even = states[0].new_full((particles, len(lengths)), -math.log(particles))
-    weights = Weights(lengths, even, resampling)
+    weights: ParticleWeights | None = None
     for t in range(steps):
-        increments, states = step(t, states)
+        increments, state = step(t, state)
+        if weights is None:
+            weights = ParticleWeights(lengths, torch.full_like(increments, -math.log(particles)), resampling)
         draws = None if resampling is None or particles == 1 else uniform(resampling.draws(particles)).t()
-        source = weights.advance(t, increments, draws)
-        if source is not None:
-            states = tuple(s.index_select(0, source) for s in states)
+        rows = weights.advance(t, increments, draws)
+        if rows is not None:
+            state = map_tensors(lambda x, rows=rows: x.index_select(0, rows), state)  # type: ignore[misc]
+    assert weights is not None, "a filter needs a step"
     total = final = weights.total
-    for move in weights.moves:
-        if move.score is not None:
-            score = torch.where(move.due, move.score, 0.0)
-            total = total + (score - score.detach()) * (final.detach() - move.total)  # adds nothing but its gradient
+    for event in weights.events:
+        if event.score is not None:
+            score = torch.where(event.due, event.score, 0.0)
+            total = total + (score - score.detach()) * (final.detach() - event.total)  # adds nothing but its gradient
     effective = weights.effective_sum / lengths.clamp(min=1)
-    return Filtered(total, effective, weights.effective, weights.log_weights, states)
+    return FilterResult(total, effective, weights.effective, weights.log_weights, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -25,16 +26,15 @@ from vrnn_lightning.compatibility import FORMAT, KEY, OPTIMIZED, upgrade
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.exporting import Exported
-from vrnn_lightning.heads import Gaussian, Head
+from vrnn_lightning.filtering import Particles
 from vrnn_lightning.inference import Inference
 from vrnn_lightning.metrics import ActiveUnits, Bound, Estimate
-from vrnn_lightning.nn import Layers
 from vrnn_lightning.noise import Noise
-from vrnn_lightning.objectives import ELBO, Carried, ImportanceBound, Objective
+from vrnn_lightning.objectives import ELBO, ImportanceBound, Objective, StreamState
 from vrnn_lightning.pretrained import Pretrained
 from vrnn_lightning.recurrence import State
 from vrnn_lightning.resuming import make_resumable, match_optimizer_states
-from vrnn_lightning.vrnn import VRNN, Particles, Trace
+from vrnn_lightning.vrnn import Trace, build_vrnn
 
 __all__ = ["VRNNLightningModule"]
 
@@ -49,26 +49,11 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
 
     Args:
         num_features: Width of a frame; on the command line the data say it.
-        latent_size: Dimensions of z_t; 0 for a plain recurrent network.
-        hidden_size: Units of the recurrence.
-        layers: Layers of the recurrence; the networks read the top one.
-        cell: "gru" or "lstm".
-        emission: Head of p(x_t | ...): a class of ``vrnn_lightning.heads``, or a partial of one.
-        phi_x: Size of the feature extractor of x_t.
-        phi_z: Size of the feature extractor of z_t.
-        prior: Size of the prior network; null for N(0, I) at every step, the paper's VRNN-I.
-        encoder: Size of the inference network.
-        decoder: Size of the network before the emission.
-        residual_posterior: The encoder's mean is added to the prior's.
-        smoothing: The encoder also reads a recurrence that comes back from the sequence's end.
-        dropout: Probability of dropping a unit of phi_x, phi_z or h where networks read it, the same units at every
-            step of a sequence.
-        num_inputs: Covariates per step; on the command line the data say it.
-        missing: phi_x also reads which values were measured; on the command line the data say it.
         objective: The bound to train on: a class of ``vrnn_lightning.objectives``, or a partial of one.
         optimizer: Called with the parameters: an optimiser class or a partial of one.
         lr_scheduler: Called with the optimiser: a scheduler class or a partial of one.
         lr_interval: Whether the scheduler steps after every "epoch" or every "step".
+        network: The other options of :func:`~vrnn_lightning.vrnn.build_vrnn`.
 
     Raises:
         UserError: A size that no network can have, or a factory that no checkpoint can hold.
@@ -78,64 +63,38 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
     torch.Size([4, 5, 3])
     """
 
+    forwards_options_to = staticmethod(build_vrnn)
+    """What makes the model of the options that ``__init__`` does not name."""
     scale_mean: Tensor
     scale_std: Tensor
-    prepared: Tensor
+    is_initialized: Tensor
 
     def __init__(
         self,
         num_features: int,
-        latent_size: int = 16,
-        hidden_size: int = 64,
-        layers: int = 1,
-        cell: Literal["gru", "lstm"] = "gru",
-        emission: Callable[[int, int], Head] = Gaussian,
-        phi_x: Layers = Layers(),
-        phi_z: Layers = Layers(),
-        prior: Layers | None = Layers(),
-        encoder: Layers = Layers(),
-        decoder: Layers = Layers(),
-        residual_posterior: bool = False,
-        smoothing: bool = False,
-        dropout: float = 0.0,
-        num_inputs: int = 0,
-        missing: bool = False,
+        *,
         objective: Callable[[], Objective] = ELBO,
         optimizer: OptimizerCallable = lambda params: Adam(params, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
+        **network: Any,
     ) -> None:
         super().__init__()
+        defaults = inspect.signature(build_vrnn).parameters.values()
+        network = {option.name: option.default for option in defaults if option.name != "num_features"} | network
+        self.vrnn = build_vrnn(num_features, **network)
         self.save_hyperparameters(logger=False)
         _make_storable(self.hparams)
-        self.vrnn = VRNN(
-            num_features,
-            latent_size,
-            hidden_size,
-            layers,
-            cell,
-            emission,
-            phi_x,
-            phi_z,
-            prior,
-            encoder,
-            decoder,
-            residual_posterior,
-            smoothing,
-            dropout,
-            num_inputs,
-            missing,
-        )
         self.objective = objective()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         self.beta = 1.0
         """Weight of the KL in training; a callback may set it."""
-        self.traced = True
+        self.is_tracing = True
         """Whether ``predict_step`` infers latents; a callback may set it."""
         self._first_epoch = 0
-        self._carried: Carried | None = None
+        self._carried: StreamState | None = None
         self._resumed: list[list[Tensor]] | None = None
         self._loaded: dict[str, Any] | None = None
         self.batch_kl: Tensor | None = None
@@ -143,10 +102,10 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         self.noise_seed = torch.initial_seed()
         self.register_buffer("scale_mean", torch.zeros(num_features))
         self.register_buffer("scale_std", torch.ones(num_features))
-        self.register_buffer("prepared", torch.tensor(False))
+        self.register_buffer("is_initialized", torch.tensor(False))
         self.bound = Bound()
-        self.held_out = Estimate()
-        self.active = ActiveUnits(latent_size)
+        self.val_objective_metric = Estimate()
+        self.active = ActiveUnits(self.vrnn.latent_size)
 
     @property
     def scaler(self) -> Scaler:
@@ -174,7 +133,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
             if here != there:
                 raise UserError(f"vrnn.{key}: {there} there, {here} here; give the architecture it was trained with")
         self.vrnn.load_state_dict(given)
-        self.prepared.fill_(True)
+        self.is_initialized.fill_(True)
 
     def setup(self, stage: str) -> None:
         """Refuse what can't work.
@@ -207,23 +166,23 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
             match_optimizer_states(self._loaded, [_parameter_names(self, o) for o in self.trainer.optimizers])
             self._loaded = None
         self._take_scaler(anew=True)
-        if not self.prepared and hasattr(self._data, "input_statistics"):
+        if not self.is_initialized and hasattr(self._data, "input_statistics"):
             moments = self._data.input_statistics()
-            with self.whole_parameters():
-                self.vrnn.start_from(*moments)
-        self.prepared.fill_(True)
+            with self.summon_full_params():
+                self.vrnn.init_from_statistics(*moments)
+        self.is_initialized.fill_(True)
 
     def on_validation_start(self) -> None:
         """Refuse data that are scaled otherwise than in training."""
-        self._take_scaler(anew=not self.prepared)
+        self._take_scaler(anew=not self.is_initialized)
 
     def on_test_start(self) -> None:
         """Refuse data that are scaled otherwise than in training."""
-        self._take_scaler(anew=not self.prepared)
+        self._take_scaler(anew=not self.is_initialized)
 
     def on_predict_start(self) -> None:
         """Refuse data that are scaled otherwise than in training."""
-        self._take_scaler(anew=not self.prepared)
+        self._take_scaler(anew=not self.is_initialized)
 
     def _take_scaler(self, anew: bool) -> None:
         if not hasattr(self._data, "scaler"):
@@ -238,13 +197,15 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         self.scale_mean.copy_(scaler.mean)
         self.scale_std.copy_(scaler.std)
 
-    def whole_parameters(self) -> AbstractContextManager[None]:
+    def summon_full_params(self) -> AbstractContextManager[None]:
         """Return a context for whoever reads or writes parameters outside a step; every process has to enter it.
 
         Under FSDP a process holds a share of each parameter, and all of them only within a step or this context.
         """
-        gather = getattr(self.trainer.model, "summon_full_params", None)
-        return nullcontext() if gather is None else cast(AbstractContextManager[None], gather(self.trainer.model))
+        sharded: Any = self.trainer.model
+        if sharded is self or not hasattr(sharded, "summon_full_params"):
+            return nullcontext()
+        return cast(AbstractContextManager[None], sharded.summon_full_params(sharded))
 
     def on_train_start(self) -> None:
         """Remember the epoch in which every batch is checked."""
@@ -267,7 +228,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         value, log_px, kl, ahead = self.objective(
             self.vrnn, batch, noise, self.beta, self._total, self._carried_into(batch)
         )
-        self._carried = None if batch.reset is None else ahead.restart(torch.zeros_like(batch.reset))
+        self._carried = None if batch.reset is None else ahead.reset_rows(torch.zeros_like(batch.reset))
         steps, sequences = batch.lengths.sum(), (batch.lengths > 0).sum()
         samples = len(log_px) // len(batch)
         parts = (value, log_px.sum() / samples, kl.sum() / samples, steps, sequences)
@@ -287,7 +248,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
             self.log(f"train/{name}_per_sequence", part / all_sequences)
         return loss
 
-    def _carried_into(self, batch: SequenceBatch) -> Carried | None:
+    def _carried_into(self, batch: SequenceBatch) -> StreamState | None:
         """Return what goes on into a window of streams, anew where a sequence begins; ``None`` for whole sequences."""
         if batch.reset is None:
             return None
@@ -303,11 +264,11 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
             return None
         if len(self._carried.trajectories.log_weights[0]) != len(batch):
             raise UserError(f"{type(self._data).__name__}: streams must have as many rows in every batch of an epoch")
-        return self._carried.restart(batch.reset)
+        return self._carried.reset_rows(batch.reset)
 
     def _check(self, batch: SequenceBatch) -> None:
         """Refuse values that the emission can't score, and say what the model does not read."""
-        self.vrnn.decoder.head.check(batch.x, batch.counted)
+        self.vrnn.decoder.head.check(batch.x, batch.valid_mask)
         data = type(self._data).__name__
         if not self.vrnn.missing and batch.observed is not None and not batch.observed[batch.mask].all():
             rank_zero_warn(
@@ -373,7 +334,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         """Add a batch to the validation totals, and return its trace."""
         if isinstance(self.objective, ImportanceBound):
             values = self.objective.of_sequences(self.vrnn, batch, self._noise(batch, batch_idx))
-            self.held_out.update(values, batch.lengths)
+            self.val_objective_metric.update(values, batch.lengths)
         return self._evaluate(batch, batch_idx)
 
     def test_step(self, batch: SequenceBatch, batch_idx: int) -> Any:
@@ -385,13 +346,13 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         return self.vrnn.trace(batch, self._noise(batch, batch_idx))
 
     def _evaluate(self, batch: SequenceBatch, batch_idx: int) -> Trace:
-        self.vrnn.decoder.head.check(batch.x, batch.counted)
+        self.vrnn.decoder.head.check(batch.x, batch.valid_mask)
         trace = self.trace(batch, batch_idx)
-        counted = batch.counted
-        log_scale = (counted * self.scale_std.log()).sum()
+        valid = batch.valid_mask
+        log_scale = (valid * self.scale_std.log()).sum()
         known = getattr(self._data, "exact_log_likelihood", None)
         exact = known(batch) if known is not None else None
-        self.bound.update(trace.log_px, trace.kl, batch.lengths, counted.sum(), log_scale, exact)
+        self.bound.update(trace.log_px, trace.kl, batch.lengths, valid.sum(), log_scale, exact)
         if trace.posterior is not None:
             self.active.update(trace.posterior.mean, batch.mask)
         return trace
@@ -400,8 +361,8 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         """Log the validation figures, and the bound that is trained on."""
         elbo = self._report("val")
         if isinstance(self.objective, ImportanceBound):
-            self.log("val/objective", self.held_out.compute()[""].float(), sync_dist=True)
-            self.held_out.reset()
+            self.log("val/objective", self.val_objective_metric.compute()[""].float(), sync_dist=True)
+            self.val_objective_metric.reset()
         else:
             self.log("val/objective", elbo, sync_dist=True)
 
@@ -426,7 +387,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
 
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> Trace | tuple[()]:
         """Return the trace of a batch, or nothing where a callback makes something else of it."""
-        return self.trace(batch, batch_idx) if self.traced else ()
+        return self.trace(batch, batch_idx) if self.is_tracing else ()
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser, and the schedule of its learning rate where there is one."""
@@ -472,13 +433,13 @@ def _parameter_names(module: LightningModule, optimizer: Optimizer) -> list[str]
     return [names.get(id(parameter), "") for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _flatten(carried: Carried) -> list[list[Tensor]]:
+def _flatten(carried: StreamState) -> list[list[Tensor]]:
     """Return what is carried as lists of tensors, which load without running pickled code."""
     return [[part.log_weights, *(x for x in part.state if x is not None)] for part in carried if part is not None]
 
 
-def _unflatten(parts: list[list[Tensor]]) -> Carried:
-    return Carried(*(Particles(State(*states), log_weights) for log_weights, *states in parts))
+def _unflatten(parts: list[list[Tensor]]) -> StreamState:
+    return StreamState(*(Particles(State(*states), log_weights) for log_weights, *states in parts))
 
 
 def _wide() -> Any:

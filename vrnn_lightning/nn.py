@@ -8,13 +8,15 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from vrnn_lightning.compatibility import old_names
 from vrnn_lightning.errors import UserError
 
-__all__ = ["MLP", "Layers"]
+__all__ = ["MLP", "MLPConfig"]
+__getattr__ = old_names(__name__, {"Layers": "MLPConfig"})
 
 
 @dataclass(frozen=True)
-class Layers:
+class MLPConfig:
     """Size of a multilayer perceptron.
 
     Args:
@@ -40,7 +42,7 @@ class MLP(nn.Sequential):
         layers: Width and depth.
     """
 
-    def __init__(self, in_features: int, layers: Layers) -> None:
+    def __init__(self, in_features: int, layers: MLPConfig) -> None:
         widths = [in_features] + [layers.width] * layers.depth
         steps: list[nn.Module] = []
         for i, o in pairwise(widths):

@@ -8,20 +8,20 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.compatibility import keep_old_hooks
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.filtering import Resampling
+from vrnn_lightning.filtering import Particles, Resampling
 from vrnn_lightning.noise import Noise
-from vrnn_lightning.recurrence import State, repeat_rows
-from vrnn_lightning.vrnn import VRNN, Particles, Trace
+from vrnn_lightning.vrnn import VRNN, Trace
 
-__all__ = ["ELBO", "FIVO", "IWAE", "Carried", "Found", "ImportanceBound", "Objective", "elbo", "iwae"]
+__all__ = ["ELBO", "FIVO", "IWAE", "ImportanceBound", "Objective", "ObjectiveOutput", "StreamState", "elbo", "iwae"]
 
 Total = Callable[[Tensor], Tensor]
 
@@ -88,35 +88,28 @@ def iwae(log_px: Tensor, log_ratio: Tensor, samples: int, beta: float = 1.0) -> 
     return bound
 
 
-class Carried(NamedTuple):
-    """What goes on from a window of a stream to its next one.
+class StreamState(NamedTuple):
+    """What a window of streams hands on to the next one.
 
     Args:
-        trajectories: That were not resampled.
-        particles: Of a particle filter, if there is one.
+        trajectories: Trajectories that were not resampled.
+        particles: The particles of a filter, if there is one.
     """
 
     trajectories: Particles
     particles: Particles | None = None
 
-    def restart(self, reset: Tensor) -> Carried:
-        """Return it without gradient, anew for some of the sequences.
+    def reset_rows(self, reset: Tensor) -> StreamState:
+        """Return it without gradient, and as it is before the first step for some of the sequences.
 
         Args:
-            reset: True for them, shape (batch,).
+            reset: True for those sequences, shape (batch,).
         """
-        return Carried(*(None if part is None else _restart(part, reset) for part in self))  # type: ignore[arg-type]
+        particles = None if self.particles is None else self.particles.reset_rows(reset)
+        return StreamState(self.trajectories.reset_rows(reset), particles)
 
 
-def _restart(particles: Particles, reset: Tensor) -> Particles:
-    (h, c), log_weights = particles
-    samples = len(log_weights)
-    kept = repeat_rows(~reset, samples)[:, None, None]
-    state = State(h.detach() * kept, None if c is None else c.detach() * kept)
-    return Particles(state, torch.where(reset, -math.log(samples), log_weights.detach()))
-
-
-class Found(NamedTuple):
+class ObjectiveOutput(NamedTuple):
     """What an objective found of a batch.
 
     Args:
@@ -129,19 +122,31 @@ class Found(NamedTuple):
     value: Tensor
     log_px: Tensor
     kl: Tensor
-    carried: Carried
+    carried: StreamState
 
 
 class Objective(ABC):
     """A bound to train on."""
 
-    absent: ClassVar[dict[str, str]] = {}
-    """Options that it can't have, and why, for whoever asks."""
+    unsupported_options: ClassVar[dict[str, str]] = {}
+    """Options that it can't have, by name, and the reason."""
+    absent = unsupported_options
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let a subclass list options under the attribute's old name."""
+        super().__init_subclass__(**options)
+        keep_old_hooks(cls, {"absent": "unsupported_options"})
 
     @abstractmethod
     def __call__(
-        self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total, carried: Carried | None = None
-    ) -> Found:
+        self,
+        model: VRNN,
+        batch: SequenceBatch,
+        noise: Noise,
+        beta: float,
+        total: Total,
+        carried: StreamState | None = None,
+    ) -> ObjectiveOutput:
         """Evaluate it.
 
         Args:
@@ -187,8 +192,14 @@ class ELBO(Objective):
         self.balance = balance
 
     def __call__(
-        self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total, carried: Carried | None = None
-    ) -> Found:
+        self,
+        model: VRNN,
+        batch: SequenceBatch,
+        noise: Noise,
+        beta: float,
+        total: Total,
+        carried: StreamState | None = None,
+    ) -> ObjectiveOutput:
         """Evaluate it."""
         trajectories = model.new_particles(len(batch), 1) if carried is None else carried.trajectories
         same = self.kl == "analytic" and self.balance is None
@@ -197,10 +208,10 @@ class ELBO(Objective):
             return (trace.log_px, trace.kl) if same else (trace.log_px, trace.kl, self._kl(trace, residual))
 
         residual, masks = model.residual_posterior, model.draw_masks(noise)
-        terms, state = model.terms(batch, noise, of, trajectories.state, masks)
+        terms, state = model.collect(batch, noise, of, trajectories.state, masks)
         log_px, reported, kl = terms[0], terms[1], terms[-1]
         value = elbo(log_px, kl, batch.lengths.sum(), beta, self.free_bits, total)
-        return Found(value, log_px, reported, Carried(trajectories._replace(state=state)))
+        return ObjectiveOutput(value, log_px, reported, StreamState(trajectories._replace(state=state)))
 
     def _kl(self, trace: Trace, residual: bool) -> Tensor:
         if trace.posterior is None or trace.prior is None or (self.kl == "analytic" and self.balance is None):
@@ -223,7 +234,7 @@ def _constant(normal: Normal) -> Normal:
 class ImportanceBound(Objective):
     """A bound made of importance weights: a sum of bounds of sequences."""
 
-    absent = {
+    unsupported_options = {
         "kl": "its weights are made of the latents drawn, so the KL is always sampled; for an analytic one use ELBO"
     }
 
@@ -254,18 +265,24 @@ class IWAE(ImportanceBound):
         self.samples = samples
 
     def __call__(
-        self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total, carried: Carried | None = None
-    ) -> Found:
+        self,
+        model: VRNN,
+        batch: SequenceBatch,
+        noise: Noise,
+        beta: float,
+        total: Total,
+        carried: StreamState | None = None,
+    ) -> ObjectiveOutput:
         """Evaluate it."""
         samples = self.samples if model.latent_size else 1
         particles = model.new_particles(len(batch), samples) if carried is None else carried.trajectories
         masks = model.draw_masks(noise)
-        (log_px, kl, ratio), state = model.terms(
+        (log_px, kl, ratio), state = model.collect(
             batch, noise, lambda trace: (trace.log_px, trace.kl, trace.log_ratio), particles.state, masks, samples
         )
         weights = particles.log_weights + (log_px + beta * ratio).sum(1).unflatten(0, (samples, -1))
         bound = weights.logsumexp(0)
-        return Found(bound.sum(), log_px, kl, Carried(Particles(state, weights - bound)))
+        return ObjectiveOutput(bound.sum(), log_px, kl, StreamState(Particles(state, weights - bound)))
 
     def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise) -> Tensor:
         """Return the bound of each sequence in nats, shape (batch,)."""
@@ -298,13 +315,19 @@ class FIVO(ImportanceBound):
         self.resampling = Resampling(resampling, threshold, resampling_gradient)
 
     def __call__(
-        self, model: VRNN, batch: SequenceBatch, noise: Noise, beta: float, total: Total, carried: Carried | None = None
-    ) -> Found:
+        self,
+        model: VRNN,
+        batch: SequenceBatch,
+        noise: Noise,
+        beta: float,
+        total: Total,
+        carried: StreamState | None = None,
+    ) -> ObjectiveOutput:
         """Evaluate it; the reported bound comes from a pass of its own, without gradient or resampling."""
         masks = model.draw_masks(noise)
         trajectories = model.new_particles(len(batch), 1) if carried is None else carried.trajectories
         with torch.no_grad():
-            (log_px, kl), state = model.terms(
+            (log_px, kl), state = model.collect(
                 batch, noise, lambda trace: (trace.log_px, trace.kl), trajectories.state, masks
             )
         found = model.filter(
@@ -316,8 +339,8 @@ class FIVO(ImportanceBound):
             beta,
             None if carried is None else carried.particles,
         )
-        ahead = Carried(trajectories._replace(state=state), Particles(State(*found.states), found.log_weights))
-        return Found(found.log_likelihood.sum(), log_px, kl, ahead)
+        ahead = StreamState(trajectories._replace(state=state), Particles(found.state, found.log_weights))
+        return ObjectiveOutput(found.log_likelihood.sum(), log_px, kl, ahead)
 
     def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise) -> Tensor:
         """Return the bound of each sequence in nats, shape (batch,)."""

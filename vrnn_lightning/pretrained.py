@@ -254,13 +254,13 @@ def _safetensors() -> Any:
 
 
 def _content(path: Path) -> bytes:
-    cure = "give a folder that save_pretrained wrote"
+    fix = "give a folder that save_pretrained wrote"
     try:
         if path.exists() and not path.is_file():
-            raise UserError(f"{path}: is no file; {cure}")
+            raise UserError(f"{path}: is no file; {fix}")
         return path.read_bytes()
     except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}; {cure}") from error
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}; {fix}") from error
 
 
 def _options(path: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from vrnn_lightning.batch import Sequence, SequenceBatch
+from vrnn_lightning.batch import SequenceBatch, SequenceSample
 from vrnn_lightning.data import (
     ChangingSequences,
     Modality,
@@ -82,7 +82,7 @@ def _loader(datamodule: SequenceDataModule, split: Split) -> SequenceLoader:
     return loader
 
 
-def _sequences(datamodule: SequenceDataModule, split: Split) -> list[Sequence]:
+def _sequences(datamodule: SequenceDataModule, split: Split) -> list[SequenceSample]:
     sequences = datamodule.split(split)
     return [sequences[i] for i in range(len(sequences))]
 
@@ -184,8 +184,8 @@ def returns_to_data_units(make: Make) -> None:
     datamodule = _ready(make, batch_size=1)
     batch = next(iter(datamodule.test_dataloader()))
     original = datamodule.split("test")[0].x.float()
-    counted = batch.counted[0]
-    torch.testing.assert_close(datamodule.scaler.unscale(batch.x)[0][counted], original[counted])
+    valid = batch.valid_mask[0]
+    torch.testing.assert_close(datamodule.scaler.unscale(batch.x)[0][valid], original[valid])
 
 
 def reads_every_sequence_once(make: Make) -> None:
@@ -224,7 +224,7 @@ def reads_windows_as_parts_of_the_whole(make: Make) -> None:
             assert torch.equal(batch.start, expected.start), where
             assert batch.reset is not None
             assert batch.reset.tolist() == [False], where
-            assert torch.equal(batch.counted, expected.counted), f"{where}: observed differs"
+            assert torch.equal(batch.valid_mask, expected.valid_mask), f"{where}: observed differs"
             torch.testing.assert_close(batch.x, expected.x, rtol=1e-5, atol=1e-5)
             inputs, wanted = batch.inputs, expected.inputs
             assert (inputs is None) == (wanted is None), f"{where}: inputs are there and not there"
@@ -408,7 +408,7 @@ def pads_a_process_without_data(make: Make) -> None:
     dataset = _ready(make).train_dataloader().dataset
     nothing, something = dataset[[-1]], dataset[[0]]
     assert nothing.names == [NOBODY]
-    assert nothing.counted.sum() == 0
+    assert nothing.valid_mask.sum() == 0
     assert (nothing.inputs is None) == (something.inputs is None), "an empty sequence lacks inputs"
 
 

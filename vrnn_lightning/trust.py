@@ -408,6 +408,10 @@ def parameters_of(made: type) -> dict[str, Any]:
         init = vars(cls).get("__init__")
         if not isinstance(init, FunctionType):
             continue
+        forwarded = vars(cls).get("forwards_options_to")
+        if forwarded is not None:
+            found = typing.get_type_hints(forwarded.__func__, include_extras=True) | found
+            del found["return"]
         try:
             hints = typing.get_type_hints(init, include_extras=True)
         except Exception:  # a type that is imported for type checkers alone; it counts as unknown

@@ -150,7 +150,7 @@ class Evaluation(Callback):
             self._add(trainer, cast(VRNNLightningModule, pl_module), outputs, batch, batch_idx)
 
     def _add(self, trainer: Trainer, module: VRNNLightningModule, trace: Trace, batch: SequenceBatch, i: int) -> None:
-        with module.whole_parameters():
+        with module.summon_full_params():
             bounds = self._bounds(module, batch, i)
         figures = {"elbo": trace.log_px.sum(1) - trace.kl.sum((1, 2)), **bounds}
         known = getattr(getattr(trainer, "datamodule", None), "exact_log_likelihood", None)

@@ -20,7 +20,7 @@ from vrnn_lightning.files import csv_line, replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Exhibition", "Media", "Shown", "save_picture"]
+__all__ = ["Media", "MediaLogger", "Shown", "save_picture"]
 
 ROLL_RATE = 16000  # Hz, of a roll's sound
 DATA = ("real", "given")  # rows that the data made, not the model
@@ -152,7 +152,7 @@ def save_picture(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=100)
 
 
-class Exhibition:
+class MediaLogger:
     """What a run shows while it trains: every piece is a file in the run's folder, and in the loggers that can show it.
 
     Args:

@@ -255,7 +255,7 @@ class Predictions(Callback):
         module = cast(VRNNLightningModule, pl_module)
         name = "encodings" if self.task == "encode" else f"predictions/{self.task}/test"
         self.path = archive_path(trainer, name)
-        if self.task == "sample" and not module.prepared:
+        if self.task == "sample" and not module.is_initialized:
             raise UserError(
                 "prediction.task sample: this model has no scaler, as it was never trained; give --ckpt_path"
             )
@@ -270,7 +270,7 @@ class Predictions(Callback):
                 f"prediction.task sample: the model reads {module.vrnn.num_inputs} covariates at each step, which are "
                 "not known here; choose the task forecast, or call `module.sample(inputs=…)`"
             )
-        module.traced = self.task == "encode"
+        module.is_tracing = self.task == "encode"
         self.data = getattr(trainer, "datamodule", None) or self.data
         self._shown, self._longest, self._seasons, self._hides, self.skipped = [], 0, 0, 0, 0
         self.figures, self._lead_times = {}, {}
@@ -287,7 +287,7 @@ class Predictions(Callback):
             return
         module = cast(VRNNLightningModule, pl_module)
         self.data.setup("validate")
-        with module.whole_parameters():
+        with module.summon_full_params():
             batches = (
                 (batch, (batch.lengths > 0).nonzero().flatten().tolist()) for batch in self.data.val_dataloader()
             )
@@ -311,7 +311,7 @@ class Predictions(Callback):
         module = cast(VRNNLightningModule, pl_module)
         assert self._writer is not None
         real = _real(batch)
-        with module.whole_parameters():
+        with module.summon_full_params():
             found = getattr(self, f"_{self.task}")(module, batch, real, outputs)
             for piece in found:
                 self._writer.add(piece.place, **piece.arrays)
@@ -373,7 +373,7 @@ class Predictions(Callback):
             length = int(batch.lengths[i])
             self._longest = max(self._longest, length)
             row = batch.rows([i])
-            origins = [origin for origin in self._origins(length) if row.window(0, origin).counted.any()]
+            origins = [origin for origin in self._origins(length) if row.window(0, origin).valid_mask.any()]
             if not origins:
                 self.skipped += 1
                 continue
@@ -408,7 +408,7 @@ class Predictions(Callback):
             truth = self._truth(module, batch, i)
             hidden = self._hidden(self._seed(batch, i), row.x.shape[1])
             self._hides += int(hidden.sum())
-            seen = row.counted & ~hidden.to(row.x.device)[None, :, None]
+            seen = row.valid_mask & ~hidden.to(row.x.device)[None, :, None]
             self._longest = max(self._longest, row.x.shape[1])
             if not seen.any():
                 self.skipped += 1
@@ -459,7 +459,7 @@ class Predictions(Callback):
     def _truth(module: VRNNLightningModule, batch: SequenceBatch, i: int) -> Tensor:
         """Return a sequence in data units, NaN where a value is missing, shape (time, features)."""
         length = int(batch.lengths[i])
-        return module.scaler.unscale(batch.x[i, :length]).masked_fill(~batch.counted[i, :length], torch.nan)
+        return module.scaler.unscale(batch.x[i, :length]).masked_fill(~batch.valid_mask[i, :length], torch.nan)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write archive, table and media.
@@ -467,7 +467,7 @@ class Predictions(Callback):
         Raises:
             UserError: There is nothing to write, or it can't be written.
         """
-        cast(VRNNLightningModule, pl_module).traced = True
+        cast(VRNNLightningModule, pl_module).is_tracing = True
         writer = self._writer
         assert writer is not None
         assert self.path is not None
@@ -654,7 +654,7 @@ class Predictions(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind."""
         if isinstance(pl_module, VRNNLightningModule):
-            pl_module.traced = True
+            pl_module.is_tracing = True
         self._tidy()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.archives import run_folder
-from vrnn_lightning.callbacks.media import Exhibition, Media, Shown, save_picture
+from vrnn_lightning.callbacks.media import Media, MediaLogger, Shown, save_picture
 from vrnn_lightning.callbacks.pictures import draw_heat
 from vrnn_lightning.checkpoints import require_types
 from vrnn_lightning.errors import UserError
@@ -127,17 +127,17 @@ class Samples(Callback):
         folder = run_folder(trainer) / "samples"
         training = module.training
         devices = [module.device] if module.device.type == "cuda" else []
-        with module.whole_parameters():  # collective calls, which every process makes
+        with module.summon_full_params():  # collective calls, which every process makes
             if trainer.is_global_zero and self._batch is not None:
                 module.eval()
                 with torch.random.fork_rng(devices), torch.no_grad():
                     torch.manual_seed(0)
                     self._exhibit(
-                        Exhibition(trainer, folder, Media(getattr(trainer, "datamodule", None))), module, last
+                        MediaLogger(trainer, folder, Media(getattr(trainer, "datamodule", None))), module, last
                     )
                 module.train(training)
 
-    def _exhibit(self, exhibition: Exhibition, module: VRNNLightningModule, last: bool) -> None:
+    def _exhibit(self, exhibition: MediaLogger, module: VRNNLightningModule, last: bool) -> None:
         batch = cast(SequenceBatch, self._batch)
         trace, drawn, rows = self._rows(module, batch)
         shown = exhibition.media.ready(rows)
@@ -173,14 +173,14 @@ class Samples(Callback):
         drawn = module.vrnn.generate(batch.x.shape[1], len(batch), inputs=batch.inputs).x
         unscale = module.scaler.unscale
         seen = "reconstructed" if module.vrnn.latent_size else "predicted"
-        real = unscale(batch.x).masked_fill(~batch.counted, torch.nan)
+        real = unscale(batch.x).masked_fill(~batch.valid_mask, torch.nan)
         frames = (("real", real), (seen, unscale(trace.emission.mean)), ("sampled", unscale(drawn)))
         lengths = batch.lengths.tolist()
         return trace, drawn, {name: [x[:n] for x, n in zip(part, lengths, strict=True)] for name, part in frames}
 
     def _exhibit_latent(
         self,
-        exhibition: Exhibition,
+        exhibition: MediaLogger,
         module: VRNNLightningModule,
         batch: SequenceBatch,
         trace: Trace,

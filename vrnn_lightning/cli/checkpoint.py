@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from vrnn_lightning.checkpoints import read_checkpoint
-from vrnn_lightning.cli.words import mentions
+from vrnn_lightning.cli.argv import mentions
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.pretrained import require_model

@@ -27,9 +27,9 @@ from vrnn_lightning import datamodules, discovery
 from vrnn_lightning.callbacks import Diagnostics, Evaluation, Loop, Predictions, Samples
 from vrnn_lightning.callbacks.predictions import Draws
 from vrnn_lightning.cli import processes, slurm
+from vrnn_lightning.cli.argv import mentions, named, with_configs, with_current_names
 from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint, runs_folder
 from vrnn_lightning.cli.parser import MODE, Parser, one_line
-from vrnn_lightning.cli.words import mentions, named, with_configs, with_current_names
 from vrnn_lightning.datamodules import local
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import require_local, require_plain_yaml

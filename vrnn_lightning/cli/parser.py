@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from vrnn_lightning import discovery
-from vrnn_lightning.cli.words import in_current_names
+from vrnn_lightning.cli.argv import in_current_names
 from vrnn_lightning.files import require_plain_yaml
 from vrnn_lightning.heads import Head
 from vrnn_lightning.objectives import Objective
@@ -154,7 +154,7 @@ class Parser(LightningArgumentParser):
     def _unknown_init_arg(key: str, class_path: str, option: str) -> str:
         module, _, cls = class_path.rpartition(".")
         meant = getattr(sys.modules[module], cls)
-        why = getattr(meant, "absent", {}).get(option)
+        why = getattr(meant, "unsupported_options", {}).get(option)
         if why:
             return f"{key}.{option}: {cls} has no such option; {why}"
         bases = [vars(base) for base in inspect.getmro(meant) if "__init__" in vars(base)]

@@ -1,15 +1,16 @@
 """Data for the model: sequences, flat archives, tables, batches, and the base class of datamodules."""
 
+from vrnn_lightning.compatibility import old_names
 from vrnn_lightning.data.archives import ArchiveSplit, archive_holds, read_archive
-from vrnn_lightning.data.bad import BadFiles
 from vrnn_lightning.data.columns import TABLE_SUFFIXES, Columns, read_columns
 from vrnn_lightning.data.datamodule import SequenceDataModule
 from vrnn_lightning.data.downloads import fetch
-from vrnn_lightning.data.drawn import DrawnDataModule, DrawnSplits
 from vrnn_lightning.data.ink import files_below, quickdraw_lines, read_iam, read_inkml, read_quickdraw, read_sketch_rnn
+from vrnn_lightning.data.invalid_files import InvalidFiles
 from vrnn_lightning.data.loading import BatchSampler, SequenceLoader, Window
 from vrnn_lightning.data.paths import checked_limit, data_root
 from vrnn_lightning.data.progress import tracked
+from vrnn_lightning.data.random_splits import RandomSplitDataModule, RandomSplits
 from vrnn_lightning.data.sequences import (
     AugmentedSequences,
     ChangingSequences,
@@ -28,13 +29,13 @@ __all__ = [
     "TABLE_SUFFIXES",
     "ArchiveSplit",
     "AugmentedSequences",
-    "BadFiles",
     "BatchSampler",
     "ChangingSequences",
     "Columns",
-    "DrawnDataModule",
-    "DrawnSplits",
+    "InvalidFiles",
     "Modality",
+    "RandomSplitDataModule",
+    "RandomSplits",
     "Scaler",
     "SequenceDataModule",
     "SequenceLoader",
@@ -63,3 +64,8 @@ __all__ = [
     "tracked",
     "unpickle",
 ]
+
+__getattr__ = old_names(
+    __name__,
+    {"BadFiles": "InvalidFiles", "DrawnDataModule": "RandomSplitDataModule", "DrawnSplits": "RandomSplits"},
+)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from vrnn_lightning.batch import Sequence
+from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import MAX_GB, PIECE, explained, require_size, undamaged, zip_members
@@ -48,26 +47,26 @@ class ArchiveSplit:
     values: NDArray[Any]
     bounds: NDArray[np.int64]
     numbers: NDArray[np.int64]
-    names: SequenceOf[str] | None = None
+    names: Sequence[str] | None = None
     begins: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         """Return the number of sequences."""
         return len(self.bounds)
 
-    def __getitem__(self, index: int, /) -> Sequence:
+    def __getitem__(self, index: int, /) -> SequenceSample:
         """Return one sequence, in float32 where that is exact."""
         return self._cut(index, *self.bounds[index])
 
-    def window(self, index: int, first: int, last: int, /) -> Sequence:
+    def window(self, index: int, first: int, last: int, /) -> SequenceSample:
         """Return steps ``first`` to ``last - 1`` of one sequence."""
         start, end = self.bounds[index]
         return self._cut(index, start + first, min(start + last, end))
 
-    def _cut(self, index: int, start: int, end: int) -> Sequence:
+    def _cut(self, index: int, start: int, end: int) -> SequenceSample:
         exact = np.result_type(self.values.dtype, np.float32)
         x = torch.from_numpy(self.values[start:end].astype(exact))
-        return Sequence(x, name=self.name(index))
+        return SequenceSample(x, name=self.name(index))
 
     def name(self, index: int) -> str:
         """Return what a sequence is called."""
@@ -109,12 +108,12 @@ class ArchiveSplit:
             return self.values[:0]
         return np.concatenate([self.values[start:end] for start, end in self.bounds])
 
-    def refuse(self, wrong: NDArray[np.bool_], cure: str) -> None:
+    def raise_if(self, wrong: NDArray[np.bool_], fix: str) -> None:
         """Refuse values that the data can't hold.
 
         Args:
             wrong: True at them, shape (total steps, features) or fewer features from the left on.
-            cure: The rest of the message, after what the first of them is and where it stands.
+            fix: The rest of the message, after what the first of them is and where it stands.
 
         Raises:
             UserError: Any is true.
@@ -124,7 +123,7 @@ class ArchiveSplit:
         row, feature = np.unravel_index(wrong.argmax(), wrong.shape)
         i = int(np.searchsorted(self.bounds[:, 1], row, side="right"))
         place = f"{self.name(i)}, step {row - self.bounds[i, 0]}, feature {feature}"
-        raise UserError(f"{self.path}: {self.array} holds {self.values[row, feature]} at {place}; {cure}")
+        raise UserError(f"{self.path}: {self.array} holds {self.values[row, feature]} at {place}; {fix}")
 
 
 def archive_holds(path: Path, split: Split) -> bool:
@@ -138,7 +137,7 @@ def archive_holds(path: Path, split: Split) -> bool:
 
 
 def read_archive(
-    path: Path, split: Split, width: int, stacked: str | None = None, cure: str = "", max_gb: float = MAX_GB
+    path: Path, split: Split, width: int, stacked: str | None = None, fix: str = "", max_gb: float = MAX_GB
 ) -> ArchiveSplit:
     """Read one split of a flat archive, and of the file nothing else.
 
@@ -152,7 +151,7 @@ def read_archive(
         width: Features that a row must have.
         stacked: What sequences of one length may be called: with "images" an array ``{split}_images`` of shape
             (sequences, steps, features) is read where there is no ``{split}_values``.
-        cure: What to do about another number of features, for that message's end.
+        fix: What to do about another number of features, for that message's end.
         max_gb: Gigabytes that an array may take, or 16 times the file's size.
 
     Raises:
@@ -170,7 +169,7 @@ def read_archive(
         if dtype.kind not in "buif" or dtype.itemsize > 8:
             raise UserError(f"{path}: {name} is of type {dtype}; save it as integers, float32 or float64")
         if len(shape) != (3 if name == stack else 2) or shape[-1] != width:
-            raise UserError(f"{path}: {name} has shape {shape}, expected ({axes}, {width}){cure}")
+            raise UserError(f"{path}: {name} has shape {shape}, expected ({axes}, {width}){fix}")
         if name == stack:
             steps = np.full(shape[0], shape[1])
         else:
@@ -179,7 +178,7 @@ def read_archive(
     ends = steps.cumsum()
     found = ArchiveSplit(path, word, name, values, np.stack([ends - steps, ends], axis=1), np.arange(len(steps)))
     if values.dtype.kind == "f":
-        found.refuse(~np.isfinite(values), "remove the sequence or mend it")
+        found.raise_if(~np.isfinite(values), "remove the sequence or fix it")
     return found
 
 

@@ -190,7 +190,7 @@ def resampled(samples: int, rate: int, wanted: int) -> int:
 
 def _refuse_infinite(path: Path, samples: NDArray[np.floating[Any]]) -> None:
     if not math.isfinite(samples.sum(dtype="float64")):
-        raise UserError(f"{path}: holds NaN or infinite samples; remove it or mend it")
+        raise UserError(f"{path}: holds NaN or infinite samples; remove it or fix it")
 
 
 def _reach(start: int, stop: int, up: int, down: int, length: int) -> tuple[int, int]:

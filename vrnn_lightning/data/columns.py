@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import gzip
-from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice
@@ -61,24 +60,24 @@ class Columns:
     times: NDArray[Any] | None
     dated: bool
 
-    def refuse(self, wrong: NDArray[np.bool_], cure: str) -> None:
+    def raise_if(self, wrong: NDArray[np.bool_], fix: str) -> None:
         """Refuse numbers that the data can't hold.
 
         Args:
             wrong: True at them, shape (rows, columns) or fewer columns from the left on.
-            cure: The rest of the message, after where the first of them stands.
+            fix: The rest of the message, after where the first of them stands.
 
         Raises:
             UserError: Any is true.
         """
         if wrong.any():
             row, column = np.unravel_index(wrong.argmax(), wrong.shape)
-            raise _Place(self.path, self.names[int(column)], self.rows).error(int(row), cure)
+            raise _Place(self.path, self.names[int(column)], self.rows).error(int(row), fix)
 
 
 def read_columns(
     path: Path,
-    wanted: Mapping[str, SequenceOf[str]],
+    wanted: Mapping[str, Sequence[str]],
     id: str | None,
     time: str | None,
     delimiter: str = ",",
@@ -172,7 +171,7 @@ def _csv_chunks(path: Path, asked: list[tuple[str, str]], delimiter: str, max_gb
         while chunk := list(islice(numbered, CHUNK)):
             for line, row in chunk:
                 if len(row) != len(header):
-                    raise UserError(f"{path}: row {line} has {len(row)} cells, the header has {len(header)}; mend it")
+                    raise UserError(f"{path}: row {line} has {len(row)} cells, the header has {len(header)}; fix it")
             columns = list(zip(*(row for _, row in chunk), strict=True))
             rows = np.array([line for line, _ in chunk], dtype=np.int64)
             yield rows, {name: columns[place] for name, place in places.items()}
@@ -263,9 +262,9 @@ def _find(path: Path, header: list[str], asked: list[tuple[str, str]], delimiter
         hint = f" Did you mean {by_lower[near[0]]!r}?" if near else ""
         more = f" and {len(header) - SHOWN} more" if len(header) > SHOWN else ""
         other = next((d for d in ";\t|" if delimiter and len(header) == 1 and d in header[0]), "")
-        cure = f"; is --data.delimiter {other!r}?" if other else ""
+        fix = f"; is --data.delimiter {other!r}?" if other else ""
         listed = ", ".join(header[:SHOWN]) + more
-        raise UserError(f"{path}: has no column {name!r} (--data.{option}).{hint} It has {listed}{cure}")
+        raise UserError(f"{path}: has no column {name!r} (--data.{option}).{hint} It has {listed}{fix}")
     return {name: header.index(name) for name, _ in asked}
 
 
@@ -283,7 +282,7 @@ def _numbers(cells: Cells, place: _Place) -> NDArray[np.float64]:
         return np.array([_number(cells, i, place) for i in range(len(cells))])
 
 
-def _number(cells: SequenceOf[str | None], index: int, place: _Place) -> float:
+def _number(cells: Sequence[str | None], index: int, place: _Place) -> float:
     cell = (cells[index] or "").strip()
     if cell.lower() in MISSING:
         return np.nan
@@ -292,8 +291,8 @@ def _number(cells: SequenceOf[str | None], index: int, place: _Place) -> float:
             return float(cell)
         raise ValueError
     except ValueError:
-        cure = "write a decimal point" if "," in cell else "mend it, or leave the cell empty where nothing was measured"
-        raise place.error(index, f"{cell!r} is no number; {cure}") from None
+        fix = "write a decimal point" if "," in cell else "fix it, or leave the cell empty where nothing was measured"
+        raise place.error(index, f"{cell!r} is no number; {fix}") from None
 
 
 def _words(cells: Cells, place: _Place) -> list[str]:
@@ -330,7 +329,7 @@ def _is_number(cell: str | None) -> bool:
     return True
 
 
-def _ticks(cells: SequenceOf[str | None], place: _Place) -> NDArray[Any]:
+def _ticks(cells: Sequence[str | None], place: _Place) -> NDArray[Any]:
     """Return times that are numbers, whole ones exactly."""
     try:
         if "_" not in "".join(cell or "" for cell in cells):
@@ -344,7 +343,7 @@ def _ticks(cells: SequenceOf[str | None], place: _Place) -> NDArray[Any]:
     return ticks
 
 
-def _dates(cells: SequenceOf[str | None], place: _Place) -> NDArray[np.int64]:
+def _dates(cells: Sequence[str | None], place: _Place) -> NDArray[np.int64]:
     dates = []
     for i, cell in enumerate(cells):
         word = (cell or "").strip()

@@ -15,7 +15,7 @@ from typing import Literal
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vrnn_lightning.data.audio import AUDIO_SUFFIXES
-from vrnn_lightning.data.bad import SHOWN, BadFiles
+from vrnn_lightning.data.invalid_files import SHOWN, InvalidFiles
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
 
@@ -60,7 +60,7 @@ class Recording:
     split: Split | Literal["unused", "never"] | None = None
 
 
-def find_recordings(root: Path, layout: Layout, bad: BadFiles) -> list[Recording]:
+def find_recordings(root: Path, layout: Layout, bad: InvalidFiles) -> list[Recording]:
     """Return the recordings of a corpus in the order of their paths; hidden files are passed over.
 
     Args:
@@ -81,8 +81,8 @@ def find_recordings(root: Path, layout: Layout, bad: BadFiles) -> list[Recording
     if layout == "manifest":
         return _manifest(root, bad)
     if not root.is_dir():
-        cure = "; for a manifest set --data.layout manifest" if root.suffix == ".csv" else ""
-        raise UserError(f"--data.root {root}: is a file; give the folder that holds the recordings{cure}")
+        fix = "; for a manifest set --data.layout manifest" if root.suffix == ".csv" else ""
+        raise UserError(f"--data.root {root}: is a file; give the folder that holds the recordings{fix}")
     names = _audio_below(root, bad)
     if not names:
         raise UserError(f"--data.root {root}: no audio in it; expected {', '.join(AUDIO_SUFFIXES)} files")
@@ -100,17 +100,17 @@ def find_recordings(root: Path, layout: Layout, bad: BadFiles) -> list[Recording
     return [recording for recording in recordings if recording.split != "never"]
 
 
-def _folder(root: Path, names: list[str], bad: BadFiles) -> list[Recording]:
+def _folder(root: Path, names: list[str], bad: InvalidFiles) -> list[Recording]:
     return [Recording(name, name) for name in names]
 
 
-def _fsdd(root: Path, names: list[str], bad: BadFiles) -> list[Recording]:
+def _fsdd(root: Path, names: list[str], bad: InvalidFiles) -> list[Recording]:
     """Place 3_jackson_17.wav: digit, speaker, take. Speakers are in every split."""
     found = [name for name in names if re.search(r"(?:^|/)\d_[^_/]+_\d+\.[^.]+$", name)]
     return [Recording(name, name, "test" if re.search(FSDD_TEST, name) else None) for name in found]
 
 
-def _timit(root: Path, names: list[str], bad: BadFiles) -> list[Recording]:
+def _timit(root: Path, names: list[str], bad: InvalidFiles) -> list[Recording]:
     """Place TRAIN/DR1/FCJF0/SX127.WAV; the two sentences SA that all speak are in no split."""
     pattern = re.compile(r"(?:^|/)(train|test)/dr\d/([fm]\w{3}\d)/(s[aix])\d+\.(?:wav|sph|flac|ogg)$", re.IGNORECASE)
     known: dict[str, Split] = dict.fromkeys(TIMIT_VAL.split(), "val")
@@ -126,7 +126,7 @@ def _timit(root: Path, names: list[str], bad: BadFiles) -> list[Recording]:
     return found
 
 
-def _ljspeech(root: Path, names: list[str], bad: BadFiles) -> list[Recording]:
+def _ljspeech(root: Path, names: list[str], bad: InvalidFiles) -> list[Recording]:
     """Place wavs/LJ001-0001.wav: of all clips in order, the last 250 are the test, the 250 before them validation.
 
     Of a part of the corpus with fewer than 5000 clips, the last twentieth and the one before it.
@@ -144,14 +144,14 @@ def _ljspeech(root: Path, names: list[str], bad: BadFiles) -> list[Recording]:
     return [Recording(name, "LJ", "test" if name in test else "val" if name in val else "train") for name in clips]
 
 
-def _librispeech(root: Path, names: list[str], bad: BadFiles) -> list[Recording]:
+def _librispeech(root: Path, names: list[str], bad: InvalidFiles) -> list[Recording]:
     """Place train-clean-100/19/198/19-198-0001.flac: set, speaker, chapter."""
     pattern = re.compile(r"(?:^|/)(train|dev|test)-(?:clean|other)(?:-\d+)?/(\d+)/\d+/[^/]+$")
     matches = ((name, pattern.search(name)) for name in names)
     return [Recording(name, match[2], WORDS[match[1]]) for name, match in matches if match]
 
 
-def _vctk(root: Path, names: list[str], bad: BadFiles) -> list[Recording]:
+def _vctk(root: Path, names: list[str], bad: InvalidFiles) -> list[Recording]:
     """Place wav48/p225/p225_001.wav or wav48_silence_trimmed/p225/p225_001_mic1.flac.
 
     Each utterance is used once: where the trimmed folder is there, from it, and of two microphones the first.
@@ -165,7 +165,7 @@ def _vctk(root: Path, names: list[str], bad: BadFiles) -> list[Recording]:
     ]
 
 
-LAYOUTS: dict[str, Callable[[Path, list[str], BadFiles], list[Recording]]] = {
+LAYOUTS: dict[str, Callable[[Path, list[str], InvalidFiles], list[Recording]]] = {
     "folder": _folder,
     "fsdd": _fsdd,
     "timit": _timit,
@@ -185,7 +185,7 @@ SHAPES = {
 }
 
 
-def _manifest(path: Path, bad: BadFiles) -> list[Recording]:
+def _manifest(path: Path, bad: InvalidFiles) -> list[Recording]:
     """Read a csv file with the columns path (below the manifest's folder) and, if wanted, split and speaker."""
     if not _is_file(path):
         raise UserError(f"--data.root {path}: is a folder; --data.layout manifest takes the csv file itself")
@@ -216,7 +216,7 @@ def _manifest(path: Path, bad: BadFiles) -> list[Recording]:
     missing = [name for name in found if not _is_file(folder / name)]
     if bad.skip and len(missing) == len(found):
         raise UserError(
-            f"{path}: none of {len(found)} files that it names is there, {missing[0]} for one; mend the list"
+            f"{path}: none of {len(found)} files that it names is there, {missing[0]} for one; fix the list"
         )
     _refuse_missing(path, len(found), missing, bad)
     gone = set(missing)
@@ -236,14 +236,14 @@ def _row(path: Path, number: int, cells: dict[str, str]) -> Recording:
     return Recording(name, cells.get("speaker") or name, None if word is None else WORDS[word])
 
 
-def _refuse_missing(path: Path, total: int, missing: list[str], bad: BadFiles) -> None:
+def _refuse_missing(path: Path, total: int, missing: list[str], bad: InvalidFiles) -> None:
     """Refuse or skip files that a list names and that are not there."""
     if not missing:
         return
     listed = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
     line = f"{path}: {len(missing)} of {total} files that it names are missing: {listed}"
     if not bad.skip:
-        raise UserError(f"{line}; mend the list, or skip them by --data.skip_bad true")
+        raise UserError(f"{line}; fix the list, or skip them by --data.skip_bad true")
     rank_zero_warn(f"{line}; they are skipped (--data.skip_bad true)")
 
 
@@ -259,20 +259,20 @@ def _text(path: Path) -> str:
     try:
         return path.read_text("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path}: cannot be opened ({error.strerror}); mend its permissions") from None
+        raise UserError(f"{path}: cannot be opened ({error.strerror}); fix its permissions") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
 
 
-def _audio_below(root: Path, bad: BadFiles) -> list[str]:
+def _audio_below(root: Path, bad: InvalidFiles) -> list[str]:
     """Return the paths of all audio files below a folder, relative and with forward slashes, sorted."""
 
-    def refuse(error: OSError) -> None:
+    def raise_error(error: OSError) -> None:
         with bad.tolerated():
-            raise UserError(f"{error.filename}: cannot be opened ({error.strerror}); mend its permissions") from None
+            raise UserError(f"{error.filename}: cannot be opened ({error.strerror}); fix its permissions") from None
 
     found: list[str] = []
-    for folder, _, files in os.walk(root, onerror=refuse):
+    for folder, _, files in os.walk(root, onerror=raise_error):
         below = Path(folder).relative_to(root).as_posix()
         audio = (file for file in files if file.lower().endswith(AUDIO_SUFFIXES) and not file.startswith("."))
         found += [posixpath.normpath(posixpath.join(below, file)) for file in audio]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, ClassVar, Literal, Self, cast
@@ -93,7 +92,7 @@ class SequenceDataModule(LightningDataModule):
         map_location: Any = None,
         hparams_file: Any = None,
         weights_only: bool | None = None,
-        trust: str | SequenceOf[str] = (),
+        trust: str | Sequence[str] = (),
         **options: Any,
     ) -> Self:
         """Return the datamodule of a checkpoint; what its options name passes :class:`~vrnn_lightning.trust.Gate`.
@@ -136,7 +135,7 @@ class SequenceDataModule(LightningDataModule):
         """
         raise NotImplementedError(f"{type(self).__name__} must define sequences(split)")
 
-    def lengths(self, split: Split) -> SequenceOf[int]:
+    def lengths(self, split: Split) -> Sequence[int]:
         """Return the steps of each sequence of a split; override it where reading them all would be slow."""
         sequences = self.split(split)
         of, lengths = self._lengths.get(split, (None, []))
@@ -249,7 +248,7 @@ class SequenceDataModule(LightningDataModule):
             self.split(split)
 
     def _loader(
-        self, split: Split, sequences: Sequences | None = None, lengths: SequenceOf[int] | None = None
+        self, split: Split, sequences: Sequences | None = None, lengths: Sequence[int] | None = None
     ) -> SequenceLoader:
         """Return batches of a split, or of other sequences of the given lengths as if they were it."""
         trainer = self.trainer

@@ -38,10 +38,10 @@ def files_below(root: Path) -> list[Path]:
         UserError: There is a folder that may not be read.
     """
 
-    def refuse(error: OSError) -> NoReturn:
+    def raise_error(error: OSError) -> NoReturn:
         raise UserError(f"{error.filename}: may not be read by you; give yourself the permission") from None
 
-    found = (Path(folder, file) for folder, _, files in os.walk(root, onerror=refuse) for file in files)
+    found = (Path(folder, file) for folder, _, files in os.walk(root, onerror=raise_error) for file in files)
     return sorted(path for path in found if not path.name.startswith("."))
 
 
@@ -68,13 +68,13 @@ def read_iam(path: Path) -> NDArray[np.float32]:
             strokes.append([])
         elif name == "Point":
             if "Stroke" not in inside:
-                raise UserError(f"{path}: line {line}: a <Point> outside a <Stroke>; mend or remove the file")
+                raise UserError(f"{path}: line {line}: a <Point> outside a <Stroke>; fix or remove the file")
             try:
                 strokes[-1].append((float(attributes["x"]), float(attributes["y"])))
             except (KeyError, ValueError):
                 given = " ".join(f'{key}="{value}"' for key, value in attributes.items())
                 raise UserError(
-                    f"{path}: line {line}: <Point {given}> has no numbers x and y; mend or remove the file"
+                    f"{path}: line {line}: <Point {given}> has no numbers x and y; fix or remove the file"
                 ) from None
 
     _parse_xml(path, start, lambda name, line: inside.pop())
@@ -304,7 +304,7 @@ def _quickdraw_stroke(place: str, i: int, stroke: Any) -> NDArray[np.float64]:
 def _rows(place: object, strokes: Iterable[NDArray[np.float64]]) -> NDArray[np.float32]:
     rows = strokes_to_rows(list(strokes))
     if not np.isfinite(rows).all():
-        raise UserError(f"{place}: holds coordinates that are no finite numbers; mend or remove it")
+        raise UserError(f"{place}: holds coordinates that are no finite numbers; fix or remove it")
     return rows
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from vrnn_lightning.batch import Sequence, SequenceBatch, pad
+from vrnn_lightning.batch import SequenceBatch, SequenceSample, pad
 from vrnn_lightning.data.sequences import ChangingSequences, Scaler, Sequences, WindowedSequences
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained
@@ -55,7 +54,7 @@ class Rows(NamedTuple):
     """
 
     epoch: int
-    items: SequenceOf[int] | SequenceOf[Window]
+    items: Sequence[int] | Sequence[Window]
 
 
 class BatchSampler(DistributedSampler[list[int] | list[Window]]):
@@ -87,7 +86,7 @@ class BatchSampler(DistributedSampler[list[int] | list[Window]]):
 
     def __init__(
         self,
-        lengths: SequenceOf[int],
+        lengths: Sequence[int],
         batch_size: int,
         *,
         shuffle: bool,
@@ -202,9 +201,9 @@ class ScaledSequences(Dataset[SequenceBatch]):
         self.sequences = sequences
         by_parts = isinstance(sequences, WindowedSequences) and callable(sequences.window)  # not a mere number
         self._parts: WindowedSequences | None = sequences if by_parts else None  # type: ignore[assignment]
-        self._whole: dict[int, Sequence] = {}
+        self._whole: dict[int, SequenceSample] = {}
 
-    def __getitem__(self, rows: Rows | SequenceOf[int] | SequenceOf[Window]) -> SequenceBatch:
+    def __getitem__(self, rows: Rows | Sequence[int] | Sequence[Window]) -> SequenceBatch:
         epoch, items = rows if isinstance(rows, Rows) else (0, rows)
         if self._changing is not None and epoch != self._epoch:
             self._epoch = epoch
@@ -227,34 +226,34 @@ class ScaledSequences(Dataset[SequenceBatch]):
         for first in range(0, length, steps):
             yield self._scaled([Window(index, first, min(first + steps, length), first == 0)])
 
-    def _scaled(self, items: SequenceOf[int] | SequenceOf[Window]) -> SequenceBatch:
+    def _scaled(self, items: Sequence[int] | Sequence[Window]) -> SequenceBatch:
         """Return sequences padded and in scaled units, in float64: a large offset is gone before precision is."""
         with explained("the data"):
             batch = pad([self._read(item) for item in items], torch.float64)
-        counted = batch.counted
-        self._refuse(batch, ~torch.isfinite(batch.x) & counted, "NaN or infinite values")
-        batch.x = self.scaler.scale(batch.x).masked_fill(~counted, 0.0)
-        self._refuse(batch, ~torch.isfinite(batch.x.float()), "values too large for float32")
+        valid = batch.valid_mask
+        self._raise_if(batch, ~torch.isfinite(batch.x) & valid, "NaN or infinite values")
+        batch.x = self.scaler.scale(batch.x).masked_fill(~valid, 0.0)
+        self._raise_if(batch, ~torch.isfinite(batch.x.float()), "values too large for float32")
         if batch.inputs is not None and self.num_inputs:
-            self._refuse(batch, ~torch.isfinite(batch.inputs), "NaN or infinite inputs")
-            self._refuse(batch, ~torch.isfinite(batch.inputs.float()), "inputs too large for float32")
+            self._raise_if(batch, ~torch.isfinite(batch.inputs), "NaN or infinite inputs")
+            self._raise_if(batch, ~torch.isfinite(batch.inputs.float()), "inputs too large for float32")
         return batch
 
-    def _refuse(self, batch: SequenceBatch, wrong: Tensor, what: str) -> None:
+    def _raise_if(self, batch: SequenceBatch, wrong: Tensor, what: str) -> None:
         if wrong.any():
             assert batch.names is not None
             name = batch.names[int(wrong.flatten(1).any(1).nonzero()[0])]
             path = getattr(self.sequences, "path", None)  # of a collection that is one file
-            raise UserError(f"{f'{path}: ' if path else ''}{name}: holds {what}; remove it or mend it")
+            raise UserError(f"{f'{path}: ' if path else ''}{name}: holds {what}; remove it or fix it")
 
-    def _read(self, item: int | Window) -> Sequence:
+    def _read(self, item: int | Window) -> SequenceSample:
         """Return one sequence in data units."""
         index = item.sequence if isinstance(item, Window) else item
         if index < 0:
             return self._nothing
         return self._window(item) if isinstance(item, Window) else self._checked(index, self.sequences[index])
 
-    def _window(self, window: Window) -> Sequence:
+    def _window(self, window: Window) -> SequenceSample:
         """Return a window in data units."""
         index, first, last, _ = window
         s = self._part(index, first, last)
@@ -263,7 +262,7 @@ class ScaledSequences(Dataset[SequenceBatch]):
                 self._whole[index] = self._checked(index, self.sequences[index])
             whole = self._whole[index]
             observed, inputs = (None if v is None else v[first:last] for v in (whole.observed, whole.inputs))
-            s = Sequence(whole.x[first:last], observed, inputs, whole.name)
+            s = SequenceSample(whole.x[first:last], observed, inputs, whole.name)
         if len(s.x) != last - first:
             raise UserError(
                 f"{s.name}: read {len(s.x)} steps from step {first} on, expected {last - first}; "
@@ -271,7 +270,7 @@ class ScaledSequences(Dataset[SequenceBatch]):
             )
         return s
 
-    def _part(self, index: int, first: int, last: int) -> Sequence | None:
+    def _part(self, index: int, first: int, last: int) -> SequenceSample | None:
         """Return a window that is read alone, or ``None`` where that can't be."""
         part = None if self._parts is None else self._parts.window(index, first, last)
         return None if part is None else self._checked(index, part)
@@ -280,7 +279,7 @@ class ScaledSequences(Dataset[SequenceBatch]):
         """Forget the other sequences that were read whole."""
         self._whole = {index: s for index, s in self._whole.items() if index in indices}
 
-    def _checked(self, index: int, s: Sequence) -> Sequence:
+    def _checked(self, index: int, s: SequenceSample) -> SequenceSample:
         """Return what was read, under a name."""
         name = s.name or f"sequence {index}"
         if s.x.ndim != 2 or s.x.shape[1] != self.num_features:
@@ -289,17 +288,17 @@ class ScaledSequences(Dataset[SequenceBatch]):
             self._check_observed(s, name)
         if self.num_inputs:
             self._check_inputs(s, name)
-        return Sequence(s.x, s.observed, s.inputs, name)
+        return SequenceSample(s.x, s.observed, s.inputs, name)
 
     @staticmethod
-    def _check_observed(s: Sequence, name: str) -> None:
+    def _check_observed(s: SequenceSample, name: str) -> None:
         given: Any = s.observed
         tensor = isinstance(given, Tensor)
         if not tensor or given.dtype != torch.bool or given.shape != s.x.shape:
             shown = f"{given.dtype} of shape {tuple(given.shape)}" if tensor else type(given).__name__
             raise UserError(f"{name}: observed is {shown}, expected a torch.bool tensor of shape {tuple(s.x.shape)}")
 
-    def _check_inputs(self, s: Sequence, name: str) -> None:
+    def _check_inputs(self, s: SequenceSample, name: str) -> None:
         expected = (len(s.x), self.num_inputs)
         if s.inputs is None:
             raise UserError(f"{name}: has no inputs, expected shape {expected}")
@@ -307,11 +306,11 @@ class ScaledSequences(Dataset[SequenceBatch]):
             raise UserError(f"{name}: inputs of shape {tuple(s.inputs.shape)}, expected {expected}")
 
     @cached_property
-    def _nothing(self) -> Sequence:
+    def _nothing(self) -> SequenceSample:
         """No steps of what a sequence is made of, so that a batch of it still has its covariates."""
         s = self._part(0, 0, 1) or self._checked(0, self.sequences[0])
         observed, inputs = (None if v is None else v[:0].clone() for v in (s.observed, s.inputs))
-        return Sequence(s.x[:0], observed, inputs, "(none)")
+        return SequenceSample(s.x[:0], observed, inputs, "(none)")
 
 
 def _outlive_signals(worker: int) -> None:

@@ -6,7 +6,7 @@ import io
 import json
 import pickle
 import reprlib
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +111,7 @@ def read_midi(
         if not LOWEST <= note < LOWEST + KEYS:
             raise UserError(
                 f"{path}: step {first} holds note {note}, but a piano's are {LOWEST} to {LOWEST + KEYS - 1}; "
-                "mend or remove the file"
+                "fix or remove the file"
             )
     array = np.array(sorted(spans), dtype=np.int64)
     array[:, 0] -= LOWEST
@@ -218,7 +218,7 @@ def read_note_lists(path: Path, split: Split, max_gb: float = MAX_GB) -> Archive
                 if not isinstance(note, (int, np.integer)) or not LOWEST <= note < LOWEST + KEYS:
                     raise UserError(
                         f"{path}: {word} {i}, step {t} holds note {_shown(note)}, but a piano's are {LOWEST} to "
-                        f"{LOWEST + KEYS - 1}; mend or remove it"
+                        f"{LOWEST + KEYS - 1}; fix or remove it"
                     )
                 places.append((bounds[-1] + t, int(note) - LOWEST))
         bounds.append(bounds[-1] + len(roll))
@@ -305,7 +305,7 @@ def _loaded(path: Path) -> Any:
         raise UserError(f"{path}: can't be read as JSON ({error}); copy or write it anew") from None
 
 
-def _is_list(value: Any) -> TypeGuard[SequenceOf[Any]]:
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vrnn_lightning.batch import Sequence
+from vrnn_lightning.batch import SequenceSample
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,7 +35,7 @@ class Sequences(Protocol):
     def __len__(self) -> int:
         """Return the number of sequences."""
 
-    def __getitem__(self, index: int, /) -> Sequence:
+    def __getitem__(self, index: int, /) -> SequenceSample:
         """Return one sequence in data units."""
 
 
@@ -43,7 +43,7 @@ class Sequences(Protocol):
 class WindowedSequences(Sequences, Protocol):
     """A collection that also reads a part of a sequence, so that memory does not grow with a sequence's length."""
 
-    def window(self, index: int, first: int, last: int, /) -> Sequence | None:
+    def window(self, index: int, first: int, last: int, /) -> SequenceSample | None:
         """Return steps ``first`` to ``last - 1`` of one sequence in data units, under the whole sequence's name.
 
         ``None`` where this sequence can only be read whole.
@@ -76,11 +76,11 @@ class AugmentedSequences:
         """Return the number of sequences."""
         return len(self.sequences)
 
-    def __getitem__(self, index: int, /) -> Sequence:
+    def __getitem__(self, index: int, /) -> SequenceSample:
         """Return one sequence as the epoch has it."""
         return self.augmented(index, self.sequences[index])
 
-    def window(self, index: int, first: int, last: int, /) -> Sequence | None:
+    def window(self, index: int, first: int, last: int, /) -> SequenceSample | None:
         """Return steps ``first`` to ``last - 1`` of one sequence as the epoch has it."""
         part = self.sequences.window(index, first, last)
         return None if part is None else self.augmented(index, part)
@@ -89,7 +89,7 @@ class AugmentedSequences:
         """Return the sequences of an epoch."""
         return replace(self, epoch=epoch)
 
-    def augmented(self, index: int, sequence: Sequence) -> Sequence:
+    def augmented(self, index: int, sequence: SequenceSample) -> SequenceSample:
         """Return a sequence, or a part of it, altered; its length, name and features stay.
 
         Args:

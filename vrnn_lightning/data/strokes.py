@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["rows_to_strokes", "smooth_rows", "strokes_to_rows"]
 
 
-def strokes_to_rows(strokes: SequenceOf[NDArray[Any]]) -> NDArray[np.floating[Any]]:
+def strokes_to_rows(strokes: Sequence[NDArray[Any]]) -> NDArray[np.floating[Any]]:
     """Return the rows (dx, dy, lift) of a drawing, from its second point on.
 
     A row is the offset from the last point, and lift is 1 where a stroke ends. The first point has none to be offset

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, MixtureSameFamily, Normal
 
+from vrnn_lightning.compatibility import keep_old_hooks
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.nn import MLP, Layers
+from vrnn_lightning.nn import MLP, MLPConfig
 
 __all__ = [
     "Elementwise",
@@ -168,7 +169,7 @@ class Head(nn.Module, ABC):
 
     support: str = "numbers"
     """What values have a probability, in words for whoever brings others."""
-    cure: str = "mend the data"
+    fix: str = "fix the data"
     """What to do about others, in words."""
 
     def __init__(self, in_features: int, num_features: int) -> None:
@@ -183,6 +184,7 @@ class Head(nn.Module, ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         """Let a subclass with a distribution of its own draw from that one."""
         super().__init_subclass__(**options)
+        keep_old_hooks(cls, {"start_from": "init_from_statistics", "cure": "fix"})
         if "forward" in vars(cls) and "draw" not in vars(cls):
             cls.draw = Head.draw  # type: ignore[method-assign]  # an inherited draw knows another distribution
 
@@ -206,32 +208,35 @@ class Head(nn.Module, ABC):
         """
         return torch.ones_like(x, dtype=torch.bool)
 
-    def check(self, x: Tensor, counted: Tensor) -> None:
+    def check(self, x: Tensor, valid: Tensor) -> None:
         """Refuse data outside the distribution's support.
 
         Args:
             x: Frames, shape (..., num_features).
-            counted: True at real, measured values, shape (..., num_features).
+            valid: True at real, measured values, shape (..., num_features).
 
         Raises:
-            UserError: A value has no probability; the message names the first feature with one, its range and the cure.
+            UserError: A value has no probability; the message names the first feature with one, its range and the fix.
         """
-        wrong = counted & ~self.supports(x)
+        wrong = valid & ~self.supports(x)
         if not wrong.any():
             return
         feature = int(wrong.flatten(0, -2).any(0).nonzero()[0])
-        values = x[..., feature][counted[..., feature]]
+        values, fix = x[..., feature][valid[..., feature]], vars(self).get("cure", self.fix)  # cure: its old name
         raise UserError(
             f"emission {type(self).__name__}: feature {feature} has values from {values.min():.6g} to "
-            f"{values.max():.6g}, not {self.support}; {self.cure} or choose another emission"
+            f"{values.max():.6g}, not {self.support}; {fix} or choose another emission"
         )
 
     @torch.no_grad()
-    def start_from(self, mean: Tensor) -> None:
+    def init_from_statistics(self, mean: Tensor) -> None:
         """Let biases start from the data's mean, shape (num_features,), so that training need not find it.
 
         Heads for scaled data have nothing to do.
         """
+
+    start_from = init_from_statistics
+    cure = fix
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -270,7 +275,9 @@ class Network(nn.Module, Generic[HeadT]):
         num_features: Width of the frame.
     """
 
-    def __init__(self, in_features: int, layers: Layers, head: Callable[[int, int], HeadT], num_features: int) -> None:
+    def __init__(
+        self, in_features: int, layers: MLPConfig, head: Callable[[int, int], HeadT], num_features: int
+    ) -> None:
         super().__init__()
         self.body = MLP(in_features, layers)
         self.head = head(self.body.out_features, num_features)

@@ -18,7 +18,7 @@ __all__ = ["NegativeBinomial", "Poisson"]
 class _CountHead(Head):
     likelihood = "mass"
     support = "whole numbers from 0 on alone"
-    cure = "leave counts unscaled"
+    fix = "leave counts unscaled"
 
     def supports(self, x: Tensor) -> Tensor:
         """Return True at values that have a probability, shape (..., num_features)."""
@@ -50,7 +50,7 @@ class Poisson(_CountHead):
         return Factorised(_Poisson(raw))
 
     @torch.no_grad()
-    def start_from(self, mean: Tensor) -> None:
+    def init_from_statistics(self, mean: Tensor) -> None:
         """Set the rate's bias from the training mean, shape (num_features,)."""
         self.linear.bias.copy_(inverse_softplus(mean.clamp(min=1e-3)))
 
@@ -82,7 +82,7 @@ class NegativeBinomial(_CountHead):
         return Factorised(_NegativeBinomial(mean, F.softplus(size) + 1e-4))
 
     @torch.no_grad()
-    def start_from(self, mean: Tensor) -> None:
+    def init_from_statistics(self, mean: Tensor) -> None:
         """Set the mean's bias from the training mean, shape (num_features,)."""
         self.linear.bias[: self.num_features].copy_(inverse_softplus(mean.clamp(min=1e-3)))
 

@@ -33,7 +33,7 @@ class Bernoulli(Head):
 
     likelihood = "mass"
     support = "0 and 1 alone"  # what a Bernoulli says of grey values is no likelihood
-    cure = "binarise the data"
+    fix = "binarise the data"
     scales_inputs = False  # divided by its deviation, a feature that is seldom 1 would drown all others
 
     def __init__(self, in_features: int, num_features: int) -> None:
@@ -57,7 +57,7 @@ class Bernoulli(Head):
         return (x == 0) | (x == 1)
 
     @torch.no_grad()
-    def start_from(self, mean: Tensor) -> None:
+    def init_from_statistics(self, mean: Tensor) -> None:
         """Set the bias to the logit of the training mean, shape (num_features,)."""
         self.linear.bias.copy_(torch.logit(mean.clamp(1e-3, 1 - 1e-3)))
 
@@ -86,7 +86,7 @@ class DiscretisedLogisticMixture(Head):
     """
 
     likelihood = "mass"
-    cure = "leave them unscaled, mend bits or lowest,"
+    fix = "leave them unscaled, fix bits or lowest,"
 
     def __init__(
         self, in_features: int, num_features: int, components: int = 10, bits: int = 8, lowest: int = 0
@@ -116,7 +116,7 @@ class DiscretisedLogisticMixture(Head):
         return inside
 
     @torch.no_grad()
-    def start_from(self, mean: Tensor) -> None:
+    def init_from_statistics(self, mean: Tensor) -> None:
         """Set the locations' bias from the training mean, shape (num_features,)."""
         half, centre = (self.highest - self.lowest) / 2, (self.highest + self.lowest) / 2
         places = self.linear.bias.unflatten(0, (3, self.num_features, self.components))[1]
@@ -185,7 +185,7 @@ class MuLaw(Head):
 
     likelihood = "mass"
     support = "from -1 to 1"
-    cure = "scale the amplitudes"
+    fix = "scale the amplitudes"
 
     def __init__(self, in_features: int, num_features: int, bins: int = 256) -> None:
         super().__init__(in_features, num_features)

@@ -40,7 +40,7 @@ class Pen(Head):
 
     likelihood = "mixed"
     support = "0 and 1 alone"
-    cure = "order the features dx, dy, lift"
+    fix = "order the features dx, dy, lift"
 
     def __init__(self, in_features: int, num_features: int, components: int = 20, min_std: float = 1e-4) -> None:
         super().__init__(in_features, num_features)
@@ -73,7 +73,7 @@ class Pen(Head):
         return ~is_lift | (x == 0) | (x == 1)
 
     @torch.no_grad()
-    def start_from(self, mean: Tensor) -> None:
+    def init_from_statistics(self, mean: Tensor) -> None:
         """Set the lift's bias to the logit of its training mean; mean has shape (3,)."""
         self.linear.bias[-1] = torch.logit(mean[2].clamp(1e-3, 1 - 1e-3))
 

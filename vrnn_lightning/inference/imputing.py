@@ -11,14 +11,10 @@ from torch.distributions import Categorical, Distribution
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.filtering import Weights
+from vrnn_lightning.filtering import ParticleWeights, draw_by_weight, map_tensors
 from vrnn_lightning.heads import Factorised, Mixture, log_prob
-from vrnn_lightning.inference.parts import (
-    RESAMPLING,
-    drawn_by_weight,
-)
-from vrnn_lightning.recurrence import log_ratio, repeat_rows
-from vrnn_lightning.recurrence.textbook import advanced
+from vrnn_lightning.inference.checks import RESAMPLING
+from vrnn_lightning.recurrence import log_ratio, output, repeat_rows
 from vrnn_lightning.vrnn import VRNN
 
 __all__ = ["Imputer"]
@@ -38,9 +34,11 @@ class Imputer:
 
     def __init__(self, model: VRNN, batch: SequenceBatch, particles: int) -> None:
         self.model, self.particles = model, particles
-        self.batch = model._clean(batch)
+        self.batch = model.mask_invalid(batch)
         size = len(batch)
-        self.weights = Weights(batch.lengths, batch.x.new_full((particles, size), -math.log(particles)), RESAMPLING)
+        self.weights = ParticleWeights(
+            batch.lengths, batch.x.new_full((particles, size), -math.log(particles)), RESAMPLING
+        )
         self.frames: list[Tensor] = []  # as drawn, each (particles, batch, features)
         self.ancestors: list[Tensor | None] = []  # of the particles after a step, each (particles, batch)
         self.log_weights: list[Tensor] = []  # before a step
@@ -49,57 +47,44 @@ class Imputer:
     def run(self) -> Imputer:
         """Follow the sequences to their ends."""
         model, batch, count = self.model, self.batch, self.particles
-        state = model.initial_state(count * len(batch))
-        states, layers = list(state.layers()), len(model.cells)
-        future = model._future(batch, None)
+        state, future = model.initial_state(count * len(batch)), model.backward_states(batch, None)
         for t in range(batch.x.shape[1]):
-            x, counted = (repeat_rows(part[:, t], count) for part in (batch.x, batch.counted))
-            u = [] if batch.inputs is None else [repeat_rows(batch.inputs[:, t], count)]
-            ahead = [] if future is None else [repeat_rows(future[t], count)]
-            known = torch.cat([states[layers - 1], *u], -1)
-            increments, phi_z = self._latent(x, counted, known, [*u, *ahead, states[layers - 1]])
-            emission = model.decoder(torch.cat([phi_z, known], -1))
-            increments = increments + log_prob(emission, x, None if counted.all() else counted)
-            frame = _completed(emission, x, counted)
-            seen = model.look(x, counted) if model.missing else model.look(frame, None)
-            states = advanced(model, torch.cat([model.phi_x(seen), *u, phi_z], -1), states)
+            x, valid = (repeat_rows(part[:, t], count) for part in (batch.x, batch.valid_mask))
+            inputs = None if batch.inputs is None else repeat_rows(batch.inputs[:, t], count)
+            later, h = None if future is None else repeat_rows(future[t], count), output(state)
+            prior = model.prior_dist(h, inputs)
+            posterior = model.posterior_dist(model.extract_x(x, valid), h, prior, inputs, later)
+            is_seen = valid.any(-1)
+            z = torch.where(is_seen[:, None], posterior.sample(), prior.sample())
+            z_features = model.extract_z(z)
+            emission = model.emission_dist(z_features, h, inputs)
+            increments = torch.where(is_seen, log_ratio(prior, posterior, z), 0.0)
+            increments = increments + log_prob(emission, x, None if valid.all() else valid)
+            frame = _completed(emission, x, valid)
+            x_features = model.extract_x(x, valid) if model.missing else model.extract_x(frame)
+            _, state = model.next_state(x_features, z_features, state, inputs)
             draws = torch.rand(RESAMPLING.draws(count), len(batch), device=x.device)
             self.frames.append(frame.unflatten(0, (count, -1)))
             self.log_weights.append(self.weights.log_weights)
             self.increments.append(increments.unflatten(0, (count, -1)))
             source = self.weights.advance(t, self.increments[-1], draws)
             if source is not None:
-                states = [part[source] for part in states]
+                state = map_tensors(lambda x, rows=source: x[rows], state)  # type: ignore[misc]
             self.ancestors.append(None if source is None else source.unflatten(0, (count, -1)) // len(batch))
         return self
-
-    def _latent(self, x: Tensor, counted: Tensor, known: Tensor, rest: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Draw z_t; return what it adds to the log-weights, shape (rows,), and phi_z(z_t)."""
-        model = self.model
-        if model.prior is None or model.encoder is None or model.phi_z is None:
-            return x.new_zeros(len(x)), x.new_zeros(len(x), 0)
-        prior = model.prior(known)
-        posterior = cast(Factorised, model.encoder(torch.cat([model.phi_x(model.look(x, counted)), *rest], -1)))
-        mean, std = posterior.base_dist.loc, posterior.base_dist.scale
-        if model.residual_posterior:
-            mean = mean + prior.mean
-        posterior = Factorised(torch.distributions.Normal(mean, std, validate_args=False))
-        there = counted.any(-1)
-        z = torch.where(there[:, None], posterior.sample(), prior.sample())
-        return torch.where(there, log_ratio(prior, posterior, z), 0.0), model.phi_z(z)
 
     def draws(self, row: int, samples: int, lag: int) -> Tensor:
         """Return a sequence with its gaps filled, shape (samples, time, features), in scaled units."""
         length = int(self.batch.lengths[row])
         paths = self.batch.x[row, :length].expand(samples, -1, -1).clone()
-        open_steps = (~self.batch.counted[row, :length]).any(-1).tolist()
+        open_steps = (~self.batch.valid_mask[row, :length]).any(-1).tolist()
         stop = length
         while stop > 0:
             if not open_steps[stop - 1]:
                 stop -= 1
                 continue
             shares = self._shares(row, stop - 1, min(stop - 1 + lag, length - 1))
-            chosen = drawn_by_weight(shares.log()[:, None], samples)[:, 0]
+            chosen = draw_by_weight(shares.log()[:, None], samples)[:, 0]
             apart = len(chosen.unique())
             while stop > 0 and open_steps[stop - 1] and len(chosen.unique()) >= apart / 2:
                 stop -= 1
@@ -139,14 +124,14 @@ class Imputer:
         return shares
 
 
-def _completed(emission: Distribution, x: Tensor, counted: Tensor) -> Tensor:
+def _completed(emission: Distribution, x: Tensor, valid: Tensor) -> Tensor:
     """Return frames with what is missing drawn from the emission, given what is there."""
-    if counted.all():
+    if valid.all():
         return x
-    partly = counted.any(-1) & ~counted.all(-1)
+    partly = valid.any(-1) & ~valid.all(-1)
     if isinstance(emission, Mixture) and partly.any():
         components = cast(Factorised, emission.component_distribution)
-        fits = components.marginal_log_prob(x[:, None], counted[:, None])
+        fits = components.marginal_log_prob(x[:, None], valid[:, None])
         logits = emission.mixture_distribution.logits.log_softmax(-1) + fits
         which = Categorical(logits=logits).sample()[:, None, None]
         drawn = components.sample()
@@ -158,4 +143,4 @@ def _completed(emission: Distribution, x: Tensor, counted: Tensor) -> Tensor:
             f"{type(emission).__name__}: can't fill a part of a frame; let whole steps be missing, or choose an "
             "emission with independent features"
         )
-    return torch.where(counted, x, drawn.to(x))
+    return torch.where(valid, x, drawn.to(x))

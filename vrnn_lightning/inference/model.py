@@ -6,8 +6,7 @@ All of it in data units, and without a Trainer.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple, cast
@@ -15,27 +14,25 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from vrnn_lightning.batch import Sequence, SequenceBatch, pad
+from vrnn_lightning.batch import SequenceBatch, SequenceSample, pad
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.filtering import Filtered, Weights
+from vrnn_lightning.filtering import FilterResult, Particles, select_by_weight
 from vrnn_lightning.heads import Bernoulli, Head, Pen
-from vrnn_lightning.inference.imputing import Imputer
-from vrnn_lightning.inference.parts import (
+from vrnn_lightning.inference.checks import (
     RESAMPLING,
-    choose,
     log_std,
     require,
 )
+from vrnn_lightning.inference.imputing import Imputer
 from vrnn_lightning.inference.session import Session
 from vrnn_lightning.noise import Noise
-from vrnn_lightning.recurrence import State, repeat_rows
-from vrnn_lightning.recurrence.textbook import advanced
-from vrnn_lightning.vrnn import VRNN, Particles, Trace
+from vrnn_lightning.recurrence import State, output, repeat_rows
+from vrnn_lightning.vrnn import VRNN, Trace
 
 __all__ = ["Encoding", "Given", "Inference"]
 
-Given = Tensor | SequenceOf[Tensor] | SequenceBatch
+Given = Tensor | Sequence[Tensor] | SequenceBatch
 """Sequences in data units: one tensor of shape (batch, time, features), or tensors of shape (time, features), NaN where
 a value is missing; or a datamodule's batch, which is in scaled units."""
 
@@ -110,7 +107,7 @@ class Inference:
         """
         with self._at_work(seed):
             batch = self._batch(sequences, inputs)
-            (mean,), _ = self.vrnn.terms(batch, _noise(batch, seed), lambda trace: (trace.emission.mean,))
+            (mean,), _ = self.vrnn.collect(batch, _noise(batch, seed), lambda trace: (trace.emission.mean,))
             return _cut(self.scaler.unscale(mean), batch.lengths)
 
     def score(
@@ -136,13 +133,13 @@ class Inference:
             batch = self._batch(sequences, inputs)
             if samples == 1:
                 noise = _noise(batch, seed)
-                (nats,), _ = self.vrnn.terms(batch, noise, lambda trace: (trace.log_px - trace.kl.sum(-1),))
+                (nats,), _ = self.vrnn.collect(batch, noise, lambda trace: (trace.log_px - trace.kl.sum(-1),))
             else:
                 stream = self.vrnn.stream(len(batch), samples, resampling=RESAMPLING)
                 us = [None] * batch.x.shape[1] if batch.inputs is None else batch.inputs.unbind(1)
-                frames = zip(batch.x.unbind(1), batch.counted.unbind(1), us, strict=True)
+                frames = zip(batch.x.unbind(1), batch.valid_mask.unbind(1), us, strict=True)
                 nats = torch.stack([stream.step(x, seen, u) for x, seen, u in frames], 1)
-            nats = nats - log_std(self.scaler, batch.counted).to(nats)
+            nats = nats - log_std(self.scaler, batch.valid_mask).to(nats)
             return _cut(nats, batch.lengths)
 
     def encode(self, sequences: Given, inputs: Given | None = None, seed: int | None = None) -> list[Encoding]:
@@ -166,7 +163,7 @@ class Inference:
                     return trace.z, trace.z, trace.hidden
                 return trace.posterior.mean, trace.posterior.stddev, trace.hidden
 
-            (mean, std, before), state = self.vrnn.terms(batch, _noise(batch, seed), of)
+            (mean, std, before), state = self.vrnn.collect(batch, _noise(batch, seed), of)
             last = (torch.arange(before.shape[1], device=before.device) == batch.lengths[:, None] - 1)[..., None]
             hidden = torch.where(last, state.h[:, -1:], before.roll(-1, 1))
             parts = (_cut(part, batch.lengths) for part in (mean[..., :latent], std[..., :latent], hidden))
@@ -198,15 +195,11 @@ class Inference:
             raise UserError(f"inputs: the model reads covariates of shape {needed}")
         with self._at_work(None):
             known = self._to_model(inputs) if model.num_inputs else None
-            states = list(model.initial_state(len(latents)).layers())
-            frames = []
-            for t, phi_z in enumerate(model.phi_z(latents.to(model.input_mean)).unbind(1)):
-                u = [] if known is None else [known[:, t]]
-                frame = _rounded(
-                    model.decoder.head, model.decoder(torch.cat([phi_z, states[len(model.cells) - 1], *u], -1)).mean
-                )
-                seen = model.phi_x(model.look(frame, None))
-                states = advanced(model, torch.cat([seen, *u, phi_z], -1), states)
+            state, frames = model.initial_state(len(latents)), []
+            for t, z_features in enumerate(model.extract_z(latents.to(model.input_mean)).unbind(1)):
+                now = None if known is None else known[:, t]
+                frame = _rounded(model.decoder.head, model.emission_dist(z_features, output(state), now).mean)
+                _, state = model.next_state(model.extract_x(frame), z_features, state, now)
                 frames.append(frame)
             return self.scaler.unscale(torch.stack(frames, 1))
 
@@ -250,7 +243,7 @@ class Inference:
     def backtest(
         self,
         sequences: Given,
-        origins: SequenceOf[int],
+        origins: Sequence[int],
         steps: int,
         samples: int = 100,
         temperature: float = 1.0,
@@ -291,7 +284,7 @@ class Inference:
     def _rolling(
         self,
         batch: SequenceBatch,
-        origins: SequenceOf[int],
+        origins: Sequence[int],
         steps: int,
         samples: int,
         temperature: float,
@@ -305,15 +298,17 @@ class Inference:
                 if self.vrnn.backward_rnn is not None:
                     particles, first = self.vrnn.new_particles(len(batch), samples), 0
                 window, drawn = batch.window(first, origin), noise.window(first, origin)
-                filtered = self.vrnn.filter(window, samples, RESAMPLING, drawn, carried=particles)
+                filtered = self.vrnn.filter(window, samples, RESAMPLING, drawn, particles=particles)
                 ahead = None if batch.inputs is None else batch.inputs[:, origin : origin + steps]
                 paths = self._paths(filtered, origin, steps, temperature, ahead, seed)
-                particles, first = _resampled(filtered, noise.window(origin - 1, origin)), origin
+                uniform = noise.window(origin - 1, origin).uniform_over_time(RESAMPLING.draws(samples))[:, 0].t()
+                particles = Particles(filtered.state, filtered.log_weights).resample_where_due(RESAMPLING, uniform)
+                first = origin
             yield paths
 
     def _paths(
         self,
-        filtered: Filtered,
+        filtered: FilterResult,
         origin: int,
         steps: int,
         temperature: float,
@@ -324,7 +319,7 @@ class Inference:
         samples, batch = filtered.log_weights.shape
         if seed is not None:
             torch.manual_seed(_mixed(seed, origin))
-        state = choose(filtered.log_weights, State(*filtered.states), samples)
+        state = select_by_weight(filtered.log_weights, filtered.state, samples)
         known = None if inputs is None else repeat_rows(cast(Tensor, self._to_model(inputs)), samples)
         drawn = self.vrnn.generate(steps, state=state, inputs=known, temperature=temperature).x
         paths: Tensor = self.scaler.unscale(drawn).unflatten(0, (samples, batch))
@@ -378,7 +373,7 @@ class Inference:
             for row, paths in enumerate(drawn):
                 length = int(batch.lengths[row])
                 kept = self.scaler.unscale(batch.x[row, :length])
-                seen = batch.counted[row, :length]
+                seen = batch.valid_mask[row, :length]
                 whole.append(torch.where(seen, kept, self.scaler.unscale(paths).to(kept)))
             return whole
 
@@ -422,25 +417,25 @@ class Inference:
             xs = list(sequences)
             if not xs:
                 raise UserError("no sequence is given")
-            us: list[Tensor | None] = [None] * len(xs) if inputs is None else list(cast("SequenceOf[Tensor]", inputs))
+            us: list[Tensor | None] = [None] * len(xs) if inputs is None else list(cast("Sequence[Tensor]", inputs))
             if len(us) != len(xs):
                 raise UserError(f"inputs: of {len(us)} sequences, but {len(xs)} are given")
             batch = pad([self._sequence(i, x, u) for i, (x, u) in enumerate(zip(xs, us, strict=True))])
-            batch.x = self.scaler.scale(batch.x.double()).masked_fill(~batch.counted, 0.0)
+            batch.x = self.scaler.scale(batch.x.double()).masked_fill(~batch.valid_mask, 0.0)
         moved = {name: value.to(like.device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
         batch = SequenceBatch(**{**vars(batch), **moved})
         batch.x = batch.x.to(like)
         return batch
 
-    def _sequence(self, index: int, x: Tensor, inputs: Tensor | None) -> Sequence:
+    def _sequence(self, index: int, x: Tensor, inputs: Tensor | None) -> SequenceSample:
         if x.ndim != 2 or x.shape[1] != self.vrnn.num_features or len(x) == 0:
             expected = f"(time, {self.vrnn.num_features}) with at least one step"
             raise UserError(f"sequence {index}: has shape {tuple(x.shape)}, expected {expected}")
         if x.isinf().any():
-            raise UserError(f"sequence {index}: holds infinite values; mend it, or NaN says that they are missing")
+            raise UserError(f"sequence {index}: holds infinite values; fix it, or NaN says that they are missing")
         missing = x.isnan()
         observed = ~missing if missing.any() else None
-        return Sequence(x.double().masked_fill(missing, 0.0), observed, inputs, f"sequence {index}")
+        return SequenceSample(x.double().masked_fill(missing, 0.0), observed, inputs, f"sequence {index}")
 
 
 def _rounded(head: Head, mean: Tensor) -> Tensor:
@@ -457,19 +452,6 @@ def _noise(batch: SequenceBatch, seed: int | None) -> Noise:
 def _mixed(seed: int, place: int) -> int:
     """Return a seed of a seed and a place."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {place}".encode(), digest_size=7).digest())
-
-
-def _resampled(filtered: Filtered, noise: Noise) -> Particles:
-    """Return the particles that a filter goes on with after its last step, drawn anew where that is due."""
-    log_weights, state = filtered.log_weights, State(*filtered.states)
-    samples, batch = log_weights.shape
-    endless = torch.full((batch,), 2**62, device=log_weights.device)
-    weights = Weights(endless, log_weights, RESAMPLING)
-    draws = noise.uniform_over_time(RESAMPLING.draws(samples))[:, 0].t()
-    source = weights.advance(0, torch.zeros_like(log_weights), draws)
-    if source is not None:
-        state = State(state.h[source], None if state.c is None else state.c[source])
-    return Particles(state, weights.log_weights)
 
 
 def _cut(values: Tensor, lengths: Tensor) -> list[Tensor]:

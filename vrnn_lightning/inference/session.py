@@ -12,10 +12,10 @@ from torch.distributions import Categorical, Distribution
 
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.filtering import select_by_weight
 from vrnn_lightning.heads import Head, log_prob
 from vrnn_lightning.heads.base import SampleShape, at_least_float32
-from vrnn_lightning.inference.parts import (
-    choose,
+from vrnn_lightning.inference.checks import (
     log_std,
     require,
     require_shape,
@@ -38,12 +38,10 @@ def upcoming(model: VRNN, hidden: Tensor, inputs: Tensor | None, noise: Tensor) 
     Returns:
         Features of the emission's head, shape (rows, width).
     """
-    known = torch.cat([hidden, cast(Tensor, inputs).to(hidden)], -1) if model.num_inputs else hidden
-    if model.prior is None or model.phi_z is None:
-        return cast(Tensor, model.decoder.body(known))
-    prior = model.prior(known).base_dist
-    z = prior.loc + prior.scale * noise.to(known)
-    return cast(Tensor, model.decoder.body(torch.cat([model.phi_z(z.to(known)), known], -1)))
+    inputs = cast(Tensor, inputs).to(hidden) if model.num_inputs else None
+    prior = model.prior_dist(hidden, inputs).base_dist
+    z = prior.loc + prior.scale * noise.to(prior.loc)
+    return model.emission_features(model.extract_z(z.to(hidden)), hidden, inputs)
 
 
 class Predictive(Distribution):
@@ -125,8 +123,8 @@ class Predictive(Distribution):
         scaled = self._scaler.scale(value.double()).to(self._features)
         seen = None if observed is None else observed[..., None, :]
         each = log_prob(self.components, scaled[..., None, :], seen)
-        counted = torch.ones_like(value, dtype=torch.bool) if observed is None else observed
-        return (each + self.log_weights).logsumexp(-1) - log_std(self._scaler, counted).to(each)
+        valid = torch.ones_like(value, dtype=torch.bool) if observed is None else observed
+        return (each + self.log_weights).logsumexp(-1) - log_std(self._scaler, valid).to(each)
 
     def _average(self, each: Tensor) -> Tensor:
         """Return the weighted mean over components of values of shape (batch, components, features)."""
@@ -205,7 +203,7 @@ class Step:
         """
         require("steps", steps)
         require("samples", samples)
-        state = choose(self.log_weights, self.state, samples)
+        state = select_by_weight(self.log_weights, self.state, samples)
         known = None if inputs is None else repeat_rows(inputs.to(state.h), samples)
         drawn = self._model.generate(steps, state=state, inputs=known, temperature=temperature).x
         paths: Tensor = self._scaler.unscale(drawn).unflatten(0, (samples, self.log_weights.shape[1]))
@@ -266,17 +264,17 @@ class Session:
         x = x.to(model.input_mean.device)
         if observed is not None and observed.dtype != torch.bool:
             raise UserError(f"observed: is of {observed.dtype}, and must be bool: True where a value was measured")
-        counted = torch.ones_like(x, dtype=torch.bool) if observed is None else observed.to(x.device)
+        valid = torch.ones_like(x, dtype=torch.bool) if observed is None else observed.to(x.device)
         if model.num_inputs and inputs is not None and not inputs.isfinite().all():
             raise UserError("inputs: holds a value that is no number")
         if not x.sum().isfinite():
             if observed is None:
-                observed = counted = ~x.isnan()
-            require_shape("observed", counted, *x.shape)
-            if not x[counted].isfinite().all():
-                raise UserError("x: holds a value that is no number; mend it, or let NaN say that it is missing")
+                observed = valid = ~x.isnan()
+            require_shape("observed", valid, *x.shape)
+            if not x[valid].isfinite().all():
+                raise UserError("x: holds a value that is no number; fix it, or let NaN say that it is missing")
         scaled = self._scaler.scale(x.double())
-        nats = self._stream.step(scaled, None if observed is None else counted, inputs, noise)
-        jacobian = self._jacobian if observed is None else log_std(self._scaler, counted)
+        nats = self._stream.step(scaled, None if observed is None else valid, inputs, noise)
+        jacobian = self._jacobian if observed is None else log_std(self._scaler, valid)
         self._nats = nats - jacobian.to(nats)
         return self.now

@@ -1,33 +1,46 @@
 """The time loops, the only rooms that step a VRNN.
 
-:func:`unroll` is what training runs: it holds only what depends on z_t, and no autograd graph. :func:`textbook` is the
-readable reference with everything inside the loop. They share no step code, take the same noise and are tested equal.
-:func:`free_run` generates, and :func:`textbook_generation` is its reference; :class:`Stream` follows frame by frame.
+:func:`infer` is what training runs: it holds only what depends on z_t, and no autograd graph. :func:`generate` draws
+sequences, and :class:`Stream` follows them frame by frame. All three run one layout of the step,
+:class:`~vrnn_lightning.recurrence.step.FastStep`. :func:`readable_loop` is the reference that they are tested against:
+it steps through the model's four methods.
 """
 
-from vrnn_lightning.recurrence.generation import Generated, free_run
-from vrnn_lightning.recurrence.loop import Choose, Now, unroll
-from vrnn_lightning.recurrence.parts import Masks, Networks, Prior, Reads, State, Steps, log_ratio, repeat_rows
+from vrnn_lightning.recurrence.generation import Generated, generate
+from vrnn_lightning.recurrence.inference import InferenceSteps, NetworkInputs, Resample, StepView, infer
+from vrnn_lightning.recurrence.readable import (
+    StepTerms,
+    readable_filter,
+    readable_generation,
+    readable_loop,
+    readable_step,
+)
+from vrnn_lightning.recurrence.state import Masks, Networks, Prior, State, log_ratio, output, repeat_rows
+from vrnn_lightning.recurrence.step import Partition, Purpose, partition
 from vrnn_lightning.recurrence.streaming import Stream
-from vrnn_lightning.recurrence.textbook import Reference, textbook, textbook_filter, textbook_generation
 
 __all__ = [
-    "Choose",
     "Generated",
+    "InferenceSteps",
     "Masks",
+    "NetworkInputs",
     "Networks",
-    "Now",
+    "Partition",
     "Prior",
-    "Reads",
-    "Reference",
+    "Purpose",
+    "Resample",
     "State",
-    "Steps",
+    "StepTerms",
+    "StepView",
     "Stream",
-    "free_run",
+    "generate",
+    "infer",
     "log_ratio",
+    "output",
+    "partition",
+    "readable_filter",
+    "readable_generation",
+    "readable_loop",
+    "readable_step",
     "repeat_rows",
-    "textbook",
-    "textbook_filter",
-    "textbook_generation",
-    "unroll",
 ]

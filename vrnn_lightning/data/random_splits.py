@@ -10,14 +10,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vrnn_lightning.checkpoints import require_types
+from vrnn_lightning.compatibility import keep_old_hooks
 from vrnn_lightning.data.datamodule import SequenceDataModule
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
 
-__all__ = ["DrawnDataModule", "DrawnSplits"]
+__all__ = ["RandomSplitDataModule", "RandomSplits"]
 
 
-class DrawnSplits:
+class RandomSplits:
     """Which sequences are for training, validation and test: drawn once, then as the checkpoint has them.
 
     A sequence that was trained on is never tested, whatever the folder holds later: sequences that the checkpoint does
@@ -101,36 +102,44 @@ class DrawnSplits:
                 )
 
 
-class DrawnDataModule(SequenceDataModule):
+class RandomSplitDataModule(SequenceDataModule):
     """Base class of datamodules whose splits are drawn where the data have none of their own.
 
-    A subclass defines :attr:`drawn` and :attr:`sizes`, and in ``sequences`` reads what :meth:`DrawnSplits.names` names.
+    A subclass defines :attr:`random_splits` and :attr:`sizes`, and in ``sequences`` reads what
+    :meth:`RandomSplits.names` names.
     """
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let a subclass define :attr:`random_splits` under its old name."""
+        super().__init_subclass__(**options)
+        keep_old_hooks(cls, {"drawn": "random_splits"})
+
     @property
-    def drawn(self) -> DrawnSplits | None:
+    def random_splits(self) -> RandomSplits | None:
         """How the splits are drawn; ``None`` where the data have their own."""
         raise NotImplementedError
 
+    drawn = random_splits
+
     @property
     def sizes(self) -> Mapping[str, int]:
-        """All sequences whose split is drawn, as :meth:`DrawnSplits.names` takes them."""
+        """All sequences whose split is drawn, as :meth:`RandomSplits.names` takes them."""
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
         """Find the sequences of a stage early, so that what is wrong with them is said before training starts."""
-        if stage == "fit" or self.drawn is None:
+        if stage == "fit" or self.random_splits is None:
             super().setup(stage)
         else:
             len(self.sizes)  # and no split: they may be a checkpoint's, which is loaded after setup
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scaler and, where splits are drawn, what is in which."""
-        return super().state_dict() | (self.drawn.state_dict(self.sizes) if self.drawn else {})
+        return super().state_dict() | (self.random_splits.state_dict(self.sizes) if self.random_splits else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the checkpoint's scaler and splits."""
         super().load_state_dict(state_dict)
-        if "members" in state_dict and self.drawn:
-            self.drawn.load_state_dict(state_dict)
+        if "members" in state_dict and self.random_splits:
+            self.random_splits.load_state_dict(state_dict)
             self._splits.clear()  # those that setup found were drawn anew

@@ -9,19 +9,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from vrnn_lightning.errors import UserError
 
-__all__ = ["BadFiles"]
+__all__ = ["InvalidFiles"]
 
 SHOWN = 5
 """Skipped files that the warning names."""
 
 
-class BadFiles:
+class InvalidFiles:
     """What becomes of files that can't be used, as the option ``skip_bad`` says.
 
     Args:
         skip: Skip and count them; else the first of them stops the run.
 
-    >>> bad = BadFiles(skip=True)
+    >>> bad = InvalidFiles(skip=True)
     >>> with bad.tolerated():
     ...     raise UserError("a.wav: cannot be read as audio")
     >>> len(bad.problems)

@@ -1,4 +1,4 @@
-"""What the time loops share: states, masks, what networks read, and the networks' interface."""
+"""What the time loops share: states, dropout masks, and the interface of the networks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from vrnn_lightning.heads import Factorised, Gaussian, Head, Network
 from vrnn_lightning.nn import MLP
 
-__all__ = ["Masks", "Networks", "Prior", "Reads", "State", "Steps", "as_state", "log_ratio", "repeat_rows"]
+__all__ = ["Masks", "Networks", "Prior", "State", "as_state", "log_ratio", "output", "repeat_rows"]
 
 
 class State(NamedTuple):
@@ -19,7 +20,7 @@ class State(NamedTuple):
 
     Args:
         h: Output of each layer of the recurrence, shape (batch, layers, hidden).
-        c: Cells of an LSTM, shape (batch, layers, hidden); ``None`` for a GRU.
+        c: Cell state of an LSTM, shape (batch, layers, hidden); ``None`` for a GRU.
     """
 
     h: Tensor
@@ -45,42 +46,6 @@ class Masks(NamedTuple):
     h: Tensor
 
 
-class Reads(NamedTuple):
-    """What the networks read of the data, for all steps at once, time first.
-
-    Args:
-        cell: phi_x(x_t) and covariates, read by the recurrence, shape (time, batch, width).
-        encoder: The same and, for smoothing, the summary of what is to come, shape (time, batch, width).
-        inputs: Covariates, read by prior and decoder, shape (time, batch, covariates); may have width 0.
-    """
-
-    cell: Tensor
-    encoder: Tensor
-    inputs: Tensor
-
-
-class Steps(NamedTuple):
-    """What :func:`unroll` found, time first; the latent parts have width 0 where there is no latent.
-
-    Args:
-        hidden: h_{t-1} of the top layer for every step t as the networks read it, shape (time, batch, hidden).
-        mean: Posterior mean of z_t, shape (time, batch, latent).
-        std: Posterior standard deviation of z_t, shape (time, batch, latent).
-        z: The latent drawn, shape (time, batch, latent).
-        phi_z: Its features, shape (time, batch, width).
-        prior: Mean and standard deviation of the prior where the loop needed them, each (time, batch, latent).
-        state: State after the last real step of each sequence.
-    """
-
-    hidden: Tensor
-    mean: Tensor
-    std: Tensor
-    z: Tensor
-    phi_z: Tensor
-    prior: tuple[Tensor, Tensor] | None
-    state: State
-
-
 class Prior(Protocol):
     """Maps h_{t-1} and covariates to p(z_t | x_<t, z_<t)."""
 
@@ -100,8 +65,46 @@ class Networks(Protocol):
     backward_rnn: nn.GRU | nn.LSTM | None
     residual_posterior: bool
 
-    def look(self, x: Tensor, counted: Tensor | None) -> Tensor:
-        """Return what phi_x reads, shape (..., width)."""
+    def standardize_input(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Return what phi_x reads of frames, shape (..., width)."""
+
+    def extract_x(self, x: Tensor, valid: Tensor | None = None, masks: Masks | None = None) -> Tensor:
+        """Return the features of frames."""
+
+    def extract_z(self, z: Tensor, masks: Masks | None = None) -> Tensor:
+        """Return the features of latents."""
+
+    def prior_dist(self, h: Tensor, inputs: Tensor | None = None) -> Factorised:
+        """Return p(z_t | x_<t, z_<t)."""
+
+    def posterior_dist(
+        self,
+        x_features: Tensor,
+        h: Tensor,
+        prior: Factorised | None = None,
+        inputs: Tensor | None = None,
+        future: Tensor | None = None,
+    ) -> Factorised:
+        """Return q(z_t | x_<=t, z_<t)."""
+
+    def emission_dist(self, z_features: Tensor, h: Tensor, inputs: Tensor | None = None) -> Distribution:
+        """Return p(x_t | z_<=t, x_<t)."""
+
+    def next_state(
+        self,
+        x_features: Tensor,
+        z_features: Tensor,
+        state: State,
+        inputs: Tensor | None = None,
+        masks: Masks | None = None,
+    ) -> tuple[Tensor, State]:
+        """Return h_t as the networks read it, and the state."""
+
+
+def output(state: State, masks: Masks | None = None) -> Tensor:
+    """Return h of the top layer as the networks read it, shape (batch, hidden)."""
+    h = state.h[:, -1]
+    return h if masks is None else h * masks.h[:, -1]
 
 
 def repeat_rows(x: Tensor, samples: int) -> Tensor:

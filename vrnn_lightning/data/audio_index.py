@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vrnn_lightning.data.audio import AudioHeader, check_samples, read_header
-from vrnn_lightning.data.bad import BadFiles
 from vrnn_lightning.data.cache import digest, recall, remember
+from vrnn_lightning.data.invalid_files import InvalidFiles
 from vrnn_lightning.data.progress import tracked
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import MAX_GB, explained
@@ -44,7 +44,7 @@ class IndexedFile:
         return cls(AudioHeader(samples, rate, channels), size, modified, bool(read))
 
 
-def index_audio(root: Path, names: SequenceOf[str], bad: BadFiles, max_gb: float = MAX_GB) -> dict[str, IndexedFile]:
+def index_audio(root: Path, names: Sequence[str], bad: InvalidFiles, max_gb: float = MAX_GB) -> dict[str, IndexedFile]:
     """Return the headers of a corpus' files, and read no more files than are new or have another size or time.
 
     The index is kept in the user's cache folder. If bad files are to be skipped, each file is read to its end, once:

@@ -1,0 +1,22 @@
+"""The operations that a step is made of, one file for each family."""
+
+from vrnn_lightning.recurrence.operations.base import Operation, Pass
+from vrnn_lightning.recurrence.operations.cells import GRU, LSTM
+from vrnn_lightning.recurrence.operations.elementwise import Cast, Relu, Scale
+from vrnn_lightning.recurrence.operations.linear import Affine, MatMul
+from vrnn_lightning.recurrence.operations.sampling import Call, GaussianSample, StandardNormal
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "Affine",
+    "Call",
+    "Cast",
+    "GaussianSample",
+    "MatMul",
+    "Operation",
+    "Pass",
+    "Relu",
+    "Scale",
+    "StandardNormal",
+]

@@ -1,0 +1,100 @@
+"""Operations on each number alone."""
+
+from __future__ import annotations
+
+import torch
+
+from vrnn_lightning.recurrence.buffers import Buffer, ParameterRef
+from vrnn_lightning.recurrence.operations.base import Operation, Pass
+
+__all__ = ["Cast", "Relu", "Scale"]
+
+
+class Relu(Operation):
+    """``buffer = max(buffer, 0)`` in place, times a mask if there is one.
+
+    Args:
+        buffer: The argument, then the result.
+        mask: Dropout, shape (rows, width).
+    """
+
+    def __init__(self, buffer: Buffer, mask: ParameterRef | None = None) -> None:
+        self.buffer, self.mask = buffer, mask
+
+    def bind(self, values: Pass) -> None:
+        self.values = values.steps(self.buffer)
+        self.kept = None if self.mask is None else values.parameter(self.mask)
+
+    def forward(self, t: int) -> None:
+        value = self.values[t].relu_()
+        if self.kept is not None:
+            value.mul_(self.kept)
+
+    def plan(self, values: Pass) -> None:
+        self.results, self.grads = values.value(self.buffer), values.grad_steps(self.buffer)
+        self.kept = None if self.mask is None else values.parameter(self.mask)
+
+    def prepare(self, start: int, end: int) -> None:
+        value = self.results[start:end]
+        slope = (value > 0).to(value)
+        if self.kept is not None:
+            slope.mul_(self.kept)
+        self.start, self.slopes = start, slope.unbind(0)
+
+    def backward(self, t: int) -> None:
+        self.grads[t].mul_(self.slopes[t - self.start])
+
+
+class Scale(Operation):
+    """``target = source * mask``.
+
+    Args:
+        source: A state; it may have more steps than the target.
+        mask: Dropout, shape (rows, width).
+        target: What networks read.
+    """
+
+    def __init__(self, source: Buffer, mask: ParameterRef, target: Buffer) -> None:
+        self.source, self.mask, self.target = source, mask, target
+
+    def bind(self, values: Pass) -> None:
+        self.inputs, self.results = values.steps(self.source), values.steps(self.target)
+        self.kept = values.parameter(self.mask)
+
+    def forward(self, t: int) -> None:
+        torch.mul(self.inputs[t], self.kept, out=self.results[t])
+
+    def plan(self, values: Pass) -> None:
+        self.into, self.grads = values.grad_steps(self.source), values.grad_steps(self.target)
+        self.kept = values.parameter(self.mask)
+
+    def backward(self, t: int) -> None:
+        self.into[t].addcmul_(self.grads[t], self.kept)
+
+
+class Cast(Operation):
+    """``target = source`` in the target's own type, or a copy in the same type.
+
+    Args:
+        source: It may have more steps than the target.
+        target: The result.
+    """
+
+    def __init__(self, source: Buffer, target: Buffer) -> None:
+        self.source, self.target = source, target
+
+    def bind(self, values: Pass) -> None:
+        self.inputs, self.results = values.steps(self.source), values.steps(self.target)
+
+    def forward(self, t: int) -> None:
+        self.results[t].copy_(self.inputs[t])
+
+    def plan(self, values: Pass) -> None:
+        self.adds = values.claim(self.source)
+        self.into, self.grads = values.grad_steps(self.source), values.grad_steps(self.target)
+
+    def backward(self, t: int) -> None:
+        if self.adds:
+            self.into[t].add_(self.grads[t])
+        else:
+            self.into[t].copy_(self.grads[t])

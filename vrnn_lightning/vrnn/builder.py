@@ -1,0 +1,110 @@
+"""Builds a VRNN from sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import nn
+
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.heads import Gaussian, Head, Network
+from vrnn_lightning.nn import MLP, MLPConfig
+from vrnn_lightning.vrnn.equations import StandardNormal
+from vrnn_lightning.vrnn.model import VRNN
+
+__all__ = ["build_vrnn"]
+
+
+def build_vrnn(
+    num_features: int,
+    latent_size: int = 16,
+    hidden_size: int = 64,
+    layers: int = 1,
+    cell: Literal["gru", "lstm"] = "gru",
+    emission: Callable[[int, int], Head] = Gaussian,
+    phi_x: MLPConfig = MLPConfig(),
+    phi_z: MLPConfig = MLPConfig(),
+    prior: MLPConfig | None = MLPConfig(),
+    encoder: MLPConfig = MLPConfig(),
+    decoder: MLPConfig = MLPConfig(),
+    residual_posterior: bool = False,
+    smoothing: bool = False,
+    dropout: float = 0.0,
+    num_inputs: int = 0,
+    missing: bool = False,
+) -> VRNN:
+    """Return a VRNN whose parts have sizes that fit each other.
+
+    The models of Chung et al. 2015: RNN-Gauss and RNN-GMM with ``latent_size=0``, whose likelihood is exact; VRNN-I
+    with ``prior=None``; VRNN-Gauss and VRNN-GMM by their emission.
+
+    Args:
+        num_features: Width of a frame, D.
+        latent_size: Dimensions of z_t; 0 for a plain recurrent network, which ignores the options of the latent.
+        hidden_size: Units of the recurrence.
+        layers: MLPConfig of the recurrence; the networks read the top one.
+        cell: "gru" or "lstm"; in an LSTM the networks read the output h, not the cell state.
+        emission: Called with (in_features, num_features), returns the head of p(x_t | ...).
+        phi_x: Size of the feature extractor of x_t.
+        phi_z: Size of the feature extractor of z_t.
+        prior: Size of the prior network; ``None`` for N(0, I) at every step.
+        encoder: Size of the inference network.
+        decoder: Size of the network before the emission.
+        residual_posterior: The encoder's mean is added to the prior's (Res_q in Fraccaro et al. 2016).
+        smoothing: The encoder also reads a recurrence that reads each sequence from its end (Fraccaro et al. 2016,
+            arXiv 1605.07571). Generation is the same. In a sequence cut into chunks it sees the chunk.
+        dropout: Probability of dropping a unit of phi_x, phi_z or h where networks, or the layer above, read it; the
+            same units at every step of a sequence (Gal & Ghahramani 2016, arXiv 1512.05287).
+        num_inputs: Covariates per step; every network and the recurrence read them.
+        missing: phi_x also reads which values were measured.
+
+    Raises:
+        UserError: A size is outside its range.
+
+    >>> import torch
+    >>> from vrnn_lightning import SequenceBatch
+    >>> model = build_vrnn(num_features=3, latent_size=2)
+    >>> trace = model(SequenceBatch(torch.zeros(4, 7, 3), torch.tensor([7, 7, 5, 1])))
+    >>> trace.log_px.shape, trace.kl.shape
+    (torch.Size([4, 7]), torch.Size([4, 7, 2]))
+    """
+    for option, value, least in (
+        ("num_features", num_features, 1),
+        ("latent_size", latent_size, 0),
+        ("hidden_size", hidden_size, 1),
+        ("layers", layers, 1),
+        ("num_inputs", num_inputs, 0),
+    ):
+        if value < least:
+            raise UserError(f"{option} {value}: must be at least {least}")
+    if cell not in ("gru", "lstm"):
+        raise UserError(f"cell {cell!r}: choose 'gru' or 'lstm'")
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout {dropout}: must lie in [0, 1)")
+    rnn, kind = (nn.GRU, nn.GRUCell) if cell == "gru" else (nn.LSTM, nn.LSTMCell)
+    h_width, z_width = hidden_size + num_inputs, phi_z.width if latent_size else 0
+    x_width, future_width = phi_x.width + num_inputs, hidden_size if smoothing else 0
+    # the order of the parts decides the weights that a seed gives, and their order in checkpoints
+    x_network = MLP(num_features * (2 if missing else 1), phi_x)
+    z_network = prior_network = backward_rnn = encoder_network = None
+    if latent_size:
+        z_network = MLP(latent_size, phi_z)
+        prior_network = StandardNormal(latent_size) if prior is None else Network(h_width, prior, Gaussian, latent_size)
+        backward_rnn = rnn(x_width, hidden_size) if smoothing else None
+        encoder_network = Network(x_width + future_width + hidden_size, encoder, Gaussian, latent_size)
+    decoder_network = Network(z_width + h_width, decoder, emission, num_features)
+    cells = (kind(hidden_size if i else x_width + z_width, hidden_size) for i in range(layers))
+    return VRNN(
+        x_network,
+        z_network,
+        prior_network,
+        encoder_network,
+        decoder_network,
+        nn.ModuleList(cells),
+        backward_rnn,
+        residual_posterior=residual_posterior,
+        dropout=dropout,
+        num_inputs=num_inputs,
+        missing=missing,
+    )

@@ -1,0 +1,337 @@
+"""The model: its networks, and its four equations as methods."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Normal
+from torch.nn.utils.prune import BasePruningMethod
+
+from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.heads import Factorised, Gaussian, Head, Network
+from vrnn_lightning.nn import MLP
+from vrnn_lightning.noise import Noise
+from vrnn_lightning.recurrence import Masks, NetworkInputs, Prior, Purpose, State, partition
+
+__all__ = ["Equations", "StandardNormal"]
+
+
+def join(*values: Tensor | None) -> Tensor:
+    """Return values side by side, without those that are absent."""
+    there = [value for value in values if value is not None]
+    return there[0] if len(there) == 1 else torch.cat(there, -1)
+
+
+class StandardNormal(nn.Module):
+    """The prior N(0, I), whatever came before (VRNN-I in Chung et al. 2015).
+
+    Args:
+        latent_size: Dimensions of z_t.
+    """
+
+    def __init__(self, latent_size: int) -> None:
+        super().__init__()
+        self.latent_size = latent_size
+
+    def forward(self, features: Tensor) -> Factorised:
+        """Return it with the batch shape of the features, shape (..., width)."""
+        zeros = features.new_zeros(*features.shape[:-1], self.latent_size)
+        return Factorised(Normal(zeros, torch.ones_like(zeros), validate_args=False))
+
+
+class Equations(nn.Module):
+    r"""The networks of a VRNN, and its equations.
+
+    .. math::
+        \text{prior} \quad & z_t \sim \mathcal N(\mu_{0,t}, \sigma_{0,t}^2), \quad
+            [\mu_{0,t}, \sigma_{0,t}] = \varphi_\mathrm{prior}(h_{t-1}) \\
+        \text{generation} \quad & x_t \sim p(\varphi_\mathrm{dec}(\varphi_z(z_t), h_{t-1})) \\
+        \text{recurrence} \quad & h_t = f(\varphi_x(x_t), \varphi_z(z_t), h_{t-1}) \\
+        \text{inference} \quad & z_t \sim \mathcal N(\mu_{z,t}, \sigma_{z,t}^2), \quad
+            [\mu_{z,t}, \sigma_{z,t}] = \varphi_\mathrm{enc}(\varphi_x(x_t), h_{t-1})
+
+    Each equation is a method: :meth:`prior_dist`, :meth:`emission_dist`, :meth:`next_state` and :meth:`posterior_dist`.
+    A step is::
+
+        x_features = model.extract_x(x)
+        prior = model.prior_dist(h)
+        z = model.posterior_dist(x_features, h, prior).rsample()
+        z_features = model.extract_z(z)
+        emission = model.emission_dist(z_features, h)
+        h, state = model.next_state(x_features, z_features, state)
+
+    Args:
+        phi_x: The feature extractor of x_t.
+        phi_z: The feature extractor of z_t; ``None`` without a latent, as ``prior`` and ``encoder``.
+        prior: The prior network, or another map from h_{t-1} to a distribution.
+        encoder: The inference network.
+        decoder: The network of the emission, and its head.
+        cells: The layers of the recurrence, ``GRUCell`` or ``LSTMCell``; the networks read the top one.
+        backward_rnn: The recurrence that reads backwards, for a smoothing posterior.
+        residual_posterior: The encoder's mean is added to the prior's (Res_q in Fraccaro et al. 2016).
+        dropout: Probability of dropping a unit of phi_x, phi_z or h where networks, or the layer above, read it; the
+            same units at every step of a sequence (Gal & Ghahramani 2016, arXiv 1512.05287).
+        num_inputs: Covariates per step; every network and the recurrence read them.
+        missing: phi_x also reads which values were measured.
+    """
+
+    input_mean: Tensor
+    input_std: Tensor
+
+    def __init__(
+        self,
+        phi_x: MLP,
+        phi_z: MLP | None,
+        prior: Prior | None,
+        encoder: Network[Gaussian] | None,
+        decoder: Network[Head],
+        cells: nn.ModuleList,
+        backward_rnn: nn.GRU | nn.LSTM | None = None,
+        *,
+        residual_posterior: bool = False,
+        dropout: float = 0.0,
+        num_inputs: int = 0,
+        missing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_features = decoder.head.num_features
+        self.latent_size = 0 if encoder is None else encoder.head.num_features
+        self.hidden_size = cast(nn.GRUCell, cells[0]).hidden_size
+        self.residual_posterior = residual_posterior
+        self.dropout = dropout
+        self.num_inputs = num_inputs
+        self.missing = missing
+        self.phi_x = phi_x
+        self.phi_z = phi_z
+        self.prior = prior
+        self.backward_rnn = backward_rnn
+        self.encoder = encoder
+        self.decoder = decoder
+        self.cells = cells
+        self.checkpoint_every: int | None = None
+        """In training keep only the states between windows of so many steps, and infer each window again on the way
+        back (Chen et al. 2016, arXiv 1604.06174); ``None`` keeps all. It changes no value: an option of the run."""
+        self.compiled = False
+        """Score with :func:`torch.compile`: all that is outside the time loop. An option of the run, too."""
+        self.register_buffer("input_mean", torch.zeros(self.num_features))
+        self.register_buffer("input_std", torch.ones(self.num_features))
+
+    @torch.no_grad()
+    def init_from_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Centre what phi_x reads, and start the emission's bias, from the data's moments, each (features,)."""
+        self.input_mean.copy_(mean)
+        self.input_std.copy_(torch.where((std > 0) & self.decoder.head.scales_inputs, std, 1.0))
+        self.decoder.head.init_from_statistics(mean)
+
+    def standardize_input(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Return what phi_x reads of frames: standardised values and, if it reads that, which were measured.
+
+        Args:
+            x: Frames, shape (..., features).
+            valid: True at real, measured values, shape (..., features); others read as the mean. ``None`` for all.
+        """
+        centred = (x - self.input_mean) / self.input_std
+        if valid is not None:
+            centred = centred.masked_fill(~valid, 0.0)
+        if not self.missing:
+            return centred
+        return torch.cat([centred, torch.ones_like(centred) if valid is None else valid.to(centred)], -1)
+
+    def extract_x(self, x: Tensor, valid: Tensor | None = None, masks: Masks | None = None) -> Tensor:
+        """Return the features of frames, shape (..., width), with their dropout applied.
+
+        Args:
+            x: Frames, shape (..., features).
+            valid: True at real, measured values, shape (..., features); ``None`` for all.
+            masks: Dropout.
+        """
+        features: Tensor = self.phi_x(self.standardize_input(x, valid))
+        return features if masks is None else features * masks.phi_x
+
+    def extract_z(self, z: Tensor, masks: Masks | None = None) -> Tensor:
+        """Return the features of latents, shape (..., width), with their dropout applied.
+
+        Args:
+            z: Latents, shape (..., latent).
+            masks: Dropout.
+        """
+        features = z if self.phi_z is None else self.phi_z(z)
+        return features if masks is None else features * masks.phi_z
+
+    def prior_dist(self, h: Tensor, inputs: Tensor | None = None) -> Factorised:
+        r"""Return the prior :math:`p(z_t \mid x_{<t}, z_{<t})` (Chung et al. 2015, eq. 5).
+
+        Args:
+            h: h_{t-1} of the top layer, shape (..., hidden), with its dropout applied.
+            inputs: Covariates of step t, shape (..., covariates), if the model reads any.
+        """
+        if self.prior is None:
+            return Factorised(Normal(h[..., :0], h[..., :0], validate_args=False))
+        return self.prior(join(h, inputs))
+
+    def emission_dist(self, z_features: Tensor, h: Tensor, inputs: Tensor | None = None) -> Distribution:
+        r"""Return the emission :math:`p(x_t \mid z_{\le t}, x_{<t})` (Chung et al. 2015, eq. 6).
+
+        Args:
+            z_features: Features of z_t, shape (..., width), with their dropout applied; of width 0 without a latent.
+            h: h_{t-1} of the top layer, shape (..., hidden), with its dropout applied.
+            inputs: Covariates of step t, shape (..., covariates), if the model reads any.
+        """
+        return cast(Distribution, self.decoder.head(self.emission_features(z_features, h, inputs)))
+
+    def emission_features(self, z_features: Tensor | None, h: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """Return what the head of the emission reads, shape (..., width); arguments as of :meth:`emission_dist`."""
+        return cast(Tensor, self.decoder.body(join(z_features, h, inputs)))
+
+    def next_state(
+        self,
+        x_features: Tensor,
+        z_features: Tensor,
+        state: State,
+        inputs: Tensor | None = None,
+        masks: Masks | None = None,
+    ) -> tuple[Tensor, State]:
+        r"""Return the recurrence :math:`h_t = f(\varphi_x(x_t), \varphi_z(z_t), h_{t-1})` (Chung et al. 2015, eq. 7).
+
+        Args:
+            x_features: Features of x_t, shape (batch, width), with their dropout applied.
+            z_features: Features of z_t, shape (batch, width), with their dropout applied; of width 0 without a latent.
+            state: State before the step.
+            inputs: Covariates of step t, shape (batch, covariates), if the model reads any.
+            masks: Dropout of what networks and upper layers read of h.
+
+        Returns:
+            h_t of the top layer as the networks read it, shape (batch, hidden), and the state after the step.
+        """
+        below, hs, cs = join(x_features, inputs, z_features), [], []
+        for layer, cell in enumerate(self.cells):
+            if state.c is None:
+                h = cell(below, state.h[:, layer])
+            else:
+                h, c = cell(below, (state.h[:, layer], state.c[:, layer]))
+                cs.append(c)
+            hs.append(h)
+            below = h if masks is None else h * masks.h[:, layer]
+        return below, State(torch.stack(hs, 1), torch.stack(cs, 1) if cs else None)
+
+    def posterior_dist(
+        self,
+        x_features: Tensor,
+        h: Tensor,
+        prior: Factorised | None = None,
+        inputs: Tensor | None = None,
+        future: Tensor | None = None,
+    ) -> Factorised:
+        r"""Return the posterior :math:`q(z_t \mid x_{\le t}, z_{<t})` (Chung et al. 2015, eq. 9).
+
+        Args:
+            x_features: Features of x_t, shape (..., width), with their dropout applied.
+            h: h_{t-1} of the top layer, shape (..., hidden), with its dropout applied.
+            prior: The prior, if it is known, for a residual posterior.
+            inputs: Covariates of step t, shape (..., covariates), if the model reads any.
+            future: State of the recurrence that reads backwards, shape (..., hidden), for smoothing.
+        """
+        if self.encoder is None:
+            return self.prior_dist(h, inputs)
+        posterior = cast(Factorised, self.encoder(join(x_features, inputs, future, h)))
+        if not self.residual_posterior:
+            return posterior
+        prior = self.prior_dist(h, inputs) if prior is None else prior
+        base = posterior.base_dist
+        return Factorised(Normal(base.loc + prior.base_dist.loc, base.scale, validate_args=False))
+
+    def describe_step(self, purpose: Purpose) -> str:
+        """Return which lines of a step are computed before, inside and after the time loop.
+
+        Args:
+            purpose: "infer" for training and evaluation, "filter", "stream" or "generate".
+        """
+        return str(partition(self, purpose))
+
+    def initial_state(self, batch_size: int) -> State:
+        """Return the zero state for ``batch_size`` sequences."""
+        zeros = self.input_mean.new_zeros(batch_size, len(self.cells), self.hidden_size)
+        return State(zeros, zeros if isinstance(self.cells[0], nn.LSTMCell) else None)
+
+    def require_state(self, state: State) -> None:
+        """Raise if a state is not one of this model.
+
+        Raises:
+            UserError: It has another shape or type.
+        """
+        like = self.initial_state(len(state.h))
+        for name, given, own in zip("hc", state, like, strict=True):
+            if (given is None) != (own is None):
+                raise UserError(f"state: {name} is {'missing' if given is None else 'for an LSTM, and the cell a GRU'}")
+            if given is not None and own is not None and (given.shape != own.shape or given.dtype != own.dtype):
+                found, needed = (f"{tuple(part.shape)} in {part.dtype}" for part in (given, own))
+                raise UserError(f"state: {name} of shape {found}, the model's is {needed}")
+
+    def apply_pruning(self) -> None:
+        """Compute pruned weights, as the call of a module would: the fast loop reads weights and calls nothing."""
+        for module in self.modules():
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, BasePruningMethod):
+                    hook(module, ())
+
+    def draw_masks(self, noise: Noise) -> Masks | None:
+        """Draw the dropout of a pass; ``None`` in evaluation, or where the probability is 0."""
+        if not self.training or not self.dropout:
+            return None
+        widths = [self.phi_x.out_features, self.phi_z.out_features if self.phi_z is not None else 0]
+        hidden = (len(self.cells), self.hidden_size)
+        kept = noise.uniform(sum(widths) + hidden[0] * hidden[1]) >= self.dropout
+        scaled = kept.to(self.input_mean) / (1 - self.dropout)
+        phi_x, phi_z, h = scaled.split([*widths, hidden[0] * hidden[1]], -1)
+        return Masks(phi_x, phi_z, h.unflatten(-1, hidden))
+
+    def mask_invalid(self, batch: SequenceBatch) -> SequenceBatch:
+        """Return a batch with zeros at padding and at missing values, whatever was there.
+
+        Raises:
+            UserError: The batch has no steps, or not the covariates that the model reads.
+        """
+        if 0 in batch.x.shape[:2]:
+            raise UserError("a batch of no sequences or no time steps: pad it to one")
+        inputs = None
+        if self.num_inputs:
+            width = 0 if batch.inputs is None else batch.inputs.shape[-1]
+            if batch.inputs is None or width != self.num_inputs:
+                raise UserError(
+                    f"the batch has {width} covariates (inputs) per step, the model reads {self.num_inputs}"
+                )
+            inputs = batch.inputs.to(batch.x).masked_fill(~batch.mask[..., None], 0.0)
+        return replace(batch, x=batch.x.masked_fill(~batch.valid_mask, 0.0), inputs=inputs)
+
+    def network_inputs(self, batch: SequenceBatch, masks: Masks | None, future: Tensor | None) -> NetworkInputs:
+        """Return what the networks read of a clean batch, time first."""
+        x_features = self.phi_x(self.standardize_input(batch.x, batch.valid_mask).transpose(0, 1))
+        x_features = x_features if masks is None else x_features * masks.phi_x
+        return NetworkInputs(x_features, None if batch.inputs is None else batch.inputs.transpose(0, 1), future)
+
+    def backward_states(self, batch: SequenceBatch, masks: Masks | None) -> Tensor | None:
+        """Return the states of the recurrence that reads each sequence from its end, for smoothing.
+
+        Args:
+            batch: A batch without invalid values.
+            masks: Dropout.
+
+        Returns:
+            Shape (time, batch, hidden), or ``None`` for a model that does not smooth.
+        """
+        if self.backward_rnn is None:
+            return None
+        x_features, inputs, _ = self.network_inputs(batch, masks, None)
+        reads, lengths = join(x_features, inputs), batch.lengths
+        time = torch.arange(len(reads), device=lengths.device)[:, None]
+        mirrored = torch.where(time < lengths, lengths - 1 - time, time)
+        rows = torch.arange(len(lengths), device=lengths.device)
+        kind = reads.device.type
+        narrow = kind != "cpu" and torch.is_autocast_enabled(kind)  # few CPUs have a narrow LSTM
+        with torch.autocast(kind, enabled=narrow):
+            states: Tensor = self.backward_rnn(reads[mirrored, rows].to(self.input_mean))[0]
+        return states[mirrored, rows]

@@ -1,0 +1,388 @@
+"""The VRNN: passes over batches, particle filters, generation and streams."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.filtering import FilterResult, Particles, ParticleWeights, Resampling, window_estimate
+from vrnn_lightning.heads import Factorised, Gaussian, Network, log_prob
+from vrnn_lightning.noise import Noise
+from vrnn_lightning.recurrence import (
+    Generated,
+    Masks,
+    Resample,
+    State,
+    StepView,
+    Stream,
+    generate,
+    infer,
+    log_ratio,
+    repeat_rows,
+)
+from vrnn_lightning.vrnn.equations import Equations
+from vrnn_lightning.vrnn.trace import Trace, gaussian, make_trace
+
+__all__ = ["VRNN"]
+
+MAX_WINDOW = 1024  # steps that a pass without gradient holds at once
+MAX_FILTER_WINDOW = 64  # the same of a particle filter, which holds many particles
+
+
+class _Pass(NamedTuple):
+    """What all windows of a pass share.
+
+    Args:
+        batch: Padded sequences, without invalid values.
+        noise: The noise of the pass.
+        masks: Dropout.
+        samples: Trajectories per sequence.
+        future: States of the recurrence that reads backwards, time first, for smoothing.
+    """
+
+    batch: SequenceBatch
+    noise: Noise
+    masks: Masks | None
+    samples: int
+    future: Tensor | None
+
+    def window(self, first: int, last: int) -> _Pass:
+        """Return the pass over some steps."""
+        future = None if self.future is None else self.future[first:last]
+        batch = self.batch if last - first >= self.batch.x.shape[1] else self.batch.window(first, last)
+        return self._replace(batch=batch, noise=self.noise.window(first, last), future=future)
+
+
+class VRNN(Equations):
+    """A recurrent network with a latent Gaussian at every step; see :class:`Equations` and :func:`build_vrnn`."""
+
+    def forward(
+        self,
+        batch: SequenceBatch,
+        noise: Tensor | None = None,
+        state: State | None = None,
+        masks: Masks | None = None,
+        samples: int = 1,
+    ) -> Trace:
+        """Infer the latents of a batch and score it.
+
+        Args:
+            batch: Padded sequences.
+            noise: Standard normal noise, shape (samples * batch, time, latent); drawn if not given.
+            state: State before the first step, of samples * batch rows; zero if not given.
+            masks: Dropout; drawn if not given, in training.
+            samples: Latent trajectories per sequence, K. Row ``k * batch + i`` of the trace is trajectory k of
+                sequence i.
+
+        Returns:
+            The terms of the bound, step by step. Padding changes nothing, whatever it holds.
+
+        Raises:
+            UserError: The batch has no steps, or not the covariates that the model reads.
+        """
+        batch = self.mask_invalid(batch)
+        fresh = Noise(batch) if noise is None or (masks is None and self.training and self.dropout) else None
+        noise = fresh.over_time(self.latent_size, samples) if noise is None and fresh is not None else noise
+        masks = self.draw_masks(fresh) if masks is None and fresh is not None else masks
+        state = self.initial_state(samples * len(batch)) if state is None else state
+        assert noise is not None
+        return self._infer(batch, noise, state, masks, samples, self.backward_states(batch, masks))
+
+    def _infer(
+        self,
+        batch: SequenceBatch,
+        noise: Tensor,
+        state: State,
+        masks: Masks | None,
+        samples: int,
+        future: Tensor | None,
+        resample: Resample | None = None,
+    ) -> Trace:
+        """Infer the latents of a batch without invalid values, and score it."""
+        if len(state.h) != samples * len(batch):
+            raise UserError(f"a state of {len(state.h)} rows, but {samples} x {len(batch)} trajectories are inferred")
+        self.require_state(state)
+        self.apply_pruning()
+        data = self.network_inputs(batch, masks, future)
+        lengths, noise = repeat_rows(batch.lengths, samples), noise.transpose(0, 1).contiguous()
+        steps = infer(self, data, noise, state, lengths, masks, samples, resample)
+        observed = None if batch.observed is None else batch.valid_mask
+        x, mask, seen, inputs = (
+            None if part is None else repeat_rows(part, samples)
+            for part in (batch.x, batch.mask, observed, batch.inputs)
+        )
+        return make_trace(self, steps, cast(Tensor, x), cast(Tensor, mask), seen, inputs, self.compiled)
+
+    def collect(
+        self,
+        batch: SequenceBatch,
+        noise: Noise,
+        select: Callable[[Trace], tuple[Tensor, ...]],
+        state: State | None = None,
+        masks: Masks | None = None,
+        samples: int = 1,
+    ) -> tuple[list[Tensor], State]:
+        """Return terms of a pass over windows, whose memory :attr:`checkpoint_every` bounds in training.
+
+        Args:
+            batch: Padded sequences.
+            noise: The noise of the pass.
+            select: Returns the terms of a window's trace, each of shape (samples * batch, time, ...).
+            state: State before the first step; zero if not given.
+            masks: Dropout; ``None`` for none.
+            samples: Latent trajectories per sequence.
+
+        Returns:
+            The terms of all windows, joined along time, and the state after each sequence's last real step.
+
+        Raises:
+            UserError: The batch has no steps, or not the covariates that the model reads.
+        """
+        batch = self.mask_invalid(batch)
+        state = self.initial_state(samples * len(batch)) if state is None else state
+        whole = _Pass(batch, noise, masks, samples, self.backward_states(batch, masks))
+        terms: list[tuple[Tensor, ...]] = []
+        for first, last in self._windows(batch, MAX_WINDOW):
+            parts = self._checkpointed(
+                partial(self._collect_window, whole.window(first, last), select), *_tensors(state)
+            )
+            count = len(parts) - len(_tensors(state))
+            terms.append(parts[:count])
+            state = State(*parts[count:])
+        return [torch.cat(part, 1) if len(terms) > 1 else part[0] for part in zip(*terms, strict=True)], state
+
+    def _collect_window(
+        self, window: _Pass, select: Callable[[Trace], tuple[Tensor, ...]], *states: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return terms of a window, and the state after it."""
+        noise = window.noise.over_time(self.latent_size, window.samples)
+        trace = self._infer(window.batch, noise, State(*states), window.masks, window.samples, window.future)
+        return (*select(trace), *_tensors(trace.state))
+
+    def trace(self, batch: SequenceBatch, noise: Noise) -> Trace:
+        """Infer the latents of a batch and score it, a window at a time if there is no gradient.
+
+        The trace of sequences longer than one window has no features, and so no emission.
+
+        Args:
+            batch: Padded sequences.
+            noise: The noise of the pass.
+
+        Raises:
+            UserError: The batch has no steps, or not the covariates that the model reads.
+        """
+        if torch.is_grad_enabled() or batch.x.shape[1] <= MAX_WINDOW:
+            return cast(Trace, self(batch, noise.over_time(self.latent_size)))
+
+        def select(trace: Trace) -> tuple[Tensor, ...]:
+            if trace.posterior is None or trace.prior is None:
+                return trace.log_px, trace.z
+            q, p = trace.posterior.base_dist, trace.prior.base_dist
+            return trace.log_px, trace.z, trace.kl, q.loc, q.scale, p.loc, p.scale
+
+        (log_px, z, *latent), state = self.collect(batch, noise, select, masks=self.draw_masks(noise))
+        kl, posterior, prior = z, None, None
+        if latent:
+            kl, posterior, prior = latent[0], gaussian(*latent[1:3]), gaussian(*latent[3:])
+        return Trace(log_px, kl, batch.mask, None, self.decoder.head, posterior, prior, z, state)
+
+    def _windows(self, batch: SequenceBatch, most: int) -> Iterator[tuple[int, int]]:
+        """Yield the first step of each window, and the one after its last."""
+        steps = batch.x.shape[1]
+        size = (self.checkpoint_every or steps) if torch.is_grad_enabled() else most
+        for first in range(0, steps, size):
+            yield first, min(first + size, steps)
+
+    def _checkpointed(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
+        """Call a function; with :attr:`checkpoint_every` keep only its arguments, and call it again on the way back."""
+        if self.checkpoint_every is None or not torch.is_grad_enabled():
+            return function(*tensors)
+        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+    def filter(
+        self,
+        batch: SequenceBatch,
+        samples: int,
+        resampling: Resampling | None = None,
+        noise: Noise | None = None,
+        masks: Masks | None = None,
+        beta: float = 1.0,
+        particles: Particles | None = None,
+    ) -> FilterResult:
+        r"""Bound each sequence's log-likelihood with weighted particles.
+
+        The proposal is the posterior: a particle's weight is multiplied by :math:`p(x_t \mid z_{\le t}, x_{<t})\,
+        [p(z_t \mid \cdot) / q(z_t \mid \cdot)]^\beta` at each step. Without gradient no more than a window of steps is
+        held.
+
+        Args:
+            batch: Padded sequences.
+            samples: Particles per sequence, K.
+            resampling: When particles are resampled; ``None`` never, which is the importance-weighted bound.
+            noise: The noise of the pass; from torch's global generator if not given.
+            masks: Dropout.
+            beta: Weight of the latent's part of the increments; 1 for a likelihood.
+            particles: Particles to continue from; even ones in the zero state if not given.
+
+        Returns:
+            The bound, the weights, and the state of the particles.
+
+        Raises:
+            UserError: The batch has no steps, or not the covariates that the model reads; or the gradient is to account
+                for the choice of particles in a pass that is not kept.
+        """
+        batch = self.mask_invalid(batch)
+        noise = Noise(batch) if noise is None else noise
+        state, log_weights = self.new_particles(len(batch), samples) if particles is None else particles
+        if resampling is not None and resampling.gradient and self.checkpoint_every and torch.is_grad_enabled():
+            raise UserError(
+                "objective.resampling_gradient: weighs each choice by all that follows, which loop.checkpoint_every "
+                "does not keep; give one of the two"
+            )
+        whole = _Pass(batch, noise, masks, samples, self.backward_states(batch, masks))
+        total = effective_sum = log_weights.new_zeros(len(batch))
+        effective = torch.full_like(total, samples)
+        for first, last in self._windows(batch, MAX_FILTER_WINDOW):
+            lengths = batch.lengths - first
+            run = partial(self._filter_window, whole.window(first, last), lengths, resampling, beta)
+            gained, log_weights, added, now, *states = self._checkpointed(run, log_weights, *_tensors(state))
+            total, effective_sum = total + gained, effective_sum + added
+            effective = torch.where(lengths > 0, now, effective)
+            state = State(*states)
+        return FilterResult(total, effective_sum / batch.lengths.clamp(min=1), effective, log_weights, state)
+
+    def _filter_window(
+        self,
+        window: _Pass,
+        lengths: Tensor,
+        resampling: Resampling | None,
+        beta: float,
+        log_weights: Tensor,
+        *states: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Weigh particles through a window; return the estimate of the window, and the state after it."""
+        batch, noise, masks, samples, future = window
+        weights, resample = None, None
+        if resampling is not None and samples > 1 and resampling.threshold > 0:
+            weights = ParticleWeights(lengths, log_weights.detach(), resampling)
+            draws = noise.uniform_over_time(resampling.draws(samples)).unbind(1)
+            resample = self._resampler(batch, samples, weights, draws, beta)
+        trace = self._infer(
+            batch, noise.over_time(self.latent_size, samples), State(*states), masks, samples, future, resample
+        )
+        increments = (trace.log_px + beta * trace.log_ratio).t().unflatten(1, (samples, -1))
+        gradient = resampling is not None and resampling.gradient
+        estimate = window_estimate(increments, log_weights, weights, batch.mask.t(), gradient)
+        return (*estimate, *_tensors(trace.state))
+
+    def _resampler(
+        self, batch: SequenceBatch, samples: int, weights: ParticleWeights, draws: tuple[Tensor, ...], beta: float
+    ) -> Resample:
+        """Return what weighs the particles after each step, and resamples them."""
+        x, observed, inputs = (
+            None if part is None else repeat_rows(part, samples).unbind(1)
+            for part in (batch.x, None if batch.observed is None else batch.valid_mask, batch.inputs)
+        )
+        assert x is not None
+
+        def resample(t: int, step: StepView) -> Tensor | None:
+            emission = self.decoder.head(step.emission)
+            increments = log_prob(emission, x[t], None if observed is None else observed[t])
+            if step.posterior is not None and step.z is not None:
+                prior = self._step_prior(step, None if inputs is None else inputs[t])
+                posterior = gaussian(*cast("Network[Gaussian]", self.encoder).head.moments(step.posterior))
+                increments = increments + beta * log_ratio(prior, posterior, step.z)
+            return weights.advance(t, increments.unflatten(0, (samples, -1)), draws[t].t())
+
+        return resample
+
+    def _step_prior(self, step: StepView, inputs: Tensor | None) -> Factorised:
+        if step.prior is None:
+            return self.prior_dist(step.h, inputs)
+        return gaussian(*cast("Network[Gaussian]", self.prior).head.moments(step.prior))
+
+    def new_particles(self, batch_size: int, samples: int) -> Particles:
+        """Return ``samples`` even particles in the zero state for each of ``batch_size`` sequences."""
+        state = self.initial_state(samples * batch_size)
+        return Particles(state, state.h.new_full((samples, batch_size), -math.log(samples)))
+
+    def generate(
+        self,
+        steps: int,
+        batch_size: int = 1,
+        state: State | None = None,
+        inputs: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Generated:
+        """Draw sequences from the model: each z_t from the prior, each x_t from its emission.
+
+        Args:
+            steps: Frames per sequence, T.
+            batch_size: Number of sequences, B; ``state`` decides it where given.
+            state: State to continue from; zero if not given.
+            inputs: Covariates, shape (B, T, num_inputs), for a model that reads them.
+            temperature: Temperature of the emission; below 1 for the more likely frames.
+
+        Returns:
+            Frames in the model's (scaled) units, shape (B, T, features), with their means, latents and last state.
+
+        Raises:
+            UserError: No steps or sequences, or not the covariates that the model reads.
+        """
+        if steps < 1 or batch_size < 1:
+            raise UserError(f"steps {steps}, batch_size {batch_size}: both must be at least 1")
+        state = self.initial_state(batch_size) if state is None else state
+        self.require_state(state)
+        if len(state.h) == 0:
+            raise UserError("state: has no rows; give at least one")
+        self.apply_pruning()
+        if self.num_inputs:
+            needed = (len(state.h), steps, self.num_inputs)
+            if inputs is None or tuple(inputs.shape) != needed:
+                given = "none" if inputs is None else f"shape {tuple(inputs.shape)}"
+                raise UserError(f"inputs: the model reads covariates of shape {needed}, but got {given}")
+        return generate(self, steps, state, inputs if self.num_inputs else None, temperature)
+
+    def stream(
+        self,
+        batch_size: int = 1,
+        samples: int = 1,
+        state: State | None = None,
+        resampling: Resampling | None = None,
+    ) -> Stream:
+        """Follow sequences frame by frame: ``stream.step(x)`` returns an estimate of each log p(x_t | x_<t) in nats.
+
+        Args:
+            batch_size: Number of sequences, B.
+            samples: Particles per sequence, K.
+            state: State before the first step, of K * B rows; zero if not given.
+            resampling: When particles are resampled; ``None`` never.
+
+        Raises:
+            UserError: The model smooths, or the state has other rows.
+
+        >>> from vrnn_lightning import build_vrnn
+        >>> stream = build_vrnn(num_features=3).stream(batch_size=2, samples=4)
+        >>> stream.step(torch.zeros(2, 3)).shape
+        torch.Size([2])
+        """
+        if batch_size < 1 or samples < 1:
+            raise UserError(f"batch_size {batch_size}, samples {samples}: both must be at least 1")
+        state = self.initial_state(samples * batch_size) if state is None else state
+        if len(state.h) != samples * batch_size:
+            raise UserError(f"state: {len(state.h)} rows, not {samples * batch_size} (samples * batch_size)")
+        self.require_state(state)
+        self.apply_pruning()
+        return Stream(self, state, samples, self.num_inputs, resampling)
+
+
+def _tensors(state: State) -> tuple[Tensor, ...]:
+    return tuple(part for part in state if part is not None)
