@@ -107,12 +107,10 @@ class Handwriting(RandomSplitDataModule):
         augment: In each epoch, stretch each training sequence by one random factor for dx and one for dy, uniform
             between 1 - ``augment`` and 1 + ``augment``. The scaler is that of the sequences as they are.
         batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead; 0 reads in the main process.
-        seed: Seed of drawn splits, of the stretching and of the order of the training batches.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
         max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
             A file that takes no more than 16 times its own size is always read.
         download: Fetch Omniglot's strokes as an archive, where there is no ``root`` yet.
+        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:
         UserError: An option outside its range. From ``setup`` on: the data are not there, are none of these formats or
@@ -146,13 +144,11 @@ class Handwriting(RandomSplitDataModule):
         smooth: int = 1,
         augment: float = 0.0,
         batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
         max_gb: float = MAX_GB,
         download: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(num_features=3, batch_size=batch_size, num_workers=num_workers, seed=seed, window=window)
+        super().__init__(num_features=3, batch_size=batch_size, **options)
         self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
         self.download = download
         _among("too_long", too_long, ("drop", "split"))
@@ -178,7 +174,7 @@ class Handwriting(RandomSplitDataModule):
         self.scale = scale
         self.smooth = smooth
         self.augment = augment
-        self._draw = RandomSplits(val, test, seed)
+        self._draw = RandomSplits(val, test, self.seed)
 
     @property
     def pen_starts_down(self) -> bool:

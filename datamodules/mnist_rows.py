@@ -59,11 +59,9 @@ class MNISTRows(SequenceDataModule):
         val_size: The last so many training images of the idx files are for validation; an archive brings its own.
         download: Fetch MNIST's files (12 MB) into ``root``, where it is empty or not there yet.
         batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead; 0 reads in the main process.
-        seed: Seed of the order of the training batches and of the dynamic draws.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
         max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
             A file that takes no more than 16 times its own size is always read.
+        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:
         UserError: An option outside its range. From ``setup`` on: a file is missing, damaged or holds something else.
@@ -84,17 +82,15 @@ class MNISTRows(SequenceDataModule):
         val_size: int = 10_000,
         download: bool = False,
         batch_size: int = 128,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
         max_gb: float = MAX_GB,
+        **options: Any,
     ) -> None:
         for option, value, choices in (("read", read, get_args(Read)), ("binarise", binarise, get_args(Binarise))):
             if value not in choices:
                 raise UserError(f"--data.{option} {value}: must be one of {', '.join(choices)}")
         if val_size < 1:
             raise UserError(f"--data.val_size {val_size}: must be at least 1")
-        super().__init__(SIDE if read == "rows" else 1, batch_size, num_workers, seed, window)
+        super().__init__(num_features=SIDE if read == "rows" else 1, batch_size=batch_size, **options)
         self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
         self.root = data_root(root)
         self.max_gb = checked_limit(max_gb)

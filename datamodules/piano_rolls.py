@@ -74,12 +74,10 @@ class PianoRolls(SequenceDataModule):
         skip_bad: Skip and count MIDI files that can't be used instead of stopping at the first.
         download: Fetch the JSB chorales in quarter notes (under 1 MB) as an archive, where there is no ``root`` yet.
         batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead; 0 reads in the main process.
-        seed: Seed of the order of the training batches, of the splits and of the shifts.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
         max_quarters: Longest MIDI file, in quarter notes: later times come from damage.
         max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
             A file that takes no more than 16 times its own size is always read.
+        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:
         UserError: An option outside its range, or one that the data at ``root`` have no use for. From ``setup`` on:
@@ -108,13 +106,11 @@ class PianoRolls(SequenceDataModule):
         skip_bad: bool = False,
         download: bool = False,
         batch_size: int = 16,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
         max_quarters: int = 20_000,
         max_gb: float = MAX_GB,
+        **options: Any,
     ) -> None:
-        super().__init__(num_features=KEYS, batch_size=batch_size, num_workers=num_workers, seed=seed, window=window)
+        super().__init__(num_features=KEYS, batch_size=batch_size, **options)
         self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
         for option, value, most in (
             ("resolution", resolution, 960),

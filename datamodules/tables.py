@@ -94,12 +94,9 @@ class Tables(SequenceDataModule):
         missing: Allow missing values. False refuses them, and builds a model that doesn't ask.
         sort: Bring rows that are not in the order of time into it, instead of refusing them.
         delimiter: What stands between the cells of a csv file.
-        batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead; 0 reads in the main process.
-        seed: Seed of the split by id and of the order of the training batches.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
         max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
             A file that takes no more than 16 times its own size is always read.
+        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:
         UserError: An option is out of its range or makes no sense beside another. From ``setup`` on: there is no such
@@ -134,13 +131,10 @@ class Tables(SequenceDataModule):
         missing: bool = True,
         sort: bool = False,
         delimiter: str = ",",
-        batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
         max_gb: float = MAX_GB,
+        **options: Any,
     ) -> None:
-        super().__init__(len(columns), batch_size, num_workers, seed, window)
+        super().__init__(num_features=len(columns), **options)
         self.root = data_root(root)
         self.max_gb = checked_limit(max_gb)
         self.columns = _names("columns", columns)
