@@ -315,7 +315,7 @@ def _prefork_rank() -> None:
     spare = os.fork()
     if spare == 0:
         os.close(writer)
-        kept = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to all; this is no process yet
+        kept = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to all; this is not a process yet
         with os.fdopen(reader) as pipe:
             environment = pipe.read()
         if not environment:

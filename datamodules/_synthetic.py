@@ -1,4 +1,4 @@
-"""What synthetic datamodules share: sequences that a function draws from a seed, once or anew in each epoch."""
+"""What synthetic datamodules share: sequences that a function draws from a seed, once or in every epoch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SyntheticDataModule(SequenceDataModule):
         steps: Longest sequence.
         sizes: Sequences of training, validation and test.
         min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
-        fresh: Draw the training sequences anew in each epoch, in the same lengths.
+        fresh: Redraw the training sequences every epoch, in the same lengths.
         batch_size: Sequences per batch and process.
         options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 

@@ -52,7 +52,7 @@ class Archive(RandomSplitDataModule):
 
     Raises:
         UserError: An option outside its range. From ``setup`` on: the file is missing, no such archive or of another
-            width, or holds values that are no finite numbers.
+            width, or holds values that are not finite.
 
     >>> Archive("vowels.npz", features=12, exclude=[0]).num_features
     11

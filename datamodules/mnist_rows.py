@@ -44,7 +44,7 @@ class MNISTRows(SequenceDataModule):
 
     Pixels are grey, but a Bernoulli is a likelihood of 0 and 1 alone. So they are made 0 and 1: "static", 1 where ink
     covers more than half, or "dynamic", 1 with the probability that is the grey value (Burda et al. 2016,
-    arXiv 1509.00519), for training anew in each epoch. Figures of one kind do not compare with those of another. Such a
+    arXiv 1509.00519), for training in each epoch. Figures of one kind do not compare with those of another. Such a
     draw depends on the seed, the image and the epoch alone; validation and test images are drawn once. With "none" they
     stay grey, whole numbers from 0 to 255 where the file holds bytes, for a ``DiscretisedLogisticMixture``.
 
@@ -110,8 +110,8 @@ class MNISTRows(SequenceDataModule):
         if self.binarise == "none" and not self._warned:
             self._warned = True
             rank_zero_warn(
-                "--data.binarise none: what a Bernoulli says of grey values is no likelihood; choose another emission, "
-                "DiscretisedLogisticMixture for one"
+                "--data.binarise none: what a Bernoulli says of grey values is not a likelihood; choose another "
+                "emission, DiscretisedLogisticMixture for one"
             )
         if self.binarise != "dynamic":
             return _Images(found, self.num_features, self.binarise == "static")
@@ -202,7 +202,7 @@ class _DrawnImages(_Images):
 
 
 class _RedrawnImages(_DrawnImages):
-    """Images that are drawn anew in each epoch."""
+    """Images that are redrawn every epoch."""
 
     def in_epoch(self, epoch: int, /) -> _RedrawnImages:
         """Return the draws of an epoch."""
@@ -232,7 +232,7 @@ def _read_idx(path: Path, max_gb: float) -> NDArray[Any]:
         try:
             return _images(path, gzip.open(file) if packed else file, max_gb)
         except (EOFError, gzip.BadGzipFile, zlib.error):
-            raise UserError(f"{path}: is damaged or no gzip file; copy it anew from {SOURCE}") from None
+            raise UserError(f"{path}: is damaged or no gzip file; copy it again from {SOURCE}") from None
 
 
 def _images(path: Path, file: BinaryIO | gzip.GzipFile, max_gb: float) -> NDArray[Any]:

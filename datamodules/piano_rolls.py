@@ -66,11 +66,11 @@ class PianoRolls(SequenceDataModule):
         resolution: Steps per quarter note: how finely MIDI files are read, and how fast samples of the model play that
             are written as MIDI.
         sustain: Let notes of MIDI files sound for as long as the sustain pedal is down; else it is ignored.
-        transpose: Shift each training sequence by up to so many semitones, up or down, drawn anew in each epoch from
+        transpose: Shift each training sequence by up to so many semitones, up or down, redrawn every epoch from
             those shifts that leave every note of the sequence on the keyboard, each as likely.
         test: Fraction of the MIDI files that is drawn with ``seed`` for the test, at least one unless it is 0; ``None``
             is a tenth. Where the data bring their splits it must be ``None``.
-        val: Fraction for validation of the files outside the test split, likewise.
+        val: Fraction for validation of the files outside the test split.
         skip_bad: Skip and count MIDI files that can't be used instead of stopping at the first.
         download: Fetch the JSB chorales in quarter notes (under 1 MB) as an archive, where there is no ``root`` yet.
         batch_size: Sequences per batch and process.
@@ -170,7 +170,7 @@ class PianoRolls(SequenceDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return the scaler and which MIDI files are in which split, by the digests of their contents."""
         members = self._drawn() if self.root.is_dir() else self._members or {}
-        if self.root.is_dir() and self._folders:  # more may have come since the checkpoint that training went on from
+        if self.root.is_dir() and self._folders:  # more may have come since the checkpoint that training continued from
             here = {split: [self._digests[name] for name in self._in_folder(split)] for split in FOLDERS}
             members = {split: list(dict.fromkeys([*members[split], *here[split]])) for split in FOLDERS}
         return super().state_dict() | {"members": dict(members)}
@@ -180,7 +180,7 @@ class PianoRolls(SequenceDataModule):
         super().load_state_dict(state_dict)
         members = state_dict.get("members") or {}
         self._members = {split: list(members.get(split, ())) for split in FOLDERS}
-        self._splits.clear()  # those that setup found were drawn anew
+        self._splits.clear()  # those that setup found were drawn again
 
     def _rolls(self, split: Split) -> ArchiveSplit | _Songs:
         suffix = self.root.suffix.lower()
@@ -202,7 +202,7 @@ class PianoRolls(SequenceDataModule):
         """Refuse options that would do nothing; only in training, for a checkpoint brings its own."""
         midi = self.root.is_dir()
         if not midi:
-            idle, reason = {"sustain": self.sustain, "skip_bad": self.skip_bad}, "is no folder of MIDI files"
+            idle, reason = {"sustain": self.sustain, "skip_bad": self.skip_bad}, "is not a folder of MIDI files"
         else:
             idle, reason = {}, f"has folders that split it ({', '.join(self._folders)})"
         if not midi or self._folders:

@@ -105,7 +105,7 @@ class Speech(SequenceDataModule):
             of all files; or the name of an official split, ``fsdd`` for the spoken digits. ``None`` takes the layout's
             own, or a tenth where it has none. What the layout has for the test or for validation is never trained on,
             also where this takes other files instead.
-        val: Validation files, chosen likewise from the files outside the test split.
+        val: Validation files, chosen in the same way from the files outside the test split.
         tail: What becomes of the samples that don't fill a last frame: "drop" leaves them out, and with them files
             shorter than one frame; "pad" fills the frame with zeros that count as not observed. Log-mel frames that are
             filled count as observed.
@@ -127,7 +127,7 @@ class Speech(SequenceDataModule):
         options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:
-        UserError: An option is out of its range, is no regular expression or makes no sense beside another. From
+        UserError: An option is out of its range, is not a regular expression or makes no sense beside another. From
             ``setup`` on: there is no such folder or no audio in it, a file can't be read, breaks off or is empty, rates
             or channels are not as asked, no file is as long as a frame, or an expression matches no file.
 
@@ -192,7 +192,7 @@ class Speech(SequenceDataModule):
         _require_training_share(self.test, self.val)
         if mel:  # frames of logarithms: a picture, but no sound
             self.modality = "roll"  # type: ignore[misc]  # of the class, but for these frames
-            self.scaling = "per_feature"  # type: ignore[misc]  # likewise
+            self.scaling = "per_feature"  # type: ignore[misc]  # as above
         self._asked_rate = self._rate = sample_rate
         self._files: dict[str, IndexedFile] | None = None
         self._recordings: dict[str, Recording] = {}
@@ -327,7 +327,7 @@ class Speech(SequenceDataModule):
         self._trained = state_dict["trained"]
         self._resumed = True
         self._frame_counts = None  # at another rate
-        self._splits.clear()  # those that setup found were drawn anew
+        self._splits.clear()  # those that setup found were drawn again
 
     @property
     def _frames(self) -> _Frames:
@@ -538,7 +538,7 @@ class _Recordings:
 
 @dataclass(frozen=True)
 class _Crops:
-    """A stretch of each recording, drawn anew in each epoch, or all of a recording that is no longer."""
+    """A stretch of each recording, redrawn every epoch, or all of a recording that is no longer."""
 
     whole: _Recordings
     lengths: list[int]

@@ -272,7 +272,7 @@ class Tables(SequenceDataModule):
         super().load_state_dict(state_dict)
         self._drawn = state_dict.get("drawn", {})
         self._cuts, self._clock = state_dict.get("cuts"), state_dict.get("clock", "")
-        self._splits.clear()  # those that setup found were cut anew
+        self._splits.clear()  # those that setup found were cut again
         self._predicted = None
 
     def _windows(self, split: Split) -> _Windows:
@@ -506,7 +506,7 @@ class _Rows:
         if off.any():
             i = int(off.argmax())
             raise UserError(
-                f"{self.place(i)}: time {_stamp(self.times[i], self.clock)} is no whole number of steps after "
+                f"{self.place(i)}: time {_stamp(self.times[i], self.clock)} is not a whole number of steps after "
                 f"{_stamp(self.times[0], self.clock)} ({option}); round it, or choose a finer step"
             )
         count = int(place[-1]) + 1
@@ -658,7 +658,7 @@ def _files(place: Path) -> dict[str, Path]:
             raise UserError(f"--data.root {place}: no such file or folder")
         if not place.is_dir():
             if not _is_table(place):
-                raise UserError(f"--data.root {place}: is no table; expected {', '.join(TABLE_SUFFIXES)}")
+                raise UserError(f"--data.root {place}: is not a table; expected {', '.join(TABLE_SUFFIXES)}")
             return {_stem(place.name): place}
         walk = os.walk(place, onerror=_raise)
         paths = sorted(p for folder, _, files in walk for p in (Path(folder, file) for file in files) if _is_table(p))

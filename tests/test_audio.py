@@ -136,7 +136,7 @@ class TestDamage:
         ("content", "reason"),
         [
             (b"", "it is empty"),
-            (b"this is no audio", "Format not recognised"),
+            (b"this is not an audio", "Format not recognised"),
             (b"NIST_1A\n", "SPHERE header is damaged"),
             (b"NIST_1A\n   1024\nsample_count -i many\nend_head\n" + bytes(2000), "SPHERE header is damaged"),
             (b"RIFF\x24\x00\x00\x00WAVE", "breaks off before its samples"),

@@ -577,7 +577,7 @@ def test_an_option_that_is_an_enumeration_is_saved_as_its_value(lightning, tiny)
 
 @pytest.mark.parametrize("given", ["[a,b", "a\0b", "1", "{a: b}", "[a, [b]]", "a b", "mine.*"])
 def test_trust_names_classes_and_modules(lightning, tiny, given):
-    assert one_line(lightning("fit", "-c", tiny, "--trust", given), f"--trust {given!r}: is no class path or module")
+    assert one_line(lightning("fit", "-c", tiny, "--trust", given), f"--trust {given!r}: is not a class path or module")
 
 
 def test_a_null_byte_in_a_path(lightning, tiny):

@@ -723,7 +723,7 @@ def test_what_was_read_of_an_epoch_is_skipped_in_that_epoch_alone():
         assert [b.names for b in resumed] == [b.names for b in whole][skipped:]
     assert len(read) == 2
     other = Given(ragged([3] * 9), batch_size=4).train_dataloader()
-    with pytest.warns(UserWarning, match="the epoch begins anew"):
+    with pytest.warns(UserWarning, match="the epoch starts again"):
         other.load_state_dict(state)
     assert len(list(other)) == 3
 

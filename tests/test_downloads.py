@@ -365,7 +365,7 @@ def test_a_wrong_checksum(server, monkeypatch, tmp_path):
 def broken_off(server: Server, root: Path, after: int = 40) -> Path:
     """Break a download off, and return what is there of the file."""
     server.break_after = after
-    refused("jsb", root, "it broke off; the next run goes on", server.address)
+    refused("jsb", root, "it broke off; the next run continues", server.address)
     server.break_after = None
     server.asked.clear()
     part = root.parent / f"{root.name}.part" / "files" / "chorales.json.part"
@@ -445,7 +445,7 @@ def test_no_server(server, monkeypatch, tmp_path):
 def test_a_server_that_falls_silent(chorales, monkeypatch, tmp_path):
     monkeypatch.setattr(downloads, "TIMEOUT", 0.3)
     chorales.wait = threading.Event()
-    refused("jsb", tmp_path / "jsb.npz", "the next run goes on")
+    refused("jsb", tmp_path / "jsb.npz", "the next run continues")
     chorales.wait.set()
     chorales.wait = None
     fetch("jsb", tmp_path / "jsb.npz")
@@ -453,7 +453,7 @@ def test_a_server_that_falls_silent(chorales, monkeypatch, tmp_path):
 
 
 def test_interrupted(chorales, monkeypatch, tmp_path):
-    """What came so far stays, and nothing else; the next run goes on."""
+    """What came so far stays, and nothing else; the next run continues."""
     chorales.wait = threading.Event()
     write = downloads._Resuming._write
 

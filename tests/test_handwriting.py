@@ -107,7 +107,7 @@ def iam_tree(tmp_path) -> Path:
 
 @pytest.fixture
 def sources(tmp_path, iam_tree) -> dict[str, Path]:
-    """Small data of every layout that is no flat archive."""
+    """Small data of every layout that is not a flat archive."""
     inkmls, drawn = tmp_path / "inkml", tmp_path / "quickdraw"
     for i in range(14):
         inkml(inkmls / f"writer{i % 3}" / f"{i}.inkml", drawing(i))
@@ -395,7 +395,7 @@ class TestOptions:
         assert message in caplog.text
 
     def test_augment_stretches_training_alone(self, archive):
-        """By a factor for each sequence and axis, in the range, drawn anew in each epoch, known by seed and epoch."""
+        """By a factor for each sequence and axis, in the range, redrawn every epoch, known by seed and epoch."""
         plain, data = found(archive), Handwriting(str(archive), augment=0.25)
         assert torch.equal(data.scaler.std, Handwriting(str(archive)).scaler.std)
         factors = {}
@@ -557,7 +557,7 @@ class TestBadInput:
         (lists / "trainset.txt").write_text("a01-000u c03-011")
         refused(iam_tree, r"testset_f\.txt: names c03-011, as .*trainset\.txt does; keep it in one of them")
         (lists / "trainset.txt").write_bytes(b"\xff\xfe\x00")
-        refused(iam_tree, r"trainset\.txt: is no text")
+        refused(iam_tree, r"trainset\.txt: is not text")
         (lists / "trainset.txt").unlink()
         refused(iam_tree, r"no trainset\.txt in it; put the lists of IAM-OnDB's task t1 into a folder below")
 
@@ -580,7 +580,7 @@ class TestBadInput:
             (sources["iam"] / "task1" / "testset_t.txt").write_text("")
             files = [file for file in files if file.stem[:-3] in ("a01-000x", "a01-000u", "a01-001")]
             files[0].write_text(text[: len(text) // 2])
-        with pytest.raises(UserError, match=r"ml: line \d+: is no whole XML \(.*\); copy the file anew"):
+        with pytest.raises(UserError, match=r"ml: line \d+: is not valid XML \(.*\); copy the file again"):
             found(sources[layout], **part)
         with pytest.warns(UserWarning, match=r"\d of \d+ files are skipped \(--data.skip_bad true\): .*no whole XML"):
             kept = found(sources[layout], skip_bad=True, **part)
@@ -594,9 +594,9 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ('{"drawing": [[[1, 2], [3', "is no whole JSON object"),
-            ("\x00\x01", "is no whole JSON object"),
-            ("[" * 100_000, "is no whole JSON object"),
+            ('{"drawing": [[[1, 2], [3', "is not a valid JSON object"),
+            ("\x00\x01", "is not a valid JSON object"),
+            ("[" * 100_000, "is not a valid JSON object"),
             ("[1, 2]", 'has no list "drawing"'),
             ('{"drawing": 3}', 'has no list "drawing"'),
             ('{"word": "cat"}', 'has no list "drawing"'),
@@ -606,10 +606,10 @@ class TestBadInput:
             ('{"drawing": [[[1, "2"], [3, 4]]]}', "stroke 0 holds something else than numbers"),
             ('{"drawing": [[[1, true], [3, 4]]]}', "stroke 0 holds something else than numbers"),
             ('{"drawing": [[[1, null], [3, 4]]]}', "stroke 0 holds something else than numbers"),
-            ('{"drawing": [[[1, NaN], [3, 4]]]}', "holds coordinates that are no finite numbers"),
-            ('{"drawing": [[[1, 1e300], [3, 4]]]}', "holds coordinates that are no finite numbers"),
+            ('{"drawing": [[[1, NaN], [3, 4]]]}', "holds coordinates that are not finite"),
+            ('{"drawing": [[[1, 1e300], [3, 4]]]}', "holds coordinates that are not finite"),
             ('{"drawing": [[[1, 1%s], [3, 4]]]}' % ("0" * 400), "stroke 0 holds a number that is too large"),
-            ('{"drawing": [[[1, 1%s], [3, 4]]]}' % ("0" * 5000), "is no whole JSON object"),
+            ('{"drawing": [[[1, 1%s], [3, 4]]]}' % ("0" * 5000), "is not a valid JSON object"),
         ],
     )
     def test_bad_drawings(self, line, message, sources):
@@ -644,7 +644,7 @@ class TestBadInput:
         (tmp_path / "empty").mkdir()
         refused(tmp_path / "empty", "no handwriting in it; looked for an .npz archive .* lineStrokes")
         (tmp_path / "a.txt").write_text("")
-        refused(tmp_path / "a.txt", "is no handwriting; looked for")
+        refused(tmp_path / "a.txt", "is not a handwriting dataset; looked for")
         refused(tmp_path, "holds iam and quickdraw and inkml; choose one with --data.layout")
         assert len(found(tmp_path, layout="inkml", val=0, test=0)) == 14
         refused(sources["inkml"], r"no \*.ndjson in it, which --data.layout quickdraw reads", layout="quickdraw")

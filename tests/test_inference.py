@@ -287,7 +287,7 @@ def test_a_step_stands_where_it_was_when_the_session_goes_on():
 
 
 def test_paths_from_a_session_are_forecasts():
-    """Of one step they have the moments of the distribution to come, and more steps go on."""
+    """Of one step they have the moments of the distribution to come, and more steps continue."""
     module, (x,) = model().eval(), sequences(3)
     session = module.session(samples=200)
     for frame in x:
@@ -440,7 +440,7 @@ def test_a_missing_end_is_a_forecast():
 
 @variants
 def test_a_backtest_is_a_forecast_from_each_origin(options, monkeypatch):
-    """Particles that follow a sequence once are those that follow each prefix anew, resampled or not."""
+    """Particles that follow a sequence once are those that follow each prefix again, resampled or not."""
     module, xs = model(**options).eval(), sequences(67, 70)
     for parameter in module.vrnn.parameters():
         parameter.detach().mul_(2)  # for uneven weights
@@ -585,7 +585,7 @@ def test_covariates():
             lambda m: model(num_inputs=1).session().step(torch.ones(1, 3), inputs=torch.ones(1, 1) * NAN),
             "inputs: holds",
         ),
-        (lambda m: m.session().step(torch.full((1, 3), math.inf)), "x: holds a value that is no number"),
+        (lambda m: m.session().step(torch.full((1, 3), math.inf)), "x: holds a value that is not a number"),
         (lambda m: m.session().step(torch.full((1, 3), NAN), torch.ones(1, 3).bool()), "x: holds a value that is no"),
         (lambda m: model(smoothing=True).session(), "smooth"),
     ],

@@ -102,11 +102,11 @@ class TestIam:
             ("WhiteboardCaptureSession", "html", r"line 2: begins with <html>, expected <WhiteboardCaptureSession>"),
             ('x="890"', 'x="left"', r'line 6: <Point x="left" y="1000" time="1.6"> has no numbers x and y'),
             ('y="992"', "", r"line 5: <Point x=\"895\" time=\"1.5\"> has no numbers x and y"),
-            ('x="890"', 'x="NaN"', "holds coordinates that are no finite numbers"),
-            ('x="890"', 'x="1e39"', "holds coordinates that are no finite numbers"),
+            ('x="890"', 'x="NaN"', "holds coordinates that are not finite"),
+            ('x="890"', 'x="1e39"', "holds coordinates that are not finite"),
             ("<StrokeSet>", '<StrokeSet><Point x="1" y="2"/>', "line 3: a <Point> outside a <Stroke>"),
-            ("</Stroke>\n<Stroke ", "</Stroke\n<Stroke ", r"line \d: is no whole XML \(not well-formed"),
-            ("ISO-8859-1", "klingon", "can't be decoded|is no whole XML"),
+            ("</Stroke>\n<Stroke ", "</Stroke\n<Stroke ", r"line \d: is not valid XML \(not well-formed"),
+            ("ISO-8859-1", "klingon", "can't be decoded|is not valid XML"),
             ("ISO-8859-1", "shift_jis", "can't be decoded"),
         ],
     )
@@ -117,7 +117,9 @@ class TestIam:
 
     def test_half_a_file_names_the_line(self, tmp_path):
         half = IAM[: IAM.index("890")]
-        with pytest.raises(UserError, match=r"a\.xml: line 6: is no whole XML \(unclosed token\); copy the file anew"):
+        with pytest.raises(
+            UserError, match=r"a\.xml: line 6: is not valid XML \(unclosed token\); copy the file again"
+        ):
             read_iam(write(tmp_path / "a.xml", half))
 
     @pytest.mark.parametrize("read", [read_iam, read_inkml])
@@ -140,7 +142,7 @@ class TestIam:
             read(write(tmp_path / "a.xml", content))
 
     def test_entities_that_are_not_declared(self, tmp_path):
-        with pytest.raises(UserError, match=r"line 6: is no whole XML \(undefined entity\)"):
+        with pytest.raises(UserError, match=r"line 6: is not valid XML \(undefined entity\)"):
             read_iam(write(tmp_path / "a.xml", IAM.replace('"890"', '"&e;"')))
 
 
@@ -199,13 +201,13 @@ class TestInkML:
             ("<trace>* 2, 3 4</trace>", r"line 2: '\*' as the channel X"),
             ("<trace>1 2, ? 4</trace>", r"line 2: '\?' as the channel X"),
             ("<trace>1 2, 3 T</trace>", "line 2: 'T' as the channel Y"),
-            ("<trace>1 2, 1e99 2</trace>", "holds coordinates that are no finite numbers"),
-            ("<trace>1 2, 1e999 2</trace>", "holds coordinates that are no finite numbers"),
+            ("<trace>1 2, 1e99 2</trace>", "holds coordinates that are not finite"),
+            ("<trace>1 2, 1e999 2</trace>", "holds coordinates that are not finite"),
             ('<trace continuation="begin">1 2</trace>', "line 2: a trace with continuation, which is not read"),
             (FORMAT.format(channel("X") + channel("T")), "line 2: a traceFormat of the channels X, T, expected X"),
             (FORMAT.format(channel("X") + channel("Y")) + FORMAT.format(channel("Y") + channel("X")), "line 2: a seco"),
             ("<trace>1 2</trace>" + FORMAT.format(channel("Y") + channel("X")), "line 2: a second traceFormat"),
-            ("</ink><ink>", "line 2: is no whole XML"),
+            ("</ink><ink>", "line 2: is not valid XML"),
         ],
     )  # fmt: skip
     def test_refusals(self, tmp_path, content, message):
@@ -261,7 +263,7 @@ class TestSketchRnn:
         objects = np.empty(2, dtype=object)
         objects[:] = [np.zeros((1, 3)), Harm(target)]
         np.savez(tmp_path / "a.npz", train=objects)
-        message = r"a\.npz: train is no plain data: it names (posix|nt)\.system, which is never loaded; get the file"
+        message = r"a\.npz: train is not plain data: it names (posix|nt)\.system, which is never loaded; get the file"
         with pytest.raises(UserError, match=message):
             read_sketch_rnn(tmp_path / "a.npz", "train")
         assert not target.exists()

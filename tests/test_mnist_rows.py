@@ -177,7 +177,7 @@ def test_dynamic_draws_know_seed_image_split_and_epoch_alone(tmp_path):
 
 def test_grey_values_are_left_and_warned_of_once(folder_of_idx):
     data = of(folder_of_idx, binarise="none")
-    with pytest.warns(UserWarning, match="a Bernoulli says of grey values is no likelihood") as said:
+    with pytest.warns(UserWarning, match="a Bernoulli says of grey values is not a likelihood") as said:
         data.setup("fit")
     assert len(said) == 1
     data.setup("test")
@@ -219,7 +219,7 @@ BROKEN = {
         "begins with 1234, not with an idx file of images' magic number, 2051",
     ),
     "wrong size": (TRAIN, LARGE, "has images of 32 x 30 pixels, expected 28 x 28"),
-    "cut gzip": (f"{TRAIN}.gz", gzip.compress(WHOLE)[:-99], "is damaged or no gzip file; copy it anew from https"),
+    "cut gzip": (f"{TRAIN}.gz", gzip.compress(WHOLE)[:-99], "is damaged or no gzip file; copy it again from https"),
     "spoilt gzip": (f"{TRAIN}.gz", gzip.compress(WHOLE)[:40] + bytes(999), "is damaged or no gzip file"),
     "no gzip": (f"{TRAIN}.gz", WHOLE, "is damaged or no gzip file"),
     "truncated inside": (f"{TRAIN}.gz", gzip.compress(WHOLE[:-1]), "is truncated: it holds"),

@@ -649,7 +649,7 @@ def test_an_option_outside_its_range(options, message):
 @pytest.mark.parametrize("option", [{"sustain": True}, {"skip_bad": True}, {"test": 0.1}, {"val": 0.0}])
 def test_options_that_would_do_nothing(option, archive, tmp_path):
     (name,) = option
-    assert f"--data.{name}: does nothing, {archive} is no folder of MIDI files" in complaint(archive, **option)
+    assert f"--data.{name}: does nothing, {archive} is not a folder of MIDI files" in complaint(archive, **option)
     PianoRolls(archive, **option).setup("test")  # a checkpoint brings its own
     if name in ("test", "val"):
         folder_of_midi(tmp_path / "given", train=1, valid=1, test=1)

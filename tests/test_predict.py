@@ -755,8 +755,8 @@ def test_a_refused_prediction_leaves_no_folder(tmp_path):
         ({"task": "sample", "temperature": math.inf}, "prediction.temperature inf"),
         ({"task": "sample", "seed": -1}, "prediction.seed -1"),
         ({"task": "sample", "shown": 1000}, "prediction.shown 1000: a picture has room for 64 sequences"),
-        ({"task": "sample", "prefix": 3}, "prediction.prefix 3: is no option of the task sample, but of forecast"),
-        ({"task": "encode", "seed": 3}, "prediction.seed 3: is no option of the task encode"),
+        ({"task": "sample", "prefix": 3}, "prediction.prefix 3: is not an option of the task sample, but of forecast"),
+        ({"task": "encode", "seed": 3}, "prediction.seed 3: is not an option of the task encode"),
         ({"task": "forecast"}, "prediction.steps: how far"),
         ({"task": "forecast", "prefix": 0}, "prediction.prefix 0: an empty prefix"),
         ({"task": "forecast", "prefix": 3, "samples": 0}, "prediction.samples 0"),
@@ -765,7 +765,7 @@ def test_a_refused_prediction_leaves_no_folder(tmp_path):
         ({"task": "forecast", "prefix": 3, "steps": 2, "stride": 0}, "prediction.stride 0: must be at least 1"),
         ({"task": "forecast", "prefix": 3, "stride": 2}, "prediction.stride 2: needs prediction.steps"),
         ({"task": "forecast", "steps": 3, "stride": 2}, "prediction.stride 2: needs prediction.prefix"),
-        ({"task": "impute", "stride": 2}, "prediction.stride 2: is no option of the task impute, but of forecast"),
+        ({"task": "impute", "stride": 2}, "prediction.stride 2: is not an option of the task impute, but of forecast"),
         ({"task": "impute", "hide": 1.0}, "prediction.hide 1.0"),
         ({"task": "score", "quantile": 1.0}, "prediction.quantile 1.0"),
         ({"task": "impute", "gap": 0}, "prediction.gap 0"),
@@ -813,7 +813,7 @@ def test_a_model_that_lost_its_numbers(tmp_path, task):
     module = model()
     with torch.no_grad():
         module.vrnn.decoder.head.linear.weight[0, 0] = math.nan
-    with pytest.raises(UserError, match=r"weights of this model are no numbers.*earlier checkpoint"):
+    with pytest.raises(UserError, match=r"weights of this model are not numbers.*earlier checkpoint"):
         predict(tmp_path, None, module, task=task)
     assert not list(tmp_path.iterdir())
 

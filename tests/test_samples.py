@@ -121,7 +121,7 @@ def test_what_a_model_or_data_have_not_is_left_out(tmp_path, options, data, miss
 
 @pytest.mark.parametrize(("modality", "features", "suffix"), [("audio", 2, "wav"), ("strokes", 3, "svg")])
 def test_a_sequence_of_nan_is_drawn_and_not_heard(tmp_path, modality, features, suffix):
-    """What a model makes of NaN is no silence; where data miss a value, it is."""
+    """What a model makes of NaN is not a silence; where data miss a value, it is."""
     media = Media(SimpleNamespace(modality=modality, sample_rate=100))
     lost = torch.full((3, features), torch.nan)
     rows = media.ready({"real": [lost], "sampled": [lost, torch.zeros(3, features)]})

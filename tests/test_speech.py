@@ -497,7 +497,7 @@ class TestRefusals:
         with pytest.raises(UserError, match=r"--data.root .*a.wav: is a file; give the folder"):
             set_up(path, stage)
 
-    @pytest.mark.parametrize("content", [b"", b"this is no audio", b"RIFF\x00\x00\x00\x00WAVE"])
+    @pytest.mark.parametrize("content", [b"", b"this is not an audio", b"RIFF\x00\x00\x00\x00WAVE"])
     def test_an_unreadable_file(self, corpus, content):
         (corpus / "bad.wav").write_bytes(content)
         with pytest.raises(UserError, match=r"corpus/bad.wav: cannot be read as audio \(.+\); remove it") as raised:

@@ -320,7 +320,7 @@ class TestGaps:
 
     def test_times_off_the_grid(self, tmp_path):
         path = write(tmp_path / "a.csv", {"t": [0, 1, 2.25], "x": [0, 1, 2]})
-        refused(path, r"a\.csv: row 4: time 2\.25 is no whole number of steps after 0", r"step 1", time="t", step=1)
+        refused(path, r"a\.csv: row 4: time 2\.25 is not a whole number of steps after 0", r"step 1", time="t", step=1)
         path = write(tmp_path / "b.csv", {"t": [0, 0.0001, 2], "x": [0, 1, 2]})
         refused(path, r"row 3: time 0\.0001", time="t", step=1)
 
@@ -561,13 +561,13 @@ class TestCheckpoints:
         trained.setup("fit")
         state = through_a_file(trained.state_dict())
         write(path, {"t": hours(500), "x": noise(500)})
-        grown, anew = Tables(path, ["x"], time="t"), Tables(path, ["x"], time="t")
+        grown, again = Tables(path, ["x"], time="t"), Tables(path, ["x"], time="t")
         grown.setup("fit")  # as a resumed fit does, before it loads
         grown.load_state_dict(state)
         assert grown.split("train")[0].x.tolist() == trained.split("train")[0].x.tolist()
         assert grown.split("test")[0].x[:, 0].tolist() == noise(500)[90:]
         assert torch.equal(grown.scaler.mean, trained.scaler.mean)
-        assert len(anew.split("test")[0].x) == 50
+        assert len(again.split("test")[0].x) == 50
         write(path, {"t": hours(60), "x": noise(60)})
         cut = Tables(path, ["x"], time="t")
         cut.setup("test")
@@ -672,16 +672,16 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("content", "options", "said"),
         [
-            ("x\n1\nhigh\n", {}, r"a\.csv: row 3, column 'x': 'high' is no number"),
-            ("x\n1\n12_34\n", {}, r"a\.csv: row 3, column 'x': '12_34' is no number"),
-            ("t,x\n0,1\n1_0,2\n", {"time": "t"}, r"row 3, column 't': '1_0' is no number"),
-            ('x\n1\n"2,5"\n', {}, r"row 3, column 'x': '2,5' is no number; write a decimal point"),
+            ("x\n1\nhigh\n", {}, r"a\.csv: row 3, column 'x': 'high' is not a number"),
+            ("x\n1\n12_34\n", {}, r"a\.csv: row 3, column 'x': '12_34' is not a number"),
+            ("t,x\n0,1\n1_0,2\n", {"time": "t"}, r"row 3, column 't': '1_0' is not a number"),
+            ('x\n1\n"2,5"\n', {}, r"row 3, column 'x': '2,5' is not a number; write a decimal point"),
             ("x\n1\ninf\n", {}, r"a\.csv: row 3, column 'x': is infinite"),
             ("x\n1\n-Infinity\n", {}, r"row 3, column 'x': is infinite"),
             ("x\n1\n\n2\n1e999\n", {}, r"row 5, column 'x': is infinite"),
             ("t,x\n0,1\n1,\n", {"missing": False}, r"row 3, column 'x': is empty; .*--data\.missing true"),
             ("u,x\n0,1\n,2\n", {"inputs": ["u"]}, r"row 3, column 'u': is empty; covariates"),
-            ("u,x\n0,\nlow,2\n", {"inputs": ["u"]}, r"row 3, column 'u': 'low' is no number"),
+            ("u,x\n0,\nlow,2\n", {"inputs": ["u"]}, r"row 3, column 'u': 'low' is not a number"),
             ("u,x\n0,1\ninf,2\n", {"inputs": ["u"]}, r"row 3, column 'u': is infinite"),
             ("f,x\n0,1\n2,2\n", {"anomaly": "f"}, r"row 3, column 'f': is neither 0 nor 1; --data\.anomaly takes"),
             ("f,x\n0,1\n,2\n", {"anomaly": "f"}, r"row 3, column 'f': is neither 0 nor 1"),
@@ -698,8 +698,8 @@ class TestRefusals:
             ("t,x\n0,1\n,2\n", {"time": "t"}, r"row 3, column 't': is empty; each row needs its time"),
             ("t,x\n2024-01-01,1\n,2\n", {"time": "t"}, r"row 3, column 't': is empty; each row needs its time"),
             ("t,x\n0,1\ninf,2\n", {"time": "t"}, r"row 3, column 't': is infinite"),
-            ("t,x\n0,1\nnoon,2\n", {"time": "t"}, r"row 3, column 't': 'noon' is no number"),
-            ("t,x\n01.02.2024,1\n", {"time": "t"}, r"row 2, column 't': '01.02.2024' is no time; .*ISO date"),
+            ("t,x\n0,1\nnoon,2\n", {"time": "t"}, r"row 3, column 't': 'noon' is not a number"),
+            ("t,x\n01.02.2024,1\n", {"time": "t"}, r"row 2, column 't': '01.02.2024' is not a time; .*ISO date"),
             ("s,x\na,1\n,2\n", {"id": "s"}, r"row 3, column 's': is empty; each row needs its id"),
             ("s,t,x\na,0,1\nb,0,1\na,0,2\n", {"id": "s", "time": "t"}, r"row 4, id 'a': time 0 is .*row 2, id 'a'"),
         ],
@@ -734,7 +734,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("values", "said"),
         [
-            (["1", "high"], r"a\.parquet: row 1, column 'x': 'high' is no number"),
+            (["1", "high"], r"a\.parquet: row 1, column 'x': 'high' is not a number"),
             ([1.0, float("inf")], r"a\.parquet: row 1, column 'x': is infinite"),
             ([START, START], r"row 0, column 'x': is a date"),
             ([[1], [2]], r"a\.parquet: column 'x' is of type list"),
@@ -791,7 +791,7 @@ class TestRefusals:
     def test_roots(self, tmp_path):
         refused(tmp_path / "nowhere", "--data.root .*nowhere: no such file or folder")
         refused(tmp_path, "no table in it; expected .csv, .csv.gz, .parquet files")
-        refused(text(tmp_path / "a.xlsx", "x"), r"a\.xlsx: is no table; expected .csv")
+        refused(text(tmp_path / "a.xlsx", "x"), r"a\.xlsx: is not a table; expected .csv")
 
     def test_the_same_table_in_two_formats(self, tmp_path):
         write(tmp_path / "a.csv", {"x": [1]})
@@ -851,7 +851,7 @@ class TestCommandLine:
         said = lightning("fit", "--data=Tables", f"--data.root={root}", "--data.columns=[x]", *self.QUICK, *self.SMALL)
         assert said.code == 1
         (line,) = [line for line in said.err.splitlines() if "high" in line]
-        assert "a.csv: row 4, column 'x': 'high' is no number" in line
+        assert "a.csv: row 4, column 'x': 'high' is not a number" in line
         assert "Traceback" not in said.err
 
 

@@ -102,7 +102,7 @@ def test_rows_are_on_disk_as_soon_as_they_are_saved(folder):
 
 
 @pytest.fixture
-def anew(monkeypatch, folder):
+def again(monkeypatch, folder):
     """W&B with its files in the working directory; what it returns lets it read the environment again."""
     import wandb
 
@@ -116,7 +116,7 @@ def anew(monkeypatch, folder):
 
 
 @pytest.fixture
-def offline(anew, monkeypatch):
+def offline(again, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
 
 
@@ -308,7 +308,7 @@ def test_lightnings_ways_of_logging_checkpoints_stay(lightning, tiny, offline, l
     assert sorted(found) == sorted([(f"model-{run.id}", "best.ckpt"), (f"last-{run.id}", "last.ckpt")] * times)
 
 
-def test_a_run_without_login_or_network_goes_on_offline(lightning, tiny, monkeypatch, anew):
+def test_a_run_without_login_or_network_goes_on_offline(lightning, tiny, monkeypatch, again):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("HOME", str(Path.cwd()))
     monkeypatch.setattr(sys, "stdin", io.StringIO())  # no terminal
@@ -334,7 +334,7 @@ def test_a_run_without_login_or_network_goes_on_offline(lightning, tiny, monkeyp
         assert run.exit_code == 0
         assert len(run.column("val/elbo")) == 1
         assert kept.name.endswith(Path(f"runs/sines/version_{number}/wandb_id.txt").read_text().strip())
-        anew()
+        again()
 
 
 def test_what_wandb_takes_nowhere_is_one_line_and_leaves_no_folder(lightning, tiny, offline, monkeypatch):

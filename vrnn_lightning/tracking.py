@@ -33,7 +33,7 @@ __all__ = ["ElboBar", "RunCheckpoint", "RunLogger", "SaveConfig", "WandbLogger",
 
 ID_FILE = "wandb_id.txt"
 METRICS_FILE = ExperimentWriter.NAME_METRICS_FILE
-INIT_TIMEOUT = 20.0  # seconds that a run waits for W&B before it goes on offline; WANDB_INIT_TIMEOUT says otherwise
+INIT_TIMEOUT = 20.0  # seconds that a run waits for W&B before it continues offline; WANDB_INIT_TIMEOUT says otherwise
 BEST = {  # what W&B's summary holds of a figure, instead of its last value
     "max": ("val/elbo", "val/elbo_per_sequence", "val/objective"),
     "min": ("val/bits_per_dim", "val/gap"),
@@ -225,7 +225,7 @@ class SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save the config without ``ckpt_path``: whoever re-runs it wants a new run."""
+        """Save the config without ``ckpt_path``: a re-run is a new run."""
         if stage != "fit":
             return
         config = self.config.clone()
@@ -419,7 +419,7 @@ class ElboBar(RichProgressBar):
 class WandbLogger(LightningWandbLogger):
     """Sends the run's numbers and media to Weights & Biases; its files lie in the run's folder.
 
-    The W&B run is called ``<name>/<version>`` like the folder, and a resumed run goes on in the same W&B run. Its
+    The W&B run is called ``<name>/<version>`` like the folder, and a resumed run continues in the same W&B run. Its
     summary holds the best of each bound: ``val/elbo.max``, ``val/gap.min``. ``WANDB_MODE=offline`` keeps everything on
     this machine, ``WANDB_MODE=disabled`` writes nothing; without a login or a network the run is kept as offline is.
 
@@ -506,7 +506,7 @@ class WandbLogger(LightningWandbLogger):
                 self._wandb_init["mode"] = "offline"
                 run = super().experiment
                 cause, folder = str(error).splitlines()[0].rstrip("."), Path(run.dir).parent
-                print(f"W&B: {cause}; the run goes on offline, `wandb sync {folder}` sends it later", file=sys.stderr)
+                print(f"W&B: {cause}; the run continues offline, `wandb sync {folder}` sends it later", file=sys.stderr)
         except (wandb.Error, ValueError) as error:
             raise UserError(f"--trainer.logger WandbLogger: {' '.join(str(error).split())}") from error
         for goal, names in BEST.items():

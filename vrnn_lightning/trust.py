@@ -181,7 +181,7 @@ class Gate:
             if not isinstance(name, str) or not name.removesuffix("+").isidentifier():
                 raise UserError(f"{self.source}: {inner[:80]!r} is not the name of an option")
             if name not in known and is_dataclass(made):
-                raise UserError(f"{self.source}: {inner} is no option of {made.__name__} in this version")
+                raise UserError(f"{self.source}: {inner} is not an option of {made.__name__} in this version")
             annotation = known.get(name.removesuffix("+"), inspect.Parameter.empty)
             if annotation in SCALARS and not _is_scalar(value, annotation, is_text=not make):
                 raise UserError(f"{self.source}: {inner} {str(value)[:80]!r} is not of type {annotation.__name__}")

@@ -30,8 +30,8 @@ class KLAnnealing(Callback, ABC):
     """Sets ``module.beta`` before each training step.
 
     Beta is in force in training alone: reported ELBOs and the choice of the best checkpoint never see it. Where it is a
-    function of the optimiser steps taken so far it needs no state of its own: a resumed run goes on with the weight the
-    step asks for.
+    function of the optimiser steps taken so far it needs no state of its own: a resumed run continues with the weight
+    of its step.
     """
 
     @abstractmethod
@@ -39,7 +39,7 @@ class KLAnnealing(Callback, ABC):
         """Return the weight after ``step`` optimiser steps."""
 
     def settled(self, step: int) -> bool:
-        """Tell whether the weight stays from ``step`` on; while it moves, a small KL is no collapse yet."""
+        """Tell whether the weight stays from ``step`` on; while it moves, a small KL is not a collapse yet."""
         return True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -41,7 +41,7 @@ class Loop(Callback):
 
 
 def require_compiler(device: torch.device) -> None:
-    """Compile a line, so that a machine without a compiler says so before the run.
+    """Compile a line, so that a machine without a compiler fails before the run.
 
     Raises:
         UserError: It does not compile.

@@ -110,7 +110,7 @@ class Predictions(Callback):
     ``score``
         ``predictions/score/test.npz``: nats of each step in data units, shape (total steps, 1); with ``quantile`` also
         ``test_flagged``, True at steps below that quantile of the validation steps' scores and at those whose score
-        is no number, shape (total steps,).
+        is not a number, shape (total steps,).
     ``forecast``
         ``predictions/forecast/test.npz``: ``samples`` paths of each sequence, one after another; ``test_start``, the
         step that each path begins at; ``test_truth``, what came, NaN where that is not known, of shape (total steps of
@@ -184,7 +184,7 @@ class Predictions(Callback):
         for key, value in given.items():
             if key not in OPTIONS[task]:
                 owners = " or ".join(name for name, options in OPTIONS.items() if key in options)
-                raise UserError(f"prediction.{key} {value}: is no option of the task {task}, but of {owners}")
+                raise UserError(f"prediction.{key} {value}: is not an option of the task {task}, but of {owners}")
         self.task = task
         self.options = OPTIONS[task] | given
         self._check()
@@ -262,7 +262,7 @@ class Predictions(Callback):
         lost = torch.tensor(sum(not weights.isfinite().all() for weights in module.parameters()))
         if trainer.strategy.reduce(lost.to(module.device), reduce_op="sum"):
             raise UserError(
-                f"prediction.task {self.task}: weights of this model are no numbers, its training went astray; give an "
+                f"prediction.task {self.task}: weights of this model are not numbers, its training diverged; give an "
                 "earlier checkpoint as --ckpt_path"
             )
         if self.task == "sample" and module.vrnn.num_inputs:

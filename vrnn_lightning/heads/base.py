@@ -168,7 +168,7 @@ class Head(nn.Module, ABC):
     """Whether what phi_x reads is divided by the data's standard deviation, and not only centred."""
 
     support: str = "numbers"
-    """What values have a probability, in words for whoever brings others."""
+    """What values have a probability, in words for messages."""
     fix: str = "fix the data"
     """What to do about others, in words."""
 

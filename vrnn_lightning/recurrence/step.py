@@ -55,7 +55,7 @@ READ_AT_ONCE: dict[Purpose, tuple[str, ...]] = {
     "stream": ("prior", "emission"),
     "generate": ("x",),
 }
-"""Values that are read at each step: by the weights of particles, by whoever follows a stream, by the next step."""
+"""Values that are read at each step: by the weights of particles, by the caller of a stream, by the next step."""
 
 
 class Line(NamedTuple):
