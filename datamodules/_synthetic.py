@@ -159,7 +159,7 @@ def integrate(derivative: Callable[[Floats], Floats], state: Floats, interval: f
 
 
 def require(option: str, value: float, least: float, most: float | None = None) -> None:
-    """Refuse an option outside its range, both ends of which are allowed; NaN is outside."""
+    """Raise if an option is outside its range, whose ends are allowed; NaN is outside."""
     if most is None and not value >= least:
         raise UserError(f"--data.{option} {value}: must be at least {least}")
     if most is None and not value < 2**31:
@@ -169,7 +169,7 @@ def require(option: str, value: float, least: float, most: float | None = None) 
 
 
 def require_sizes(sizes: Mapping[Split, int], steps: int, min_steps: int | None, num_features: int) -> None:
-    """Refuse sizes of drawn data that are outside their range or that take too much memory together.
+    """Raise if sizes of drawn data are outside their range, or take too much memory together.
 
     Args:
         sizes: Sequences of each split.

@@ -199,7 +199,7 @@ class PianoRolls(SequenceDataModule):
         return found
 
     def _refuse_idle_options(self) -> None:
-        """Refuse options that would do nothing; only in training, for a checkpoint brings its own."""
+        """Raise if an option would do nothing; only in training, as a checkpoint brings its own options."""
         midi = self.root.is_dir()
         if not midi:
             idle, reason = {"sustain": self.sustain, "skip_bad": self.skip_bad}, "is not a folder of MIDI files"

@@ -203,7 +203,7 @@ class Speech(SequenceDataModule):
         self._warned: set[str] = set()
 
     def _check_options(self, mel_bands: int | None, mel_window: int | None) -> None:
-        """Refuse words that an option doesn't know, and options that would be ignored beside others."""
+        """Raise if an option has an unknown value, or would be ignored beside others."""
         for option, word, known in (
             ("units", self.units, ("scaled", "amplitude", "pcm16")),
             ("features", self.features, ("raw", "log_mel")),
@@ -358,7 +358,7 @@ class Speech(SequenceDataModule):
         return [name for name in usable if name in wanted]
 
     def _refuse_trained(self, names: list[str]) -> None:
-        """Refuse another corpus that holds a file of the checkpoint's under another path."""
+        """Raise if another corpus holds a file of the checkpoint under another path."""
         trained = {(PurePosixPath(name).stem, samples): name for name, samples in self._trained.items()}
         for name in names:
             known = trained.get((PurePosixPath(name).stem, self._scan()[name].header.samples))

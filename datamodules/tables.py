@@ -323,7 +323,7 @@ class Tables(SequenceDataModule):
         return "test" if draw < self.test_share else "val" if draw < self.test_share + self.val_share else "train"
 
     def _refuse_trained(self, series: _Series) -> None:
-        """Refuse a file of the checkpoint's under another path, for which another split would be drawn."""
+        """Raise if a file of the checkpoint has another path: its split would be another one."""
         own = (PurePosixPath(series.name).name, len(series.times))
         here = {s.name for s in self._series("train")}
         for name, (split, steps) in self._drawn.items():
@@ -421,7 +421,7 @@ class Tables(SequenceDataModule):
         return _Series(name, rows.clock, times, features.copy(), inputs.astype(np.float32), (labels == 1).any(1))
 
     def _refuse_gap(self, rows: _Rows, times: NDArray[Any], place: NDArray[np.int64]) -> None:
-        """Refuse absent rows where each step must be known."""
+        """Raise if a row is absent where each step must be known."""
         if len(times) == len(place) or (self.missing and not self.inputs):
             return
         i = int((np.diff(place) > 1).argmax())
@@ -484,7 +484,7 @@ class _Rows:
         return f"{self.paths[self.files[index]]}: row {self.rows[index]}{of}"
 
     def require_sorted(self) -> None:
-        """Refuse times that don't increase."""
+        """Raise if times don't increase."""
         wrong = self.times[1:] <= self.times[:-1]
         if not wrong.any():
             return

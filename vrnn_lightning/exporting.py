@@ -163,7 +163,7 @@ class Exported:
 
 @contextmanager
 def _traceable() -> Iterator[None]:
-    """Let no distribution look at its values, which a trace has not, and torch warn of none of its own doing."""
+    """Turn off the validation of distributions, which a trace can't do, and torch's warnings of its own export."""
     checks = Distribution._validate_args  # type: ignore[attr-defined]
     talk = logging.getLogger("torch.onnx")
     level = talk.level

@@ -136,7 +136,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         self.is_initialized.fill_(True)
 
     def setup(self, stage: str) -> None:
-        """Refuse what can't work.
+        """Raise if the data or the precision do not fit the model.
 
         Raises:
             UserError: The data's width is not the model's, or the precision leaves the densities no room.
@@ -173,15 +173,15 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         self.is_initialized.fill_(True)
 
     def on_validation_start(self) -> None:
-        """Refuse data that are scaled otherwise than in training."""
+        """Raise if the data are scaled otherwise than in training."""
         self._take_scaler(replace=not self.is_initialized)
 
     def on_test_start(self) -> None:
-        """Refuse data that are scaled otherwise than in training."""
+        """Raise if the data are scaled otherwise than in training."""
         self._take_scaler(replace=not self.is_initialized)
 
     def on_predict_start(self) -> None:
-        """Refuse data that are scaled otherwise than in training."""
+        """Raise if the data are scaled otherwise than in training."""
         self._take_scaler(replace=not self.is_initialized)
 
     def _take_scaler(self, replace: bool) -> None:
@@ -213,7 +213,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         self._carried = None
 
     def on_train_epoch_end(self) -> None:
-        """Let go of what streams carry: the next epoch starts without."""
+        """Drop the state of streams: the next epoch starts from zero."""
         self._carried = None
 
     def forward(self, batch: SequenceBatch) -> Trace:
@@ -267,7 +267,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         return self._carried.reset_rows(batch.reset)
 
     def _check(self, batch: SequenceBatch) -> None:
-        """Refuse values that the emission can't score, and say what the model does not read."""
+        """Raise if the emission can't score a value, and warn of what the model does not read."""
         self.vrnn.decoder.head.check(batch.x, batch.valid_mask)
         data = type(self._data).__name__
         if not self.vrnn.missing and batch.observed is not None and not batch.observed[batch.mask].all():

@@ -133,7 +133,7 @@ class Objective(ABC):
     absent = unsupported_options
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Let a subclass list options under the attribute's old name."""
+        """Accept :attr:`unsupported_options` under its old name."""
         super().__init_subclass__(**options)
         keep_old_hooks(cls, {"absent": "unsupported_options"})
 

@@ -175,7 +175,7 @@ def _declared(source: object, made: type, given: Mapping[str, Any], weights: Map
 
 
 def _is_known(value: Any) -> bool:
-    """Tell whether an option is a plain value or of a class that is known to build on any device."""
+    """Return whether an option is a plain value or of a class that is known to build on any device."""
     made = value.func if isinstance(value, partial) else value if isinstance(value, type) else type(value)
     return made.__module__.partition(".")[0] in ("vrnn_lightning", "torch", "lightning", "builtins")
 
@@ -221,7 +221,7 @@ def _weights(path: Path) -> dict[str, Tensor]:
 
 
 def require_numbers(where: object, weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights that no density can be found with."""
+    """Raise if a weight is not finite or narrower than float32."""
     for name, value in weights.items():
         if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
             raise UserError(f"{where}: {name} is of {value.dtype}; densities need float32 or float64: convert it")
@@ -232,7 +232,7 @@ def require_numbers(where: object, weights: Mapping[str, Tensor]) -> None:
 
 
 def _compare(folder: Path, declared: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights of another model than the options make."""
+    """Raise if the weights are not those of the model that the options make."""
     for name in [*declared, *weights]:
         there, here = (_described(part.get(name)) for part in (weights, declared))
         if there != here:

@@ -66,7 +66,7 @@ class _Rows(ExperimentWriter):
         self._write(rows)
 
     def _keeps(self, number: int, row: dict[str, str]) -> bool:
-        """Tell whether a row was written before the checkpoint; a line cut off by a kill was not."""
+        """Return whether a row was written before the checkpoint; a line cut off by a kill was not."""
         step = row.get("step") or ""
         if not step.isdigit():
             return False
@@ -289,7 +289,7 @@ class RunCheckpoint(ModelCheckpoint):
             super().on_train_epoch_end(trainer, pl_module)
 
     def is_due(self, trainer: Trainer) -> bool:
-        """Tell whether the clock asks for a save; process zero's decides."""
+        """Return whether the clock asks for a save; process zero's decides."""
         return self.every is not None and trainer.is_global_zero and time.monotonic() - self._saved_at >= self.every
 
     def on_save_point(
@@ -322,7 +322,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._saved_at = time.monotonic()
 
     def _is_due_within(self, trainer: Trainer) -> bool:
-        """Tell whether the end of a batch is a moment to save without a monitor."""
+        """Return whether the end of a batch is a moment to save without a monitor."""
         loop = trainer.fit_loop.epoch_loop
         is_last, steps = loop._num_ready_batches_reached(), self._every_n_train_steps
         validated = getattr(loop, "has_validated", False) and not is_last and self._every_n_epochs >= 1
@@ -372,7 +372,7 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def _is_last_epoch(trainer: Trainer) -> bool:
-    """Tell whether training ends with the epoch that has ended."""
+    """Return whether training ends with the epoch that has ended."""
     loop, epochs = trainer.fit_loop, cast(Any, trainer.fit_loop.epoch_progress.current)
     limits = ((epochs.processed, loop.max_epochs), (trainer.global_step, loop.max_steps))
     return trainer.should_stop or any(most is not None and 0 <= most <= count for count, most in limits)
@@ -479,7 +479,7 @@ class WandbLogger(LightningWandbLogger):
         return super().experiment
 
     def _settle(self, folder: Path) -> None:
-        """Let the W&B run be in a folder, the one that the folder belongs to if there is one."""
+        """Use a folder for the W&B run: the one that the folder belongs to, if there is one."""
         folder.mkdir(parents=True, exist_ok=True)
         id_file = folder / ID_FILE
         earlier = id_file.read_text().strip() if id_file.is_file() else self._id
@@ -516,7 +516,7 @@ class WandbLogger(LightningWandbLogger):
             write_files({Path(self.run.log_dir) / ID_FILE: f"{run.id}\n".encode()})
 
     def choose(self, checkpoints: Sequence[Callback]) -> None:
-        """Let the best checkpoint be that of the first ModelCheckpoint with a monitor.
+        """Choose the first ModelCheckpoint with a monitor as the source of the best checkpoint.
 
         Raises:
             UserError: There is none, but its best is to be an artifact.

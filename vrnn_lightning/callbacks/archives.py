@@ -175,7 +175,7 @@ class ArchiveWriter:
             self.discard()
 
     def discard(self) -> None:
-        """Let go of the parts."""
+        """Delete the parts."""
         for file in self._files.values():
             try:
                 file.close()

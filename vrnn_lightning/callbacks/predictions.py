@@ -534,7 +534,7 @@ class Predictions(Callback):
             self.path.with_name(name).unlink(missing_ok=True)
 
     def _tidy(self) -> None:
-        """Let go of the parts, and of folders that were made for nothing."""
+        """Delete the parts, and folders that were made for nothing."""
         if self._writer is not None:
             self._writer.discard()
             self._writer = None
@@ -545,7 +545,7 @@ class Predictions(Callback):
                 break
 
     def _refuse_season(self, trainer: Trainer) -> None:
-        """Refuse a season that no forecast's past holds, as nothing could be compared with."""
+        """Raise if no forecast's past is a season long: there is nothing to compare with."""
         long_enough, longest = zip(*_gathered(trainer, [(self._seasons, self._longest)]), strict=True)
         if not sum(long_enough):
             raise UserError(
@@ -554,7 +554,7 @@ class Predictions(Callback):
             )
 
     def _refuse_gap(self, trainer: Trainer) -> None:
-        """Refuse a gap that no sequence has room for, as nothing would be hidden."""
+        """Raise if no sequence has room for a gap: nothing would be hidden."""
         hides, longest = zip(*_gathered(trainer, [(self._hides, self._longest)]), strict=True)
         if not sum(hides):
             raise UserError(

@@ -126,7 +126,7 @@ class Checkpoint:
         return {**model, **data}
 
     def check(self, stated: dict[str, Any], training: bool, run_options: frozenset[str]) -> None:
-        """Refuse options that differ from its own.
+        """Raise if options differ from those of the checkpoint.
 
         Args:
             stated: The options ``model`` and ``data`` of this run.

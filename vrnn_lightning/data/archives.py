@@ -109,7 +109,7 @@ class ArchiveSplit:
         return np.concatenate([self.values[start:end] for start, end in self.bounds])
 
     def raise_if(self, wrong: NDArray[np.bool_], fix: str) -> None:
-        """Refuse values that the data can't hold.
+        """Raise if values are wrong.
 
         Args:
             wrong: True at them, shape (total steps, features) or fewer features from the left on.

@@ -61,7 +61,7 @@ class Columns:
     dated: bool
 
     def raise_if(self, wrong: NDArray[np.bool_], fix: str) -> None:
-        """Refuse numbers that the data can't hold.
+        """Raise if numbers are wrong.
 
         Args:
             wrong: True at them, shape (rows, columns) or fewer columns from the left on.

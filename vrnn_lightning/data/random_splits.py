@@ -110,7 +110,7 @@ class RandomSplitDataModule(SequenceDataModule):
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Let a subclass define :attr:`random_splits` under its old name."""
+        """Accept :attr:`random_splits` under its old name."""
         super().__init_subclass__(**options)
         keep_old_hooks(cls, {"drawn": "random_splits"})
 
