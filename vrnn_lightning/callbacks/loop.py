@@ -32,7 +32,7 @@ class Loop(Callback):
         self.compile = compile
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Tell the model."""
+        """Set the options on the model."""
         if isinstance(pl_module, VRNNLightningModule):
             if self.compile:
                 require_compiler(pl_module.device)
