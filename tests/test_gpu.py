@@ -8,7 +8,10 @@ import pytest
 import torch
 from test_processes import assert_same, column, fit
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use"),
+]
 
 GPU = {"trainer.accelerator": "gpu", "trainer.devices": 1, "data.batch_size": 4}
 FIGURES = ("train/loss", "train/elbo", "val/elbo")
