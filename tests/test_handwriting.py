@@ -582,7 +582,7 @@ class TestBadInput:
             files[0].write_text(text[: len(text) // 2])
         with pytest.raises(UserError, match=r"ml: line \d+: is not valid XML \(.*\); copy the file again"):
             found(sources[layout], **part)
-        with pytest.warns(UserWarning, match=r"\d of \d+ files are skipped \(--data.skip_bad true\): .*no whole XML"):
+        with pytest.warns(UserWarning, match=r"\d of \d+ files are skipped \(--data.skip_bad true\): .*not valid XML"):
             kept = found(sources[layout], skip_bad=True, **part)
         assert files[0].relative_to(sources[layout]).as_posix() not in kept
         assert files[-1].relative_to(sources[layout]).as_posix() in kept
@@ -623,7 +623,7 @@ class TestBadInput:
         ("bad", "message"),
         [
             (np.array([[1, 2, 3]]), "lift is 3 at step 0"),
-            (np.array([[1, 2, 0], [1, np.nan, 0]]), "no finite numbers"),
+            (np.array([[1, 2, 0], [1, np.nan, 0]]), "not finite"),
             (np.array([[1, 2], [3, 4]]), r"of type int64 and shape \(2, 2\), expected numbers of shape \(steps, 3\)"),
             (np.array(["a", "b"], dtype=object), "expected numbers"),
             ([[1, 2, 0], [1]], "expected numbers"),
