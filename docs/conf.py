@@ -44,10 +44,15 @@ viewcode_line_numbers = True
 def help_of(*words: str) -> str:
     """Return what a command prints for ``--help``."""
     text = io.StringIO()
-    with mock.patch.object(sys, "argv", ["lightning"]), mock.patch.dict(os.environ, {"COLUMNS": "100"}):
-        with warnings.catch_warnings(), contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-            warnings.simplefilter("ignore")
-            main([*words, "--help"])
+    with (
+        mock.patch.object(sys, "argv", ["lightning"]),
+        mock.patch.dict(os.environ, {"COLUMNS": "100"}),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(text),
+        contextlib.suppress(SystemExit),
+    ):
+        warnings.simplefilter("ignore")
+        main([*words, "--help"])
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
