@@ -1,8 +1,7 @@
-"""What the README shows runs as it stands there."""
+"""What README and documentation show of the command line runs as it stands there, at a tiny size."""
 
 from __future__ import annotations
 
-import re
 import runpy
 import shlex
 from pathlib import Path
@@ -10,14 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from pages import COMMANDS, ROOT, block, write_files
 
 from vrnn_lightning import cli
 from vrnn_lightning.datamodules import local
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()]
 FITS = [
     c.partition("lightning ")[2] for c in COMMANDS if "lightning fit" in c and "ddp" not in c and "init_from" not in c
 ]
@@ -32,14 +28,9 @@ TINY = [
 ]
 
 
-def block(language: str, beginning: str = "") -> str:
-    """Return the first block in a language that begins so."""
-    return next(text for found, text in BLOCKS if found == language and text.startswith(beginning))
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A working directory with recordings, a table and the README's datamodule."""
+    """A working directory with recordings, a table and the files that the pages write."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "recordings").mkdir()
@@ -48,8 +39,8 @@ def here(tmp_path, monkeypatch):
         soundfile.write(f"recordings/a_{i}.wav", noise, 8000)
     rows = [f"2024-01-{1 + t // 24:02}T{t % 24:02}:00,s{s},{20 + s},50,{t % 24}" for s in range(3) for t in range(240)]
     (tmp_path / "sensors.csv").write_text("\n".join(["date,sensor,temperature,humidity,hour", *rows]))
-    (tmp_path / "datamodules").mkdir()
-    (tmp_path / "datamodules" / "walks.py").write_text(block("python", "# datamodules/walks.py"))
+    write_files(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(local, "__path__", list(local.__path__))
     return tmp_path
 
@@ -66,35 +57,20 @@ def test_fit_commands(command, here):
 
 def test_what_is_done_with_a_run(here):
     assert cli.main(["fit", "-c", "configs/synthetic.yaml", *TINY]) == 0
-    then = [c for c in COMMANDS if c.startswith("lightning predict") or "init_from" in c]
-    then = [c for c in then if "--data.context" not in c]  # needs a table; test_predict backtests one
-    assert len(then) == 4
+    then = [c for c in COMMANDS if c.startswith(("lightning predict", "lightning test")) or "init_from" in c]
+    then = [c for c in then if "--data" not in c or "init_from" in c]  # test_predict backtests a table
+    assert len(then) == 5
     for command in then:
-        few = {"--prediction.samples": 3, "--prediction.steps": 5} | (
+        few = {"--prediction.samples": 3, "--prediction.steps": 5, "--evaluation.samples": 3} | (
             {} if "fit" in command else {"--data.batch_size": 4}
         )
         tiny = (
-            TINY if "fit" in command else ["--trainer.enable_progress_bar=false", "--trainer.limit_predict_batches=1"]
+            TINY
+            if "fit" in command
+            else ["--trainer.enable_progress_bar=false", f"--trainer.limit_{command.split()[1]}_batches=1"]
         )
         tiny = [*tiny, *(f"{k}={v}" for k, v in few.items() if k in command or "batch" in k)]
         assert cli.main([*shlex.split(command)[1:], *tiny]) == 0
-
-
-def test_yaml(here):
-    Path("walk.yaml").write_text(block("yaml"))
-    assert cli.main(["fit", "-c", "walk.yaml", *TINY]) == 0
-
-
-def test_python(here, capsys):
-    Path("snippet.py").write_text(block("python", "import torch\nfrom lightning"))
-    found = runpy.run_path("snippet.py")
-    assert found["sequences"].shape == (8, 50, 3)
-    assert found["futures"].shape == (100, 8, 24, 3)
-    assert [nats.shape for nats in found["scores"]] == [(50,)] * 8
-    assert [draws.shape for draws in found["filled"]] == [(20, 50, 3)] * 8
-    assert not any(draws.isnan().any() for draws in found["filled"])
-    assert found["ahead"].mean.shape == (8, 3)
-    assert found["paths"].shape == (100, 8, 24, 3)
 
 
 def test_the_datamodule_has_twenty_lines():
@@ -107,11 +83,6 @@ def test_the_datamodule_keeps_every_promise(here):
     found = runpy.run_path("test_walks.py")
     for check in found["CHECKS"]:
         found["test_walks"](check)
-
-
-def test_files_it_names_are_there():
-    for name in re.findall(r"\]\(((?!http)[^)]+)\)", README) + re.findall(r"configs/\w+\.yaml", README):
-        assert (ROOT / name).is_file(), name
 
 
 def test_the_test_command_is_the_one_that_ci_runs():

@@ -21,7 +21,7 @@ from vrnn_lightning import UserError, VRNNLightningModule, tracking
 from vrnn_lightning.callbacks import Samples
 from vrnn_lightning.tracking import RunLogger, WandbLogger
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 
 
 def written(file):
@@ -205,7 +205,7 @@ def test_an_offline_run_holds_figures_config_and_the_best_checkpoint(lightning, 
     assert Path(file.local_path).read_bytes() == (folder / "checkpoints" / "best.ckpt").read_bytes()
 
 
-def test_the_readme_loads_a_model_back_from_its_artifact(lightning, tiny, monkeypatch):
+def test_the_page_loads_a_model_back_from_its_artifact(lightning, tiny, monkeypatch):
     assert lightning("fit", "-c", tiny).code == 0
     kept, asked = Path("runs/sines/version_0/checkpoints/best.ckpt"), []
 
@@ -220,7 +220,8 @@ def test_the_readme_loads_a_model_back_from_its_artifact(lightning, tiny, monkey
         return SimpleNamespace(download=download)
 
     monkeypatch.setattr("wandb.Api", lambda: SimpleNamespace(artifact=artifact))
-    (snippet,) = re.findall(r"^```python\n(import wandb.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    page = (ROOT / "docs" / "training.md").read_text()
+    (snippet,) = re.findall(r"^```python\n(import wandb.*?)^```", page, re.DOTALL | re.MULTILINE)
     found = {}
     exec(snippet, found)
     assert asked[0].endswith(":best")
@@ -371,7 +372,7 @@ def test_a_sweeps_agent_starts_runs(lightning, offline, monkeypatch):
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
     monkeypatch.setenv("WANDB_RUN_ID", "the agent's")
     monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", "the agent's")
-    sweep = yaml.safe_load((README.parent / "configs" / "sweep.yaml").read_text())
+    sweep = yaml.safe_load((ROOT / "configs" / "sweep.yaml").read_text())
     drawn = {name: space.get("values", [space.get("min")])[-1] for name, space in sweep["parameters"].items()}
     agent = wandb_agent.Agent(None, None, sweep_id="sweep")
     agent._sweep_command = sweep["command"]

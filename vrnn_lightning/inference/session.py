@@ -114,7 +114,7 @@ class Predictive(Distribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: SampleShape = ()) -> Tensor:
-        """Draw frames, shape (*sample_shape, batch, features)."""
+        """Draw frames, shape ``(*sample_shape, batch, features)``."""
         chosen = Categorical(logits=self.log_weights, validate_args=False).sample(torch.Size(sample_shape))
         rows = torch.arange(len(self._features), device=chosen.device)
         return self._scaler.unscale(self._head.draw(self._features[rows, chosen]))
