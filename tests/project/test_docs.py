@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 
 import pytest
 from pages import BLOCKS, FILES, LINES, PAGES, README, ROOT, SHELLS, blocks_of, write_files
@@ -24,14 +23,10 @@ LIGHTNING = [(page, line.partition("lightning ")[2]) for page, line in LINES if 
 
 @pytest.fixture
 def here(folder, monkeypatch):
-    """An empty working directory with the files that the pages write; modules imported from it are forgotten."""
+    """An empty working directory with the files that the pages write; modules imported from it stay, see ``folder``."""
     write_files(folder)
     monkeypatch.syspath_prepend(folder)
-    before = set(sys.modules)
-    yield folder
-    for name in set(sys.modules) - before:
-        if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+    return folder
 
 
 def run_page(page: str) -> dict:

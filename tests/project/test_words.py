@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-LINES = (Path(__file__).parent / "lint" / "words.txt").read_text().splitlines()
+ROOT = Path(__file__).parents[2]
+LINES = (Path(__file__).parents[1] / "lint" / "words.txt").read_text().splitlines()
 WORDS = dict(line.split("\t") for line in LINES if line and not line.startswith("#"))
 PLACES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "docs/**/*.md", "configs/*.yaml")
 CODE = ("vrnn_lightning/**/*.py", "datamodules/*.py", "benchmarks/*.py")

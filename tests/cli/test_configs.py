@@ -11,7 +11,7 @@ import yaml
 
 from vrnn_lightning.cli import main
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 OVERLAYS = {"wandb": ["GradientNorms"]}  # and the callbacks that they append
 SWEEP = "sweep"  # for `wandb sweep`; tests/test_tracking.py runs it
 BASES = sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem not in (*OVERLAYS, SWEEP))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FILES = sorted(f for package in ("vrnn_lightning", "datamodules") for f in (ROOT / package).rglob("*.py"))
 NAMES = [".".join(f.relative_to(ROOT).with_suffix("").parts) for f in FILES if ">>>" in f.read_text()]
 MODULES = [f"vrnn_lightning.{name}" if name.startswith("datamodules.") else name for name in NAMES]

@@ -216,7 +216,7 @@ def test_absurd_options_are_one_line(options):
 def test_every_command_has_it_and_it_speaks_on_stderr(tiny, lightning):
     """In a process of its own: pytest takes the log for itself."""
     words = ("fit", "-c", tiny, "--diagnostics.min_kl=1e3", "--diagnostics.patience=1", "--trainer.max_epochs=2")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-m", "vrnn_lightning", *map(str, words)],
         capture_output=True,

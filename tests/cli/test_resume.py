@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the benchmark forks, mounts and limits as Linux does")
 

@@ -13,7 +13,7 @@ import torch
 
 from vrnn_lightning.vrnn import trace
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it does itself

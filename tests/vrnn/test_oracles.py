@@ -114,7 +114,7 @@ def test_no_model_beats_the_truth_on_average(source, emission):
 @pytest.fixture(scope="module")
 def built():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+        patch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
         import oracles
     data = LinearGaussian(steps=12)
     exact = oracles.Exact.of(data, 12, data.state_covariance)
