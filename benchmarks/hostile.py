@@ -101,7 +101,7 @@ MODEL: dict[str, dict[str, Any]] = {
     "emission of the system": {"emission": spec("subprocess.Popen", args=["sh", "-c", SHELL])},
     "option of an emission": {"emission": spec("vrnn_lightning.heads.Gaussian", min_std=EVIL_HEAD)},
     "emission with more keys": {"emission": EVIL_HEAD | {"more": 1}},
-    "emission that is no text": {"emission": {"class_path": ["evil.Head"]}},
+    "emission that is not a text": {"emission": {"class_path": ["evil.Head"]}},
     "dunder of this package": {"emission": "vrnn_lightning.__main__.main"},
     "size as a class": {"hidden_size": EVIL_HEAD},
     "cell as a class": {"cell": EVIL_HEAD},
@@ -131,7 +131,7 @@ DATA: dict[str, dict[str, Any]] = {
     "datamodule of the system": {"_class_path": "os.system"},
     "datamodule that is a network": {"_class_path": "torch.nn.Linear"},
     "datamodule that is a module": {"_class_path": "evil"},
-    "datamodule that is no text": {"_class_path": [1]},
+    "datamodule that is not a text": {"_class_path": [1]},
     "option of a datamodule": {"steps": spec("evil.Data")},
     "option of a datamodule as YAML": {"evil": "{class_path: evil.Data}"},
 }

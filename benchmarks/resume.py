@@ -315,7 +315,7 @@ def _prefork_rank() -> None:
     spare = os.fork()
     if spare == 0:
         os.close(writer)
-        kept = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to all; this is no process yet
+        kept = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to all; this is not a process yet
         with os.fdopen(reader) as pipe:
             environment = pipe.read()
         if not environment:
@@ -351,7 +351,7 @@ def _rank() -> int:
 
 
 def _on_call(hook: str, action: Callable[[VRNNLightningModule], object]) -> None:
-    """Let every call of one of the model's hooks begin with an action."""
+    """Run an action at the start of every call of one of the model's hooks."""
     original = getattr(VRNNLightningModule, hook)
 
     @functools.wraps(original)
@@ -404,7 +404,7 @@ def fill_disk() -> None:
 
 
 def die_in_write() -> None:
-    """Let the next write into the folder of checkpoints kill this process when it comes to ``ROOM`` bytes."""
+    """Kill this process in the next write into the folder of checkpoints, when it comes to ``ROOM`` bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 
     def audit(event: str, args: tuple[Any, ...]) -> None:
@@ -520,7 +520,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def judge(scenario: Scenario, references: Path, folder: Path) -> Result:
-    """Let a scenario happen in a folder, and compare what came of it with the run that nothing interrupted."""
+    """Run a scenario in a folder, and compare its result with the run that nothing interrupted."""
     trial = Trial(scenario, references / _key(scenario.way, scenario.saving), folder)
     differences: list[str] = []
     try:

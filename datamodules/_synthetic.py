@@ -1,4 +1,4 @@
-"""What synthetic datamodules share: sequences that a function draws from a seed, once or anew in each epoch."""
+"""What synthetic datamodules share: sequences that a function draws from a seed, once or in every epoch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SyntheticDataModule(SequenceDataModule):
         steps: Longest sequence.
         sizes: Sequences of training, validation and test.
         min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
-        fresh: Draw the training sequences anew in each epoch, in the same lengths.
+        fresh: Redraw the training sequences every epoch, in the same lengths.
         batch_size: Sequences per batch and process.
         options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
@@ -159,7 +159,7 @@ def integrate(derivative: Callable[[Floats], Floats], state: Floats, interval: f
 
 
 def require(option: str, value: float, least: float, most: float | None = None) -> None:
-    """Refuse an option outside its range, both ends of which are allowed; NaN is outside."""
+    """Raise if an option is outside its range, whose ends are allowed; NaN is outside."""
     if most is None and not value >= least:
         raise UserError(f"--data.{option} {value}: must be at least {least}")
     if most is None and not value < 2**31:
@@ -169,7 +169,7 @@ def require(option: str, value: float, least: float, most: float | None = None) 
 
 
 def require_sizes(sizes: Mapping[Split, int], steps: int, min_steps: int | None, num_features: int) -> None:
-    """Refuse sizes of drawn data that are outside their range or that take too much memory together.
+    """Raise if sizes of drawn data are outside their range, or take too much memory together.
 
     Args:
         sizes: Sequences of each split.

@@ -31,7 +31,7 @@ Optional:
 - a method ``window(index, first, last)`` of what ``sequences`` returns: steps ``first`` to ``last - 1`` of a sequence,
   which training with ``window`` reads instead of all; without it a sequence is read whole and kept meanwhile.
 - a method ``in_epoch(epoch)`` of what ``sequences("train")`` returns: the sequences of that epoch, where they are drawn
-  or augmented anew in each, under the same names and in the same lengths. Let it depend on the epoch alone.
+  or augmented again in each, under the same names and in the same lengths. Let it depend on the epoch alone.
 - ``exact_log_likelihood(batch)``, where the true density is known: ``val/gap`` then shows what the model still lacks.
 """
 

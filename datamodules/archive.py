@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
@@ -46,16 +46,13 @@ class Archive(RandomSplitDataModule):
             and a warning names it.
         val: Fraction of the training sequences for validation, where the archive has no ``valid``; at least one.
         test: Fraction of them for the test, where it has no ``test``; at least one unless it is 0.
-        batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead; 0 reads in the main process.
-        seed: Seed of splits that are drawn and of the order of the training batches.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
         max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
             A file that takes no more than 16 times its own size is always read.
+        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:
         UserError: An option outside its range. From ``setup`` on: the file is missing, no such archive or of another
-            width, or holds values that are no finite numbers.
+            width, or holds values that are not finite.
 
     >>> Archive("vowels.npz", features=12, exclude=[0]).num_features
     11
@@ -72,22 +69,19 @@ class Archive(RandomSplitDataModule):
         exclude: list[int] | None = None,
         val: float = 0.1,
         test: float = 0.1,
-        batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
         max_gb: float = MAX_GB,
+        **options: Any,
     ) -> None:
         if features < 1:
             raise UserError(f"--data.features {features}: must be at least 1")
         out = _columns(exclude or [], features)
-        super().__init__(features - len(out), batch_size, num_workers, seed, window)
+        super().__init__(num_features=features - len(out), **options)
         self.root = data_root(root)
         self.max_gb = checked_limit(max_gb)
         self.features = features
         self.kept = [column for column in range(features) if column not in out]
         self._parts: dict[Split, float] = {"val": val, "test": test}
-        RandomSplits(val, test, seed)  # refuses fractions early
+        RandomSplits(val, test, self.seed)  # refuses fractions early
 
     def sequences(self, split: Split) -> ArchiveSplit:
         """Return the sequences of a split, each of shape (steps, features)."""

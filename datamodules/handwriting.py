@@ -76,7 +76,7 @@ class Handwriting(RandomSplitDataModule):
     sketch-rnn   an ``.npz`` file of object arrays, a drawing (steps, 3)      its own: train, valid, test
                  each; nothing that their pickles name is run
     quickdraw    an ``.ndjson`` file, or a folder of them                     drawn, by ``val``, ``test`` and ``seed``
-    inkml        a folder of ``.inkml`` files, a sequence each                drawn, likewise
+    inkml        a folder of ``.inkml`` files, a sequence each                drawn, in the same way
     iam          a folder with ``lineStrokes/**/*.xml``, a line each, and     the forms of ``trainset.txt``,
                  the lists of the official task t1 anywhere in it             ``testset_v.txt``, ``testset_f.txt``
     ===========  ==========================================================  =========================================
@@ -95,7 +95,7 @@ class Handwriting(RandomSplitDataModule):
             of like length, each of which starts from a fresh state.
         layout: What ``root`` is; "auto" looks at it.
         val: Fraction of the drawings for validation, where the layout brings no splits; at least one unless it is 0.
-        test: Fraction for the test, likewise.
+        test: Fraction for the test split.
         testset_t: What the second validation set of task t1 (iam) is used for: nothing, or as a part of a split.
         skip_bad: Skip and count files (iam, inkml) or drawings (quickdraw, sketch-rnn) that can't be used, instead of
             stopping at the first. A flat archive is good or bad as a whole.
@@ -107,12 +107,10 @@ class Handwriting(RandomSplitDataModule):
         augment: In each epoch, stretch each training sequence by one random factor for dx and one for dy, uniform
             between 1 - ``augment`` and 1 + ``augment``. The scaler is that of the sequences as they are.
         batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead; 0 reads in the main process.
-        seed: Seed of drawn splits, of the stretching and of the order of the training batches.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
         max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
             A file that takes no more than 16 times its own size is always read.
         download: Fetch Omniglot's strokes as an archive, where there is no ``root`` yet.
+        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:
         UserError: An option outside its range. From ``setup`` on: the data are not there, are none of these formats or
@@ -146,13 +144,11 @@ class Handwriting(RandomSplitDataModule):
         smooth: int = 1,
         augment: float = 0.0,
         batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
         max_gb: float = MAX_GB,
         download: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(num_features=3, batch_size=batch_size, num_workers=num_workers, seed=seed, window=window)
+        super().__init__(num_features=3, batch_size=batch_size, **options)
         self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
         self.download = download
         _among("too_long", too_long, ("drop", "split"))
@@ -178,7 +174,7 @@ class Handwriting(RandomSplitDataModule):
         self.scale = scale
         self.smooth = smooth
         self.augment = augment
-        self._draw = RandomSplits(val, test, seed)
+        self._draw = RandomSplits(val, test, self.seed)
 
     @property
     def pen_starts_down(self) -> bool:
@@ -421,7 +417,7 @@ class Handwriting(RandomSplitDataModule):
             try:
                 words = path.read_text(encoding="utf-8-sig").split()
             except UnicodeDecodeError:
-                raise UserError(f"{path}: is no text; expected a form per line, a01-020x for example") from None
+                raise UserError(f"{path}: is not text; expected a form per line, a01-020x for example") from None
             except OSError as error:
                 raise UserError(f"{path}: can't be read ({error.strerror})") from None
             if not words:
@@ -468,7 +464,7 @@ def _checked(place: str, drawing: Any) -> NDArray[Any]:
             f"{place}: is of type {rows.dtype} and shape {rows.shape}, expected numbers of shape (steps, 3)"
         )
     if not np.isfinite(rows).all():
-        raise UserError(f"{place}: holds values that are no finite numbers; remove it or fix it")
+        raise UserError(f"{place}: holds values that are not finite; remove it or fix it")
     wrong = (rows[:, 2] != 0) & (rows[:, 2] != 1)
     if wrong.any():
         step = int(wrong.argmax())
@@ -490,7 +486,7 @@ def _layout_of(root: Path) -> str:
         layouts = {".ndjson": "quickdraw", ".inkml": "inkml", ".npz": "archive"}
         layout = layouts.get(root.suffix.lower())
         if layout is None:
-            raise UserError(f"--data.root {root}: is no handwriting; looked for {LOOKED_FOR}")
+            raise UserError(f"--data.root {root}: is not a handwriting dataset; looked for {LOOKED_FOR}")
         return "sketch-rnn" if layout == "archive" and _holds_objects(root) else layout
     found = files_below(root)
     holds = {

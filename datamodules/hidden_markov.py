@@ -46,7 +46,7 @@ class HiddenMarkov(SequenceDataModule):
         stay: Probability that the state stays, kappa, in (0, 1).
         contrast: How far the state moves a channel's logit or mean, c.
         missing_rate: Probability of each value to be missing, independent of all else, in [0, 1).
-        fresh: Draw the training sequences anew in each epoch, in the same lengths.
+        fresh: Redraw the training sequences every epoch, in the same lengths.
         train_size: Training sequences.
         val_size: Validation sequences.
         test_size: Test sequences.

@@ -48,7 +48,7 @@ class LinearGaussian(SequenceDataModule):
         observation_noise: Standard deviation of the channels' noise, r.
         loading: Norm of each row of C.
         missing_rate: Probability of each value to be missing, independent of all else, in [0, 1).
-        fresh: Draw the training sequences anew in each epoch, in the same lengths.
+        fresh: Redraw the training sequences every epoch, in the same lengths.
         train_size: Training sequences.
         val_size: Validation sequences.
         test_size: Test sequences.

@@ -44,7 +44,7 @@ class MNISTRows(SequenceDataModule):
 
     Pixels are grey, but a Bernoulli is a likelihood of 0 and 1 alone. So they are made 0 and 1: "static", 1 where ink
     covers more than half, or "dynamic", 1 with the probability that is the grey value (Burda et al. 2016,
-    arXiv 1509.00519), for training anew in each epoch. Figures of one kind do not compare with those of another. Such a
+    arXiv 1509.00519), for training in each epoch. Figures of one kind do not compare with those of another. Such a
     draw depends on the seed, the image and the epoch alone; validation and test images are drawn once. With "none" they
     stay grey, whole numbers from 0 to 255 where the file holds bytes, for a ``DiscretisedLogisticMixture``.
 
@@ -59,11 +59,9 @@ class MNISTRows(SequenceDataModule):
         val_size: The last so many training images of the idx files are for validation; an archive brings its own.
         download: Fetch MNIST's files (12 MB) into ``root``, where it is empty or not there yet.
         batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead; 0 reads in the main process.
-        seed: Seed of the order of the training batches and of the dynamic draws.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
         max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
             A file that takes no more than 16 times its own size is always read.
+        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:
         UserError: An option outside its range. From ``setup`` on: a file is missing, damaged or holds something else.
@@ -84,17 +82,15 @@ class MNISTRows(SequenceDataModule):
         val_size: int = 10_000,
         download: bool = False,
         batch_size: int = 128,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
         max_gb: float = MAX_GB,
+        **options: Any,
     ) -> None:
         for option, value, choices in (("read", read, get_args(Read)), ("binarise", binarise, get_args(Binarise))):
             if value not in choices:
                 raise UserError(f"--data.{option} {value}: must be one of {', '.join(choices)}")
         if val_size < 1:
             raise UserError(f"--data.val_size {val_size}: must be at least 1")
-        super().__init__(SIDE if read == "rows" else 1, batch_size, num_workers, seed, window)
+        super().__init__(num_features=SIDE if read == "rows" else 1, batch_size=batch_size, **options)
         self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
         self.root = data_root(root)
         self.max_gb = checked_limit(max_gb)
@@ -114,8 +110,8 @@ class MNISTRows(SequenceDataModule):
         if self.binarise == "none" and not self._warned:
             self._warned = True
             rank_zero_warn(
-                "--data.binarise none: what a Bernoulli says of grey values is no likelihood; choose another emission, "
-                "DiscretisedLogisticMixture for one"
+                "--data.binarise none: what a Bernoulli says of grey values is not a likelihood; choose another "
+                "emission, DiscretisedLogisticMixture for one"
             )
         if self.binarise != "dynamic":
             return _Images(found, self.num_features, self.binarise == "static")
@@ -206,7 +202,7 @@ class _DrawnImages(_Images):
 
 
 class _RedrawnImages(_DrawnImages):
-    """Images that are drawn anew in each epoch."""
+    """Images that are redrawn every epoch."""
 
     def in_epoch(self, epoch: int, /) -> _RedrawnImages:
         """Return the draws of an epoch."""
@@ -236,7 +232,7 @@ def _read_idx(path: Path, max_gb: float) -> NDArray[Any]:
         try:
             return _images(path, gzip.open(file) if packed else file, max_gb)
         except (EOFError, gzip.BadGzipFile, zlib.error):
-            raise UserError(f"{path}: is damaged or no gzip file; copy it anew from {SOURCE}") from None
+            raise UserError(f"{path}: is damaged or no gzip file; copy it again from {SOURCE}") from None
 
 
 def _images(path: Path, file: BinaryIO | gzip.GzipFile, max_gb: float) -> NDArray[Any]:

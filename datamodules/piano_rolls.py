@@ -66,20 +66,18 @@ class PianoRolls(SequenceDataModule):
         resolution: Steps per quarter note: how finely MIDI files are read, and how fast samples of the model play that
             are written as MIDI.
         sustain: Let notes of MIDI files sound for as long as the sustain pedal is down; else it is ignored.
-        transpose: Shift each training sequence by up to so many semitones, up or down, drawn anew in each epoch from
+        transpose: Shift each training sequence by up to so many semitones, up or down, redrawn every epoch from
             those shifts that leave every note of the sequence on the keyboard, each as likely.
         test: Fraction of the MIDI files that is drawn with ``seed`` for the test, at least one unless it is 0; ``None``
             is a tenth. Where the data bring their splits it must be ``None``.
-        val: Fraction for validation of the files outside the test split, likewise.
+        val: Fraction for validation of the files outside the test split.
         skip_bad: Skip and count MIDI files that can't be used instead of stopping at the first.
         download: Fetch the JSB chorales in quarter notes (under 1 MB) as an archive, where there is no ``root`` yet.
         batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead; 0 reads in the main process.
-        seed: Seed of the order of the training batches, of the splits and of the shifts.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
         max_quarters: Longest MIDI file, in quarter notes: later times come from damage.
         max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
             A file that takes no more than 16 times its own size is always read.
+        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:
         UserError: An option outside its range, or one that the data at ``root`` have no use for. From ``setup`` on:
@@ -108,13 +106,11 @@ class PianoRolls(SequenceDataModule):
         skip_bad: bool = False,
         download: bool = False,
         batch_size: int = 16,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
         max_quarters: int = 20_000,
         max_gb: float = MAX_GB,
+        **options: Any,
     ) -> None:
-        super().__init__(num_features=KEYS, batch_size=batch_size, num_workers=num_workers, seed=seed, window=window)
+        super().__init__(num_features=KEYS, batch_size=batch_size, **options)
         self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
         for option, value, most in (
             ("resolution", resolution, 960),
@@ -174,7 +170,7 @@ class PianoRolls(SequenceDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return the scaler and which MIDI files are in which split, by the digests of their contents."""
         members = self._drawn() if self.root.is_dir() else self._members or {}
-        if self.root.is_dir() and self._folders:  # more may have come since the checkpoint that training went on from
+        if self.root.is_dir() and self._folders:  # more may have come since the checkpoint that training continued from
             here = {split: [self._digests[name] for name in self._in_folder(split)] for split in FOLDERS}
             members = {split: list(dict.fromkeys([*members[split], *here[split]])) for split in FOLDERS}
         return super().state_dict() | {"members": dict(members)}
@@ -184,7 +180,7 @@ class PianoRolls(SequenceDataModule):
         super().load_state_dict(state_dict)
         members = state_dict.get("members") or {}
         self._members = {split: list(members.get(split, ())) for split in FOLDERS}
-        self._splits.clear()  # those that setup found were drawn anew
+        self._splits.clear()  # those that setup found were drawn again
 
     def _rolls(self, split: Split) -> ArchiveSplit | _Songs:
         suffix = self.root.suffix.lower()
@@ -203,10 +199,10 @@ class PianoRolls(SequenceDataModule):
         return found
 
     def _refuse_idle_options(self) -> None:
-        """Refuse options that would do nothing; only in training, for a checkpoint brings its own."""
+        """Raise if an option would do nothing; only in training, as a checkpoint brings its own options."""
         midi = self.root.is_dir()
         if not midi:
-            idle, reason = {"sustain": self.sustain, "skip_bad": self.skip_bad}, "is no folder of MIDI files"
+            idle, reason = {"sustain": self.sustain, "skip_bad": self.skip_bad}, "is not a folder of MIDI files"
         else:
             idle, reason = {}, f"has folders that split it ({', '.join(self._folders)})"
         if not midi or self._folders:

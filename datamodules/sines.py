@@ -41,7 +41,7 @@ class Sines(SequenceDataModule):
         amplitude: Standard deviation of the coefficients, alpha.
         noise: Standard deviation of the noise, sigma.
         correlation: Correlation of the noise between channels, rho, in [0, 1).
-        fresh: Draw the training sequences anew in each epoch, in the same lengths.
+        fresh: Redraw the training sequences every epoch, in the same lengths.
         train_size: Training sequences.
         val_size: Validation sequences.
         test_size: Test sequences.

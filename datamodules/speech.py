@@ -105,7 +105,7 @@ class Speech(SequenceDataModule):
             of all files; or the name of an official split, ``fsdd`` for the spoken digits. ``None`` takes the layout's
             own, or a tenth where it has none. What the layout has for the test or for validation is never trained on,
             also where this takes other files instead.
-        val: Validation files, chosen likewise from the files outside the test split.
+        val: Validation files, chosen in the same way from the files outside the test split.
         tail: What becomes of the samples that don't fill a last frame: "drop" leaves them out, and with them files
             shorter than one frame; "pad" fills the frame with zeros that count as not observed. Log-mel frames that are
             filled count as observed.
@@ -120,16 +120,14 @@ class Speech(SequenceDataModule):
             header and the number of bytes tell is known at the start, damage in the middle when a file is read. With
             it, each file is read to its end when it is first seen, so that all damage is known before splits are drawn.
         batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead; 0 reads in the main process.
-        seed: Seed of the splits, of the order of the training batches and of the crops.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
         download: Fetch the spoken digits (16 MB; for the layout "fsdd") into ``root``, where it is empty or not there
             yet.
         max_gb: Gigabytes that the samples of one recording may take: a damaged or hostile file declares more than it
             holds. A file that takes no more than 16 times its own size is always read.
+        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:
-        UserError: An option is out of its range, is no regular expression or makes no sense beside another. From
+        UserError: An option is out of its range, is not a regular expression or makes no sense beside another. From
             ``setup`` on: there is no such folder or no audio in it, a file can't be read, breaks off or is empty, rates
             or channels are not as asked, no file is as long as a frame, or an expression matches no file.
 
@@ -160,9 +158,6 @@ class Speech(SequenceDataModule):
         tail: Literal["drop", "pad"] = "drop",
         units: Literal["scaled", "amplitude", "pcm16"] = "scaled",
         batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
         layout: Layout = "folder",
         features: Literal["raw", "log_mel"] = "raw",
         mel_bands: int | None = None,
@@ -171,20 +166,12 @@ class Speech(SequenceDataModule):
         skip_bad: bool = False,
         download: bool = False,
         max_gb: float = MAX_GB,
+        **options: Any,
     ) -> None:
-        for option, value in (
-            ("frame_size", frame_size),
-            ("sample_rate", sample_rate),
-            ("mel_bands", mel_bands),
-            ("mel_window", mel_window),
-            ("crop", crop),
-        ):
-            if value is not None and value < 1:
-                raise UserError(f"--data.{option} {value}: must be at least 1")
-        if sample_rate is not None and sample_rate > HIGHEST_RATE:
-            raise UserError(f"--data.sample_rate {sample_rate}: must be at most {HIGHEST_RATE} Hz")
+        counts = {"frame_size": frame_size, "mel_bands": mel_bands, "mel_window": mel_window, "crop": crop}
+        _require_counts({**counts, "sample_rate": sample_rate})
         mel = features == "log_mel"
-        super().__init__(mel_bands or MEL_BANDS if mel else frame_size, batch_size, num_workers, seed, window)
+        super().__init__(num_features=mel_bands or MEL_BANDS if mel else frame_size, batch_size=batch_size, **options)
         self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
         self.download = download
         self.root = data_root(root)
@@ -202,14 +189,10 @@ class Speech(SequenceDataModule):
         """What an amplitude of 1 is in data units: players take a sample divided by it."""
         self.test = _portion("test", test)
         self.val = _portion("val", val)
-        test_share, val_share = (SHARE if portion is None else portion for portion in (self.test, self.val))
-        if isinstance(test_share, float) and isinstance(val_share, float) and test_share + val_share >= 1:
-            raise UserError(
-                f"--data.test {test_share} and --data.val {val_share}: add up to 1 or more and leave no training file"
-            )
+        _require_training_share(self.test, self.val)
         if mel:  # frames of logarithms: a picture, but no sound
             self.modality = "roll"  # type: ignore[misc]  # of the class, but for these frames
-            self.scaling = "per_feature"  # type: ignore[misc]  # likewise
+            self.scaling = "per_feature"  # type: ignore[misc]  # as above
         self._asked_rate = self._rate = sample_rate
         self._files: dict[str, IndexedFile] | None = None
         self._recordings: dict[str, Recording] = {}
@@ -220,7 +203,7 @@ class Speech(SequenceDataModule):
         self._warned: set[str] = set()
 
     def _check_options(self, mel_bands: int | None, mel_window: int | None) -> None:
-        """Refuse words that an option doesn't know, and options that would be ignored beside others."""
+        """Raise if an option has an unknown value, or would be ignored beside others."""
         for option, word, known in (
             ("units", self.units, ("scaled", "amplitude", "pcm16")),
             ("features", self.features, ("raw", "log_mel")),
@@ -344,7 +327,7 @@ class Speech(SequenceDataModule):
         self._trained = state_dict["trained"]
         self._resumed = True
         self._frame_counts = None  # at another rate
-        self._splits.clear()  # those that setup found were drawn anew
+        self._splits.clear()  # those that setup found were drawn again
 
     @property
     def _frames(self) -> _Frames:
@@ -375,7 +358,7 @@ class Speech(SequenceDataModule):
         return [name for name in usable if name in wanted]
 
     def _refuse_trained(self, names: list[str]) -> None:
-        """Refuse another corpus that holds a file of the checkpoint's under another path."""
+        """Raise if another corpus holds a file of the checkpoint under another path."""
         trained = {(PurePosixPath(name).stem, samples): name for name, samples in self._trained.items()}
         for name in names:
             known = trained.get((PurePosixPath(name).stem, self._scan()[name].header.samples))
@@ -555,7 +538,7 @@ class _Recordings:
 
 @dataclass(frozen=True)
 class _Crops:
-    """A stretch of each recording, drawn anew in each epoch, or all of a recording that is no longer."""
+    """A stretch of each recording, redrawn every epoch, or all of a recording that is no longer."""
 
     whole: _Recordings
     lengths: list[int]
@@ -594,6 +577,24 @@ def _convert(samples: NDArray[np.floating[Any]], units: str) -> NDArray[np.float
     if units == "pcm16":
         return (samples * np.float32(PCM16)).round().clip(-PCM16, PCM16 - 1)
     return samples.clip(-1, 1) if units == "amplitude" else samples
+
+
+def _require_counts(counts: dict[str, int | None]) -> None:
+    """Raise if an option that counts something is below 1, or a sample rate is above what any file has."""
+    for option, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"--data.{option} {value}: must be at least 1")
+    if (counts["sample_rate"] or 0) > HIGHEST_RATE:
+        raise UserError(f"--data.sample_rate {counts['sample_rate']}: must be at most {HIGHEST_RATE} Hz")
+
+
+def _require_training_share(test: float | re.Pattern[str] | None, val: float | re.Pattern[str] | None) -> None:
+    """Raise if fractions leave no training file."""
+    shares = [SHARE if portion is None else portion for portion in (test, val)]
+    if sum(share for share in shares if isinstance(share, float)) >= 1:
+        raise UserError(
+            f"--data.test {shares[0]} and --data.val {shares[1]}: add up to 1 or more and leave no training file"
+        )
 
 
 def _portion(option: str, value: float | str | None) -> float | re.Pattern[str] | None:

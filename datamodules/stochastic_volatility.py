@@ -24,8 +24,8 @@ class StochasticVolatility(SyntheticDataModule):
         \eta_t \sim \mathcal N(0, \sigma^2), \quad \varepsilon_{t,d} \sim \mathcal N(0, 1), \quad
         h_1 \sim \mathcal N\big(0, \tfrac{\sigma^2}{1 - \varphi^2}\big)
 
-    (Taylor 1982). The density of the returns is no closed form. Their sign can't be told from the past, their size can,
-    in part: with a latent in the place of :math:`h_t`, a Gaussian output is right. Data units are the model's units.
+    (Taylor 1982). The density of the returns has no closed form. The past tells nothing of their sign, and a part of
+    their size: with a latent in the place of :math:`h_t`, a Gaussian output is right. Data units are the model's units.
 
     Args:
         channels: Assets, D.

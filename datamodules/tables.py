@@ -94,12 +94,9 @@ class Tables(SequenceDataModule):
         missing: Allow missing values. False refuses them, and builds a model that doesn't ask.
         sort: Bring rows that are not in the order of time into it, instead of refusing them.
         delimiter: What stands between the cells of a csv file.
-        batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead; 0 reads in the main process.
-        seed: Seed of the split by id and of the order of the training batches.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
         max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
             A file that takes no more than 16 times its own size is always read.
+        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:
         UserError: An option is out of its range or makes no sense beside another. From ``setup`` on: there is no such
@@ -134,13 +131,10 @@ class Tables(SequenceDataModule):
         missing: bool = True,
         sort: bool = False,
         delimiter: str = ",",
-        batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
         max_gb: float = MAX_GB,
+        **options: Any,
     ) -> None:
-        super().__init__(len(columns), batch_size, num_workers, seed, window)
+        super().__init__(num_features=len(columns), **options)
         self.root = data_root(root)
         self.max_gb = checked_limit(max_gb)
         self.columns = _names("columns", columns)
@@ -278,7 +272,7 @@ class Tables(SequenceDataModule):
         super().load_state_dict(state_dict)
         self._drawn = state_dict.get("drawn", {})
         self._cuts, self._clock = state_dict.get("cuts"), state_dict.get("clock", "")
-        self._splits.clear()  # those that setup found were cut anew
+        self._splits.clear()  # those that setup found were cut again
         self._predicted = None
 
     def _windows(self, split: Split) -> _Windows:
@@ -329,7 +323,7 @@ class Tables(SequenceDataModule):
         return "test" if draw < self.test_share else "val" if draw < self.test_share + self.val_share else "train"
 
     def _refuse_trained(self, series: _Series) -> None:
-        """Refuse a file of the checkpoint's under another path, for which another split would be drawn."""
+        """Raise if a file of the checkpoint has another path: its split would be another one."""
         own = (PurePosixPath(series.name).name, len(series.times))
         here = {s.name for s in self._series("train")}
         for name, (split, steps) in self._drawn.items():
@@ -427,7 +421,7 @@ class Tables(SequenceDataModule):
         return _Series(name, rows.clock, times, features.copy(), inputs.astype(np.float32), (labels == 1).any(1))
 
     def _refuse_gap(self, rows: _Rows, times: NDArray[Any], place: NDArray[np.int64]) -> None:
-        """Refuse absent rows where each step must be known."""
+        """Raise if a row is absent where each step must be known."""
         if len(times) == len(place) or (self.missing and not self.inputs):
             return
         i = int((np.diff(place) > 1).argmax())
@@ -490,7 +484,7 @@ class _Rows:
         return f"{self.paths[self.files[index]]}: row {self.rows[index]}{of}"
 
     def require_sorted(self) -> None:
-        """Refuse times that don't increase."""
+        """Raise if times don't increase."""
         wrong = self.times[1:] <= self.times[:-1]
         if not wrong.any():
             return
@@ -512,7 +506,7 @@ class _Rows:
         if off.any():
             i = int(off.argmax())
             raise UserError(
-                f"{self.place(i)}: time {_stamp(self.times[i], self.clock)} is no whole number of steps after "
+                f"{self.place(i)}: time {_stamp(self.times[i], self.clock)} is not a whole number of steps after "
                 f"{_stamp(self.times[0], self.clock)} ({option}); round it, or choose a finer step"
             )
         count = int(place[-1]) + 1
@@ -664,7 +658,7 @@ def _files(place: Path) -> dict[str, Path]:
             raise UserError(f"--data.root {place}: no such file or folder")
         if not place.is_dir():
             if not _is_table(place):
-                raise UserError(f"--data.root {place}: is no table; expected {', '.join(TABLE_SUFFIXES)}")
+                raise UserError(f"--data.root {place}: is not a table; expected {', '.join(TABLE_SUFFIXES)}")
             return {_stem(place.name): place}
         walk = os.walk(place, onerror=_raise)
         paths = sorted(p for folder, _, files in walk for p in (Path(folder, file) for file in files) if _is_table(p))

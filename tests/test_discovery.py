@@ -110,7 +110,7 @@ def test_folder_that_is_both_is_read_once(folder, monkeypatch):
         ("vrnn_lightning.datamodules.sines.Sine", "has no Sine. Did you mean 'Sines'?"),
         ("no_package.Data", "cannot import no_package"),
         ("vrnn_lightning.datamodules.nothing.Data", "cannot import vrnn_lightning.datamodules.nothing"),
-        ("torch.nn.Linear", "is no LightningDataModule"),
+        ("torch.nn.Linear", "is not a LightningDataModule"),
     ],
 )
 def test_what_cannot_be_found_is_said(folder, name, message):

@@ -534,7 +534,7 @@ class Spoil(Callback):
 
 
 def test_the_best_checkpoint_is_the_best(tmp_path):
-    """Its weights are those of the best validation, not those that training went on to."""
+    """Its weights are those of the best validation, not those that training continued to."""
     spoil, best = Spoil(), ModelCheckpoint(tmp_path, "best", monitor="val/elbo", mode="max")
     trainer(tmp_path, spoil, best, max_epochs=4).fit(module(), data())
     saved = torch.load(best.best_model_path, weights_only=True)["state_dict"]
@@ -555,7 +555,7 @@ def test_validation_drops_nothing(tmp_path):
 
 
 def test_sequences_of_no_steps_do_not_count(tmp_path):
-    """Neither in a mean over sequences nor, alone in a batch, as a figure that is no number."""
+    """Neither in a mean over sequences nor, alone in a batch, as a figure that is not a number."""
     full = data(train_size=5, steps=6, min_steps=6).sequences("train")
     nothing = SequenceSample(full[0].x[:0])
     together, alone = pad([full[0], nothing, full[1], nothing]), pad([nothing, nothing])

@@ -221,15 +221,15 @@ HUGE = struct.pack("<Q", len(HEADER)) + HEADER
             lambda f: (f / "config.json").write_text('{"format": "vrnn-lightning 999", "model": {}}'),
             "has format 999, but this version",
         ),
-        (lambda f: link(f / "config.json", f), "config.json: is no file"),
-        (lambda f: link(f / "config.json", "/dev/zero"), "config.json: is no file"),
+        (lambda f: link(f / "config.json", f), "config.json: is not a file"),
+        (lambda f: link(f / "config.json", "/dev/zero"), "config.json: is not a file"),
         (lambda f: link(f / "config.json", f / "config.json"), "config.json: Too many levels of symbolic links"),
-        (lambda f: ((f / WEIGHTS).unlink(), os.mkfifo(f / WEIGHTS)), "model.safetensors: is no file"),
-        (lambda f: (f / WEIGHTS).write_bytes(b"\x08" * 9), "model.safetensors: is no safetensors file"),
-        (lambda f: (f / WEIGHTS).write_bytes(b""), "model.safetensors: is no safetensors file"),
-        (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-1]), "is no safetensors file"),
-        (lambda f: torch.save({"a": 1}, f / WEIGHTS), "model.safetensors: is no safetensors file"),
-        (lambda f: (f / WEIGHTS).write_bytes(HUGE), "model.safetensors: is no safetensors file"),
+        (lambda f: ((f / WEIGHTS).unlink(), os.mkfifo(f / WEIGHTS)), "model.safetensors: is not a file"),
+        (lambda f: (f / WEIGHTS).write_bytes(b"\x08" * 9), "model.safetensors: is not a safetensors file"),
+        (lambda f: (f / WEIGHTS).write_bytes(b""), "model.safetensors: is not a safetensors file"),
+        (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-1]), "is not a safetensors file"),
+        (lambda f: torch.save({"a": 1}, f / WEIGHTS), "model.safetensors: is not a safetensors file"),
+        (lambda f: (f / WEIGHTS).write_bytes(HUGE), "model.safetensors: is not a safetensors file"),
         (lambda f: change(f, hidden_size=7), "are of different models"),
         (lambda f: change(f, hidden_size=10**6), r"are of different models .*shape \(64, 5\).*1000000"),
         (lambda f: change(f, hidden_size=10**12), "no model can be made of its options"),
@@ -241,8 +241,11 @@ HUGE = struct.pack("<Q", len(HEADER)) + HEADER
         (lambda f: change(f, hidden_size=True), "hidden_size 'True' is not of type int"),
         (lambda f: change(f, dropout=NAN), r"dropout nan: must lie in \[0, 1\)"),
         (lambda f: change(f, phi_x="width"), "no model can be made of its options"),
-        (lambda f: change(f, phi_x={"breadth": 3}), "breadth is no option of MLPConfig"),
-        (lambda f: change(f, no_such_option=1), "no_such_option is no option of VRNNLightningModule in this version"),
+        (lambda f: change(f, phi_x={"breadth": 3}), "breadth is not an option of MLPConfig"),
+        (
+            lambda f: change(f, no_such_option=1),
+            "no_such_option is not an option of VRNNLightningModule in this version",
+        ),
         (lambda f: emission(f, components="4"), "components '4' is not of type int"),
         (lambda f: emission(f, in_features=4), "no model can be made of its options"),
         (lambda f: emission(f, "vrnn_lightning.heads.Nothing"), "Nothing can't be imported"),
@@ -261,7 +264,7 @@ HUGE = struct.pack("<Q", len(HEADER)) + HEADER
         (lambda f: reweigh(f, scale_std=torch.ones(2, dtype=torch.complex64)), "different models .*complex64"),
         (lambda f: reweigh(f, scale_std=torch.zeros(2)), "scale_std must be positive"),
         (lambda f: reweigh(f, vrnn__input_std=-torch.ones(2)), "input_std must be positive"),
-        (lambda f: reweigh(f, scale_mean=torch.full((2,), NAN)), "scale_mean holds values that are no numbers"),
+        (lambda f: reweigh(f, scale_mean=torch.full((2,), NAN)), "scale_mean holds values that are not numbers"),
         (lambda f: narrow(f, torch.float16), "float16; densities need float32 or float64"),
         (lambda f: narrow(f, torch.float8_e4m3fn), "densities need float32 or float64"),
     ],
@@ -296,7 +299,7 @@ def test_a_subclass_keeps_its_own_options(tmp_path):
     Tagged(tag="evil_heads.Head", num_features=2, hidden_size=3).save_pretrained(tmp_path)
     loaded = Tagged.from_pretrained(tmp_path)
     assert (type(loaded), loaded.tag, loaded.vrnn.hidden_size) == (Tagged, "evil_heads.Head", 3)
-    with pytest.raises(UserError, match="tag is no option of VRNNLightningModule"):
+    with pytest.raises(UserError, match="tag is not an option of VRNNLightningModule"):
         VRNNLightningModule.from_pretrained(tmp_path)
 
 
@@ -324,7 +327,7 @@ def test_what_can_t_be_loaded_is_not_saved(module, tmp_path):
     refused(copy.deepcopy(module).half(), "float16; densities need float32 or float64")
     spoiled = copy.deepcopy(module)
     spoiled.scale_std.fill_(NAN)
-    refused(spoiled, "the model: scale_std holds values that are no numbers")
+    refused(spoiled, "the model: scale_std holds values that are not numbers")
     prune.random_unstructured(module.vrnn.phi_x[0], "weight", 0.5)
     refused(module, "phi_x.0.weight_orig: is of a pruned or parametrised layer")
     strange = VRNNLightningModule(**SIZES | {"emission": partial(GaussianMixture, min_std=torch.tensor(0.1))})

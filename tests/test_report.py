@@ -182,6 +182,7 @@ Promise.all([...document.querySelectorAll('audio')].map(async sound => {
 """
 
 
+@pytest.mark.browser
 def test_a_browser_shows_and_plays_it(page, browser):
     browser.get(page.as_uri())
     widths = browser.execute_script("return [...document.images].map(i => [i.alt, i.complete, i.naturalWidth])")
@@ -192,6 +193,7 @@ def test_a_browser_shows_and_plays_it(page, browser):
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.browser
 def test_a_narrow_window_scrolls_what_is_wide_and_not_the_page(page, browser):
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}

@@ -179,7 +179,7 @@ class Plain(LightningDataModule):
 
 def test_of_another_lightning_datamodule_what_it_promises_is_checked():
     testing.check_datamodule(Plain)
-    with pytest.raises(SkipTest, match="Plain is no SequenceDataModule"):
+    with pytest.raises(SkipTest, match="Plain is not a SequenceDataModule"):
         testing.pickles(Plain)
 
 

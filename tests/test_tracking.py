@@ -21,7 +21,7 @@ from vrnn_lightning import UserError, VRNNLightningModule, tracking
 from vrnn_lightning.callbacks import Samples
 from vrnn_lightning.tracking import RunLogger, WandbLogger
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 
 
 def written(file):
@@ -102,7 +102,7 @@ def test_rows_are_on_disk_as_soon_as_they_are_saved(folder):
 
 
 @pytest.fixture
-def anew(monkeypatch, folder):
+def again(monkeypatch, folder):
     """W&B with its files in the working directory; what it returns lets it read the environment again."""
     import wandb
 
@@ -116,7 +116,7 @@ def anew(monkeypatch, folder):
 
 
 @pytest.fixture
-def offline(anew, monkeypatch):
+def offline(again, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
 
 
@@ -205,7 +205,7 @@ def test_an_offline_run_holds_figures_config_and_the_best_checkpoint(lightning, 
     assert Path(file.local_path).read_bytes() == (folder / "checkpoints" / "best.ckpt").read_bytes()
 
 
-def test_the_readme_loads_a_model_back_from_its_artifact(lightning, tiny, monkeypatch):
+def test_the_page_loads_a_model_back_from_its_artifact(lightning, tiny, monkeypatch):
     assert lightning("fit", "-c", tiny).code == 0
     kept, asked = Path("runs/sines/version_0/checkpoints/best.ckpt"), []
 
@@ -220,7 +220,8 @@ def test_the_readme_loads_a_model_back_from_its_artifact(lightning, tiny, monkey
         return SimpleNamespace(download=download)
 
     monkeypatch.setattr("wandb.Api", lambda: SimpleNamespace(artifact=artifact))
-    (snippet,) = re.findall(r"^```python\n(import wandb.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    page = (ROOT / "docs" / "training.md").read_text()
+    (snippet,) = re.findall(r"^```python\n(import wandb.*?)^```", page, re.DOTALL | re.MULTILINE)
     found = {}
     exec(snippet, found)
     assert asked[0].endswith(":best")
@@ -308,7 +309,7 @@ def test_lightnings_ways_of_logging_checkpoints_stay(lightning, tiny, offline, l
     assert sorted(found) == sorted([(f"model-{run.id}", "best.ckpt"), (f"last-{run.id}", "last.ckpt")] * times)
 
 
-def test_a_run_without_login_or_network_goes_on_offline(lightning, tiny, monkeypatch, anew):
+def test_a_run_without_login_or_network_goes_on_offline(lightning, tiny, monkeypatch, again):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("HOME", str(Path.cwd()))
     monkeypatch.setattr(sys, "stdin", io.StringIO())  # no terminal
@@ -334,7 +335,7 @@ def test_a_run_without_login_or_network_goes_on_offline(lightning, tiny, monkeyp
         assert run.exit_code == 0
         assert len(run.column("val/elbo")) == 1
         assert kept.name.endswith(Path(f"runs/sines/version_{number}/wandb_id.txt").read_text().strip())
-        anew()
+        again()
 
 
 def test_what_wandb_takes_nowhere_is_one_line_and_leaves_no_folder(lightning, tiny, offline, monkeypatch):
@@ -371,7 +372,7 @@ def test_a_sweeps_agent_starts_runs(lightning, offline, monkeypatch):
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
     monkeypatch.setenv("WANDB_RUN_ID", "the agent's")
     monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", "the agent's")
-    sweep = yaml.safe_load((README.parent / "configs" / "sweep.yaml").read_text())
+    sweep = yaml.safe_load((ROOT / "configs" / "sweep.yaml").read_text())
     drawn = {name: space.get("values", [space.get("min")])[-1] for name, space in sweep["parameters"].items()}
     agent = wandb_agent.Agent(None, None, sweep_id="sweep")
     agent._sweep_command = sweep["command"]

@@ -436,7 +436,7 @@ def test_wrong_types_are_one_line(lightning, run, content, message):
         ({"layers": 10**9}, "layers is deeper than"),
         ({"phi_x": {"width": 4, "depth": 10**9}}, "phi_x is deeper than"),
         ({"smoothing": True}, "numbers, but it holds|has shape"),
-        ({"no_such_option": 1}, "no_such_option is no option"),
+        ({"no_such_option": 1}, "no_such_option is not an option"),
     ],
 )
 def test_sizes_are_compared_with_the_weights(lightning, run, options, message):

@@ -24,7 +24,7 @@ class SequenceSample:
     Args:
         x: Values, shape (time, features), in data units.
         observed: True where ``x`` was measured, shape (time, features); ``None`` means everywhere. A datamodule whose
-            sequences may have it says so in ``missing``; the model then reads the mask too.
+            sequences may have it sets ``missing``; the model then reads the mask too.
         inputs: Covariates known beforehand, shape (time, covariates), or ``None``. A datamodule says how many in
             ``num_inputs``, and :class:`~vrnn_lightning.vrnn.VRNN` conditions on them at each step.
         name: What to call this sequence in messages, a file name for example. Sequences of one name get the same noise,
@@ -48,7 +48,7 @@ class SequenceBatch:
         lengths: Real steps of each sequence, shape (batch,), int64.
         observed: True where ``x`` was measured, shape (batch, time, features), or ``None`` for everywhere.
         inputs: Covariates, shape (batch, time, covariates), or ``None``; the VRNN conditions on them.
-        reset: True for rows whose carried state starts anew, shape (batch,), bool; ``None`` where the batch is no part
+        reset: True for rows whose carried state is reset, shape (batch,), bool; ``None`` where the batch is not part
             of a stream and nothing is carried.
         names: One name per sequence for messages, or ``None``.
         start: The step of its sequence at which each row begins, shape (batch,), int64; ``None`` means 0 everywhere.
@@ -100,7 +100,7 @@ class SequenceBatch:
     def window(self, first: int, last: int) -> SequenceBatch:
         """Return steps ``first`` to ``last - 1`` of every row; a row that ended before has length 0 there.
 
-        ``start`` moves on, and past the batch's first step no state starts anew. The window is at least one step long.
+        ``start`` moves on, and past the batch's first step no state is reset. The window is at least one step long.
 
         >>> batch = pad([SequenceSample(torch.ones(2, 3)), SequenceSample(torch.ones(5, 3))])
         >>> window = batch.window(1, 4)

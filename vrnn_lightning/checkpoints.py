@@ -154,7 +154,7 @@ def _require_stored(path: Path, place: str) -> None:
 
 def _require_shape(content: Any, place: str) -> None:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UserError(f"{place}: is no checkpoint. {FIX}")
+        raise UserError(f"{place}: is not a checkpoint. {FIX}")
     for key, kind in KINDS.items():
         if key in content and (not isinstance(content[key], kind) or isinstance(content[key], bool)):
             raise UserError(f"{place}: its {key} is of type {type(content[key]).__name__}. {FIX}")

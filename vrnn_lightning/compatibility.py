@@ -77,7 +77,7 @@ def require_known_format(number: object, place: object) -> None:
 
 
 def keep_old_hooks(cls: type, hooks: Mapping[str, str]) -> None:
-    """Let a new subclass override hooks under the names that they had, with a warning; call it as the class is made.
+    """Accept overrides of hooks under their old names, with a warning; call it from ``__init_subclass__``.
 
     Args:
         cls: The subclass.

@@ -55,7 +55,7 @@ def load(name: str) -> type[LightningDataModule]:
         name: A known name (:func:`known`), or the dotted path of a class that lives elsewhere.
 
     Raises:
-        UserError: The name is unknown, claimed twice, cannot be imported or is no LightningDataModule.
+        UserError: The name is unknown, claimed twice, cannot be imported or is not a LightningDataModule.
     """
     if "." in name:
         module, _, attribute = name.rpartition(".")
@@ -163,6 +163,6 @@ def _datamodule(module: ModuleType, attribute: str, asked: str) -> type[Lightnin
         raise UserError(f"--data {asked}: {module.__name__} has no {attribute}.{suggestion(attribute, vars(module))}")
     if not (isinstance(cls, type) and issubclass(cls, LightningDataModule)):
         raise UserError(
-            f"--data {asked}: is no LightningDataModule; derive it from lightning.pytorch.LightningDataModule"
+            f"--data {asked}: is not a LightningDataModule; derive it from lightning.pytorch.LightningDataModule"
         )
     return cls

@@ -130,7 +130,7 @@ class Exported:
         ``nats``                  (batch,)                log p(x_t, z_t | .) - log q(z_t | .), in data units
         ``next_mean``             (batch, features)       mean of the next frame, given the prior's draw, in data units
         ``next_std``              (batch, features)       its standard deviation, if the emission has one
-        ``h_next``, ``c_next``    (batch, layers, hidden) the state to go on with
+        ``h_next``, ``c_next``    (batch, layers, hidden) the state to continue with
         ========================= ======================= ==============================================================
 
         A call with ``next_noise`` drawn is one part of the mixture that :meth:`~vrnn_lightning.inference.Step.next`
@@ -141,7 +141,7 @@ class Exported:
                 compared with torch before it is kept and needs ``pip install 'vrnn-lightning[export]'``.
 
         Raises:
-            UserError: Another suffix, a model that smooths, weights that are no numbers, a library or the folder that
+            UserError: Another suffix, a model that smooths, weights that are not numbers, a library or the folder that
                 is not there, no room, or an emission that ONNX can't say.
         """
         path = Path(path)
@@ -163,11 +163,11 @@ class Exported:
 
 @contextmanager
 def _traceable() -> Iterator[None]:
-    """Let no distribution look at its values, which a trace has not, and torch warn of none of its own doing."""
+    """Turn off the validation of distributions, which a trace can't do, and torch's warnings of its own export."""
     checks = Distribution._validate_args  # type: ignore[attr-defined]
     talk = logging.getLogger("torch.onnx")
     level = talk.level
-    talk.setLevel(logging.ERROR)  # of operations that are not there, whoever asks for them
+    talk.setLevel(logging.ERROR)  # it warns of operations that are missing
     Distribution.set_default_validate_args(False)
     try:
         with torch.no_grad(), warnings.catch_warnings():

@@ -379,7 +379,7 @@ def _prepared(path: Path, stack: ExitStack) -> Path:
 
 
 def _replace(files: Mapping[Path, Path]) -> None:
-    """Let temporary files take the places of others, and flush the folders."""
+    """Move temporary files to their places, and flush the folders."""
     for temporary in files:
         flush(temporary)
     for temporary, path in files.items():

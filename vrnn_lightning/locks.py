@@ -66,7 +66,7 @@ class FolderLock:
             os.write(self._handle, self._owner())
 
     def release(self) -> None:
-        """Let others have the folder."""
+        """Release the folder."""
         if self._handle is not None:
             self.file.unlink(missing_ok=True)
             os.close(self._handle)
@@ -107,7 +107,7 @@ class FolderLock:
         raise self._taken(file)
 
     def _is_alive(self, file: Path) -> bool:
-        """Tell whether the process that a lock names may still run."""
+        """Return whether the process that a lock names may still run."""
         try:
             host, _, process = file.read_text().rpartition(" process ")
             self.file.touch()  # the clock of the file system, which may not be ours

@@ -163,7 +163,7 @@ class Detection(Metric):
         Args:
             nats: Log-likelihood of each, shape (steps,).
             faulty: True at those that are, shape (steps,).
-            threshold: Steps below it are flagged, and those whose log-likelihood is no number.
+            threshold: Steps below it are flagged, and those whose log-likelihood is not a number.
         """
         self.nats.append(torch.where(nats.isnan(), -math.inf, nats.detach().to(WIDE)))
         self.faulty.append(faulty.to(nats.device))

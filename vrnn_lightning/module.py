@@ -136,7 +136,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         self.is_initialized.fill_(True)
 
     def setup(self, stage: str) -> None:
-        """Refuse what can't work.
+        """Raise if the data or the precision do not fit the model.
 
         Raises:
             UserError: The data's width is not the model's, or the precision leaves the densities no room.
@@ -165,7 +165,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         if self._loaded is not None:
             match_optimizer_states(self._loaded, [_parameter_names(self, o) for o in self.trainer.optimizers])
             self._loaded = None
-        self._take_scaler(anew=True)
+        self._take_scaler(replace=True)
         if not self.is_initialized and hasattr(self._data, "input_statistics"):
             moments = self._data.input_statistics()
             with self.summon_full_params():
@@ -173,18 +173,18 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         self.is_initialized.fill_(True)
 
     def on_validation_start(self) -> None:
-        """Refuse data that are scaled otherwise than in training."""
-        self._take_scaler(anew=not self.is_initialized)
+        """Raise if the data are scaled otherwise than in training."""
+        self._take_scaler(replace=not self.is_initialized)
 
     def on_test_start(self) -> None:
-        """Refuse data that are scaled otherwise than in training."""
-        self._take_scaler(anew=not self.is_initialized)
+        """Raise if the data are scaled otherwise than in training."""
+        self._take_scaler(replace=not self.is_initialized)
 
     def on_predict_start(self) -> None:
-        """Refuse data that are scaled otherwise than in training."""
-        self._take_scaler(anew=not self.is_initialized)
+        """Raise if the data are scaled otherwise than in training."""
+        self._take_scaler(replace=not self.is_initialized)
 
-    def _take_scaler(self, anew: bool) -> None:
+    def _take_scaler(self, replace: bool) -> None:
         if not hasattr(self._data, "scaler"):
             return
         scaler: Scaler = self._data.scaler
@@ -192,13 +192,13 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
             torch.allclose(own, other.to(own).expand_as(own), rtol=1e-4, atol=1e-6)
             for own, other in ((self.scale_mean, scaler.mean), (self.scale_std, scaler.std))
         )
-        if not anew and not same:
+        if not replace and not same:
             raise UserError("the data were scaled otherwise than in training; give the checkpoint as ckpt_path, too")
         self.scale_mean.copy_(scaler.mean)
         self.scale_std.copy_(scaler.std)
 
     def summon_full_params(self) -> AbstractContextManager[None]:
-        """Return a context for whoever reads or writes parameters outside a step; every process has to enter it.
+        """Return a context for code that reads or writes parameters outside a step; every process has to enter it.
 
         Under FSDP a process holds a share of each parameter, and all of them only within a step or this context.
         """
@@ -213,7 +213,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         self._carried = None
 
     def on_train_epoch_end(self) -> None:
-        """Let go of what streams carry: the next epoch's begin anew."""
+        """Drop the state of streams: the next epoch starts from zero."""
         self._carried = None
 
     def forward(self, batch: SequenceBatch) -> Trace:
@@ -249,10 +249,10 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         return loss
 
     def _carried_into(self, batch: SequenceBatch) -> StreamState | None:
-        """Return what goes on into a window of streams, anew where a sequence begins; ``None`` for whole sequences."""
+        """Return the state of streams before a window, reset where a sequence begins; ``None`` for whole sequences."""
         if batch.reset is None:
             return None
-        if batch.reset.all():  # nothing goes on
+        if batch.reset.all():  # nothing continues
             self._carried = self._resumed = None
             return None
         if self._carried is None and self._resumed is not None:
@@ -267,7 +267,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         return self._carried.reset_rows(batch.reset)
 
     def _check(self, batch: SequenceBatch) -> None:
-        """Refuse values that the emission can't score, and say what the model does not read."""
+        """Raise if the emission can't score a value, and warn of what the model does not read."""
         self.vrnn.decoder.head.check(batch.x, batch.valid_mask)
         data = type(self._data).__name__
         if not self.vrnn.missing and batch.observed is not None and not batch.observed[batch.mask].all():
@@ -452,7 +452,7 @@ def _wide() -> Any:
 def _make_storable(hparams: Any) -> None:
     """Replace classes, partials and dataclasses by the options that make them, which load without running pickled code.
 
-    An optimiser or scheduler made by any other function is left out: only training needs it, and gives it anew.
+    An optimiser or scheduler made by any other function is left out: only training needs it, and gives it again.
     """
     for name, value in list(hparams.items()):
         if is_dataclass(value) and not isinstance(value, type):

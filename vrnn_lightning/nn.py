@@ -28,7 +28,7 @@ class MLPConfig:
     depth: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no network can have."""
+        """Raise if a size is below 1."""
         for option in ("width", "depth"):
             if getattr(self, option) < 1:
                 raise UserError(f"{option} {getattr(self, option)}: a network needs at least 1")

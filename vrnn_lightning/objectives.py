@@ -116,7 +116,7 @@ class ObjectiveOutput(NamedTuple):
         value: To be maximised, summed over the batch, in nats.
         log_px: Of trajectories that were not resampled, from which the reported bound comes, shape (rows, time).
         kl: Of the same, of each latent dimension, shape (rows, time, latent).
-        carried: What goes on to the next window.
+        carried: What continues to the next window.
     """
 
     value: Tensor
@@ -133,7 +133,7 @@ class Objective(ABC):
     absent = unsupported_options
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Let a subclass list options under the attribute's old name."""
+        """Accept :attr:`unsupported_options` under its old name."""
         super().__init_subclass__(**options)
         keep_old_hooks(cls, {"absent": "unsupported_options"})
 
@@ -155,7 +155,7 @@ class Objective(ABC):
             noise: What to draw from.
             beta: Weight of the latent's part, as a callback set it.
             total: Sums a tensor over processes, without gradient.
-            carried: What to go on from; ``None`` to begin.
+            carried: What to continue from; ``None`` to begin.
         """
 
 

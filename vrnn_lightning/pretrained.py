@@ -40,7 +40,7 @@ class Pretrained:
 
         Raises:
             UserError: The folder can't be written to, safetensors is not installed, the emission has an option that
-                JSON can't hold, or weights are no numbers, narrower than float32, or of a pruned layer.
+                JSON can't hold, or weights are not numbers, narrower than float32, or of a pruned layer.
         """
         save = _safetensors().torch.save
         module: Any = self
@@ -79,8 +79,8 @@ class Pretrained:
             trust: Class paths or modules of your own that the options may name, for example ``["my_package.heads"]``.
 
         Raises:
-            UserError: A file is missing or damaged, the two don't belong together, a value is no number, or the options
-                name a class that is not trusted.
+            UserError: A file is missing or damaged, the two don't belong together, a value is not a number, or the
+                options name a class that is not trusted.
         """
         folder = Path(folder)
         config, source = folder / CONFIG, folder / WEIGHTS
@@ -175,7 +175,7 @@ def _declared(source: object, made: type, given: Mapping[str, Any], weights: Map
 
 
 def _is_known(value: Any) -> bool:
-    """Tell whether an option is a plain value or of a class that is known to build on any device."""
+    """Return whether an option is a plain value or of a class that is known to build on any device."""
     made = value.func if isinstance(value, partial) else value if isinstance(value, type) else type(value)
     return made.__module__.partition(".")[0] in ("vrnn_lightning", "torch", "lightning", "builtins")
 
@@ -196,7 +196,7 @@ def _require_options(config: object, made: type, options: Mapping[str, Any], of_
     known = parameters_of(made)
     for name in options:
         if name not in known or (name in OF_TRAINING and not of_training):
-            raise UserError(f"{config}: {name} is no option of {made.__name__} in this version")
+            raise UserError(f"{config}: {name} is not an option of {made.__name__} in this version")
 
 
 def _made(source: object, made: type, options: Mapping[str, Any]) -> Any:
@@ -216,23 +216,23 @@ def _weights(path: Path) -> dict[str, Tensor]:
     except UserError:
         raise
     except Exception as error:  # the library's own errors, of a file that is cut or of another kind
-        raise UserError(f"{path}: is no safetensors file, or damaged ({error})") from error
+        raise UserError(f"{path}: is not a safetensors file, or damaged ({error})") from error
     return weights
 
 
 def require_numbers(where: object, weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights that no density can be found with."""
+    """Raise if a weight is not finite or narrower than float32."""
     for name, value in weights.items():
         if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
             raise UserError(f"{where}: {name} is of {value.dtype}; densities need float32 or float64: convert it")
         if value.is_floating_point() and not value.isfinite().all():
-            raise UserError(f"{where}: {name} holds values that are no numbers; take an earlier checkpoint")
+            raise UserError(f"{where}: {name} holds values that are not numbers; take an earlier checkpoint")
         if name.endswith(("scale_std", "input_std")) and not (value > 0).all():
             raise UserError(f"{where}: {name} must be positive")
 
 
 def _compare(folder: Path, declared: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights of another model than the options make."""
+    """Raise if the weights are not those of the model that the options make."""
     for name in [*declared, *weights]:
         there, here = (_described(part.get(name)) for part in (weights, declared))
         if there != here:
@@ -257,7 +257,7 @@ def _content(path: Path) -> bytes:
     fix = "give a folder that save_pretrained wrote"
     try:
         if path.exists() and not path.is_file():
-            raise UserError(f"{path}: is no file; {fix}")
+            raise UserError(f"{path}: is not a file; {fix}")
         return path.read_bytes()
     except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}; {fix}") from error

@@ -70,7 +70,7 @@ CAPTIONS = {
 TASKS = {
     "sample": "Sequences drawn from the model.",
     "reconstruct": "Test sequences and the emission's mean, with the latents inferred.",
-    "forecast": "What was given, and how it may go on; each path begins with the end of what was given.",
+    "forecast": "What was given, and how it may continue; each path begins with the end of what was given.",
     "impute": "What was given, and what may fill its gaps.",
     "score": "Test sequences, and the nats of each of their steps.",
     "encode": "Means of the posteriors at each step.",
@@ -107,7 +107,7 @@ def write_report(folder: str | Path) -> Path:
         folder: A run's folder, ``runs/<name>/<version>``.
 
     Raises:
-        UserError: This is no run's folder, or it can't be written to.
+        UserError: This is not a run's folder, or it can't be written to.
     """
     named = Path(folder)
     with explained(named):
@@ -140,7 +140,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, AttributeError, LookupError, EOFError, RecursionError, csv.Error) as error:
-        raise UserError(f"{path}: is damaged ({str(error)[:200]}); remove it, or write it anew") from error
+        raise UserError(f"{path}: is damaged ({str(error)[:200]}); remove it, or write it again") from error
 
 
 def _curves(path: Path) -> dict[str, _Curve]:
@@ -167,7 +167,7 @@ def _curves(path: Path) -> dict[str, _Curve]:
 
 
 def _number(cell: str) -> float:
-    """Return what a cell says, NaN where that is no number."""
+    """Return what a cell says, NaN where that is not a number."""
     if not cell:
         return math.nan
     try:

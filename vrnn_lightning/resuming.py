@@ -168,7 +168,7 @@ def _checked(record: Any) -> dict[str, Any]:
 
 
 def make_resumable(trainer: Trainer) -> None:
-    """Let a trainer's fit loop write and read records of moments, and take no checkpoint from a working directory.
+    """Make a trainer's fit loop write and read records of moments, and ignore checkpoints in the working directory.
 
     Loops, connector and writer that are not Lightning's own are left alone.
     """
@@ -246,7 +246,7 @@ class ResumableValidationLoop(_EvaluationLoop):
         super()._evaluation_step(*args)
 
     def teardown(self) -> None:
-        """Let go of what was evaluated, and end the processes that read ahead."""
+        """Drop what was evaluated, and end the processes that read ahead."""
         super().teardown()
         self._fit.close_loaders()
 
@@ -322,7 +322,7 @@ class ResumableFitLoop(_FitLoop):
         return Stage(self.record["stage"]) if self.record else None
 
     def is_pending(self, *stages: Stage) -> bool:
-        """Tell whether the fit is being resumed from one of some moments."""
+        """Return whether the fit is being resumed from one of some moments."""
         return self.stage_to_resume in stages
 
     @property
@@ -403,7 +403,7 @@ class ResumableFitLoop(_FitLoop):
         return cast("list[int]", found.tolist())
 
     def at_save_point(self, is_epoch_end: bool = False) -> None:
-        """Let callbacks save, now that nothing of a batch or epoch is left; end where a signal asked for it."""
+        """Call the callbacks that save, after a batch or an epoch; end the run if a signal asked for it."""
         timed = [c for c in _callbacks(self.trainer) if getattr(c, "every", None) is not None and hasattr(c, "is_due")]
         stop, save = interruption.signum, int(any(c.is_due(self.trainer) for c in timed))
         if timed or interruption.is_watching:
@@ -547,7 +547,7 @@ class ResumableFitLoop(_FitLoop):
                     progress.completed += 1
 
     def teardown(self) -> None:
-        """Let go of the data, and end the processes that read ahead."""
+        """Drop the data, and end the processes that read ahead."""
         super().teardown()
         self.close_loaders()
 

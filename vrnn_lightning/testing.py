@@ -14,7 +14,7 @@ In a test file of yours, one test per promise::
 
 or all of them at once with ``check_datamodule(lambda: Walks(size=20))``. Give it little data: the checks read it many
 times. Each needs a fresh datamodule, whose ``batch_size`` and ``num_workers`` they set. What a promise does not concern
-is skipped: of a LightningDataModule that is no SequenceDataModule, only its batches, shape and scaler are checked.
+is skipped: of a LightningDataModule that is not a SequenceDataModule, only its batches, shape and scaler are checked.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _ready(make: Make, **options: int) -> SequenceDataModule:
     """Return a datamodule after ``setup``, with these options of its loaders."""
     datamodule = make()
     if not isinstance(datamodule, SequenceDataModule):
-        raise SkipTest(f"{type(datamodule).__name__} is no SequenceDataModule")
+        raise SkipTest(f"{type(datamodule).__name__} is not a SequenceDataModule")
     for option, value in options.items():
         setattr(datamodule, option, value)
     datamodule.setup("fit")
@@ -237,7 +237,7 @@ def streams_carry_on(make: Make) -> None:
     previous: SequenceBatch | None = None
     for batch in datamodule.train_dataloader():
         if datamodule.window is None:
-            assert batch.reset is None, "whole sequences are no stream"
+            assert batch.reset is None, "whole sequences are not stream"
             continue
         assert batch.reset is not None
         assert batch.start is not None
@@ -251,9 +251,9 @@ def streams_carry_on(make: Make) -> None:
             assert previous.names is not None
             assert previous.start is not None
             carried = (~batch.reset).nonzero().flatten().tolist()
-            assert all(batch.names[i] == previous.names[i] for i in carried), "a state goes on in another sequence"
+            assert all(batch.names[i] == previous.names[i] for i in carried), "a state continues in another sequence"
             ends = previous.start + previous.lengths
-            assert torch.equal(batch.start[carried], ends[carried]), "a state goes on elsewhere in its sequence"
+            assert torch.equal(batch.start[carried], ends[carried]), "a state continues elsewhere in its sequence"
             assert ((batch.start == 0) | ~batch.reset | (batch.lengths == 0)).all(), "a state is lost"
         previous = batch
 
@@ -321,7 +321,7 @@ def goes_on_in_the_middle_of_an_epoch(make: Make) -> None:
 
 
 def changes_with_the_epoch_alone(make: Make) -> None:
-    """Sequences of training that are drawn anew in each epoch keep names and lengths; others never change."""
+    """Sequences of training that are redrawn every epoch keep names and lengths; others never change."""
     datamodule = _ready(make, batch_size=3)
     loader = datamodule.train_dataloader()
     changes = isinstance(datamodule.split("train"), ChangingSequences)

@@ -33,7 +33,7 @@ __all__ = ["ElboBar", "RunCheckpoint", "RunLogger", "SaveConfig", "WandbLogger",
 
 ID_FILE = "wandb_id.txt"
 METRICS_FILE = ExperimentWriter.NAME_METRICS_FILE
-INIT_TIMEOUT = 20.0  # seconds that a run waits for W&B before it goes on offline; WANDB_INIT_TIMEOUT says otherwise
+INIT_TIMEOUT = 20.0  # seconds that a run waits for W&B before it continues offline; WANDB_INIT_TIMEOUT says otherwise
 BEST = {  # what W&B's summary holds of a figure, instead of its last value
     "max": ("val/elbo", "val/elbo_per_sequence", "val/objective"),
     "min": ("val/bits_per_dim", "val/gap"),
@@ -66,7 +66,7 @@ class _Rows(ExperimentWriter):
         self._write(rows)
 
     def _keeps(self, number: int, row: dict[str, str]) -> bool:
-        """Tell whether a row was written before the checkpoint; a line cut off by a kill was not."""
+        """Return whether a row was written before the checkpoint; a line cut off by a kill was not."""
         step = row.get("step") or ""
         if not step.isdigit():
             return False
@@ -225,7 +225,7 @@ class SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save the config without ``ckpt_path``: whoever re-runs it wants a new run."""
+        """Save the config without ``ckpt_path``: a re-run is a new run."""
         if stage != "fit":
             return
         config = self.config.clone()
@@ -289,7 +289,7 @@ class RunCheckpoint(ModelCheckpoint):
             super().on_train_epoch_end(trainer, pl_module)
 
     def is_due(self, trainer: Trainer) -> bool:
-        """Tell whether the clock asks for a save; process zero's decides."""
+        """Return whether the clock asks for a save; process zero's decides."""
         return self.every is not None and trainer.is_global_zero and time.monotonic() - self._saved_at >= self.every
 
     def on_save_point(
@@ -322,7 +322,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._saved_at = time.monotonic()
 
     def _is_due_within(self, trainer: Trainer) -> bool:
-        """Tell whether the end of a batch is a moment to save without a monitor."""
+        """Return whether the end of a batch is a moment to save without a monitor."""
         loop = trainer.fit_loop.epoch_loop
         is_last, steps = loop._num_ready_batches_reached(), self._every_n_train_steps
         validated = getattr(loop, "has_validated", False) and not is_last and self._every_n_epochs >= 1
@@ -372,7 +372,7 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def _is_last_epoch(trainer: Trainer) -> bool:
-    """Tell whether training ends with the epoch that has ended."""
+    """Return whether training ends with the epoch that has ended."""
     loop, epochs = trainer.fit_loop, cast(Any, trainer.fit_loop.epoch_progress.current)
     limits = ((epochs.processed, loop.max_epochs), (trainer.global_step, loop.max_steps))
     return trainer.should_stop or any(most is not None and 0 <= most <= count for count, most in limits)
@@ -419,7 +419,7 @@ class ElboBar(RichProgressBar):
 class WandbLogger(LightningWandbLogger):
     """Sends the run's numbers and media to Weights & Biases; its files lie in the run's folder.
 
-    The W&B run is called ``<name>/<version>`` like the folder, and a resumed run goes on in the same W&B run. Its
+    The W&B run is called ``<name>/<version>`` like the folder, and a resumed run continues in the same W&B run. Its
     summary holds the best of each bound: ``val/elbo.max``, ``val/gap.min``. ``WANDB_MODE=offline`` keeps everything on
     this machine, ``WANDB_MODE=disabled`` writes nothing; without a login or a network the run is kept as offline is.
 
@@ -479,7 +479,7 @@ class WandbLogger(LightningWandbLogger):
         return super().experiment
 
     def _settle(self, folder: Path) -> None:
-        """Let the W&B run be in a folder, the one that the folder belongs to if there is one."""
+        """Use a folder for the W&B run: the one that the folder belongs to, if there is one."""
         folder.mkdir(parents=True, exist_ok=True)
         id_file = folder / ID_FILE
         earlier = id_file.read_text().strip() if id_file.is_file() else self._id
@@ -506,7 +506,7 @@ class WandbLogger(LightningWandbLogger):
                 self._wandb_init["mode"] = "offline"
                 run = super().experiment
                 cause, folder = str(error).splitlines()[0].rstrip("."), Path(run.dir).parent
-                print(f"W&B: {cause}; the run goes on offline, `wandb sync {folder}` sends it later", file=sys.stderr)
+                print(f"W&B: {cause}; the run continues offline, `wandb sync {folder}` sends it later", file=sys.stderr)
         except (wandb.Error, ValueError) as error:
             raise UserError(f"--trainer.logger WandbLogger: {' '.join(str(error).split())}") from error
         for goal, names in BEST.items():
@@ -516,7 +516,7 @@ class WandbLogger(LightningWandbLogger):
             write_files({Path(self.run.log_dir) / ID_FILE: f"{run.id}\n".encode()})
 
     def choose(self, checkpoints: Sequence[Callback]) -> None:
-        """Let the best checkpoint be that of the first ModelCheckpoint with a monitor.
+        """Choose the first ModelCheckpoint with a monitor as the source of the best checkpoint.
 
         Raises:
             UserError: There is none, but its best is to be an artifact.

@@ -181,7 +181,7 @@ class Gate:
             if not isinstance(name, str) or not name.removesuffix("+").isidentifier():
                 raise UserError(f"{self.source}: {inner[:80]!r} is not the name of an option")
             if name not in known and is_dataclass(made):
-                raise UserError(f"{self.source}: {inner} is no option of {made.__name__} in this version")
+                raise UserError(f"{self.source}: {inner} is not an option of {made.__name__} in this version")
             annotation = known.get(name.removesuffix("+"), inspect.Parameter.empty)
             if annotation in SCALARS and not _is_scalar(value, annotation, is_text=not make):
                 raise UserError(f"{self.source}: {inner} {str(value)[:80]!r} is not of type {annotation.__name__}")
@@ -306,7 +306,7 @@ class Gate:
         return any(_within(name, trusted) for trusted in self.trusted)
 
     def _is_file(self, text: str) -> bool:
-        """Tell whether a parser could read a text as the name of a file, which may be a pipe."""
+        """Return whether a parser could read a text as the name of a file, which may be a pipe."""
         try:
             path = Path(text).expanduser()
             places = [path if folder is None else folder / path for folder in (None, self.folder)]
@@ -368,13 +368,13 @@ def strings_of(value: Any) -> Iterator[str]:
 
 
 def _is_scalar(value: Any, kind: type, *, is_text: bool) -> bool:
-    """Tell whether a value is of a type, or, where a parser reads it, a text that may be."""
+    """Return whether a value is of a type, or, where a parser reads it, a text that may be."""
     fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
     return fits or (is_text and isinstance(value, str))
 
 
 def is_name(text: str) -> bool:
-    """Tell whether Python could import a text: more characters are letters to it than to a regular expression."""
+    """Return whether Python could import a text: more characters are letters to it than to a regular expression."""
     return all(part.isidentifier() for part in text.split("."))
 
 

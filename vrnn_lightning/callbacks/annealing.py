@@ -30,8 +30,8 @@ class KLAnnealing(Callback, ABC):
     """Sets ``module.beta`` before each training step.
 
     Beta is in force in training alone: reported ELBOs and the choice of the best checkpoint never see it. Where it is a
-    function of the optimiser steps taken so far it needs no state of its own: a resumed run goes on with the weight the
-    step asks for.
+    function of the optimiser steps taken so far it needs no state of its own: a resumed run continues with the weight
+    of its step.
     """
 
     @abstractmethod
@@ -39,11 +39,11 @@ class KLAnnealing(Callback, ABC):
         """Return the weight after ``step`` optimiser steps."""
 
     def settled(self, step: int) -> bool:
-        """Tell whether the weight stays from ``step`` on; while it moves, a small KL is no collapse yet."""
+        """Return whether the weight stays from ``step`` on; while it moves, a small KL is not a collapse yet."""
         return True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a second annealer: they would overwrite each other's weight.
+        """Raise if there is a second annealer: they would overwrite each other's weight.
 
         Raises:
             UserError: Two annealers are among the trainer's callbacks.
@@ -96,7 +96,7 @@ class _Ramp(KLAnnealing):
         self.steps, self.start, self.end = steps, start, end
 
     def settled(self, step: int) -> bool:
-        """Tell whether the weight is ``end`` for good."""
+        """Return whether the weight is ``end`` for good."""
         return step >= self.steps
 
 
@@ -215,7 +215,7 @@ class ControlVAE(KLAnnealing):
         return self.weight
 
     def settled(self, step: int) -> bool:
-        """Tell whether there is no lower weight to go to."""
+        """Return whether there is no lower weight to go to."""
         return self.integral <= 0
 
     def observe(self, kl: float) -> None:
@@ -230,7 +230,7 @@ class ControlVAE(KLAnnealing):
         self.weight = min(max(proportional + self.integral + self.beta_min, self.beta_min), self.beta_max)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a second annealer, and a model that has no KL to steer.
+        """Raise if there is a second annealer, or the model has no KL to steer.
 
         Raises:
             UserError: There is one, or it has none.

@@ -57,7 +57,7 @@ def write_archive(path: Path, parts: list[dict[str, np.ndarray]], split: str, **
         parts: Arrays by name, each part of the same names, with one row for each sequence. "index", which is not
             written, says which sequence of the split each one is: they are written in this order.
         split: Goes before the names.
-        more: Arrays that are no sequence of parts.
+        more: Arrays that are not sequences of parts.
 
     Raises:
         UserError: The disk is full, or the folder can't be written to.
@@ -175,7 +175,7 @@ class ArchiveWriter:
             self.discard()
 
     def discard(self) -> None:
-        """Let go of the parts."""
+        """Delete the parts."""
         for file in self._files.values():
             try:
                 file.close()

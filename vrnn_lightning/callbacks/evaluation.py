@@ -120,7 +120,7 @@ class Evaluation(Callback):
         self._begin(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from nothing, if this is no validation within training."""
+        """Start from nothing, if this is not a validation within training."""
         if trainer.state.fn == "validate":
             self._begin(trainer)
 
@@ -145,7 +145,7 @@ class Evaluation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Bound the sequences of a batch, if this is no validation within training."""
+        """Bound the sequences of a batch, if this is not a validation within training."""
         if trainer.state.fn == "validate":
             self._add(trainer, cast(VRNNLightningModule, pl_module), outputs, batch, batch_idx)
 
@@ -190,7 +190,7 @@ class Evaluation(Callback):
         self._report(trainer, pl_module, "test")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report, if this is no validation within training."""
+        """Report, if this is not a validation within training."""
         if trainer.state.fn == "validate":
             self._report(trainer, pl_module, "val")
 

@@ -32,7 +32,7 @@ class Loop(Callback):
         self.compile = compile
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Tell the model."""
+        """Set the options on the model."""
         if isinstance(pl_module, VRNNLightningModule):
             if self.compile:
                 require_compiler(pl_module.device)
@@ -41,7 +41,7 @@ class Loop(Callback):
 
 
 def require_compiler(device: torch.device) -> None:
-    """Compile a line, so that a machine without a compiler says so before the run.
+    """Compile a line, so that a machine without a compiler fails before the run.
 
     Raises:
         UserError: It does not compile.

@@ -125,7 +125,7 @@ class Media:
 
             roll = self.modality == "roll"
             wave = roll_sound(x.numpy(), self._resolution, ROLL_RATE) if roll else x.flatten().clamp(-1, 1).float()
-            content = io.BytesIO()  # libsndfile's own word for a full disk is no OSError
+            content = io.BytesIO()  # libsndfile's own word for a full disk is not an OSError
             soundfile.write(content, wave, self.sound_rate, format="WAV")
             path.write_bytes(content.getvalue())
         elif suffix == "gif":

@@ -300,7 +300,7 @@ def strokes_svg(strokes: Tensor, animated: bool = False) -> str:
         animated: Draw it stroke by stroke, again and again; what shows no animation shows the whole drawing.
 
     Raises:
-        UserError: These are no rows of three, or hold NaN or infinite values.
+        UserError: These are not rows of three, or hold NaN or infinite values.
 
     >>> strokes_svg(torch.tensor([[0.0, 0.0, 0.0], [10.0, 0.0, 1.0]])).splitlines()[1]
     '<path d="M0 0L10 0"/>'
@@ -355,7 +355,7 @@ def save_animation(rows: Tensor, path: Path) -> None:
     """Write a GIF in which the pen draws rows (dx, dy, lift), shape (steps, 3), without end.
 
     Raises:
-        UserError: These are no strokes.
+        UserError: These are not strokes.
     """
     from PIL import Image, ImageDraw
 
@@ -391,7 +391,7 @@ def save_strokes(strokes: Tensor, path: str | Path, animated: bool = False) -> N
         animated: Of an svg: draw it stroke by stroke.
 
     Raises:
-        UserError: It ends otherwise, or these are no strokes.
+        UserError: It ends otherwise, or these are not strokes.
     """
     path = Path(path)
     if path.suffix not in (".svg", ".gif", ".png"):

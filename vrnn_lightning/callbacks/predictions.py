@@ -110,7 +110,7 @@ class Predictions(Callback):
     ``score``
         ``predictions/score/test.npz``: nats of each step in data units, shape (total steps, 1); with ``quantile`` also
         ``test_flagged``, True at steps below that quantile of the validation steps' scores and at those whose score
-        is no number, shape (total steps,).
+        is not a number, shape (total steps,).
     ``forecast``
         ``predictions/forecast/test.npz``: ``samples`` paths of each sequence, one after another; ``test_start``, the
         step that each path begins at; ``test_truth``, what came, NaN where that is not known, of shape (total steps of
@@ -184,7 +184,7 @@ class Predictions(Callback):
         for key, value in given.items():
             if key not in OPTIONS[task]:
                 owners = " or ".join(name for name, options in OPTIONS.items() if key in options)
-                raise UserError(f"prediction.{key} {value}: is no option of the task {task}, but of {owners}")
+                raise UserError(f"prediction.{key} {value}: is not an option of the task {task}, but of {owners}")
         self.task = task
         self.options = OPTIONS[task] | given
         self._check()
@@ -262,7 +262,7 @@ class Predictions(Callback):
         lost = torch.tensor(sum(not weights.isfinite().all() for weights in module.parameters()))
         if trainer.strategy.reduce(lost.to(module.device), reduce_op="sum"):
             raise UserError(
-                f"prediction.task {self.task}: weights of this model are no numbers, its training went astray; give an "
+                f"prediction.task {self.task}: weights of this model are not numbers, its training diverged; give an "
                 "earlier checkpoint as --ckpt_path"
             )
         if self.task == "sample" and module.vrnn.num_inputs:
@@ -534,7 +534,7 @@ class Predictions(Callback):
             self.path.with_name(name).unlink(missing_ok=True)
 
     def _tidy(self) -> None:
-        """Let go of the parts, and of folders that were made for nothing."""
+        """Delete the parts, and folders that were made for nothing."""
         if self._writer is not None:
             self._writer.discard()
             self._writer = None
@@ -545,7 +545,7 @@ class Predictions(Callback):
                 break
 
     def _refuse_season(self, trainer: Trainer) -> None:
-        """Refuse a season that no forecast's past holds, as nothing could be compared with."""
+        """Raise if no forecast's past is a season long: there is nothing to compare with."""
         long_enough, longest = zip(*_gathered(trainer, [(self._seasons, self._longest)]), strict=True)
         if not sum(long_enough):
             raise UserError(
@@ -554,7 +554,7 @@ class Predictions(Callback):
             )
 
     def _refuse_gap(self, trainer: Trainer) -> None:
-        """Refuse a gap that no sequence has room for, as nothing would be hidden."""
+        """Raise if no sequence has room for a gap: nothing would be hidden."""
         hides, longest = zip(*_gathered(trainer, [(self._hides, self._longest)]), strict=True)
         if not sum(hides):
             raise UserError(

@@ -107,7 +107,7 @@ class Samples(Callback):
         return fitting and bool(self.every_n_validations) and not getattr(trainer, "fast_dev_run", False)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look out for the first sequences anew."""
+        """Look for the first sequences again."""
         self._batch = None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -134,7 +134,7 @@ def _in_yaml(path: str, command: str, key: str) -> list[Any]:
     try:
         document = yaml.safe_load(Path(path).read_text())
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise UserError(f"{path}: holds no options; expected lines such as `model: {{latent_size: 16}}`")
     document = in_current_names(document)

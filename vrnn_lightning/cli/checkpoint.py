@@ -66,7 +66,7 @@ class Checkpoint:
         content = read_checkpoint(path, option)
         model, data = content.get("hyper_parameters", {}), content.get("datamodule_hyper_parameters", {})
         if "num_features" not in model or not {"state_dict", "global_step", "epoch"} <= content.keys():
-            raise UserError(f"{option} {path}: is no checkpoint that `lightning fit` of vrnn-lightning wrote")
+            raise UserError(f"{option} {path}: is not a checkpoint that `lightning fit` of vrnn-lightning wrote")
         if "scale_mean" not in content["state_dict"]:
             raise UserError(f"{option} {path}: holds no scaler, so it is none that `lightning fit` wrote")
         data_class = data.get("_class_path")
@@ -126,7 +126,7 @@ class Checkpoint:
         return {**model, **data}
 
     def check(self, stated: dict[str, Any], training: bool, run_options: frozenset[str]) -> None:
-        """Refuse options that differ from its own.
+        """Raise if options differ from those of the checkpoint.
 
         Args:
             stated: The options ``model`` and ``data`` of this run.

@@ -159,7 +159,7 @@ def _silence() -> None:
 
 def _is_news(record: logging.LogRecord) -> bool:
     message = record.getMessage()
-    return "Tip:" not in message and "Automatic Mixed Precision" not in message  # the one asked for is no news
+    return "Tip:" not in message and "Automatic Mixed Precision" not in message  # the one asked for is not news
 
 
 def _own_line(error: Exception) -> str:
@@ -467,7 +467,7 @@ class CLI(LightningCLI):
                     )
                 if callback.path is not None:
                     print(f"figures of each sequence: {self._of_every_process(callback.path)}")
-        self._write_report(anew=False)
+        self._write_report(create=False)
 
     after_validate = after_test
 
@@ -505,13 +505,13 @@ class CLI(LightningCLI):
             print(f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in figures.items())}")
         what = "encodings and scores" if found.task == "encode" else found.task
         print(f"{what}: {self._of_every_process(found.path)}")
-        self._write_report(anew=False)
+        self._write_report(create=False)
 
-    def _write_report(self, anew: bool) -> None:
+    def _write_report(self, create: bool) -> None:
         """Write the run's page, or bring one up to date that is there."""
         run = run_logger(self.trainer)
         fitted = self.config_init[self.subcommand].get("report") and run is not None and self.trainer.is_global_zero
-        if fitted and run is not None and (anew or (Path(run.log_dir) / NAME).is_file()):
+        if fitted and run is not None and (create or (Path(run.log_dir) / NAME).is_file()):
             print(f"report: {_short(str(write_report(run.log_dir)))}")
 
     def before_fit(self) -> None:
@@ -536,9 +536,9 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Print what came of it."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # likewise
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # as above
             print("\n".join(self._summary()))
-            self._write_report(anew=True)
+            self._write_report(create=True)
 
     def _summary(self) -> Iterator[str]:
         checkpoint, metrics = self.trainer.checkpoint_callback, self.trainer.callback_metrics
@@ -589,7 +589,7 @@ def _trusted(words: list[str]) -> tuple[str, ...]:
         names = value if isinstance(value, list) else [] if value is None else [value]
         for name in names:
             if not isinstance(name, str) or not is_name(name):
-                raise UserError(f"--trust {given!r}: is no class path or module. Fix: give --trust my_package.data")
+                raise UserError(f"--trust {given!r}: is not a class path or module. Fix: give --trust my_package.data")
         trusted += names
     return tuple(trusted)
 

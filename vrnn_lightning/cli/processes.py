@@ -47,7 +47,7 @@ def _observe(children: list[subprocess.Popen[Any]]) -> None:
 
 
 def is_first_cause() -> bool:
-    """Tell whether no other process of this run has failed before; the store that connects them counts."""
+    """Return whether no other process of this run has failed before; the store that connects them counts."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return True
     if _is_launched() and os.getppid() != PARENT:  # which keeps the store
@@ -60,7 +60,7 @@ def is_first_cause() -> bool:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Tell whether an error only says that another process of this run is gone."""
+    """Return whether an error only says that another process of this run is gone."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error)
@@ -121,7 +121,7 @@ def _code(process: Any) -> int:
 
 
 def _is_launched() -> bool:
-    """Tell whether Lightning started this process beside another one."""
+    """Return whether Lightning started this process beside another one."""
     return int(os.environ.get("LOCAL_RANK", 0)) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ
 
 

@@ -109,7 +109,7 @@ class ArchiveSplit:
         return np.concatenate([self.values[start:end] for start, end in self.bounds])
 
     def raise_if(self, wrong: NDArray[np.bool_], fix: str) -> None:
-        """Refuse values that the data can't hold.
+        """Raise if values are wrong.
 
         Args:
             wrong: True at them, shape (total steps, features) or fewer features from the left on.
@@ -130,7 +130,7 @@ def archive_holds(path: Path, split: Split) -> bool:
     """Return True where a flat archive has a split of its own.
 
     Raises:
-        UserError: There is no such file, or it is no archive.
+        UserError: There is no such file, or it is not an archive.
     """
     with opened_archive(path, "--data.root") as archive:
         return f"{_word(split)}_values" in archive.names
@@ -155,8 +155,8 @@ def read_archive(
         max_gb: Gigabytes that an array may take, or 16 times the file's size.
 
     Raises:
-        UserError: There is no such file, it is no such archive, or its arrays don't fit together or hold values that
-            are no finite numbers.
+        UserError: There is no such file, it is not such an archive, its arrays don't fit together, or they hold values
+            that are not finite.
     """
     word = _word(split)
     name, stack = f"{word}_values", f"{word}_{stacked}"

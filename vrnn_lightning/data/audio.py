@@ -38,7 +38,7 @@ HIGHEST_RATE = 10**6
 SEEKABLE = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}
 """Encodings, flac's among them, of which libsndfile reads a part exactly as in the whole file."""
 UNKNOWN_LENGTH = 2**62  # what libsndfile reports for a stream whose header leaves the length open
-STREAMED = 0x7FFFF000  # from here on, what programs that write into a pipe call the size of what is to come
+STREAMED = 0x7FFFF000  # from here on, what programs that write into a pipe call the size of what follows
 SPHERE_HEADER = 1024
 LAST_PAGE = 2**16 + 512  # an ogg page is never longer
 BLOCK = 2**20
@@ -155,7 +155,7 @@ def read_samples(
         stop: One past the last sample; ``None``, or a number past the end, for the file's end.
 
     Raises:
-        UserError: Samples are missing, or are no finite numbers.
+        UserError: Samples are missing, or are not finite.
     """
     up, down = _ratio(file.samplerate, sample_rate)
     end = resampled(file.frames, file.samplerate, sample_rate)

@@ -61,7 +61,7 @@ class Columns:
     dated: bool
 
     def raise_if(self, wrong: NDArray[np.bool_], fix: str) -> None:
-        """Refuse numbers that the data can't hold.
+        """Raise if numbers are wrong.
 
         Args:
             wrong: True at them, shape (rows, columns) or fewer columns from the left on.
@@ -143,7 +143,7 @@ Chunk = tuple["NDArray[np.int64]", dict[str, Cells]]
 
 def _chunks(path: Path, asked: list[tuple[str, str]], delimiter: str, max_gb: float) -> Iterator[Chunk]:
     """Yield the numbers and the wanted cells of some rows at a time; what the file does wrong becomes one line."""
-    damaged = f"{path}: can't be read, it seems damaged; copy or write it anew"
+    damaged = f"{path}: can't be read, it seems damaged; copy or write it again"
     try:
         if path.stat().st_size == 0:
             raise UserError(f"{path}: is empty, it has not even a header; remove it")
@@ -154,7 +154,7 @@ def _chunks(path: Path, asked: list[tuple[str, str]], delimiter: str, max_gb: fl
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     except csv.Error as error:
-        raise UserError(f"{path}: can't be read as csv ({error}); write it anew") from None
+        raise UserError(f"{path}: can't be read as csv ({error}); write it again") from None
     except (gzip.BadGzipFile, EOFError, ZlibError):
         raise UserError(damaged) from None
     except OSError as error:
@@ -215,7 +215,7 @@ def _parquet_chunks(path: Path, asked: list[tuple[str, str]], max_gb: float) -> 
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path}: can't be read as parquet ({reason}); write it anew") from None
+            raise UserError(f"{path}: can't be read as parquet ({reason}); write it again") from None
 
 
 def _require_parquet_size(path: Path, metadata: Any, columns: int, max_gb: float) -> None:
@@ -292,7 +292,7 @@ def _number(cells: Sequence[str | None], index: int, place: _Place) -> float:
         raise ValueError
     except ValueError:
         fix = "write a decimal point" if "," in cell else "fix it, or leave the cell empty where nothing was measured"
-        raise place.error(index, f"{cell!r} is no number; {fix}") from None
+        raise place.error(index, f"{cell!r} is not a number; {fix}") from None
 
 
 def _words(cells: Cells, place: _Place) -> list[str]:
@@ -352,6 +352,6 @@ def _dates(cells: Sequence[str | None], place: _Place) -> NDArray[np.int64]:
         try:
             date = datetime.fromisoformat(word)
         except ValueError:
-            raise place.error(i, f"{word!r} is no time; write a number or an ISO date, 2016-07-01 13:00") from None
+            raise place.error(i, f"{word!r} is not a time; write a number or an ISO date, 2016-07-01 13:00") from None
         dates.append((date.replace(tzinfo=date.tzinfo or UTC) - EPOCH) // MICROSECOND)
     return np.array(dates, dtype=np.int64)

@@ -237,7 +237,7 @@ def _row(path: Path, number: int, cells: dict[str, str]) -> Recording:
 
 
 def _refuse_missing(path: Path, total: int, missing: list[str], bad: InvalidFiles) -> None:
-    """Refuse or skip files that a list names and that are not there."""
+    """Raise if files that a list names are missing, or skip them."""
     if not missing:
         return
     listed = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")

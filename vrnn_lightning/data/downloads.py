@@ -1,6 +1,6 @@
 """Data sets that may be fetched from where they are published, checked, and put down as datamodules read them.
 
-pooch checks and names files; it begins a broken download anew, so :class:`_Resuming` does the transfer for it.
+pooch checks and names files; it restarts a broken download, so :class:`_Resuming` does the transfer for it.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def fetch(name: str, root: Path) -> None:
     """Put a data set at ``root``, unless there is something already.
 
     Files are fetched into the folder ``{root}.part`` beside it, checked, and renamed into their place at once when all
-    is there; so what lies at ``root`` is whole. A transfer that breaks off goes on from where it was in the next call.
-    A second process that fetches the same waits for the first.
+    is there; so what lies at ``root`` is whole. A transfer that breaks off continues in the next call. A second process
+    that fetches the same waits for the first.
 
     Call it from ``prepare_data``, which Lightning runs in one process per node, before ``setup``::
 
@@ -159,7 +159,7 @@ def _by_hand(source: Source, root: Path, problem: str) -> UserError:
 
 @contextlib.contextmanager
 def _alone(staging: Path) -> Iterator[None]:
-    """Hold a folder for this process, waiting for others; leave nothing but what the next call can go on with."""
+    """Hold a folder for this process, waiting for others; leave nothing but what the next call can continue with."""
     from filelock import FileLock, Timeout
 
     staging.parent.mkdir(parents=True, exist_ok=True)
@@ -192,9 +192,9 @@ def _retrieve(address: str, path: Path, known: str | None) -> None:
         answer = error.response
         reason = f"the server answers {answer.status_code} {answer.reason}" if answer is not None else str(error)
     except requests.Timeout:
-        reason = f"the server was silent for {TIMEOUT} s; the next run goes on"
+        reason = f"the server was silent for {TIMEOUT} s; the next run continues"
     except requests.RequestException:
-        reason = "it broke off; the next run goes on" if downloader.answered else "no connection"
+        reason = "it broke off; the next run continues" if downloader.answered else "no connection"
     except ValueError:
         reason = "it has another checksum than the published one and was removed"
     else:
@@ -203,7 +203,7 @@ def _retrieve(address: str, path: Path, known: str | None) -> None:
 
 
 class _Resuming:
-    """Fetches a file for pooch; a transfer that broke off goes on, where the server can do that.
+    """Fetches a file for pooch; a transfer that broke off continues, where the server can do that.
 
     Args:
         part: Where the file is until it is whole.
@@ -217,7 +217,7 @@ class _Resuming:
         import requests
 
         start = self.part.stat().st_size if self.part.is_file() else 0
-        headers = {"Accept-Encoding": "identity"}  # a range of what is compressed on the way is no range of the file
+        headers = {"Accept-Encoding": "identity"}  # a range of what is compressed on the way is not a range of the file
         if start:
             headers["Range"] = f"bytes={start}-"
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
@@ -297,7 +297,7 @@ def _recordings(files: Path, content: Path) -> None:
             for name, info in found.items():
                 (content / name).write_bytes(archive.read(info))
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
-        raise _ContentError("it is no zip archive, or a damaged one") from None
+        raise _ContentError("it is not a zip archive, or a damaged one") from None
 
 
 def _chorales(files: Path, content: Path) -> None:
@@ -318,7 +318,7 @@ def _drawings(files: Path, content: Path) -> None:
                     drawings = [np.asarray(drawing, dtype=np.int16) for drawing in unpickle(BytesIO(file.read()))]
                 found[split] = np.concatenate(drawings), np.array([len(drawing) for drawing in drawings])
     except (zipfile.BadZipFile, zlib.error, EOFError, LookupError, NotImplementedError, RuntimeError):
-        raise _ContentError("it is no zip archive, or a damaged one") from None
+        raise _ContentError("it is not a zip archive, or a damaged one") from None
     except (OverflowError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise _ContentError(f"it holds no drawings ({error})") from None
     _write_archive(content, found)
@@ -339,7 +339,7 @@ DRAWINGS = f"{RAW}/hardmaru/sketch-rnn-datasets/7c854dee76090aa18c321c7af2cede81
 SOURCES = {
     "fsdd": Source(
         "the spoken digits",
-        {"recordings.zip": (DIGITS, None)},  # GitHub packs it anew now and then: what is in it is checked
+        {"recordings.zip": (DIGITS, None)},  # GitHub repacks it now and then: what is in it is checked
         "unpack its folder recordings as {root}",
         holds="*.wav",
         convert=_recordings,

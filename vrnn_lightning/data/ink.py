@@ -55,7 +55,7 @@ def read_iam(path: Path) -> NDArray[np.float32]:
         Rows (dx, dy, lift), shape (steps, 3), y growing downward.
 
     Raises:
-        UserError: It can't be read, is damaged, declares a document type, or is no such file.
+        UserError: It can't be read, is damaged, declares a document type, or is not such a file.
     """
     strokes: list[list[tuple[float, float]]] = []
     inside: list[str] = []
@@ -94,7 +94,7 @@ def read_inkml(path: Path) -> NDArray[np.float32]:
         Rows (dx, dy, lift), shape (steps, 3), y growing downward.
 
     Raises:
-        UserError: It can't be read, is damaged, declares a document type or is no InkML, has several formats or one
+        UserError: It can't be read, is damaged, declares a document type or is not InkML, has several formats or one
             without X and Y, or a trace is continued elsewhere or holds something else than points.
     """
     ink = _Ink(path)
@@ -239,7 +239,7 @@ def _parse_xml(
             parser.ParseFile(file)
     except expat.ExpatError as error:
         reason = expat.ErrorString(error.code)
-        raise UserError(f"{path}: line {error.lineno}: is no whole XML ({reason}); copy the file anew") from None
+        raise UserError(f"{path}: line {error.lineno}: is not valid XML ({reason}); copy the file again") from None
     except (LookupError, ValueError) as error:  # an encoding that Python does not know
         raise UserError(f"{path}: can't be decoded ({error}); save it as UTF-8") from None
 
@@ -273,14 +273,16 @@ def read_quickdraw(path: Path, number: int, line: bytes) -> NDArray[np.float32]:
         Rows (dx, dy, lift), shape (steps, 3), y growing downward.
 
     Raises:
-        UserError: It is no such object.
+        UserError: It is not such an object.
     """
     place = f"{path}: line {number}"
     try:
         found = json.loads(line)
     except (RecursionError, ValueError) as error:
         reason = str(error)[:200]
-        raise UserError(f"{place}: is no whole JSON object ({reason}); remove the line or copy the file anew") from None
+        raise UserError(
+            f"{place}: is not a valid JSON object ({reason}); remove the line or copy the file again"
+        ) from None
     drawing = found.get("drawing") if isinstance(found, dict) else None
     if not isinstance(drawing, list):
         raise UserError(f'{place}: has no list "drawing", as QuickDraw\'s files have; remove the line')
@@ -304,7 +306,7 @@ def _quickdraw_stroke(place: str, i: int, stroke: Any) -> NDArray[np.float64]:
 def _rows(place: object, strokes: Iterable[NDArray[np.float64]]) -> NDArray[np.float32]:
     rows = strokes_to_rows(list(strokes))
     if not np.isfinite(rows).all():
-        raise UserError(f"{place}: holds coordinates that are no finite numbers; fix or remove it")
+        raise UserError(f"{place}: holds coordinates that are not finite; fix or remove it")
     return rows
 
 
@@ -332,7 +334,7 @@ def read_sketch_rnn(path: Path, word: str, max_gb: float = MAX_GB) -> list[Any]:
                 drawings = _object_array(file)  # to its end, where its checksum is compared
             except UnsafePickleError as error:
                 raise UserError(
-                    f"{path}: {word} is no plain data: {error}; get the file from where you trust it"
+                    f"{path}: {word} is not plain data: {error}; get the file from where you trust it"
                 ) from None
     require_size(path, sum(map(_nbytes, drawings)), max_gb)
     return drawings

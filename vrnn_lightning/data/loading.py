@@ -33,7 +33,7 @@ class Window(NamedTuple):
         sequence: Which one; -1 for an empty row.
         first: The first step.
         last: One past the last step.
-        reset: True where the row's state starts anew, False where it goes on from the row's last window.
+        reset: True where the row's state is reset, False where it continues from the row's last window.
     """
 
     sequence: int
@@ -77,7 +77,7 @@ class BatchSampler(DistributedSampler[list[int] | list[Window]]):
     Args:
         lengths: Steps of each sequence. With ``shuffle``, sequences of like length share a batch.
         batch_size: Sequences, or streams, per batch and process; at most so many with ``window`` but not ``shuffle``.
-        shuffle: Shuffle anew in each epoch.
+        shuffle: Shuffle in each epoch.
         seed: Seed of the order.
         num_replicas: Number of processes.
         rank: Index of this process.
@@ -323,7 +323,7 @@ def _outlive_signals(worker: int) -> None:
 
 
 class SequenceLoader:
-    """Padded batches of an epoch; goes on where a checkpoint in the middle of an epoch left off.
+    """Padded batches of an epoch; continues where a checkpoint in the middle of an epoch left off.
 
     It holds a DataLoader and is none itself: Lightning rebuilds those, sampler and all, for prediction.
 
@@ -387,6 +387,6 @@ class SequenceLoader:
         """Skip the batches that were read before the checkpoint, should the rest of that epoch be read."""
         start = state["batches_read"]
         if start and state.get("cut", self.sampler.cut) != self.sampler.cut:
-            rank_zero_warn("the epoch begins anew: its batches were cut otherwise when the checkpoint was written")
+            rank_zero_warn("the epoch starts again: its batches were cut otherwise when the checkpoint was written")
             start = 0
         self.sampler.skipped = (state.get("epoch"), start)

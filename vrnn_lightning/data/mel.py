@@ -93,7 +93,7 @@ class LogMelFrames:
         return mel_filters(self.bands, self._size, self.rate)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is quickly made anew."""
+        """Leave out what is quickly made again."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 

@@ -27,7 +27,7 @@ class RandomSplits:
 
     Args:
         val: Fraction for validation; at least one sequence unless it is 0.
-        test: Fraction for the test, likewise.
+        test: Fraction for the test split.
         seed: Seed of the draw.
 
     Raises:
@@ -110,7 +110,7 @@ class RandomSplitDataModule(SequenceDataModule):
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Let a subclass define :attr:`random_splits` under its old name."""
+        """Accept :attr:`random_splits` under its old name."""
         super().__init_subclass__(**options)
         keep_old_hooks(cls, {"drawn": "random_splits"})
 
@@ -142,4 +142,4 @@ class RandomSplitDataModule(SequenceDataModule):
         super().load_state_dict(state_dict)
         if "members" in state_dict and self.random_splits:
             self.random_splits.load_state_dict(state_dict)
-            self._splits.clear()  # those that setup found were drawn anew
+            self._splits.clear()  # those that setup found were drawn again

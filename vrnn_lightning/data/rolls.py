@@ -32,7 +32,7 @@ LOWEST = 21
 NOTE_LISTS = (".json", ".pickle", ".pkl")
 """How files of lists of notes end."""
 DRUMS = 9
-"""General MIDI's channel of drums, counted from 0: its notes are no pitches."""
+"""General MIDI's channel of drums, counted from 0: its notes are not pitches."""
 SUSTAIN = 64
 """The controller of the sustain pedal, which is down from a value of 64 on."""
 MAX_QUARTERS = 20_000
@@ -85,7 +85,7 @@ def read_midi(
     mido = _mido()
     file = _opened(mido, path)
     if file.ticks_per_beat <= 0:
-        raise UserError(f"{path}: counts its time in frames of a film, not in beats; export it anew")
+        raise UserError(f"{path}: counts its time in frames of a film, not in beats; export it again")
     if file.type == 2:
         raise UserError(f"{path}: is of format 2, several pieces in one file; export each as a file of its own")
 
@@ -300,9 +300,9 @@ def _loaded(path: Path) -> Any:
         with explained(path, "--data.root"), path.open("rb") as file:
             return unpickle(file) if path.suffix.lower() != ".json" else json.load(file)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: can't be read as a pickle of notes: {error}; copy or write it anew") from None
+        raise UserError(f"{path}: can't be read as a pickle of notes: {error}; copy or write it again") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: can't be read as JSON ({error}); copy or write it anew") from None
+        raise UserError(f"{path}: can't be read as JSON ({error}); copy or write it again") from None
 
 
 def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:

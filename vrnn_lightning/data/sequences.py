@@ -52,7 +52,7 @@ class WindowedSequences(Sequences, Protocol):
 
 @runtime_checkable
 class ChangingSequences(Sequences, Protocol):
-    """A collection that is drawn anew in each epoch; asked itself, it is as in epoch 0."""
+    """A collection that is redrawn every epoch; asked itself, it is as in epoch 0."""
 
     def in_epoch(self, epoch: int, /) -> Sequences:
         """Return the sequences of an epoch: as many, of the same names and lengths, and a function of it alone."""

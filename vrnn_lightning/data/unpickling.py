@@ -29,7 +29,7 @@ DAMAGE = (
     ValueError,
     struct.error,
 )
-"""What Python's unpickler raises on bytes that are no pickle."""
+"""What Python's unpickler raises on bytes that are not a pickle."""
 
 
 class UnsafePickleError(pickle.UnpicklingError):
@@ -46,8 +46,8 @@ def unpickle(file: BinaryIO) -> Any:
         file: Opened for reading in binary mode, at the pickle's start.
 
     Raises:
-        UnsafePickleError: It names a class or function that is no part of numpy's arrays.
-        pickle.UnpicklingError: It is no pickle, is damaged, or an array in it does not add up.
+        UnsafePickleError: It names a class or function that is not part of numpy's arrays.
+        pickle.UnpicklingError: It is not a pickle, is damaged, or an array in it does not add up.
     """
     try:
         return _plain(_PlainUnpickler(BytesIO(file.read()), encoding="latin1").load(), {})
@@ -135,7 +135,7 @@ def _no_bytes() -> bytes:
 
 
 SETS = {code[0] for code in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET)}
-"""What makes sets, which are no plain data."""
+"""What makes sets, which are not plain data."""
 STAND_INS: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Type,

@@ -168,7 +168,7 @@ class Head(nn.Module, ABC):
     """Whether what phi_x reads is divided by the data's standard deviation, and not only centred."""
 
     support: str = "numbers"
-    """What values have a probability, in words for whoever brings others."""
+    """What values have a probability, in words for messages."""
     fix: str = "fix the data"
     """What to do about others, in words."""
 
@@ -182,7 +182,7 @@ class Head(nn.Module, ABC):
         """Return the distribution with batch shape (...) and event shape (num_features,)."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Let a subclass with a distribution of its own draw from that one."""
+        """Accept hooks under their old names; a subclass with its own distribution draws from that one."""
         super().__init_subclass__(**options)
         keep_old_hooks(cls, {"start_from": "init_from_statistics", "cure": "fix"})
         if "forward" in vars(cls) and "draw" not in vars(cls):
@@ -209,7 +209,7 @@ class Head(nn.Module, ABC):
         return torch.ones_like(x, dtype=torch.bool)
 
     def check(self, x: Tensor, valid: Tensor) -> None:
-        """Refuse data outside the distribution's support.
+        """Raise if data are outside the distribution's support.
 
         Args:
             x: Frames, shape (..., num_features).
@@ -230,7 +230,7 @@ class Head(nn.Module, ABC):
 
     @torch.no_grad()
     def init_from_statistics(self, mean: Tensor) -> None:
-        """Let biases start from the data's mean, shape (num_features,), so that training need not find it.
+        """Set biases to start from the data's mean, shape (num_features,), so that training need not find it.
 
         Heads for scaled data have nothing to do.
         """
@@ -245,19 +245,19 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def require_floor(option: str, value: float) -> None:
-    """Refuse a floor under a scale that is none."""
+    """Raise if ``value`` is not a positive, finite standard deviation."""
     if not 0 < value < math.inf:
         raise UserError(f"{option} {value}: must be positive, or the likelihood can grow without bound")
 
 
 def require_temperature(temperature: float) -> None:
-    """Refuse a temperature that is none."""
+    """Raise if a temperature is not positive and finite."""
     if not 0 < temperature < math.inf:
         raise UserError(f"temperature {temperature}: must be positive; 1 leaves the model as it is")
 
 
 def require_whole(option: str, value: int, least: int, most: int) -> None:
-    """Refuse a number outside a range."""
+    """Raise if a number is outside a range."""
     if not least <= value <= most:
         raise UserError(f"{option} {value}: choose a whole number from {least} to {most}")
 

@@ -32,7 +32,7 @@ class Bernoulli(Head):
     """
 
     likelihood = "mass"
-    support = "0 and 1 alone"  # what a Bernoulli says of grey values is no likelihood
+    support = "0 and 1 alone"  # what a Bernoulli says of grey values is not a likelihood
     fix = "binarise the data"
     scales_inputs = False  # divided by its deviation, a feature that is seldom 1 would drown all others
 

@@ -32,7 +32,7 @@ class Pen(Head):
         min_std: Floor under the standard deviations, in scaled units; without one a likelihood has no upper bound.
 
     Raises:
-        UserError: The frames are no pen strokes, or an option that no mixture can have.
+        UserError: The frames are not pen strokes, or an option that no mixture can have.
 
     >>> Pen(4, 3)(torch.zeros(5, 4)).log_prob(torch.zeros(5, 3)).shape
     torch.Size([5])

@@ -15,7 +15,7 @@ RESAMPLING = Resampling()
 
 
 def require(name: str, value: int, least: int = 1) -> None:
-    """Refuse a number that is too small.
+    """Raise if a number is too small.
 
     Raises:
         UserError: It is.
@@ -25,7 +25,7 @@ def require(name: str, value: int, least: int = 1) -> None:
 
 
 def require_shape(name: str, given: Tensor | None, *shape: int) -> None:
-    """Refuse a tensor that is missing or of another shape.
+    """Raise if a tensor is missing or of another shape.
 
     Raises:
         UserError: It is.

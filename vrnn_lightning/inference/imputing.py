@@ -93,7 +93,7 @@ class Imputer:
         return paths
 
     def _before(self, t: int, row: int, chosen: Tensor) -> Tensor:
-        """Return which particles of step t those that go on from it were."""
+        """Return which particles of step t those that continue from it were."""
         ancestors = self.ancestors[t]
         return chosen if ancestors is None else ancestors[chosen, row]
 

@@ -170,7 +170,7 @@ class Inference:
             return [Encoding(*found) for found in zip(*parts, strict=True)]
 
     def decode(self, latents: Tensor, inputs: Tensor | None = None) -> Tensor:
-        """Return what latents look like: each frame is its emission's mean, which the model then goes on from.
+        """Return what latents look like: each frame is its emission's mean, which the model then continues from.
 
         What is binary (a Bernoulli's frame, a pen's lift) is rounded, as the model never saw anything between.
 
@@ -213,7 +213,7 @@ class Inference:
         future_inputs: Tensor | None = None,
         seed: int | None = None,
     ) -> Tensor:
-        """Draw how sequences may go on.
+        """Draw how sequences may continue.
 
         Particles follow each prefix, weighted by how well they explain it; those drawn by their weights at its end go
         on from there.
@@ -253,8 +253,8 @@ class Inference:
         """Forecast from several origins within sequences, of which each forecast knows only what lies before it.
 
         With a seed the paths are those that :meth:`forecast` draws from the steps before the origin alone. But the
-        particles follow the sequences only once: the states at an origin are kept, and go on to the next. A smoothing
-        model, which reads what it is given from its end, begins anew for each.
+        particles follow the sequences only once: from the states at an origin they continue to the next. A smoothing
+        model, which reads what it is given from its end, starts again for each.
 
         Args:
             sequences: At least one, all reaching to the last origin.
@@ -344,7 +344,7 @@ class Inference:
         and nothing behind it counts: draws are then wider than they should be, rather than one. Draws of one number in
         different gaps do not belong together, nor do those far apart in a long stretch of frames that are partly there.
 
-        A model that was told of missing values (``missing``) goes on with what it saw; any other with what was drawn.
+        A model that was told of missing values (``missing``) continues with what it saw; any other with what was drawn.
 
         Args:
             sequences: At least one, NaN where a value is missing.

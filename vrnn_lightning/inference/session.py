@@ -89,7 +89,7 @@ class Predictive(Distribution):
         return self._average(self.components.variance + around) * self._scaler.std.to(each).square()
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-likelihood of frames in nats and data units; of what is no NaN, as a session's step does.
+        """Return the log-likelihood of frames in nats and data units; of what is not NaN, as a session's step does.
 
         Args:
             value: Frames, shape (..., batch, features).
@@ -114,7 +114,7 @@ class Predictive(Distribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: SampleShape = ()) -> Tensor:
-        """Draw frames, shape (*sample_shape, batch, features)."""
+        """Draw frames, shape ``(*sample_shape, batch, features)``."""
         chosen = Categorical(logits=self.log_weights, validate_args=False).sample(torch.Size(sample_shape))
         rows = torch.arange(len(self._features), device=chosen.device)
         return self._scaler.unscale(self._head.draw(self._features[rows, chosen]))
@@ -134,7 +134,7 @@ class Predictive(Distribution):
 class Step:
     """Where a session stands after a frame: what the frame scored, and all that is needed to look ahead.
 
-    Looking ahead costs nothing until it is asked for, and a step stands where it does when the session has gone on.
+    Looking ahead costs nothing until it is asked for, and a step stands where it does when the session has continued.
 
     Args:
         nats: An estimate of log p(x_t | x_<t) in nats and data units, shape (batch,); zeros before the first frame.
@@ -187,7 +187,7 @@ class Step:
     def forecast(
         self, steps: int = 1, samples: int = 100, temperature: float = 1.0, inputs: Tensor | None = None
     ) -> Tensor:
-        """Draw how the sequences may go on, each path from a particle drawn by the weights.
+        """Draw how the sequences may continue, each path from a particle drawn by the weights.
 
         Args:
             steps: How far to go.
@@ -248,7 +248,7 @@ class Session:
 
         Args:
             x: Frames in data units, shape (batch, features).
-            observed: True at measured values, shape (batch, features); where x is no NaN if not given.
+            observed: True at measured values, shape (batch, features); where x is not NaN if not given.
             inputs: Covariates, shape (batch, covariates), if the model reads any.
             noise: Standard normal noise, shape (samples * batch, latent); torch's generator decides if not given.
 
@@ -257,7 +257,7 @@ class Session:
             distribution of the step to come.
 
         Raises:
-            UserError: Something is missing or has another shape, or a measured value is no number.
+            UserError: Something is missing or has another shape, or a measured value is not a number.
         """
         model = self._model
         require_shape("x", x, self._stream.batch, model.num_features)
@@ -266,13 +266,13 @@ class Session:
             raise UserError(f"observed: is of {observed.dtype}, and must be bool: True where a value was measured")
         valid = torch.ones_like(x, dtype=torch.bool) if observed is None else observed.to(x.device)
         if model.num_inputs and inputs is not None and not inputs.isfinite().all():
-            raise UserError("inputs: holds a value that is no number")
+            raise UserError("inputs: holds a value that is not a number")
         if not x.sum().isfinite():
             if observed is None:
                 observed = valid = ~x.isnan()
             require_shape("observed", valid, *x.shape)
             if not x[valid].isfinite().all():
-                raise UserError("x: holds a value that is no number; fix it, or let NaN say that it is missing")
+                raise UserError("x: holds a value that is not a number; fix it, or let NaN say that it is missing")
         scaled = self._scaler.scale(x.double())
         nats = self._stream.step(scaled, None if observed is None else valid, inputs, noise)
         jacobian = self._jacobian if observed is None else log_std(self._scaler, valid)

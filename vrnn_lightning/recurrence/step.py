@@ -55,7 +55,7 @@ READ_AT_ONCE: dict[Purpose, tuple[str, ...]] = {
     "stream": ("prior", "emission"),
     "generate": ("x",),
 }
-"""Values that are read at each step: by the weights of particles, by whoever follows a stream, by the next step."""
+"""Values that are read at each step: by the weights of particles, by the caller of a stream, by the next step."""
 
 
 class Line(NamedTuple):
@@ -251,7 +251,7 @@ class FastStep:
         self._weights[name] = {"".join(group): part for group, part in zip(groups, parts, strict=True)}
 
     def _add_known(self, name: str, bias: Tensor) -> None:
-        """Let the sums of a network start from what it reads of given values."""
+        """Start the sums of a network from what it reads of given values."""
         given = [read for read in READS[name] if read in GIVEN[self.purpose]]
         shift = self.tape.parameter(bias)
         if not sum(self.widths[read] for read in given):

@@ -30,11 +30,11 @@ class Stream:
     or device have changed, make another stream.
 
     Args:
-        model: The networks; the encoder may not read what is to come.
+        model: The networks; the encoder must not read later steps.
         state: State before the first step, of samples * batch rows.
         samples: Particles per sequence, K: row ``k * batch + i`` is particle k of sequence i.
         inputs: Width of the covariates.
-        resampling: When particles are drawn anew; ``None`` never.
+        resampling: When particles are resampled; ``None`` never.
 
     Raises:
         UserError: The model smooths.

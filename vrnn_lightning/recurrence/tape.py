@@ -261,6 +261,6 @@ class TapeStepper:
             state[0].copy_(state[steps])
 
     def select_rows(self, rows: Tensor) -> None:
-        """Let some rows, shape (rows,), continue in place of all."""
+        """Continue with some rows, shape (rows,), in place of all."""
         for state in self._states:
             state[0].copy_(state[0].index_select(0, rows))

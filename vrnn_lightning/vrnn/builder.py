@@ -69,19 +69,8 @@ def build_vrnn(
     >>> trace.log_px.shape, trace.kl.shape
     (torch.Size([4, 7]), torch.Size([4, 7, 2]))
     """
-    for option, value, least in (
-        ("num_features", num_features, 1),
-        ("latent_size", latent_size, 0),
-        ("hidden_size", hidden_size, 1),
-        ("layers", layers, 1),
-        ("num_inputs", num_inputs, 0),
-    ):
-        if value < least:
-            raise UserError(f"{option} {value}: must be at least {least}")
-    if cell not in ("gru", "lstm"):
-        raise UserError(f"cell {cell!r}: choose 'gru' or 'lstm'")
-    if not 0 <= dropout < 1:
-        raise UserError(f"dropout {dropout}: must lie in [0, 1)")
+    sizes = {"num_features": num_features, "hidden_size": hidden_size, "layers": layers}
+    _require_options(sizes, {"latent_size": latent_size, "num_inputs": num_inputs}, cell, dropout)
     rnn, kind = (nn.GRU, nn.GRUCell) if cell == "gru" else (nn.LSTM, nn.LSTMCell)
     h_width, z_width = hidden_size + num_inputs, phi_z.width if latent_size else 0
     x_width, future_width = phi_x.width + num_inputs, hidden_size if smoothing else 0
@@ -108,3 +97,15 @@ def build_vrnn(
         num_inputs=num_inputs,
         missing=missing,
     )
+
+
+def _require_options(positive: dict[str, int], natural: dict[str, int], cell: str, dropout: float) -> None:
+    """Raise if an option is outside its range."""
+    for least, sizes in ((1, positive), (0, natural)):
+        for option, value in sizes.items():
+            if value < least:
+                raise UserError(f"{option} {value}: must be at least {least}")
+    if cell not in ("gru", "lstm"):
+        raise UserError(f"cell {cell!r}: choose 'gru' or 'lstm'")
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout {dropout}: must lie in [0, 1)")
