@@ -1,0 +1,31 @@
+"""Reconstructions: the emission's mean, with the latents inferred."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.callbacks.tasks.base import Prediction, Task
+from vrnn_lightning.module import VRNNLightningModule
+
+__all__ = ["Reconstruct"]
+
+
+class Reconstruct(Task):
+    """The emission's mean at each step, with the latents inferred from the sequence.
+
+    Args:
+        seed: Seed of the latents.
+        shown: Sequences in the picture.
+    """
+
+    name = "reconstruct"
+
+    def make(
+        self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], outputs: object
+    ) -> Iterator[Prediction]:
+        """Yield the means of each sequence."""
+        if real:
+            seen = "reconstructed" if module.vrnn.latent_size else "predicted"
+            for i, mean in zip(real, module.reconstruct(batch.rows(real), seed=self.seed), strict=True):
+                yield self.predict(batch, i, mean, {"real": self.truth(module, batch, i), seen: mean})
