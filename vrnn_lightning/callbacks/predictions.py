@@ -60,28 +60,8 @@ class Draws:
 class Predictions(Callback):
     """Writes what ``lightning predict`` makes of the test sequences, in data units, into the run's folder.
 
-    ``encode``
-        ``encodings.npz``: ``test_values``, means of the posteriors q(z_t | x_<=t, z_<t), shape (total steps, latent),
-        sequence after sequence; ``test_elbo``, the single-sample ELBO of each in nats, in scaled units, with the
-        noise that evaluation draws.
-    ``sample``
-        ``predictions/sample/test.npz``: sequences drawn from the model. Needs the checkpoint and no data.
-    ``reconstruct``
-        ``predictions/reconstruct/test.npz``: the emission's mean at each step, with the latents inferred.
-    ``score``
-        ``predictions/score/test.npz``: nats of each step in data units, shape (total steps, 1); with ``quantile`` also
-        ``test_flagged``, True at steps below that quantile of the validation steps' scores and at those whose score
-        is not a number, shape (total steps,).
-    ``forecast``
-        ``predictions/forecast/test.npz``: ``samples`` paths of each sequence, one after another; ``test_start``, the
-        step that each path begins at; ``test_truth``, what came, NaN where that is not known, of shape (total steps of
-        one path each, features). With ``stride`` a backtest over rolling origins: the forecasts of a sequence's
-        origins follow one another, each as if it were a sequence of that name. Beside them lies ``lead_times.csv``:
-        for each step ahead the figures of :class:`~vrnn_lightning.metrics.DrawScores`, and those of the seasonal
-        naive forecast, of all processes.
-    ``impute``
-        ``predictions/impute/test.npz``: ``samples`` copies of each sequence, one after another, with what was missing
-        drawn; ``test_drawn``, True where it was; ``test_truth``, the data, NaN where they miss a value.
+    Each task is a class of :mod:`vrnn_lightning.callbacks.tasks`, which says what its archive holds. It is written to
+    ``predictions/TASK/test.npz``, codes to ``encodings.npz``.
 
     Every archive is a flat one: ``test_values``, ``test_lengths`` and ``test_names``. In tables a name that a
     spreadsheet would run as a formula begins with an apostrophe, which ``Tables`` removes. Beside the archive lie

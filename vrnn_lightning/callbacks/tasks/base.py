@@ -16,7 +16,7 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.media import Media, Shown
 from vrnn_lightning.callbacks.pictures import Fan, draw_fans, is_binary
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.module import VRNNLightningModule
+from vrnn_lightning.module import VRNNLightningModule as Module
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,20 +86,18 @@ class Task(ABC):
         self.scores: dict[str, Any] = {}
         """A metric for each of :attr:`judges`."""
 
-    def check(self, module: VRNNLightningModule) -> None:  # noqa: B027  # not every task needs it
+    def check(self, module: Module) -> None:  # noqa: B027  # not every task needs it
         """Raise if the model can't do the task."""
 
     def start(self, data: Any) -> None:
         """Forget an earlier prediction."""
         self.data, self.skipped, self.longest = data, 0, 0
 
-    def prepare(self, module: VRNNLightningModule, gather: Gather) -> None:  # noqa: B027  # not every task needs it
+    def prepare(self, module: Module, gather: Gather) -> None:  # noqa: B027  # not every task needs it
         """Do what comes before the first batch, in every process."""
 
     @abstractmethod
-    def make(
-        self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], outputs: Any
-    ) -> Iterator[Prediction]:
+    def make(self, module: Module, batch: SequenceBatch, real: list[int], outputs: Any) -> Iterator[Prediction]:
         """Yield what the task makes of a batch.
 
         Args:
@@ -158,7 +156,7 @@ class Task(ABC):
         return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest())
 
     @staticmethod
-    def truth(module: VRNNLightningModule, batch: SequenceBatch, i: int) -> Tensor:
+    def truth(module: Module, batch: SequenceBatch, i: int) -> Tensor:
         """Return a sequence in data units, NaN where a value is missing, shape (time, features)."""
         length = int(batch.lengths[i])
         return module.scaler.unscale(batch.x[i, :length]).masked_fill(~batch.valid_mask[i, :length], torch.nan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -11,7 +11,7 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.media import Media, Shown
 from vrnn_lightning.callbacks.pictures import draw_heat
 from vrnn_lightning.callbacks.tasks.base import Prediction, Task
-from vrnn_lightning.module import VRNNLightningModule
+from vrnn_lightning.module import VRNNLightningModule as Module
 from vrnn_lightning.vrnn import Trace
 
 if TYPE_CHECKING:
@@ -36,13 +36,9 @@ class Encode(Task):
 
     @property
     def has_table(self) -> bool:
-        """Codes have no table."""
         return False
 
-    def make(
-        self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], outputs: object
-    ) -> Iterator[Prediction]:
-        """Yield the means of each sequence's posteriors."""
+    def make(self, module: Module, batch: SequenceBatch, real: list[int], outputs: Any) -> Iterator[Prediction]:
         trace = cast(Trace, outputs)
         means = trace.z if trace.posterior is None else trace.posterior.mean
         elbo = trace.log_px.sum(1) - trace.kl.sum((1, 2))
@@ -51,7 +47,6 @@ class Encode(Task):
             yield self.predict(batch, i, own, rows, elbo=elbo[i : i + 1].double().cpu().numpy())
 
     def picture(self, shown: Sequence[Prediction], media: Media, rows: Shown) -> Figure:
-        """Draw the means as a heat map below the sequences."""
         values = [torch.from_numpy(piece.arrays["values"]) for piece in shown]
         if not values[0].shape[1]:
             return super().picture(shown, media, rows)

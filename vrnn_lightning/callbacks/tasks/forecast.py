@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.pictures import Fan
 from vrnn_lightning.callbacks.tasks.base import ROWS, Gather, Prediction, Task, numbers
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.module import VRNNLightningModule
+from vrnn_lightning.module import VRNNLightningModule as Module
 
 __all__ = ["Forecast"]
 
@@ -66,7 +67,6 @@ class Forecast(Task):
             )
 
     def start(self, data: object) -> None:
-        """Forget an earlier prediction."""
         super().start(data)
         self._seasons = 0  # forecasts whose past is a season long
 
@@ -77,10 +77,7 @@ class Forecast(Task):
             return []
         return [first] if self.stride is None else list(range(first, length - (self.steps or 0) + 1, self.stride))
 
-    def make(
-        self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], outputs: object
-    ) -> Iterator[Prediction]:
-        """Yield the forecasts of each sequence, origin after origin."""
+    def make(self, module: Module, batch: SequenceBatch, real: list[int], outputs: Any) -> Iterator[Prediction]:
         for i in real:
             length = int(batch.lengths[i])
             self.longest = max(self.longest, length)
@@ -98,7 +95,7 @@ class Forecast(Task):
             yield from self._forecasts(module, batch, i, origins, steps)
 
     def _forecasts(
-        self, module: VRNNLightningModule, batch: SequenceBatch, i: int, origins: list[int], steps: int
+        self, module: Module, batch: SequenceBatch, i: int, origins: list[int], steps: int
     ) -> Iterator[Prediction]:
         known, length = self.truth(module, batch, i), int(batch.lengths[i])
         options = (steps, self.samples, self.temperature)
@@ -119,7 +116,6 @@ class Forecast(Task):
             yield self.predict(batch, i, paths, rows, **more)._replace(fan=fan)
 
     def finish(self, gather: Gather) -> None:
-        """Raise if no forecast's past is a season long: there is nothing to compare with."""
         long_enough, longest = zip(*gather([(self._seasons, self.longest)]), strict=True)
         if not sum(long_enough):
             raise UserError(
@@ -128,7 +124,6 @@ class Forecast(Task):
             )
 
     def why_nothing(self) -> str:
-        """Return the message where no sequence has something to forecast from and to."""
         if self.prefix is None:
             return super().why_nothing()
         return (

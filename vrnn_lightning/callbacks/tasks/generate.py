@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.tasks.base import Prediction, Task
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.module import VRNNLightningModule
+from vrnn_lightning.module import VRNNLightningModule as Module
 
 __all__ = ["Generate"]
 
@@ -32,8 +33,7 @@ class Generate(Task):
         super().__init__(seed=seed, shown=shown)
         self.count, self.steps, self.temperature = count, steps, temperature
 
-    def check(self, module: VRNNLightningModule) -> None:
-        """Raise if the model was never trained, or reads covariates."""
+    def check(self, module: Module) -> None:
         if not module.is_initialized:
             raise UserError(
                 "prediction.task sample: this model has no scaler, as it was never trained; give --ckpt_path"
@@ -44,10 +44,7 @@ class Generate(Task):
                 "not known here; choose the task forecast, or call `module.sample(inputs=…)`"
             )
 
-    def make(
-        self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], outputs: object
-    ) -> Iterator[Prediction]:
-        """Yield as many samples as the batch has rows."""
+    def make(self, module: Module, batch: SequenceBatch, real: list[int], outputs: Any) -> Iterator[Prediction]:
         if real:
             drawn = module.sample(len(real), self.steps, self.temperature, seed=self.seed_of(batch, 0))
             for i in real:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.pictures import Fan
 from vrnn_lightning.callbacks.tasks.base import ROWS, Gather, Prediction, Task, numbers
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.module import VRNNLightningModule
+from vrnn_lightning.module import VRNNLightningModule as Module
 
 __all__ = ["Impute"]
 
@@ -52,14 +53,10 @@ class Impute(Task):
         self.samples, self.particles, self.lag, self.hide, self.gap = samples, particles, lag, hide, gap
 
     def start(self, data: object) -> None:
-        """Forget an earlier prediction."""
         super().start(data)
         self._hides = 0  # steps
 
-    def make(
-        self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], outputs: object
-    ) -> Iterator[Prediction]:
-        """Yield the draws of each sequence."""
+    def make(self, module: Module, batch: SequenceBatch, real: list[int], outputs: Any) -> Iterator[Prediction]:
         for i in real:
             row = batch.rows([i])
             truth = self.truth(module, batch, i)
@@ -90,7 +87,6 @@ class Impute(Task):
         return chosen.repeat_interleave(self.gap)[:steps]
 
     def finish(self, gather: Gather) -> None:
-        """Raise if no sequence has room for a gap: nothing would be hidden."""
         if not self.hide:
             return
         hides, longest = zip(*gather([(self._hides, self.longest)]), strict=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.tasks.base import Prediction, Task
-from vrnn_lightning.module import VRNNLightningModule
+from vrnn_lightning.module import VRNNLightningModule as Module
 
 __all__ = ["Reconstruct"]
 
@@ -21,10 +22,7 @@ class Reconstruct(Task):
 
     name = "reconstruct"
 
-    def make(
-        self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], outputs: object
-    ) -> Iterator[Prediction]:
-        """Yield the means of each sequence."""
+    def make(self, module: Module, batch: SequenceBatch, real: list[int], outputs: Any) -> Iterator[Prediction]:
         if real:
             seen = "reconstructed" if module.vrnn.latent_size else "predicted"
             for i, mean in zip(real, module.reconstruct(batch.rows(real), seed=self.seed), strict=True):

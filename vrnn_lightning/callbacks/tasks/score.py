@@ -16,7 +16,7 @@ from vrnn_lightning.callbacks.media import Media, Shown
 from vrnn_lightning.callbacks.pictures import draw_scores
 from vrnn_lightning.callbacks.tasks.base import Gather, Prediction, Task
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.module import VRNNLightningModule
+from vrnn_lightning.module import VRNNLightningModule as Module
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,16 +48,13 @@ class Score(Task):
 
     @property
     def has_table(self) -> bool:
-        """Scores of every modality have a table."""
         return True
 
     @property
     def table_arrays(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the options
-        """The flags, where there are any."""
         return () if self.threshold is None else ("flagged",)
 
-    def prepare(self, module: VRNNLightningModule, gather: Gather) -> None:
-        """Compute the score below which steps are flagged."""
+    def prepare(self, module: Module, gather: Gather) -> None:
         self.threshold, self._labelled = None, []
         if self.quantile is None:
             return
@@ -73,16 +70,13 @@ class Score(Task):
             raise UserError(f"prediction.quantile {self.quantile}: no validation step has a finite score")
         self.threshold = float(np.quantile(every, self.quantile))
 
-    def _scores(self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int]) -> list[Tensor]:
+    def _scores(self, module: Module, batch: SequenceBatch, real: list[int]) -> list[Tensor]:
         if self.samples == 1 and real:
             return module.score(batch.rows(real), seed=self.seed)
         # particles draw together: one sequence at a time
         return [module.score(batch.rows([i]), self.samples, seed=self.seed_of(batch, i))[0] for i in real]
 
-    def make(
-        self, module: VRNNLightningModule, batch: SequenceBatch, real: list[int], outputs: object
-    ) -> Iterator[Prediction]:
-        """Yield the scores of each sequence."""
+    def make(self, module: Module, batch: SequenceBatch, real: list[int], outputs: Any) -> Iterator[Prediction]:
         known = getattr(self.data, "anomalies", None)
         faulty = known(batch) if known is not None and self.threshold is not None else None
         for i, nats in zip(real, self._scores(module, batch, real), strict=True):
@@ -94,7 +88,6 @@ class Score(Task):
             yield self.predict(batch, i, nats[:, None], rows, **more)._replace(faulty=wrong)
 
     def figures(self, gather: Gather) -> dict[str, dict[str, float]]:
-        """Return precision, recall and AUROC, where faulty steps are known."""
         labelled = [] if self.threshold is None else gather(self._labelled)
         if self.threshold is None or not labelled:
             return {}
@@ -104,22 +97,18 @@ class Score(Task):
         return {"detection": {key: x.item() for key, x in detection.compute().items()}}
 
     def remarks(self) -> list[str]:
-        """Return the score below which steps are flagged."""
         return [] if self.threshold is None else [f"flagged are steps below {self.threshold:.4g} nats"]
 
     def columns(self, width: int) -> list[str]:
-        """Return the name of the table's column."""
         return ["nats"]
 
     def table(self, piece: dict[str, NDArray[Any]]) -> tuple[list[str], NDArray[Any]]:
-        """Return the scores, and the flags where there are any."""
         header, cells = super().table(piece)
         if "flagged" not in piece:
             return header, cells
         return [*header, "flagged"], np.column_stack([cells, piece["flagged"]])
 
     def picture(self, shown: Sequence[Prediction], media: Media, rows: Shown) -> Figure:
-        """Draw the scores below the sequences."""
         titles = [str(piece.arrays["names"][0]) for piece in shown]
         faulty = [piece.faulty for piece in shown if piece.faulty is not None] or None
         nats = [torch.from_numpy(piece.arrays["values"])[:, 0] for piece in shown]
