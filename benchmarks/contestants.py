@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,9 @@ from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.heads import Bernoulli, Gaussian
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO
-from vrnn_lightning.recurrence import readable_filter, readable_generation, readable_loop
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from readable import readable_filter, readable_generation, readable_loop  # the tests' reference
 
 NETWORKS = ("phi_x", "phi_z", "prior", "encoder", "decoder")
 

@@ -93,11 +93,7 @@ WAYS = {
 }  # fmt: skip
 """Ways to train, and the words that ask for them."""
 
-SAVING = {
-    "": [],
-    "every 2 steps": ["--last.every_n_train_steps=2"],
-    "every batch": ["--last.every=0.000001s"],
-}
+SAVING = {"": [], "every 2 steps": ["--last.every_n_train_steps=2"], "every batch": ["--last.every=0.000001s"]}
 """When last.ckpt is written besides what the run does by itself."""
 
 PLACES = {
@@ -110,13 +106,7 @@ PLACES = {
 COMMANDS = {"validate": ("validation_step", 0, 0), "test": ("test_step", 0, 0), "predict": ("predict_step", 0, 0)}
 """The same of commands that don't train."""
 
-EXIT = {
-    "SIGKILL": 128 + signal.SIGKILL,
-    "SIGTERM": 143,
-    "SIGINT": 130,
-    "ENOSPC": 1,
-    "TMPDIR": 128 + signal.SIGXFSZ,
-}
+EXIT = {"SIGKILL": 128 + signal.SIGKILL, "SIGTERM": 143, "SIGINT": 130, "ENOSPC": 1, "TMPDIR": 128 + signal.SIGXFSZ}
 """Faults, and the exit code that a run should end with. TMPDIR: it lies on another file system, and the run is killed
 while it writes a checkpoint."""
 

@@ -762,8 +762,4 @@ def _as_title(folder: Path, text: str) -> str | None:
     return None
 
 
-PARTS: dict[str, Callable[..., dict[str, Any]]] = {
-    "damaged": damaged,
-    "bombs": bombs,
-    "hostile_text": hostile_text,
-}
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {"damaged": damaged, "bombs": bombs, "hostile_text": hostile_text}

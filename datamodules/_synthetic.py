@@ -47,7 +47,9 @@ class SyntheticDataModule(SequenceDataModule):
     Args:
         num_features: Features per step.
         steps: Longest sequence.
-        sizes: Sequences of training, validation and test.
+        train_size: Training sequences.
+        val_size: Validation sequences.
+        test_size: Test sequences.
         min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
         fresh: Redraw the training sequences every epoch, in the same lengths.
         batch_size: Sequences per batch and process.
@@ -61,14 +63,16 @@ class SyntheticDataModule(SequenceDataModule):
         self,
         num_features: int,
         steps: int,
-        sizes: tuple[int, int, int],
+        train_size: int = 2048,
+        val_size: int = 256,
+        test_size: int = 256,
         min_steps: int | None = None,
         fresh: bool = False,
         batch_size: int = 64,
         **options: Any,
     ) -> None:
         super().__init__(num_features=num_features, batch_size=batch_size, **options)
-        self.sizes: dict[Split, int] = dict(zip(("train", "val", "test"), sizes, strict=True))
+        self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
         require_sizes(self.sizes, steps, min_steps, num_features)
         self.steps = steps
         self.min_steps = steps if min_steps is None else min_steps

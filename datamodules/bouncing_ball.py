@@ -31,9 +31,6 @@ class BouncingBall(SyntheticDataModule):
         steps: Longest sequence.
         speed: Way of one step, at most 2: from wall to wall.
         noise: Standard deviation of the noise, sigma; 0 for none.
-        train_size: Training sequences.
-        val_size: Validation sequences.
-        test_size: Test sequences.
         options: The other options of ``SyntheticDataModule``.
 
     Raises:
@@ -47,18 +44,9 @@ class BouncingBall(SyntheticDataModule):
     modality: ClassVar[Modality] = "series"
 
     def __init__(
-        self,
-        channels: int = 2,
-        steps: int = 60,
-        speed: float = 0.2,
-        noise: float = 0.05,
-        train_size: int = 2048,
-        val_size: int = 256,
-        test_size: int = 256,
-        **options: Any,
+        self, channels: int = 2, steps: int = 60, speed: float = 0.2, noise: float = 0.05, **options: Any
     ) -> None:
-        sizes = (train_size, val_size, test_size)
-        super().__init__(num_features=channels, steps=steps, sizes=sizes, **options)
+        super().__init__(num_features=channels, steps=steps, **options)
         require("channels", channels, 1)
         require("speed", speed, 0, 2)
         require("noise", noise, 0, 1e3)

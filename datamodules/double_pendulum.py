@@ -65,8 +65,8 @@ class DoublePendulum(SyntheticDataModule):
         test_size: int = 128,
         **options: Any,
     ) -> None:
-        sizes = (train_size, val_size, test_size)
-        super().__init__(num_features=4, steps=steps, sizes=sizes, **options)
+        sizes: Any = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
+        super().__init__(num_features=4, steps=steps, **sizes, **options)
         require("interval", interval, 1e-4, 1)
         require("max_angle", max_angle, 1, 180)
         require("noise", noise, 0, 1e3)

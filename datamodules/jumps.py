@@ -70,8 +70,8 @@ class Jumps(SyntheticDataModule):
         test_size: int = 512,
         **options: Any,
     ) -> None:
-        sizes = (train_size, val_size, test_size)
-        super().__init__(num_features=channels, steps=steps, sizes=sizes, **options)
+        sizes: Any = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
+        super().__init__(num_features=channels, steps=steps, **sizes, **options)
         require("channels", channels, 2)
         require("memory", memory, 0, 1)
         require("jump", jump, 1e-3, 1e3)

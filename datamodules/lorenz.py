@@ -54,8 +54,8 @@ class Lorenz(SyntheticDataModule):
         test_size: int = 128,
         **options: Any,
     ) -> None:
-        sizes = (train_size, val_size, test_size)
-        super().__init__(num_features=channels, steps=steps, sizes=sizes, **options)
+        sizes: Any = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
+        super().__init__(num_features=channels, steps=steps, **sizes, **options)
         require("channels", channels, 1, 3)
         require("interval", interval, 1e-4, 1)
         require("noise", noise, 0, 1e3)

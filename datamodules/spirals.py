@@ -35,9 +35,6 @@ class Spirals(SyntheticDataModule):
         turns: How often each goes round, at most 20.
         steps: Points of the longest drawing.
         noise: Standard deviation of each point, sigma; a drawing is of size 1, give or take a quarter. 0 for none.
-        train_size: Training sequences.
-        val_size: Validation sequences.
-        test_size: Test sequences.
         options: The other options of ``SyntheticDataModule``.
 
     Raises:
@@ -49,19 +46,8 @@ class Spirals(SyntheticDataModule):
 
     modality: ClassVar[Modality] = "strokes"
 
-    def __init__(
-        self,
-        arms: int = 2,
-        turns: float = 1.5,
-        steps: int = 60,
-        noise: float = 0.01,
-        train_size: int = 2048,
-        val_size: int = 256,
-        test_size: int = 256,
-        **options: Any,
-    ) -> None:
-        sizes = (train_size, val_size, test_size)
-        super().__init__(num_features=3, steps=steps, sizes=sizes, **options)
+    def __init__(self, arms: int = 2, turns: float = 1.5, steps: int = 60, noise: float = 0.01, **options: Any) -> None:
+        super().__init__(num_features=3, steps=steps, **options)
         require("arms", arms, 1)
         if arms > self.min_steps:
             raise UserError(f"--data.arms {arms}: more than the points of the shortest drawing, {self.min_steps}")

@@ -32,9 +32,6 @@ class StochasticVolatility(SyntheticDataModule):
         steps: Longest sequence.
         persistence: How much of the log-volatility stays, phi, from 0 to 0.999.
         volatility: Standard deviation of what drives it, sigma, at most 2.
-        train_size: Training sequences.
-        val_size: Validation sequences.
-        test_size: Test sequences.
         options: The other options of ``SyntheticDataModule``.
 
     Raises:
@@ -47,18 +44,9 @@ class StochasticVolatility(SyntheticDataModule):
     modality: ClassVar[Modality] = "series"
 
     def __init__(
-        self,
-        channels: int = 3,
-        steps: int = 100,
-        persistence: float = 0.95,
-        volatility: float = 0.4,
-        train_size: int = 2048,
-        val_size: int = 256,
-        test_size: int = 256,
-        **options: Any,
+        self, channels: int = 3, steps: int = 100, persistence: float = 0.95, volatility: float = 0.4, **options: Any
     ) -> None:
-        sizes = (train_size, val_size, test_size)
-        super().__init__(num_features=channels, steps=steps, sizes=sizes, **options)
+        super().__init__(num_features=channels, steps=steps, **options)
         require("channels", channels, 1)
         require("persistence", persistence, 0, 0.999)
         require("volatility", volatility, 0, 2)

@@ -75,10 +75,7 @@ class TestReplacing:
 
         (tmp_path / "a").write_text("one")
         monkeypatch.setattr(*((os, "fsync") if where == "fsync" else (Path, "replace")), full)
-        with (
-            one_line("--x .*/a: No space left on device"),
-            replacing(tmp_path / "a", "--x") as new,
-        ):
+        with one_line("--x .*/a: No space left on device"), replacing(tmp_path / "a", "--x") as new:
             new.write_text("two")
         assert (tmp_path / "a").read_text() == "one"
         assert left(tmp_path) == ["a"]

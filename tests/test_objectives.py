@@ -7,12 +7,12 @@ import itertools
 import pytest
 import test_recurrence
 import torch
+from readable import readable_filter, readable_loop
 
 from vrnn_lightning import MLPConfig, UserError, schedules
 from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO, FIVO, IWAE, elbo, iwae
-from vrnn_lightning.recurrence import readable_filter, readable_loop
 
 
 def terms():

@@ -130,10 +130,7 @@ def test_last_is_saved_by_the_clock(lightning, tiny, monkeypatch):
     monkeypatch.setattr(
         RunCheckpoint,
         "_save_topk_checkpoint",
-        lambda self, trainer, x: (
-            saved.append((self.monitor, trainer.global_step)),
-            save(self, trainer, x),
-        ),
+        lambda self, trainer, x: (saved.append((self.monitor, trainer.global_step)), save(self, trainer, x)),
     )
     assert lightning("fit", "-c", tiny, "--last.every", "0.001s", "--data.train_size", 12).code == 0
     assert [step for monitor, step in saved if monitor is None] == [1, 2, 3, 3]

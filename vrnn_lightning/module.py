@@ -176,13 +176,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         """Raise if the data are scaled otherwise than in training."""
         self._take_scaler(replace=not self.is_initialized)
 
-    def on_test_start(self) -> None:
-        """Raise if the data are scaled otherwise than in training."""
-        self._take_scaler(replace=not self.is_initialized)
-
-    def on_predict_start(self) -> None:
-        """Raise if the data are scaled otherwise than in training."""
-        self._take_scaler(replace=not self.is_initialized)
+    on_test_start = on_predict_start = on_validation_start
 
     def _take_scaler(self, replace: bool) -> None:
         if not hasattr(self._data, "scaler"):

@@ -27,12 +27,7 @@ Total = Callable[[Tensor], Tensor]
 
 
 def elbo(
-    log_px: Tensor,
-    kl: Tensor,
-    steps: Tensor,
-    beta: float = 1.0,
-    free_bits: float = 0.0,
-    total: Total = lambda x: x,
+    log_px: Tensor, kl: Tensor, steps: Tensor, beta: float = 1.0, free_bits: float = 0.0, total: Total = lambda x: x
 ) -> Tensor:
     r"""Return the evidence lower bound as it is trained, summed over the batch, in nats.
 
@@ -174,10 +169,7 @@ class ELBO(Objective):
     """
 
     def __init__(
-        self,
-        kl: Literal["analytic", "sampled"] = "analytic",
-        free_bits: float = 0.0,
-        balance: float | None = None,
+        self, kl: Literal["analytic", "sampled"] = "analytic", free_bits: float = 0.0, balance: float | None = None
     ) -> None:
         if kl not in ("analytic", "sampled"):
             raise UserError(f"objective.kl {kl!r}: choose 'analytic' or 'sampled'")

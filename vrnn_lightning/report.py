@@ -30,12 +30,7 @@ __all__ = ["NAME", "write_report"]
 
 NAME = "report.html"
 """What the page is called in the run's folder."""
-KINDS = {
-    ".png": "image/png",
-    ".svg": "image/svg+xml",
-    ".wav": "audio/wav",
-    ".mid": "audio/midi",
-}
+KINDS = {".png": "image/png", ".svg": "image/svg+xml", ".wav": "audio/wav", ".mid": "audio/midi"}
 MOST_FILES, MOST_BYTES = 48, 16 * 2**20  # of a group of pictures or sounds, and of one of them
 LONG_SOUND, MP3_RATES = 2**17, (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 MOST_POINTS = 1000  # of a curve

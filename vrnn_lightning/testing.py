@@ -34,15 +34,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch, SequenceSample
-from vrnn_lightning.data import (
-    ChangingSequences,
-    Modality,
-    Scaler,
-    SequenceDataModule,
-    SequenceLoader,
-    Split,
-    Window,
-)
+from vrnn_lightning.data import ChangingSequences, Modality, Scaler, SequenceDataModule, SequenceLoader, Split, Window
 
 __all__ = ["CHECKS", "check_datamodule"]
 

@@ -177,7 +177,7 @@ def test_shipped_config_serves_where_there_is_none(lightning, folder):
         (["-c", "nope.yaml"], ["nope.yaml: no such config file"]),
         (["--data", "Sine"], ["--data Sine:", "Did you mean 'Sines'?", "Speech"]),
         (["--data", "no.such.Data"], ["no.such"]),
-        (["--data", "torch.nn.Linear"], ["torch.nn.Linear", "no LightningDataModule"]),
+        (["--data", "torch.nn.Linear"], ["torch.nn.Linear", "not a LightningDataModule"]),
         ([], ["--data", "Sines"]),
         (["--data=Sines", "--model.hiden_size=3"], ["--model.hiden_size", "Did you mean '--model.hidden_size'?"]),
         (["--data=Sines", "--trainer.max_epoch=3"], ["Did you mean '--trainer.max_epochs'?"]),

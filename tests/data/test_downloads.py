@@ -29,11 +29,7 @@ from vrnn_lightning.data import downloads
 from vrnn_lightning.data.downloads import SOURCES, content_sum, fetch
 from vrnn_lightning.errors import UserError
 
-CHORALES = {
-    "train": [[[60, 64, 67], [60, 64, 67], []], [[21], [108]]],
-    "valid": [[[50]]],
-    "test": [[[55, 59], [57]]],
-}
+CHORALES = {"train": [[[60, 64, 67], [60, 64, 67], []], [[21], [108]]], "valid": [[[50]]], "test": [[[55, 59], [57]]]}
 JSON = json.dumps(CHORALES).encode()
 
 

@@ -335,13 +335,7 @@ class TestWindows:
     @pytest.mark.parametrize("tail", ["drop", "pad"])
     @pytest.mark.parametrize(
         ("suffix", "rate", "channels"),
-        [
-            ("wav", 8000, 1),
-            ("flac", 8000, 2),
-            ("wav", 11025, 2),
-            ("flac", 44100, 1),
-            ("wav", 4000, 1),
-        ],
+        [("wav", 8000, 1), ("flac", 8000, 2), ("wav", 11025, 2), ("flac", 44100, 1), ("wav", 4000, 1)],
     )
     def test_they_are_parts_of_the_whole(self, tmp_path, suffix, rate, channels, tail, units):
         samples = np.random.default_rng(0).uniform(-0.9, 0.9, (20 * rate // 8 + 7, channels))

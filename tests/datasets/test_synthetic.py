@@ -311,10 +311,7 @@ def test_jumps_are_as_likely_as_their_entropy_says(options):
     assert each.mean().item() == pytest.approx(-data.entropy, abs=error)
     x = batch.x.double()
     moves = (x - data.memory * torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)).flatten(0, 1)
-    for loss, covariance in (
-        (data.gaussian_loss, torch.cov(moves.T)),
-        (data.diagonal_loss, torch.diag(moves.var(0))),
-    ):
+    for loss, covariance in ((data.gaussian_loss, torch.cov(moves.T)), (data.diagonal_loss, torch.diag(moves.var(0)))):
         fitted = multivariate_normal(moves.mean(0), covariance).logpdf(moves).mean()
         assert each.mean().item() - fitted == pytest.approx(loss, abs=0.02)
 

@@ -349,11 +349,7 @@ class TestSplits:
         path = write(tmp_path / "a.csv", {"x": list(range(1000))})
         found = series(root=path, columns=["x"], val_share=0.15, test_share=0.2)
         values = {split: found[split][0].x[:, 0].tolist() for split in SPLITS}
-        assert values == {
-            "train": list(range(650)),
-            "val": list(range(650, 800)),
-            "test": list(range(800, 1000)),
-        }
+        assert values == {"train": list(range(650)), "val": list(range(650, 800)), "test": list(range(800, 1000))}
 
     def test_cuts_are_by_time_not_by_row(self, tmp_path):
         """Nine tenths of the rows lie in the first tenth of the time."""

@@ -87,7 +87,8 @@ def test_compare(capsys, monkeypatch, tmp_path):
     script.write_text(small)
     for name in ("contestants.py",):
         (tmp_path / "benchmarks" / name).write_text((FOLDER / name).read_text())
-    (tmp_path / "vrnn_lightning").symlink_to(FOLDER.parent / "vrnn_lightning")
+    for name in ("vrnn_lightning", "tests"):
+        (tmp_path / name).symlink_to(FOLDER.parent / name)
     words = [sys.executable, str(script), str(tmp_path), "evaluation", "streaming", "--rounds", "3"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     rows = [line for line in done.stdout.splitlines() if line.startswith(("| evaluation:", "| streaming:"))]

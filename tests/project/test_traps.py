@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
+import readable
 import test_archives
 import test_equations
 import test_filtering
@@ -35,7 +36,7 @@ from vrnn_lightning.heads.base import Factorised, Head, at_least_float32
 from vrnn_lightning.metrics import Bound
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO
-from vrnn_lightning.recurrence import readable, readable_loop, tape
+from vrnn_lightning.recurrence import tape
 from vrnn_lightning.recurrence.operations import GRU, LSTM, Call, GaussianSample, MatMul
 from vrnn_lightning.recurrence.step import FastStep
 from vrnn_lightning.vrnn import VRNN, Equations, Trace, model, trace
@@ -625,7 +626,7 @@ def test_the_reference_is_a_reference():
     model, batch = test_recurrence.make_model(), test_recurrence.make_batch([1, 1])
     noise = test_recurrence.draw_noise(model, batch)
     h = torch.zeros(2, 10, dtype=torch.float64)
-    found = readable_loop(model, batch, noise, model.initial_state(2))
+    found = readable.readable_loop(model, batch, noise, model.initial_state(2))
     phi_x = model.phi_x((batch.x[:, 0] - model.input_mean) / model.input_std)
     q, p = model.encoder(torch.cat([phi_x, h], 1)), model.prior(h)
     z = q.mean + q.stddev * noise[:, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from readable import readable_generation
 from test_recurrence import OPTIONS, make_model, random_state
 from torch import nn
 from torch.distributions import Distribution, Normal
@@ -20,7 +21,7 @@ from vrnn_lightning.heads import (
     Poisson,
     tempered,
 )
-from vrnn_lightning.recurrence import Generated, generation, readable_generation
+from vrnn_lightning.recurrence import Generated, generation
 
 SHOWN = {**OPTIONS, "plain": {}}
 

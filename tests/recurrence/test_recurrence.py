@@ -6,11 +6,12 @@ from functools import partial
 
 import pytest
 import torch
+from readable import readable_loop
 
 from vrnn_lightning import VRNN, MLPConfig, SequenceBatch, UserError, build_vrnn
 from vrnn_lightning.heads import Bernoulli, Gaussian, GaussianMixture
 from vrnn_lightning.noise import Noise
-from vrnn_lightning.recurrence import State, readable_loop
+from vrnn_lightning.recurrence import State
 
 NETWORKS = ("phi_x", "phi_z", "prior", "encoder", "decoder")
 SIZES = [

@@ -68,12 +68,7 @@ class Diagnostics(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was seen and said."""
-        return {
-            "low": self.low,
-            "norms": list(self.norms),
-            "spikes": list(self.spikes),
-            "warned": sorted(self.warned),
-        }
+        return {"low": self.low, "norms": list(self.norms), "spikes": list(self.spikes), "warned": sorted(self.warned)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint; what was said is not said again."""

@@ -115,26 +115,12 @@ class Evaluation(Callback):
         self.path = archive_path(trainer, "evaluation")
         self._estimates, self._parts, self._kl = {}, [], []
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from nothing."""
-        self._begin(trainer)
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from nothing, if this is not a validation within training."""
-        if trainer.state.fn == "validate":
+        if trainer.state.fn != "fit":
             self._begin(trainer)
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: SequenceBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Bound the sequences of a batch."""
-        self._add(trainer, cast(VRNNLightningModule, pl_module), outputs, batch, batch_idx)
+    on_test_start = on_validation_start
 
     def on_validation_batch_end(
         self,
@@ -146,8 +132,10 @@ class Evaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Bound the sequences of a batch, if this is not a validation within training."""
-        if trainer.state.fn == "validate":
+        if trainer.state.fn != "fit":
             self._add(trainer, cast(VRNNLightningModule, pl_module), outputs, batch, batch_idx)
+
+    on_test_batch_end = on_validation_batch_end
 
     def _add(self, trainer: Trainer, module: VRNNLightningModule, trace: Trace, batch: SequenceBatch, i: int) -> None:
         with module.summon_full_params():

@@ -477,14 +477,14 @@ class CLI(LightningCLI):
 
     def predict(self, model: VRNNLightningModule, datamodule: LightningDataModule, **options: Any) -> None:
         """Predict; to draw samples the datamodule only says how to show them, and is never set up."""
-        task = self._predictions
-        if task.task != "sample":
+        predictions, task = self._predictions, self._predictions.task
+        if task.needs_data:
             self.trainer.predict(model, datamodule=datamodule, **options)
             return
         if self.checkpoint and self.checkpoint.data_state:
             datamodule.load_state_dict(self.checkpoint.data_state)
-        task.data = datamodule
-        loader = Draws(task.options["count"], model.vrnn.num_features, self.trainer)
+        predictions.data = datamodule
+        loader = Draws(task.count, model.vrnn.num_features, self.trainer)
         self.trainer.predict(model, dataloaders=loader, **options)
 
     @property
@@ -499,11 +499,11 @@ class CLI(LightningCLI):
             return
         if found.skipped:
             print(f"{found.skipped} sequences left out: too short, or nothing observed to start from")
-        if found.threshold is not None:
-            print(f"flagged are steps below {found.threshold:.4g} nats")
+        for line in found.task.remarks():
+            print(line)
         for name, figures in found.figures.items():
             print(f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in figures.items())}")
-        what = "encodings and scores" if found.task == "encode" else found.task
+        what = "encodings and scores" if found.task.name == "encode" else found.task.name
         print(f"{what}: {self._of_every_process(found.path)}")
         self._write_report(create=False)
 

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from vrnn_lightning import discovery
+from vrnn_lightning.callbacks.tasks import TASKS
 from vrnn_lightning.cli.argv import in_current_names
 from vrnn_lightning.files import require_plain_yaml
 from vrnn_lightning.heads import Head
@@ -162,7 +163,14 @@ class Parser(LightningArgumentParser):
         return f"{key}.{option}: {cls} has no such option.{discovery.suggestion(option, accepted)}"
 
     @staticmethod
+    def _unknown_task(key: str, name: str) -> str:
+        known = f"choose {', '.join(TASKS)}, or the class path of a Task of your own"
+        return f"{key} {name}: {known}.{discovery.suggestion(name, TASKS)}"
+
+    @staticmethod
     def _unknown_class(key: str, name: str) -> str:
+        if key == "--prediction.task":
+            return Parser._unknown_task(key, name)
         bases = {
             "emission": Head,
             "objective": Objective,
@@ -177,6 +185,8 @@ class Parser(LightningArgumentParser):
 
     @staticmethod
     def _wrong_type(key: str, expected: str, value: str) -> str:
+        if key == "--prediction.task":
+            return Parser._unknown_task(key, value)
         if key == "--trainer.precision":
             return f"{key} {value}: choose {', '.join(PRECISIONS)}.{discovery.suggestion(value, PRECISIONS)}"
         kinds = (

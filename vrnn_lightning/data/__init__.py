@@ -66,6 +66,5 @@ __all__ = [
 ]
 
 __getattr__ = old_names(
-    __name__,
-    {"BadFiles": "InvalidFiles", "DrawnDataModule": "RandomSplitDataModule", "DrawnSplits": "RandomSplits"},
+    __name__, {"BadFiles": "InvalidFiles", "DrawnDataModule": "RandomSplitDataModule", "DrawnSplits": "RandomSplits"}
 )

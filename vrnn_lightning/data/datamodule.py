@@ -55,12 +55,7 @@ class SequenceDataModule(LightningDataModule):
     """True where sequences may come with ``observed``; the model's phi_x is then told which values are missing."""
 
     def __init__(
-        self,
-        num_features: int,
-        batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
+        self, num_features: int, batch_size: int = 32, num_workers: int = 0, seed: int = 0, window: int | None = None
     ) -> None:
         super().__init__()
         for option, value, least in (

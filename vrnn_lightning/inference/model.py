@@ -19,11 +19,7 @@ from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import FilterResult, Particles, select_by_weight
 from vrnn_lightning.heads import Bernoulli, Head, Pen
-from vrnn_lightning.inference.checks import (
-    RESAMPLING,
-    log_std,
-    require,
-)
+from vrnn_lightning.inference.checks import RESAMPLING, log_std, require
 from vrnn_lightning.inference.imputing import Imputer
 from vrnn_lightning.inference.session import Session
 from vrnn_lightning.noise import Noise

@@ -15,11 +15,7 @@ from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import select_by_weight
 from vrnn_lightning.heads import Head, log_prob
 from vrnn_lightning.heads.base import SampleShape, at_least_float32
-from vrnn_lightning.inference.checks import (
-    log_std,
-    require,
-    require_shape,
-)
+from vrnn_lightning.inference.checks import log_std, require, require_shape
 from vrnn_lightning.recurrence import State, Stream, repeat_rows
 from vrnn_lightning.vrnn import VRNN
 

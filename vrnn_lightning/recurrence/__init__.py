@@ -2,19 +2,11 @@
 
 :func:`infer` is what training runs: it holds only what depends on z_t, and no autograd graph. :func:`generate` draws
 sequences, and :class:`Stream` follows them frame by frame. All three run one layout of the step,
-:class:`~vrnn_lightning.recurrence.step.FastStep`. :func:`readable_loop` is the reference that they are tested against:
-it steps through the model's four methods.
+:class:`~vrnn_lightning.recurrence.step.FastStep`.
 """
 
 from vrnn_lightning.recurrence.generation import Generated, generate
 from vrnn_lightning.recurrence.inference import InferenceSteps, NetworkInputs, Resample, StepView, infer
-from vrnn_lightning.recurrence.readable import (
-    StepTerms,
-    readable_filter,
-    readable_generation,
-    readable_loop,
-    readable_step,
-)
 from vrnn_lightning.recurrence.state import Masks, Networks, Prior, State, log_ratio, output, repeat_rows
 from vrnn_lightning.recurrence.step import Partition, Purpose, partition
 from vrnn_lightning.recurrence.streaming import Stream
@@ -30,7 +22,6 @@ __all__ = [
     "Purpose",
     "Resample",
     "State",
-    "StepTerms",
     "StepView",
     "Stream",
     "generate",
@@ -38,9 +29,5 @@ __all__ = [
     "log_ratio",
     "output",
     "partition",
-    "readable_filter",
-    "readable_generation",
-    "readable_loop",
-    "readable_step",
     "repeat_rows",
 ]

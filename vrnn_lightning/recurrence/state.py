@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Prior(Protocol):
 
 
 class Networks(Protocol):
-    """The networks of a VRNN; the latent ones are ``None`` where the model has no latent."""
+    """The networks of a VRNN and its equations, see :class:`~vrnn_lightning.vrnn.Equations`."""
 
     phi_x: MLP
     phi_z: MLP | None
@@ -65,40 +65,13 @@ class Networks(Protocol):
     backward_rnn: nn.GRU | nn.LSTM | None
     residual_posterior: bool
 
-    def standardize_input(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Return what phi_x reads of frames, shape (..., width)."""
-
-    def extract_x(self, x: Tensor, valid: Tensor | None = None, masks: Masks | None = None) -> Tensor:
-        """Return the features of frames."""
-
-    def extract_z(self, z: Tensor, masks: Masks | None = None) -> Tensor:
-        """Return the features of latents."""
-
-    def prior_dist(self, h: Tensor, inputs: Tensor | None = None) -> Factorised:
-        """Return p(z_t | x_<t, z_<t)."""
-
-    def posterior_dist(
-        self,
-        x_features: Tensor,
-        h: Tensor,
-        prior: Factorised | None = None,
-        inputs: Tensor | None = None,
-        future: Tensor | None = None,
-    ) -> Factorised:
-        """Return q(z_t | x_<=t, z_<t)."""
-
-    def emission_dist(self, z_features: Tensor, h: Tensor, inputs: Tensor | None = None) -> Distribution:
-        """Return p(x_t | z_<=t, x_<t)."""
-
-    def next_state(
-        self,
-        x_features: Tensor,
-        z_features: Tensor,
-        state: State,
-        inputs: Tensor | None = None,
-        masks: Masks | None = None,
-    ) -> tuple[Tensor, State]:
-        """Return h_t as the networks read it, and the state."""
+    def standardize_input(self, x: Tensor, valid: Tensor | None = None) -> Tensor: ...
+    def extract_x(self, x: Tensor, valid: Tensor | None = None, masks: Masks | None = None) -> Tensor: ...
+    def extract_z(self, z: Tensor, masks: Masks | None = None) -> Tensor: ...
+    def prior_dist(self, h: Tensor, inputs: Tensor | None = None) -> Factorised: ...
+    def posterior_dist(self, x_features: Tensor, h: Tensor, *rest: Any, **named: Any) -> Factorised: ...
+    def emission_dist(self, z_features: Tensor, h: Tensor, inputs: Tensor | None = None) -> Distribution: ...
+    def next_state(self, x_features: Tensor, z_features: Tensor, state: State, *rest: Any) -> tuple[Tensor, State]: ...
 
 
 def output(state: State, masks: Masks | None = None) -> Tensor:

@@ -224,7 +224,7 @@ class _LoopFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the fast time loop has no second derivative (create_graph=True). "
-                "Fix: use vrnn_lightning.recurrence.readable_loop, whose derivatives autograd computes"
+                "Fix: step through the model's methods, see VRNN.prior_dist, whose derivatives autograd computes"
             )
         loop = ctx.loop
         values = dict(zip([*loop.inputs, *loop.tape.buffers], ctx.saved_tensors, strict=True))

@@ -352,11 +352,7 @@ class VRNN(Equations):
         return generate(self, steps, state, inputs if self.num_inputs else None, temperature)
 
     def stream(
-        self,
-        batch_size: int = 1,
-        samples: int = 1,
-        state: State | None = None,
-        resampling: Resampling | None = None,
+        self, batch_size: int = 1, samples: int = 1, state: State | None = None, resampling: Resampling | None = None
     ) -> Stream:
         """Follow sequences frame by frame: ``stream.step(x)`` returns an estimate of each log p(x_t | x_<t) in nats.
 

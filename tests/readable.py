@@ -1,7 +1,7 @@
 """The readable loop: every step is the model's four methods, as the paper writes them. The tests' reference.
 
-Slow and plain: :func:`~vrnn_lightning.recurrence.infer`, the particle filter and generation are tested against it,
-values and gradients, and timed against it. Nothing else runs on it.
+Slow and plain: ``vrnn_lightning.recurrence.infer``, the particle filter and generation are tested against it, values
+and gradients, and benchmarks time them against it.
 """
 
 from __future__ import annotations

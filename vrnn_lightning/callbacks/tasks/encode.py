@@ -1,0 +1,55 @@
+"""Codes: the means of the posteriors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.callbacks.media import Media, Shown
+from vrnn_lightning.callbacks.pictures import draw_heat
+from vrnn_lightning.callbacks.tasks.base import Prediction, Task
+from vrnn_lightning.module import VRNNLightningModule as Module
+from vrnn_lightning.vrnn import Trace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Encode"]
+
+
+class Encode(Task):
+    """Posterior means of each step, and the ELBO of each sequence in nats and scaled units.
+
+    Args:
+        shown: Sequences in the picture.
+    """
+
+    name = "encode"
+    needs_trace = True
+    writes_media = False
+
+    def __init__(self, *, shown: int = 4) -> None:
+        super().__init__(shown=shown)
+
+    @property
+    def has_table(self) -> bool:
+        return False
+
+    def make(self, module: Module, batch: SequenceBatch, real: list[int], outputs: Any) -> Iterator[Prediction]:
+        trace = cast(Trace, outputs)
+        means = trace.z if trace.posterior is None else trace.posterior.mean
+        elbo = trace.log_px.sum(1) - trace.kl.sum((1, 2))
+        for i in real:
+            own, rows = means[i, : batch.lengths[i]], {"real": self.truth(module, batch, i)}
+            yield self.predict(batch, i, own, rows, elbo=elbo[i : i + 1].double().cpu().numpy())
+
+    def picture(self, shown: Sequence[Prediction], media: Media, rows: Shown) -> Figure:
+        values = [torch.from_numpy(piece.arrays["values"]) for piece in shown]
+        if not values[0].shape[1]:
+            return super().picture(shown, media, rows)
+        titles = [str(piece.arrays["names"][0]) for piece in shown]
+        names = [f"z{d}" for d in range(values[0].shape[1])]
+        return draw_heat(values, names, "posterior mean", rows["real"], media.modality, media.sample_rate, titles)
