@@ -73,7 +73,7 @@ def predicted(folder: str, callback: Predictions, module: VRNNLightningModule, d
     """Run a prediction; without data, of samples."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(default_root_dir=folder, callbacks=[callback], accelerator="cpu", **quiet)
-    loader = None if data else Draws(callback.options["count"], module.vrnn.num_features, trainer)
+    loader = None if data else Draws(callback.task.count, module.vrnn.num_features, trainer)
     trainer.predict(module, dataloaders=loader, datamodule=data, return_predictions=False)
 
 
