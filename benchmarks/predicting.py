@@ -73,7 +73,7 @@ def predicted(folder: str, callback: Predictions, module: VRNNLightningModule, d
     """Run a prediction; without data, of samples."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(default_root_dir=folder, callbacks=[callback], accelerator="cpu", **quiet)
-    loader = None if data else Draws(callback.options["count"], module.vrnn.num_features, trainer)
+    loader = None if data else Draws(callback.task.count, module.vrnn.num_features, trainer)
     trainer.predict(module, dataloaders=loader, datamodule=data, return_predictions=False)
 
 
@@ -89,7 +89,7 @@ def sampling(options: argparse.Namespace) -> None:
         with TemporaryDirectory() as folder:
 
             def run(shown: int, folder: str = folder, size: Size = size, module: VRNNLightningModule = module) -> None:
-                callback = Predictions("sample", count=size.batch, steps=size.steps, shown=shown)
+                callback = Predictions("sample", count=size.batch, steps=size.steps, shown=shown, overwrite=True)
                 predicted(folder, callback, module, None)
 
             steps: list[Callable[[], object]] = [
@@ -123,7 +123,7 @@ def measure_peak(task: str, count: str) -> None:
     torch.set_num_threads(1)
     module = VRNNLightningModule(FEATURES, latent_size=4, hidden_size=16).eval()
     with TemporaryDirectory() as folder:
-        predicted(folder, Predictions(task, **TASKS[task]), module, Lazy(int(count)))
+        predicted(folder, Predictions(task, **TASKS[task], overwrite=True), module, Lazy(int(count)))
         written = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, written / 1e6)
 

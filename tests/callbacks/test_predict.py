@@ -64,7 +64,7 @@ def model(**options) -> VRNNLightningModule:
 def predict(folder: Path, data=None, module=None, **options) -> tuple[dict[str, np.ndarray], Predictions]:
     """Return what a prediction wrote, and the callback; pictures only where they are asked for."""
     options = options if options["task"] in ("encode", "score") else {"shown": 0} | options
-    callback = Predictions(**options)
+    callback = Predictions(**{"overwrite": True} | options)
     trainer = Trainer(
         default_root_dir=folder,
         callbacks=[callback],
@@ -725,6 +725,18 @@ def test_what_fails_changes_nothing_of_an_earlier_prediction(tmp_path, monkeypat
     assert contents(folder) == before
 
 
+def test_an_earlier_answer_is_replaced_only_where_that_is_asked_for(tmp_path):
+    for task in ({"task": "score"}, {"task": "encode"}):
+        (_, callback) = predict(tmp_path, **task, overwrite=False)
+        before = callback.path.read_bytes()
+        with pytest.raises(
+            UserError, match=r"(test|encodings)\.npz: is an earlier answer\. Fix: give --prediction\.over"
+        ):
+            predict(tmp_path, **task, overwrite=False)
+        assert callback.path.read_bytes() == before
+        predict(tmp_path, **task)
+
+
 def test_nothing_of_an_earlier_prediction_stays_beside_a_new_one(tmp_path):
     """Neither its picture and figures, nor archives of more processes; what is none of ours stays."""
     predict(tmp_path, task="forecast", prefix=3, samples=4, shown=1)
@@ -964,6 +976,6 @@ def test_a_table_is_backtested_and_its_faults_are_found(lightning, folder):
         (("--data.length=24", *backtest), "prediction.prefix 48: no test sequence has something to forecast from"),
         ((*forecast, "--prediction.prefix=12", "--prediction.season=30"), "prediction.season 30: is longer than"),
     ):
-        said = lightning(*predict, *words)
+        said = lightning(*predict, *words, "--prediction.overwrite=true")
         assert said.code == 1
         assert said.err.strip().splitlines()[-1].startswith(f"error: {line}")

@@ -59,7 +59,7 @@ def test_what_is_done_with_a_run(here):
     assert cli.main(["fit", "-c", "configs/synthetic.yaml", *TINY]) == 0
     then = [c for c in COMMANDS if c.startswith(("lightning predict", "lightning test")) or "init_from" in c]
     then = [c for c in then if "--data" not in c or "init_from" in c]  # test_predict backtests a table
-    assert len(then) == 5
+    assert len(then) == 6
     for command in then:
         few = {"--prediction.samples": 3, "--prediction.steps": 5, "--evaluation.samples": 3} | (
             {} if "fit" in command else {"--data.batch_size": 4}

@@ -30,6 +30,7 @@ __all__ = ["Draws", "Predictions"]
 
 TaskName = Literal["encode", "sample", "reconstruct", "forecast", "impute", "score"]
 GROUP = 64  # sequences drawn at a time
+NO_OPTIONS = ("self", "task", "options", "overwrite", "__class__")
 
 
 class Draws:
@@ -70,8 +71,8 @@ class Predictions(Callback):
     of a series, nats below the sequences, a heat map of encodings) and files as the modality asks: wav of audio, svg
     and gif of pen strokes, wav and MIDI of piano rolls (the latter where mido is installed). Each of several processes
     writes ``test_0.npz`` and so on. Archives and tables of a process are written all and whole, or none, from parts on
-    the disk: memory does not grow with the corpus. They take the place of all that an earlier prediction of the task
-    left.
+    the disk: memory does not grow with the corpus. With ``overwrite`` they take the place of all that an earlier
+    prediction of the task left; without it, the earlier answer is an error.
 
     Draws depend on ``seed`` and on a sequence's name alone: neither on the batch size nor on the number of
     processes. Those of ``sample`` depend on ``seed``, ``count`` and ``steps``.
@@ -98,6 +99,7 @@ class Predictions(Callback):
         seed: Of the draws; default 0.
         shown: Sequences in the picture, and as files of their own; default 4, at most 64, 0 for none.
         options: Further options of a task of your own, by name.
+        overwrite: Replace the answer of an earlier prediction of the task.
 
     Raises:
         UserError: An option outside its range, or of another task.
@@ -121,9 +123,11 @@ class Predictions(Callback):
         seed: int | None = None,
         shown: int | None = None,
         options: dict[str, Any] | None = None,
+        overwrite: bool = False,
     ) -> None:
-        given = {key: value for key, value in locals().items() if key not in ("self", "task", "options", "__class__")}
+        given = {key: value for key, value in locals().items() if key not in NO_OPTIONS}
         self.task = _made(task, {key: value for key, value in given.items() if value is not None} | (options or {}))
+        self.overwrite = overwrite
         self.data: Any = None
         """The datamodule, where the trainer knows none: it says how to show a sequence."""
         self.path: Path | None = None
@@ -143,6 +147,9 @@ class Predictions(Callback):
         """
         module, task = cast(VRNNLightningModule, pl_module), self.task
         self.path = archive_path(trainer, "encodings" if task.name == "encode" else f"predictions/{task.name}/test")
+        earlier = sorted(self.path.parent.glob("encodings*.npz" if task.name == "encode" else "test*.npz"))
+        if earlier and not self.overwrite and not getattr(trainer, "fast_dev_run", False):
+            raise UserError(f"{earlier[0]}: is an earlier answer. Fix: give --prediction.overwrite true to replace it")
         task.check(module)
         lost = torch.tensor(sum(not weights.isfinite().all() for weights in module.parameters()))
         if trainer.strategy.reduce(lost.to(module.device), reduce_op="sum"):
