@@ -1,7 +1,7 @@
 """Time the fast loop of this checkout against that of another one, in alternated rounds.
 
-    git worktree add /tmp/old v0.1.0
-    python benchmarks/compare.py /tmp/old
+    git worktree add ../old v0.1.0
+    python benchmarks/compare.py ../old
 
 Each checkout runs in a process of its own; the two take turns, one step each. Prints a markdown table: for each row the
 median of the ratios new / old round by round, with a 95 % interval of that median.

@@ -15,7 +15,7 @@ GENERATED = ROOT / "docs" / "reference" / "generated"
 sys.path.insert(0, str(ROOT))
 
 import vrnn_lightning  # noqa: E402  # after the path is set
-from vrnn_lightning.cli import main  # noqa: E402
+from vrnn_lightning.cli import main  # noqa: E402  # as above
 
 project = "vrnn-lightning"
 copyright = "the vrnn-lightning authors"

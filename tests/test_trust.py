@@ -295,6 +295,16 @@ def test_the_config_beside_a_checkpoint_passes_the_gate(lightning, own, run, pla
         assert yaml.safe_load(Path("copy/config.yaml").read_text())["trust"] is None
 
 
+def test_a_task_that_the_config_beside_a_checkpoint_names_passes_the_gate(lightning, own, run):
+    """Any command that reads that config parses the options of predictions too."""
+    path = altered(run)
+    config = yaml.safe_load(Path("copy/config.yaml").read_text()) | {"prediction": {"task": f"{own}.OwnHook"}}
+    Path("copy/config.yaml").write_text(yaml.safe_dump(config))
+    said = line(lightning("fit", "--ckpt_path", path, "--trainer.max_epochs=2"))
+    assert f"copy/config.yaml: prediction.task names {own}.OwnHook" in said
+    assert own not in sys.modules
+
+
 @pytest.mark.parametrize(
     "more",
     [
