@@ -1,4 +1,4 @@
-"""The batch that every datamodule yields and every model reads: padded sequences and what is real in them."""
+"""The batch that every datamodule yields and every model reads: padded sequences and their masks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class SequenceSample:
 
     Args:
         x: Values, shape (time, features), in data units.
-        observed: True where ``x`` was measured, shape (time, features); ``None`` means everywhere. A datamodule whose
-            sequences may have it sets ``missing``; the model then reads the mask too.
-        inputs: Covariates known beforehand, shape (time, covariates), or ``None``. A datamodule says how many in
+        observed: True where ``x`` was measured, shape (time, features); ``None`` means everywhere. A datamodule with
+            missing values sets ``missing``; the model then reads the mask too.
+        inputs: Covariates known beforehand, shape (time, covariates), or ``None``. A datamodule gives their number in
             ``num_inputs``, and :class:`~vrnn_lightning.vrnn.VRNN` conditions on them at each step.
-        name: What to call this sequence in messages, a file name for example. Sequences of one name get the same noise,
-            so give each its own; one without a name is known by its place.
+        name: Name of the sequence in messages, for example a file name. Sequences with the same name get the same
+            noise; one without a name is identified by its place.
     """
 
     x: Tensor
@@ -52,8 +52,8 @@ class SequenceBatch:
             of a stream and nothing is carried.
         names: One name per sequence for messages, or ``None``.
         start: The step of its sequence at which each row begins, shape (batch,), int64; ``None`` means 0 everywhere.
-        index: Which sequence of its split each row is, shape (batch,), int64, -1 for none; ``None`` where unknown. What
-            is written of sequences is written in this order.
+        index: Number of each row's sequence in its split, shape (batch,), int64, -1 for none; ``None`` where unknown.
+            Answers are written in this order.
     """
 
     x: Tensor
@@ -87,20 +87,18 @@ class SequenceBatch:
         return self.valid_mask
 
     def rows(self, index: collections.abc.Sequence[int]) -> SequenceBatch:
-        """Return some of the sequences, cut to the longest of them."""
-        chosen = list(index)
-        steps = max(1, int(self.lengths[chosen].max()))
-        cut = [None if v is None else v[chosen, :steps] for v in (self.x, self.observed, self.inputs)]
-        x, observed, inputs = cut
-        assert x is not None
-        reset, start, places = (None if v is None else v[chosen] for v in (self.reset, self.start, self.index))
-        names = None if self.names is None else [self.names[i] for i in chosen]
-        return SequenceBatch(x, self.lengths[chosen], observed, inputs, reset, names, start, places)
+        """Return some of the sequences, padded to the longest of them."""
+        rows = list(index)
+        steps = max(1, int(self.lengths[rows].max()))
+        observed, inputs = (None if v is None else v[rows, :steps] for v in (self.observed, self.inputs))
+        reset, start, places = (None if v is None else v[rows] for v in (self.reset, self.start, self.index))
+        names = None if self.names is None else [self.names[i] for i in rows]
+        return SequenceBatch(self.x[rows, :steps], self.lengths[rows], observed, inputs, reset, names, start, places)
 
     def window(self, first: int, last: int) -> SequenceBatch:
         """Return steps ``first`` to ``last - 1`` of every row; a row that ended before has length 0 there.
 
-        ``start`` moves on, and past the batch's first step no state is reset. The window is at least one step long.
+        ``start`` advances, and ``reset`` applies to the batch's first step alone. The window has at least one step.
 
         >>> batch = pad([SequenceSample(torch.ones(2, 3)), SequenceSample(torch.ones(5, 3))])
         >>> window = batch.window(1, 4)
@@ -108,13 +106,12 @@ class SequenceBatch:
         ((2, 3, 3), [1, 3], [1, 1])
         """
         begin = min(first, self.x.shape[1] - 1)
-        cut = [None if v is None else v[:, begin : max(last, begin + 1)] for v in (self.x, self.observed, self.inputs)]
-        x, observed, inputs = cut
-        assert x is not None
+        steps = slice(begin, max(last, begin + 1))
+        observed, inputs = (None if v is None else v[:, steps] for v in (self.observed, self.inputs))
         lengths = (self.lengths - first).clamp(0, max(0, last - first))
         start = (torch.zeros_like(self.lengths) if self.start is None else self.start) + first
         reset = self.reset if self.reset is None or first == 0 else torch.zeros_like(self.reset)
-        return SequenceBatch(x, lengths, observed, inputs, reset, self.names, start, self.index)
+        return SequenceBatch(self.x[:, steps], lengths, observed, inputs, reset, self.names, start, self.index)
 
     def pin_memory(self) -> SequenceBatch:
         """Return the same batch in page-locked memory."""
@@ -124,19 +121,17 @@ class SequenceBatch:
 
 
 def pad(sequences: collections.abc.Sequence[SequenceSample], dtype: torch.dtype | None = None) -> SequenceBatch:
-    """Stack sequences of different lengths into one batch, zeros behind their ends.
-
-    A sequence of no steps is allowed and counts nothing. The batch is at least one step long.
+    """Stack sequences of different lengths into one batch of at least one step, padded with zeros.
 
     Args:
-        sequences: At least one, all with the same number of features.
-        dtype: Of ``x`` and of ``inputs``; by default the first sequence's.
+        sequences: At least one, all with the same number of features; a sequence may have no steps.
+        dtype: Type of ``x`` and ``inputs``; by default the first sequence's.
 
     Returns:
-        The padded batch; ``observed`` and ``inputs`` are there when at least one sequence has them.
+        The padded batch, with ``observed`` and ``inputs`` if at least one sequence has them.
 
     Raises:
-        UserError: A sequence is not (time, features) or its width differs from the first one's; or its covariates do.
+        UserError: A sequence is not (time, features), or widths or covariates differ.
 
     >>> batch = pad([SequenceSample(torch.ones(2, 3)), SequenceSample(torch.ones(4, 3))])
     >>> tuple(batch.x.shape), batch.lengths.tolist()

@@ -1,8 +1,7 @@
-"""The particle filter: an unbiased estimate of a likelihood from any model that can take a step.
+"""The particle filter: an unbiased estimate of the likelihood of any model that can take a step.
 
-Nothing in here knows a network. A model gives the log of each step's increments, and receives which particles continue:
-step by step to :func:`particle_filter`, or from a loop of its own to :class:`ParticleWeights`, whose estimate
-:func:`window_estimate` computes for all steps at once.
+:func:`particle_filter` runs a step function. A model with its own loop passes each step's log-increments to
+:class:`ParticleWeights`, which returns the particles that continue, and calls :func:`window_estimate` at the end.
 """
 
 from __future__ import annotations
@@ -57,15 +56,14 @@ def map_tensors(function: Callable[[Tensor], Tensor], state: StateT) -> StateT:
 
 @dataclass(frozen=True)
 class Resampling:
-    """When and how particles are resampled.
+    """Rule for resampling particles.
 
     Args:
-        scheme: "multinomial", independent draws; "systematic", one draw for all, of less variance
+        scheme: "multinomial", independent draws; "systematic", one draw for all particles, with less variance
             (Douc & Cappé 2005).
         threshold: Resample where the effective sample size is below this share of the particles; 1 always, 0 never.
-        gradient: Let the gradient account for the choice of ancestors (Maddison et al. 2017): that of the
-            expected bound, unbiased at threshold 1, and of a variance that usually spoils training. Only for
-            "multinomial", whose draws have a density.
+        gradient: Add the score-function gradient of the choice of ancestors (Maddison et al. 2017): unbiased at
+            threshold 1, with a variance that usually harms training. Only for "multinomial", which has a density.
 
     Raises:
         UserError: An option is outside its range.
@@ -80,10 +78,10 @@ class Resampling:
         if self.scheme not in ("multinomial", "systematic"):
             raise UserError(f"resampling {self.scheme!r}: choose 'multinomial' or 'systematic'")
         if not 0 <= self.threshold <= 1:
-            raise UserError(f"threshold {self.threshold}: is a share of the particles, between 0 and 1")
+            raise UserError(f"threshold {self.threshold}: must be between 0 and 1")
         if self.gradient and self.scheme != "multinomial":
             raise UserError(
-                f"resampling_gradient: {self.scheme} draws have no density; choose resampling 'multinomial'"
+                f"resampling_gradient: {self.scheme} draws have no density. Fix: choose resampling 'multinomial'."
             )
 
     def draws(self, particles: int) -> int:
@@ -92,15 +90,15 @@ class Resampling:
 
 
 class FilterResult(NamedTuple):
-    """What a particle filter computed of each sequence.
+    """Estimates of a particle filter for each sequence.
 
     Args:
         log_likelihood: log of the unbiased estimate of p(x) in nats, shape (batch,).
         effective_samples: Effective sample size of the weights before each resampling, mean over the real steps,
             shape (batch,).
-        final_effective_samples: The same of the last real step alone, shape (batch,).
+        final_effective_samples: Effective sample size at the last real step, shape (batch,).
         log_weights: Normalised, after the last real step, shape (particles, batch).
-        state: After the last step, of the type that the filter was given.
+        state: State after the last step, of the type of the initial state.
     """
 
     log_likelihood: Tensor
@@ -122,7 +120,7 @@ class Particles(NamedTuple):
     log_weights: Tensor
 
     def reset_rows(self, reset: Tensor) -> Particles:
-        """Return the particles without gradient, even and in the zero state for some sequences.
+        """Return the particles without gradient, with even weights and the zero state for some sequences.
 
         Args:
             reset: True for those sequences, shape (batch,).
@@ -133,12 +131,7 @@ class Particles(NamedTuple):
         return Particles(state, torch.where(reset, -math.log(samples), self.log_weights.detach()))
 
     def resample_where_due(self, resampling: Resampling, draws: Tensor) -> Particles:
-        """Return the particles, resampled where their weights ask for it.
-
-        Args:
-            resampling: When and how.
-            draws: Numbers in [0, 1), shape (particles or 1, batch).
-        """
+        """Return the particles, resampled where due; ``draws`` as for :meth:`ParticleWeights.advance`."""
         weights = ParticleWeights(None, self.log_weights, resampling)
         rows = weights.advance(0, torch.zeros_like(self.log_weights), draws)
         state = self.state if rows is None else map_tensors(lambda x: x[rows], self.state)
@@ -169,7 +162,7 @@ def resample(log_weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def draw_by_weight(log_weights: Tensor, count: int) -> Tensor:
-    """Return indices drawn by weights of shape (particles, batch), systematically and in no order: (count, batch)."""
+    """Return indices drawn systematically from weights (particles, batch), in random order: shape (count, batch)."""
     uniform = torch.rand(1, log_weights.shape[1], device=log_weights.device)
     places = (uniform + torch.arange(count, device=uniform.device)[:, None]) / count
     chosen = torch.searchsorted(
@@ -180,19 +173,19 @@ def draw_by_weight(log_weights: Tensor, count: int) -> Tensor:
 
 
 def select_by_weight(log_weights: Tensor, state: StateT, count: int) -> StateT:
-    """Return the state of particles drawn by weights of shape (particles, batch), of ``count * batch`` rows."""
+    """Return the state of particles drawn from weights (particles, batch), in ``count * batch`` rows."""
     batch = log_weights.shape[1]
     rows = (draw_by_weight(log_weights, count) * batch + torch.arange(batch, device=log_weights.device)).flatten()
     return map_tensors(lambda x: x[rows], state)
 
 
 class ParticleWeights:
-    """Weights of K particles per sequence, and when they are resampled.
+    """The weights of K particles per sequence along a pass, and their resampling.
 
     Args:
         lengths: Real steps of each sequence, shape (batch,); ``None`` for sequences without an end.
         log_weights: Before the first step, normalised, shape (particles, batch).
-        resampling: When and how; ``None`` never.
+        resampling: The rule; ``None`` never resamples.
     """
 
     def __init__(self, lengths: Tensor | None, log_weights: Tensor, resampling: Resampling | None) -> None:
@@ -206,7 +199,7 @@ class ParticleWeights:
         self.events: list[ResamplingEvent] = []
 
     def advance(self, t: int, increments: Tensor, draws: Tensor | None) -> Tensor | None:
-        """Weigh the particles of step t; return the rows that continue, or ``None`` if none is resampled.
+        """Weight the particles at step t; return the rows that continue, or ``None`` without resampling.
 
         Args:
             t: The step.
@@ -217,7 +210,7 @@ class ParticleWeights:
         evidence = self.log_weights + torch.where(real, increments.to(self.log_weights.dtype), 0.0)
         gained = evidence.logsumexp(0)
         self.total = self.total + gained
-        possible = gained > -math.inf  # a frame that no particle can explain leaves them even
+        possible = gained > -math.inf  # where no particle can explain the frame, the weights become even
         self.log_weights = torch.where(possible, evidence - gained, -math.log(self.particles))
         with torch.no_grad():
             self.effective = torch.where(real, effective_samples(self.log_weights), self.effective)
@@ -227,22 +220,21 @@ class ParticleWeights:
         due = (t + 1 < self.lengths) & (self.effective <= self.resampling.threshold * self.particles * (1 + 1e-4))
         if not due.any():
             return None
-        drawn = resample(self.log_weights.detach(), draws)
-        ancestors = torch.where(due, drawn, torch.arange(self.particles, device=drawn.device)[:, None])
+        resampled = resample(self.log_weights.detach(), draws)
+        ancestors = torch.where(due, resampled, torch.arange(self.particles, device=resampled.device)[:, None])
         score = self.log_weights.gather(0, ancestors).sum(0) if self.resampling.gradient else None
         self.events.append(ResamplingEvent(t, due, ancestors, score, self.total.detach()))
         self.log_weights = torch.where(due, -math.log(self.particles), self.log_weights)
         return (ancestors * len(self.rows) + self.rows).flatten()
 
     def follow(self, increments: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weigh the next step of sequences without an end, with draws from torch's generator.
+        """Weight the particles at the next step of endless sequences, with draws from torch's generator.
 
         Args:
             increments: Shape (particles, batch), nats.
 
         Returns:
-            The step's estimate of log p(x_t | x_<t) in nats, shape (batch,), and the rows that continue, or ``None``
-            if none is resampled.
+            The estimate of log p(x_t | x_<t) in nats, shape (batch,), and the rows that continue, or ``None``.
         """
         draws = None
         if self.resampling is not None and self.particles > 1:
@@ -254,14 +246,14 @@ class ParticleWeights:
 
 
 class ResamplingEvent(NamedTuple):
-    """One time at which particles were resampled.
+    """A resampling of particles.
 
     Args:
-        t: After which step.
-        due: Of which sequences, shape (batch,).
+        t: The step after which it happened.
+        due: True for the sequences that it concerns, shape (batch,).
         ancestors: The particle that each one continues from, shape (particles, batch).
-        score: Log-probability of the ancestors of each sequence, shape (batch,), if the gradient accounts for it.
-        total: Log-likelihood up to there, shape (batch,).
+        score: Log-probability of the ancestors, shape (batch,), if the gradient accounts for it.
+        total: Log-likelihood up to step t, shape (batch,).
     """
 
     t: int
@@ -277,13 +269,13 @@ def effective_samples(log_weights: Tensor) -> Tensor:
 
 
 class WindowEstimate(NamedTuple):
-    """What a window of steps adds to an estimate.
+    """The contribution of a window of steps to an estimate.
 
     Args:
         log_likelihood: Nats, shape (batch,).
         log_weights: Normalised, after the window, shape (particles, batch).
         effective_sum: Effective sample sizes, summed over the real steps, shape (batch,).
-        effective: The effective sample size at the last of them, shape (batch,).
+        effective: Effective sample size at the last real step, shape (batch,).
     """
 
     log_likelihood: Tensor
@@ -300,9 +292,9 @@ def window_estimate(
     Args:
         increments: Zero at padding, shape (steps, particles, batch), nats.
         log_weights: Before the first step, normalised, shape (particles, batch).
-        weights: The weights that resampled along the window; ``None`` if none did.
+        weights: Weights that were advanced along the window; ``None`` without resampling.
         mask: True at real steps, shape (steps, batch).
-        gradient: Let the gradient account for the choice of ancestors.
+        gradient: See :class:`Resampling`.
     """
     if weights is not None:
         gained, last = log_evidence(increments, log_weights, weights.events, gradient)
@@ -325,8 +317,8 @@ def log_evidence(
     Args:
         increments: Zero at padding, shape (steps, particles, batch).
         log_weights: Before the first step, normalised, shape (particles, batch).
-        events: When particles were resampled, from :class:`ParticleWeights`.
-        gradient: Let it account for the choice of ancestors.
+        events: The resamplings, from :class:`ParticleWeights`.
+        gradient: See :class:`Resampling`.
 
     Returns:
         Nats, shape (batch,), and normalised log-weights, shape (particles, batch).
@@ -340,7 +332,7 @@ def log_evidence(
     due = torch.zeros(steps + 1, batch, dtype=torch.int64, device=increments.device)
     for event in events:
         due[event.t + 1] = event.due
-    stretch = due.cumsum(0)  # which stretch between resamplings a step belongs to
+    stretch = due.cumsum(0)  # the number of resamplings before each step
     count = int(stretch[-1].max()) + 1
     start = log_weights.new_full((count, particles, batch), -math.log(particles))
     start = torch.cat([log_weights[None], start[1:]])
@@ -356,7 +348,7 @@ def log_evidence(
             own = weights.gather(0, ended[:, None].expand(1, particles, batch))[0]
             score = own.gather(0, event.ancestors).sum(0)
             ahead = up_to[-1] - up_to.gather(0, ended)[0]
-            total = total + torch.where(event.due, (score - score.detach()) * ahead, 0.0)  # only its gradient counts
+            total = total + torch.where(event.due, (score - score.detach()) * ahead, 0.0)  # zero, with a gradient
     return total, last
 
 
@@ -377,7 +369,7 @@ def particle_filter(
 
     with :math:`\bar w = 1 / K` at first and after each resampling. :math:`\mathbb E \hat p = p`, so the expected
     log-likelihood is a lower bound. Without resampling it is the importance-weighted bound (Burda et al. 2016).
-    Each sequence resamples when its own weights ask for it, and only among its real steps.
+    Each sequence resamples according to its own weights, and only at its real steps.
 
     Args:
         step: Called with t and the state; returns the log of the increments
@@ -387,7 +379,7 @@ def particle_filter(
         lengths: Real steps of each sequence, shape (batch,).
         particles: K.
         steps: Length of the longest sequence.
-        resampling: When and how; ``None`` never.
+        resampling: The rule; ``None`` never resamples.
         uniform: Called with a number n, returns fresh numbers in [0, 1), shape (batch, n).
     """
     weights: ParticleWeights | None = None
@@ -404,6 +396,6 @@ def particle_filter(
     for event in weights.events:
         if event.score is not None:
             score = torch.where(event.due, event.score, 0.0)
-            total = total + (score - score.detach()) * (final.detach() - event.total)  # adds nothing but its gradient
+            total = total + (score - score.detach()) * (final.detach() - event.total)  # zero, with a gradient
     effective = weights.effective_sum / lengths.clamp(min=1)
     return FilterResult(total, effective, weights.effective, weights.log_weights, state)

@@ -1,4 +1,4 @@
-"""The small networks that a VRNN is wired from."""
+"""The multilayer perceptron that a VRNN's networks are made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random numbers of a pass over a batch: each is a function of its sequence's seed and of its place alone."""
+"""Random numbers of a pass over a batch, each a function of its sequence's seed and of its position."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ __all__ = ["Noise"]
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the increment of SplitMix64, as a signed number
 FACTORS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
-LATENT, CHOICE, DROPOUT = 1, 2, 3  # what a stream of numbers is for
+LATENT, CHOICE, DROPOUT = 1, 2, 3  # purposes of a stream of numbers
 
 
 class Noise:
-    r"""Draws for every sequence of a batch that depend on its seed and on where in the sequence they are used.
+    r"""Random numbers for the sequences of a batch, each a function of the sequence's seed and the position in it.
 
-    So neither padding nor the other sequences of the batch, their order, the process that holds it, its device or the
-    windows that a sequence is read in change what a sequence gets, and drawing again gives the same. Numbers come from
-    SplitMix64 (Steele et al. 2014) with the place as its counter, normal ones by Box and Muller (1958).
+    Padding, the other sequences of the batch, their order, the process, the device and the windows in which a sequence
+    is read do not change them, and a repeated call returns the same numbers. They come from SplitMix64 (Steele et al.
+    2014) with the position as its counter; normal ones by Box and Muller (1958).
 
     Args:
-        batch: Its size, data type and device are those of the draws; its ``start`` is where its sequences are entered.
-        seeds: One per sequence; drawn from torch's global generator if not given.
+        batch: Gives the size, data type and device, and in ``start`` the position of each row's first step.
+        seeds: One per sequence; by default drawn from torch's global generator.
 
     >>> batch = SequenceBatch(torch.zeros(2, 3, 1), torch.tensor([3, 1]))
     >>> Noise(batch, [0, 1]).over_time(4).shape
@@ -35,8 +35,8 @@ class Noise:
     """
 
     def __init__(self, batch: SequenceBatch, seeds: list[int] | None = None) -> None:
-        drawn = torch.randint(2**62, (len(batch),)) if seeds is None else torch.tensor(seeds, dtype=torch.int64)
-        self._seeds = _mix(drawn.to(batch.x.device))
+        given = torch.randint(2**62, (len(batch),)) if seeds is None else torch.tensor(seeds, dtype=torch.int64)
+        self._seeds = _mix(given.to(batch.x.device))
         self._start: Tensor | None = getattr(batch, "start", None)
         self._first, self._steps = 0, batch.x.shape[1]
         self._first_sample = 0
@@ -44,9 +44,9 @@ class Noise:
 
     @classmethod
     def named(cls, batch: SequenceBatch, *place: object, unnamed: tuple[object, ...] = ()) -> Noise:
-        """Make seeds of each sequence's name and of ``place``, whatever tells this pass from others.
+        """Derive each sequence's seed from its name and ``place``, which identifies the pass.
 
-        A sequence without a name is known by its row, and by ``unnamed``, whatever tells this batch from others.
+        A sequence without a name is identified by its row and ``unnamed``, which identifies the batch.
         """
         names = batch.names or [""] * len(batch)
         words = [" ".join(map(str, (*place, name or (*unnamed, i)))) for i, name in enumerate(names)]
@@ -54,13 +54,13 @@ class Noise:
         return cls(batch, [int.from_bytes(digest, signed=True) for digest in digests])
 
     def window(self, first: int, last: int) -> Noise:
-        """Return what the steps from ``first`` to before ``last`` of this pass draw."""
+        """Return the noise of the steps from ``first`` to before ``last``."""
         part = copy.copy(self)
         part._first, part._steps = self._first + first, last - first
         return part
 
     def samples_from(self, first: int) -> Noise:
-        """Return what the samples after the first ones draw."""
+        """Return the noise of the samples from number ``first`` on."""
         part = copy.copy(self)
         part._first_sample = self._first_sample + first
         return part
@@ -77,8 +77,8 @@ class Noise:
         )  # (time, batch, samples * pairs)
         if bits.numel() == 0:
             return torch.zeros(samples * len(self._seeds), self._steps, width, dtype=self._dtype, device=bits.device)
-        drawn = _normal(bits, self._dtype)  # (time, batch, samples * pairs, 2)
-        shaped = drawn.view(*bits.shape[:2], samples, 2 * pairs)[..., :width]
+        normal = _normal(bits, self._dtype)  # (time, batch, samples * pairs, 2)
+        shaped = normal.view(*bits.shape[:2], samples, 2 * pairs)[..., :width]
         return shaped.transpose(1, 2).flatten(1, 2).transpose(0, 1)
 
     def uniform_over_time(self, width: int) -> Tensor:

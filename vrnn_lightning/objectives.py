@@ -1,4 +1,4 @@
-"""What training maximises: lower bounds on log p(x), as functions of a trace's terms and as options of a run.
+"""Objectives that training maximises: lower bounds on log p(x), as functions of a trace and as options of a run.
 
 To add one, write a subclass of :class:`Objective`; its keyword arguments become options of the command line.
 """
@@ -33,10 +33,8 @@ def elbo(
 
     .. math:: \sum_t \log p(x_t \mid \cdot) - \beta \sum_j \max\Big(\sum_t \mathrm{KL}_{t,j},\; \lambda N\Big)
 
-    with N the number of real steps in the global batch: a latent dimension j whose KL averages less than
-    :math:`\lambda` nats per step costs the same as one with :math:`\lambda`, and is not pressed further
-    (free bits, Kingma et al. 2016, arXiv 1606.04934, sec. 5.2 with groups of one dimension).
-    With ``beta=1, free_bits=0`` it is the ELBO.
+    with N the number of real steps in the global batch (free bits, Kingma et al. 2016, arXiv 1606.04934, sec. 5.2 with
+    groups of one dimension). With ``beta=1, free_bits=0`` it is the ELBO.
 
     Args:
         log_px: Zero at padding, shape (batch, time).
@@ -44,7 +42,7 @@ def elbo(
         steps: Number of real steps in this process's batch, shape ().
         beta: Weight of the KL.
         free_bits: Nats per step and latent dimension that cost nothing to use, :math:`\lambda`.
-        total: Sums a tensor over processes (without gradient); the mean that is held against ``free_bits`` is global.
+        total: Sums a tensor over processes, without gradient; ``free_bits`` bounds the global mean.
 
     >>> log_px, kl = torch.tensor([[-1.0, -2.0]]), torch.tensor([[[0.5], [0.1]]])
     >>> round(elbo(log_px, kl, torch.tensor(2)).item(), 4)
@@ -84,7 +82,7 @@ def iwae(log_px: Tensor, log_ratio: Tensor, samples: int, beta: float = 1.0) -> 
 
 
 class StreamState(NamedTuple):
-    """What a window of streams hands on to the next one.
+    """The state that one window of streams passes to the next.
 
     Args:
         trajectories: Trajectories that were not resampled.
@@ -95,7 +93,7 @@ class StreamState(NamedTuple):
     particles: Particles | None = None
 
     def reset_rows(self, reset: Tensor) -> StreamState:
-        """Return it without gradient, and as it is before the first step for some of the sequences.
+        """Return the state without gradient, reset to before the first step for some sequences.
 
         Args:
             reset: True for those sequences, shape (batch,).
@@ -105,13 +103,13 @@ class StreamState(NamedTuple):
 
 
 class ObjectiveOutput(NamedTuple):
-    """What an objective found of a batch.
+    """The value of an objective on a batch.
 
     Args:
-        value: To be maximised, summed over the batch, in nats.
-        log_px: Of trajectories that were not resampled, from which the reported bound comes, shape (rows, time).
-        kl: Of the same, of each latent dimension, shape (rows, time, latent).
-        carried: What continues to the next window.
+        value: Objective to maximise, summed over the batch, in nats.
+        log_px: Log-likelihood along trajectories without resampling, for the reported ELBO, shape (rows, time).
+        kl: KL of each latent dimension along the same trajectories, shape (rows, time, latent).
+        carried: State for the next window.
     """
 
     value: Tensor
@@ -124,7 +122,7 @@ class Objective(ABC):
     """A bound to train on."""
 
     unsupported_options: ClassVar[dict[str, str]] = {}
-    """Options that it can't have, by name, and the reason."""
+    """Options of other objectives that this one lacks, by name, and the reason."""
     absent = unsupported_options
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -142,15 +140,15 @@ class Objective(ABC):
         total: Total,
         carried: StreamState | None = None,
     ) -> ObjectiveOutput:
-        """Evaluate it.
+        """Evaluate the objective.
 
         Args:
             model: The model.
             batch: Padded sequences.
-            noise: What to draw from.
-            beta: Weight of the latent's part, as a callback set it.
+            noise: Source of random numbers.
+            beta: Weight of the KL, as a callback set it.
             total: Sums a tensor over processes, without gradient.
-            carried: What to continue from; ``None`` to begin.
+            carried: State to continue from; ``None`` at the first step.
         """
 
 
@@ -158,14 +156,14 @@ class ELBO(Objective):
     """The evidence lower bound, with one trajectory per sequence.
 
     Args:
-        kl: "analytic", the KL of two Gaussians in closed form; "sampled", log q - log p of the latents drawn, which is
-            as right on average and more variable.
+        kl: "analytic", the KL of two Gaussians in closed form; "sampled", log q - log p of the sampled latents, which
+            has the same mean and more variance.
         free_bits: Nats per step and latent dimension that cost nothing to use (Kingma et al. 2016).
         balance: Share of the KL's gradient that goes to the prior, the rest goes to the posterior (Hafner et al. 2021,
-            arXiv 2010.02193, uses 0.8); ``None`` for the whole gradient to both. Its value is the same.
+            arXiv 2010.02193, uses 0.8); ``None`` for the whole gradient to both. The KL's value is the same.
 
     Raises:
-        UserError: An option outside its range, or a balance of a sampled KL.
+        UserError: An option is outside its range, or ``balance`` is given with a sampled KL.
     """
 
     def __init__(
@@ -174,11 +172,11 @@ class ELBO(Objective):
         if kl not in ("analytic", "sampled"):
             raise UserError(f"objective.kl {kl!r}: choose 'analytic' or 'sampled'")
         if not 0 <= free_bits < math.inf:
-            raise UserError(f"objective.free_bits {free_bits}: must not be negative")
+            raise UserError(f"objective.free_bits {free_bits}: must be at least 0")
         if balance is not None and not 0 <= balance <= 1:
-            raise UserError(f"objective.balance {balance}: is a share, between 0 and 1")
+            raise UserError(f"objective.balance {balance}: must be between 0 and 1")
         if balance is not None and kl == "sampled":
-            raise UserError("objective.balance: needs objective.kl 'analytic'")
+            raise UserError("objective.balance needs objective.kl 'analytic'. Fix: change either.")
         self.kl = kl
         self.free_bits = free_bits
         self.balance = balance
@@ -192,15 +190,15 @@ class ELBO(Objective):
         total: Total,
         carried: StreamState | None = None,
     ) -> ObjectiveOutput:
-        """Evaluate it."""
+        """Evaluate the objective."""
         trajectories = model.new_particles(len(batch), 1) if carried is None else carried.trajectories
         same = self.kl == "analytic" and self.balance is None
 
-        def of(trace: Trace) -> tuple[Tensor, ...]:
+        def select(trace: Trace) -> tuple[Tensor, ...]:
             return (trace.log_px, trace.kl) if same else (trace.log_px, trace.kl, self._kl(trace, residual))
 
         residual, masks = model.residual_posterior, model.draw_masks(noise)
-        terms, state = model.collect(batch, noise, of, trajectories.state, masks)
+        terms, state = model.collect(batch, noise, select, trajectories.state, masks)
         log_px, reported, kl = terms[0], terms[1], terms[-1]
         value = elbo(log_px, kl, batch.lengths.sum(), beta, self.free_bits, total)
         return ObjectiveOutput(value, log_px, reported, StreamState(trajectories._replace(state=state)))
@@ -224,21 +222,13 @@ def _constant(normal: Normal) -> Normal:
 
 
 class ImportanceBound(Objective):
-    """A bound made of importance weights: a sum of bounds of sequences."""
+    """A bound made of importance weights: the sum of one bound per sequence."""
 
-    unsupported_options = {
-        "kl": "its weights are made of the latents drawn, so the KL is always sampled; for an analytic one use ELBO"
-    }
+    unsupported_options = {"kl": "importance weights need a sampled KL; for an analytic one use ELBO"}
 
     @abstractmethod
     def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise) -> Tensor:
-        """Return the bound of each sequence in nats, shape (batch,), with the latent's part at its full weight.
-
-        Args:
-            model: The model.
-            batch: Padded sequences.
-            noise: What to draw from.
-        """
+        """Return the bound of each sequence in nats, shape (batch,), with the KL at its full weight."""
 
 
 class IWAE(ImportanceBound):
@@ -248,7 +238,7 @@ class IWAE(ImportanceBound):
         samples: Trajectories per sequence, K.
 
     Raises:
-        UserError: Fewer than one sample.
+        UserError: ``samples`` is below 1.
     """
 
     def __init__(self, samples: int = 16) -> None:
@@ -265,7 +255,7 @@ class IWAE(ImportanceBound):
         total: Total,
         carried: StreamState | None = None,
     ) -> ObjectiveOutput:
-        """Evaluate it."""
+        """Evaluate the objective."""
         samples = self.samples if model.latent_size else 1
         particles = model.new_particles(len(batch), samples) if carried is None else carried.trajectories
         masks = model.draw_masks(noise)
@@ -291,7 +281,7 @@ class FIVO(ImportanceBound):
         resampling_gradient: Let the gradient account for the choice of ancestors; the paper found it harmful.
 
     Raises:
-        UserError: Fewer than one particle, or an option outside its range.
+        UserError: An option is outside its range.
     """
 
     def __init__(
@@ -315,14 +305,14 @@ class FIVO(ImportanceBound):
         total: Total,
         carried: StreamState | None = None,
     ) -> ObjectiveOutput:
-        """Evaluate it; the reported bound comes from a pass of its own, without gradient or resampling."""
+        """Evaluate the objective; the reported ELBO comes from a separate pass without gradient or resampling."""
         masks = model.draw_masks(noise)
         trajectories = model.new_particles(len(batch), 1) if carried is None else carried.trajectories
         with torch.no_grad():
             (log_px, kl), state = model.collect(
                 batch, noise, lambda trace: (trace.log_px, trace.kl), trajectories.state, masks
             )
-        found = model.filter(
+        filtered = model.filter(
             batch,
             self.particles if model.latent_size else 1,
             self.resampling,
@@ -331,8 +321,8 @@ class FIVO(ImportanceBound):
             beta,
             None if carried is None else carried.particles,
         )
-        ahead = StreamState(trajectories._replace(state=state), Particles(found.state, found.log_weights))
-        return ObjectiveOutput(found.log_likelihood.sum(), log_px, kl, ahead)
+        ahead = StreamState(trajectories._replace(state=state), Particles(filtered.state, filtered.log_weights))
+        return ObjectiveOutput(filtered.log_likelihood.sum(), log_px, kl, ahead)
 
     def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise) -> Tensor:
         """Return the bound of each sequence in nats, shape (batch,)."""

@@ -1,4 +1,4 @@
-"""What all heads share: the contract, distributions over frames, their marginals and their temperature."""
+"""The contract of heads, distributions over frames, their marginals and their temperature."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ SampleShape = torch.Size | list[int] | tuple[int, ...]
 class Elementwise(Distribution):
     """A distribution of single numbers, batch shape (..., features), for :class:`Factorised` to join to frames.
 
-    Subclasses have ``log_prob``, ``sample``, ``mean`` and ``tempered``. Their ``log_prob`` is finite wherever the head
-    looks away from, padding included, so nothing is validated.
+    Subclasses have ``log_prob``, ``sample``, ``mean`` and ``tempered``. Their ``log_prob`` is finite at padding and at
+    unobserved values too, so arguments are not validated.
     """
 
     arg_constraints: ClassVar = {}
@@ -57,7 +57,7 @@ class Factorised(Independent):
         """Return the log-likelihood of the observed features alone.
 
         Args:
-            value: Frames, shape (..., features); what stands at unobserved features does not count.
+            value: Frames, shape (..., features); values at unobserved features are ignored.
             observed: True where a feature was measured, shape (..., features).
 
         Returns:
@@ -103,16 +103,18 @@ def log_prob(distribution: Distribution, value: Tensor, observed: Tensor | None 
     if observed is None:
         return distribution.log_prob(value)
     if not hasattr(distribution, "marginal_log_prob"):
-        raise UserError(f"{type(distribution).__name__} can't leave out missing values; choose another emission")
+        raise UserError(
+            f"{type(distribution).__name__} has no likelihood for missing values. Fix: choose another emission."
+        )
     return cast(Tensor, distribution.marginal_log_prob(value, observed))
 
 
 def tempered(distribution: Distribution, temperature: float) -> Distribution:
     r"""Return a distribution of the same kind, sharper below temperature 1 and flatter above.
 
-    Where :math:`p(x)^{1/T}` is of the same kind, normalised, that is it: logits of binary features, bins and mixture
-    weights are divided by T, a Gaussian's variance is multiplied by it, and counts are weighted by it. The other
-    densities have their variance multiplied by T, too, within each component of a mixture.
+    The result is the normalised :math:`p(x)^{1/T}` where that is of the same kind: logits of binary features, bins and
+    mixture weights are divided by T, and a Gaussian's variance is multiplied by T. The variance of other densities, and
+    of each component of a mixture, is multiplied by T as well.
 
     Args:
         distribution: What a head returned, or a part of it.
@@ -132,7 +134,7 @@ def tempered(distribution: Distribution, temperature: float) -> Distribution:
 @singledispatch
 def _tempered(distribution: Distribution, temperature: float) -> Distribution:
     if not hasattr(distribution, "tempered"):
-        raise UserError(f"{type(distribution).__name__} has no temperature; choose another emission or temperature 1")
+        raise UserError(f"{type(distribution).__name__} has no temperature. Fix: use 1 or choose another emission.")
     return cast(Distribution, distribution.tempered(temperature))
 
 
@@ -163,14 +165,14 @@ class Head(nn.Module, ABC):
     """
 
     likelihood: ClassVar[Literal["density", "mass", "mixed"]] = "density"
-    """What ``log_prob`` is the logarithm of; a mixed one has features of either kind."""
+    """Kind of number that ``log_prob`` is the logarithm of; "mixed" if features differ in it."""
     scales_inputs: ClassVar[bool] = True
-    """Whether what phi_x reads is divided by the data's standard deviation, and not only centred."""
+    """Whether phi_x reads values divided by the data's standard deviation, or values that are only centred."""
 
     support: str = "numbers"
-    """What values have a probability, in words for messages."""
+    """Description of the values that have a probability, for messages."""
     fix: str = "fix the data"
-    """What to do about others, in words."""
+    """The user's remedy for other values, for messages."""
 
     def __init__(self, in_features: int, num_features: int) -> None:
         super().__init__()
@@ -192,7 +194,7 @@ class Head(nn.Module, ABC):
     def draw(self, features: Tensor, temperature: float = 1.0) -> Tensor:
         """Draw frames, shape (..., num_features), as the distribution at a temperature would from the same generator.
 
-        Generation draws at every step: a head may do without the distribution's objects, which cost more than a draw.
+        Override it to draw without creating distributions: generation calls it at every step.
 
         Args:
             features: Shape (..., in_features).
@@ -201,7 +203,7 @@ class Head(nn.Module, ABC):
         return tempered(self(features), temperature).sample()
 
     def supports(self, x: Tensor) -> Tensor:
-        """Return True at values that have a probability; most densities take every number.
+        """Return True at values that have a probability.
 
         Args:
             x: Frames, shape (..., num_features).
@@ -216,7 +218,7 @@ class Head(nn.Module, ABC):
             valid: True at real, measured values, shape (..., num_features).
 
         Raises:
-            UserError: A value has no probability; the message names the first feature with one, its range and the fix.
+            UserError: A value has no probability.
         """
         wrong = valid & ~self.supports(x)
         if not wrong.any():
@@ -225,15 +227,12 @@ class Head(nn.Module, ABC):
         values, fix = x[..., feature][valid[..., feature]], vars(self).get("cure", self.fix)  # cure: its old name
         raise UserError(
             f"emission {type(self).__name__}: feature {feature} has values from {values.min():.6g} to "
-            f"{values.max():.6g}, not {self.support}; {fix} or choose another emission"
+            f"{values.max():.6g}, not {self.support}. Fix: {fix} or choose another emission."
         )
 
     @torch.no_grad()
     def init_from_statistics(self, mean: Tensor) -> None:
-        """Set biases to start from the data's mean, shape (num_features,), so that training need not find it.
-
-        Heads for scaled data have nothing to do.
-        """
+        """Set biases from the data's mean, shape (num_features,); heads for scaled data do nothing."""
 
     start_from = init_from_statistics
     cure = fix
@@ -247,13 +246,13 @@ def at_least_float32(x: Tensor) -> Tensor:
 def require_floor(option: str, value: float) -> None:
     """Raise if ``value`` is not a positive, finite standard deviation."""
     if not 0 < value < math.inf:
-        raise UserError(f"{option} {value}: must be positive, or the likelihood can grow without bound")
+        raise UserError(f"{option} {value}: must be positive, or the likelihood has no upper bound")
 
 
 def require_temperature(temperature: float) -> None:
     """Raise if a temperature is not positive and finite."""
     if not 0 < temperature < math.inf:
-        raise UserError(f"temperature {temperature}: must be positive; 1 leaves the model as it is")
+        raise UserError(f"temperature {temperature}: must be positive; 1 keeps the distribution")
 
 
 def require_whole(option: str, value: int, least: int, most: int) -> None:

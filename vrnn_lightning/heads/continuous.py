@@ -34,13 +34,11 @@ class Gaussian(Head):
     .. math:: \mu, s = W f + b, \qquad \sigma = \log(1 + e^s) + \sigma_\mathrm{min}
 
     Args:
-        in_features: Width of the features.
-        num_features: Width of the frame, D.
-        min_std: Floor under the standard deviation, in scaled units; without one a likelihood has no upper bound.
+        min_std: Floor under the standard deviation, in scaled units; it bounds the likelihood.
         covariance: "diagonal" for a standard deviation per feature, "scalar" for one that all features share.
 
     Raises:
-        UserError: An option that no Gaussian can have.
+        UserError: An option is outside its range.
 
     >>> head = Gaussian(4, 2)
     >>> head(torch.zeros(3, 4)).log_prob(torch.zeros(3, 2)).shape
@@ -66,16 +64,14 @@ class Gaussian(Head):
     def moments(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, each (..., D), from the linear map's output (..., out_features)."""
         mean, spread = at_least_float32(raw).split_with_sizes([self.num_features, self.spreads], -1)
-        std = F.softplus(spread.contiguous()) + self.min_std  # of columns apart it takes three times as long
+        std = F.softplus(spread.contiguous()) + self.min_std  # three times as fast as on a strided view
         return mean, std if self.covariance == "diagonal" else std.expand_as(mean)
 
     def forward(self, features: Tensor) -> Factorised:
-        """Return the Gaussian with batch shape (...) and event shape (num_features,)."""
         return Factorised(Normal(*self.moments(self.linear(features)), validate_args=False))
 
     @torch.no_grad()
     def draw(self, features: Tensor, temperature: float = 1.0) -> Tensor:
-        """Draw frames, shape (..., num_features)."""
         require_temperature(temperature)
         mean, std = self.moments(self.linear(features))
         noise = torch.empty_like(mean, memory_format=torch.contiguous_format).normal_()
@@ -88,13 +84,11 @@ class GaussianMixture(Head):
     .. math:: p(x) = \sum_k \pi_k \prod_d \mathcal N(x_d; \mu_{k,d}, \sigma_{k,d}^2)
 
     Args:
-        in_features: Width of the features.
-        num_features: Width of the frame, D.
         components: Number of Gaussians, K.
-        min_std: Floor under the standard deviations, in scaled units; without one a likelihood has no upper bound.
+        min_std: Floor under the standard deviations, in scaled units; it bounds the likelihood.
 
     Raises:
-        UserError: An option that no mixture can have.
+        UserError: An option is outside its range.
 
     >>> head = GaussianMixture(4, 2, components=3)
     >>> head(torch.zeros(5, 4)).log_prob(torch.zeros(5, 2)).shape
@@ -109,7 +103,6 @@ class GaussianMixture(Head):
         self.gaussians = Gaussian(in_features, components * num_features, min_std)
 
     def forward(self, features: Tensor) -> Mixture:
-        """Return the mixture with batch shape (...) and event shape (num_features,)."""
         weights = Categorical(logits=at_least_float32(self.weights(features)), validate_args=False)
         shape = (self.components, self.num_features)
         mean, std = self.gaussians.moments(self.gaussians.linear(features))
@@ -124,9 +117,7 @@ class Laplace(Head):
         \mu, s = W f + c, \qquad b = \log(1 + e^s) + b_\mathrm{min}
 
     Args:
-        in_features: Width of the features.
-        num_features: Width of the frame, D.
-        min_scale: Floor under the scale b, in scaled units; without one a likelihood has no upper bound.
+        min_scale: Floor under the scale b, in scaled units; it bounds the likelihood.
 
     Raises:
         UserError: The floor is not positive.
@@ -142,13 +133,12 @@ class Laplace(Head):
         self.min_scale = min_scale
 
     def forward(self, features: Tensor) -> Factorised:
-        """Return the distribution with batch shape (...) and event shape (num_features,)."""
         mean, spread = at_least_float32(self.linear(features)).chunk(2, -1)
         return Factorised(_Laplace(mean, F.softplus(spread) + self.min_scale, validate_args=False))
 
 
 class _Laplace(LaplaceDistribution):
-    """Torch's, but for a draw that can't be infinite."""
+    """Torch's Laplace with finite draws."""
 
     def rsample(self, sample_shape: SampleShape = ()) -> Tensor:
         first, second = self.loc.new_empty(2, *self._extended_shape(sample_shape)).exponential_()
@@ -167,10 +157,8 @@ class StudentT(Head):
         \nu = \nu_\mathrm{min} + 0.01 + \log(1 + e^{r})
 
     Args:
-        in_features: Width of the features.
-        num_features: Width of the frame, D.
-        min_scale: Floor under the scale s, in scaled units; without one a likelihood has no upper bound.
-        min_df: What the learned degrees of freedom stay above; above 2 the variance is finite, above 1 the mean.
+        min_scale: Floor under the scale s, in scaled units; it bounds the likelihood.
+        min_df: Lower bound of the learned degrees of freedom; above 2 the variance is finite, above 1 the mean.
 
     Raises:
         UserError: The floor is not positive, or the distribution might have no mean.
@@ -189,14 +177,13 @@ class StudentT(Head):
         self.min_df = min_df
 
     def forward(self, features: Tensor) -> Factorised:
-        """Return the distribution with batch shape (...) and event shape (num_features,)."""
         mean, spread, tails = at_least_float32(self.linear(features)).chunk(3, -1)
         df = F.softplus(tails) + (self.min_df + 0.01)
         return Factorised(_StudentT(df, mean, F.softplus(spread) + self.min_scale))
 
 
 class _StudentT(Elementwise):
-    """Torch's, but exact for many degrees of freedom in float32, too."""
+    """Student's t whose density is exact for many degrees of freedom in float32."""
 
     def __init__(self, df: Tensor, loc: Tensor, scale: Tensor) -> None:
         super().__init__(loc.shape)

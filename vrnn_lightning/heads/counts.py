@@ -1,4 +1,4 @@
-"""Heads for counts: whole numbers from 0 on."""
+"""Heads for counts: non-negative integers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ __all__ = ["NegativeBinomial", "Poisson"]
 
 class _CountHead(Head):
     likelihood = "mass"
-    support = "whole numbers from 0 on alone"
+    support = "integers of at least 0"
     fix = "leave counts unscaled"
 
     def supports(self, x: Tensor) -> Tensor:
-        """Return True at values that have a probability, shape (..., num_features)."""
         return (x >= 0) & (x == x.floor()) & torch.isfinite(x)
 
 
@@ -30,11 +29,7 @@ class Poisson(_CountHead):
 
     .. math:: P(x_d) = e^{-\lambda_d} \lambda_d^{x_d} / x_d!, \qquad \lambda = \log(1 + e^{W f + b})
 
-    The rate grows linearly, so no step of training overflows it; its logarithm stays exact where it underflows.
-
-    Args:
-        in_features: Width of the features.
-        num_features: Width of the frame, D.
+    The rate grows linearly, so training can't overflow it; its logarithm stays exact where the rate underflows.
 
     >>> Poisson(4, 2)(torch.zeros(3, 4)).log_prob(torch.ones(3, 2)).shape
     torch.Size([3])
@@ -45,7 +40,6 @@ class Poisson(_CountHead):
         self.linear = nn.Linear(in_features, num_features)
 
     def forward(self, features: Tensor) -> Factorised:
-        """Return the distribution with batch shape (...) and event shape (num_features,)."""
         raw = at_least_float32(self.linear(features))
         return Factorised(_Poisson(raw))
 
@@ -64,10 +58,6 @@ class NegativeBinomial(_CountHead):
 
     The mean is m and the variance m + m² / r; as r grows, it becomes the :class:`Poisson`.
 
-    Args:
-        in_features: Width of the features.
-        num_features: Width of the frame, D.
-
     >>> NegativeBinomial(4, 2)(torch.zeros(3, 4)).log_prob(torch.ones(3, 2)).shape
     torch.Size([3])
     """
@@ -77,7 +67,6 @@ class NegativeBinomial(_CountHead):
         self.linear = nn.Linear(in_features, 2 * num_features)
 
     def forward(self, features: Tensor) -> Factorised:
-        """Return the distribution with batch shape (...) and event shape (num_features,)."""
         mean, size = at_least_float32(self.linear(features)).chunk(2, -1)
         return Factorised(_NegativeBinomial(mean, F.softplus(size) + 1e-4))
 
@@ -88,7 +77,7 @@ class NegativeBinomial(_CountHead):
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Return float64 where the machine has it: large counts cancel all digits of float32."""
+    """Return float64 where the device has it: large counts cancel all digits of float32."""
     return x if x.device.type == "mps" else x.double()
 
 

@@ -24,36 +24,28 @@ __all__ = ["Bernoulli", "DiscretisedLogisticMixture", "MuLaw"]
 
 
 class Bernoulli(Head):
-    r"""Independent binary features, by logits: :math:`P(x_d = 1) = 1 / (1 + e^{-(W f + b)_d})`.
-
-    Args:
-        in_features: Width of the features.
-        num_features: Width of the frame, D.
-    """
+    r"""Independent binary features, by logits: :math:`P(x_d = 1) = 1 / (1 + e^{-(W f + b)_d})`."""
 
     likelihood = "mass"
-    support = "0 and 1 alone"  # what a Bernoulli says of grey values is not a likelihood
+    support = "0 or 1"  # the result is not a likelihood for grey values
     fix = "binarise the data"
-    scales_inputs = False  # divided by its deviation, a feature that is seldom 1 would drown all others
+    scales_inputs = False  # a rare feature, divided by its small deviation, would dominate the others
 
     def __init__(self, in_features: int, num_features: int) -> None:
         super().__init__(in_features, num_features)
         self.linear = nn.Linear(in_features, num_features)
 
     def forward(self, features: Tensor) -> Factorised:
-        """Return the distribution with batch shape (...) and event shape (num_features,)."""
         logits = at_least_float32(self.linear(features))
         return Factorised(BernoulliDistribution(logits=logits, validate_args=False))
 
     @torch.no_grad()
     def draw(self, features: Tensor, temperature: float = 1.0) -> Tensor:
-        """Draw frames, shape (..., num_features)."""
         require_temperature(temperature)
         logits = at_least_float32(self.linear(features))
         return torch.bernoulli(torch.sigmoid(logits if temperature == 1 else logits / temperature))
 
     def supports(self, x: Tensor) -> Tensor:
-        """Return True at values that have a probability, shape (..., num_features)."""
         return (x == 0) | (x == 1)
 
     @torch.no_grad()
@@ -68,25 +60,23 @@ class DiscretisedLogisticMixture(Head):
     .. math:: P(x_d) = \sum_k \pi_{d,k} \left[ \sigma\!\left(\tfrac{x_d + 1/2 - \mu_{d,k}}{s_{d,k}}\right)
         - \sigma\!\left(\tfrac{x_d - 1/2 - \mu_{d,k}}{s_{d,k}}\right) \right]
 
-    The bins at both ends hold the tails beyond them (Salimans et al. 2017, arXiv 1701.05517). The networks say location
-    and scale in units of half the range, so neither depends on the number of bits, nor does the cost of a likelihood.
+    The bins at both ends hold the tails beyond them (Salimans et al. 2017, arXiv 1701.05517). Locations and scales are
+    computed in units of half the range, so they and the cost do not depend on the number of bits.
 
     Args:
-        in_features: Width of the features.
-        num_features: Width of the frame, D.
         components: Number of logistics, K.
         bits: The range holds 2^bits whole numbers.
         lowest: The first of them; -32768 with 16 bits for PCM sound.
 
     Raises:
-        UserError: An option that no mixture can have, or a range where floats skip whole numbers.
+        UserError: An option is outside its range.
 
     >>> DiscretisedLogisticMixture(4, 2)(torch.zeros(3, 4)).log_prob(torch.full((3, 2), 255.0)).shape
     torch.Size([3])
     """
 
     likelihood = "mass"
-    fix = "leave them unscaled, fix bits or lowest,"
+    fix = "set bits and lowest to cover the unscaled data"
 
     def __init__(
         self, in_features: int, num_features: int, components: int = 10, bits: int = 8, lowest: int = 0
@@ -97,21 +87,19 @@ class DiscretisedLogisticMixture(Head):
         require_whole("lowest", lowest, -(2**20), 2**20)
         self.components = components
         self.lowest, self.highest = lowest, lowest + 2**bits - 1
-        self.support = f"whole numbers from {self.lowest} to {self.highest} alone"
+        self.support = f"integers from {self.lowest} to {self.highest}"
         self.linear = nn.Linear(in_features, 3 * num_features * components)
 
     def forward(self, features: Tensor) -> Factorised:
-        """Return the distribution with batch shape (...) and event shape (num_features,)."""
         raw = at_least_float32(self.linear(features)).unflatten(-1, (3, self.num_features, self.components))
         logits, place, spread = raw.unbind(-3)
         half, centre = (self.highest - self.lowest) / 2, (self.highest + self.lowest) / 2
         loc = centre + half * place
-        scale = half * F.softplus(spread) + 1 / 32  # narrower ones fill one bin all the same
+        scale = half * F.softplus(spread) + 1 / 32  # narrower ones fill one bin too
         weights = Categorical(logits=logits, validate_args=False)
         return Factorised(_LogisticBins(weights, loc, scale, self.lowest, self.highest))
 
     def supports(self, x: Tensor) -> Tensor:
-        """Return True at values that have a probability, shape (..., num_features)."""
         inside: Tensor = (x >= self.lowest) & (x <= self.highest) & (x == x.floor())
         return inside
 
@@ -141,7 +129,7 @@ class _LogisticBins(Elementwise):
         return (self.weights.probs * each).sum(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """By s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)) for the logistic function s, which is exact in both tails."""
+        """Use s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)) for the logistic function s: exact in both tails."""
         value = value[..., None]
         centred = value - self.loc
         below = F.logsigmoid((centred + 0.5) / self.scale)
@@ -172,12 +160,10 @@ class MuLaw(Head):
     draw is the amplitude that its bin decodes to.
 
     Args:
-        in_features: Width of the features.
-        num_features: Width of the frame, D.
         bins: Number of bins.
 
     Raises:
-        UserError: A number of bins that nothing can be cut into.
+        UserError: ``bins`` is outside 2 to 65536.
 
     >>> MuLaw(4, 2)(torch.zeros(3, 4)).log_prob(torch.zeros(3, 2)).shape
     torch.Size([3])
@@ -194,12 +180,10 @@ class MuLaw(Head):
         self.linear = nn.Linear(in_features, num_features * bins)
 
     def forward(self, features: Tensor) -> Factorised:
-        """Return the distribution with batch shape (...) and event shape (num_features,)."""
         logits = at_least_float32(self.linear(features)).unflatten(-1, (self.num_features, self.bins))
         return Factorised(_Companded(Categorical(logits=logits, validate_args=False)))
 
     def supports(self, x: Tensor) -> Tensor:
-        """Return True at values that have a probability, shape (..., num_features)."""
         return x.abs() <= 1
 
 
@@ -220,7 +204,7 @@ class _Companded(Elementwise):
         """Return the amplitude of each bin."""
         companded = 2 * index.to(self.bins.logits.dtype) / self.mu - 1
         amplitude = torch.expm1(companded.abs() * math.log1p(self.mu)) / self.mu
-        return companded.sign() * amplitude.clamp(max=1)  # rounding may carry the last one beyond
+        return companded.sign() * amplitude.clamp(max=1)  # rounding may exceed 1
 
     @property
     def mean(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gamma functions and softplus where their textbook forms lose all digits."""
+"""Gamma functions and softplus in forms that keep their digits in float32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["inverse_softplus", "log_gamma_ratio", "log_softplus"]
 
 
 def log_softplus(x: Tensor) -> Tensor:
-    """Return log(log(1 + exp(x))), which goes like x far below zero, where softplus itself is 0."""
+    """Return log(log(1 + exp(x))), which approaches x far below zero, where softplus underflows."""
     far = -15.0
     near = F.softplus(x.clamp(min=far)).log()
     return torch.where(x < far, x - x.clamp(max=far).exp() / 2, near)
@@ -24,7 +24,7 @@ def inverse_softplus(y: Tensor) -> Tensor:
 def log_gamma_ratio(a: Tensor, b: Tensor) -> Tensor:
     r"""Return log Γ(a + b) - log Γ(a) - b log a, which vanishes as a grows, for a > 0 and b >= 0.
 
-    From a = 16 on by Stirling's series, so that no two large numbers are subtracted.
+    Stirling's series, used from a = 16 on, avoids the difference of two large numbers.
 
     >>> log_gamma_ratio(torch.tensor([1.0, 1e6]), torch.tensor(3.0)).exp().round(decimals=4)  # 3! / 0!, 1
     tensor([6., 1.])

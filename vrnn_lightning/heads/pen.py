@@ -29,17 +29,17 @@ class Pen(Head):
         in_features: Width of the features.
         num_features: Width of the frame; it must be 3.
         components: Number of Gaussians, K.
-        min_std: Floor under the standard deviations, in scaled units; without one a likelihood has no upper bound.
+        min_std: Floor under the standard deviations, in scaled units; it bounds the likelihood.
 
     Raises:
-        UserError: The frames are not pen strokes, or an option that no mixture can have.
+        UserError: The frames are not pen strokes, or an option is outside its range.
 
     >>> Pen(4, 3)(torch.zeros(5, 4)).log_prob(torch.zeros(5, 3)).shape
     torch.Size([5])
     """
 
     likelihood = "mixed"
-    support = "0 and 1 alone"
+    support = "0 or 1"
     fix = "order the features dx, dy, lift"
 
     def __init__(self, in_features: int, num_features: int, components: int = 20, min_std: float = 1e-4) -> None:
@@ -47,7 +47,7 @@ class Pen(Head):
         if num_features != 3:
             raise UserError(
                 f"emission Pen: the data have {num_features} features per step, not the 3 of a pen stroke "
-                "(dx, dy, lift); choose another emission"
+                "(dx, dy, lift). Fix: choose another emission."
             )
         require_whole("components", components, 1, 10_000)
         require_floor("min_std", min_std)
@@ -56,7 +56,6 @@ class Pen(Head):
         self.linear = nn.Linear(in_features, 6 * components + 1)
 
     def forward(self, features: Tensor) -> _PenStroke:
-        """Return the distribution with batch shape (...) and event shape (3,)."""
         raw = at_least_float32(self.linear(features))
         weights, mean, spread, bend, lift = raw.split([self.components * n for n in (1, 2, 2, 1)] + [1], -1)
         return _PenStroke(
@@ -68,7 +67,6 @@ class Pen(Head):
         )
 
     def supports(self, x: Tensor) -> Tensor:
-        """Return True at values that have a probability, shape (..., num_features)."""
         is_lift = torch.tensor([False, False, True], device=x.device)
         return ~is_lift | (x == 0) | (x == 1)
 
@@ -110,19 +108,10 @@ class _PenStroke(Distribution):
         return torch.cat([offsets, self.lift.variance[..., None]], -1)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return log density plus log mass in nats, shape (...)."""
         return self.marginal_log_prob(value, torch.ones_like(value, dtype=torch.bool))
 
     def marginal_log_prob(self, value: Tensor, observed: Tensor) -> Tensor:
-        """Return the log-likelihood of the observed features alone; a missing offset is integrated out.
-
-        Args:
-            value: Frames, shape (..., 3); what stands at unobserved features does not count.
-            observed: True where a feature was measured, shape (..., 3).
-
-        Returns:
-            Nats, shape (...).
-        """
+        """Return the log-likelihood of the observed features alone; missing offsets are integrated out."""
         value = value.masked_fill(~observed, 0.0)
         zx, zy = ((value[..., None, :2] - self.loc) / self.scale).unbind(-1)
         x_known, y_known, lift_known = observed[..., None].unbind(-2)
@@ -137,7 +126,6 @@ class _PenStroke(Distribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: SampleShape = ()) -> Tensor:
-        """Draw strokes of shape (*sample_shape, ..., 3)."""
         chosen = self.weights.sample(sample_shape)[..., None]
         rho = self.correlation.expand(*chosen.shape[:-1], -1).gather(-1, chosen)
         x, y = torch.randn(2, *chosen.shape, dtype=rho.dtype, device=rho.device)
@@ -147,7 +135,6 @@ class _PenStroke(Distribution):
         return torch.cat([loc + scale * z, self.lift.sample(sample_shape)[..., None]], -1)
 
     def tempered(self, temperature: float) -> _PenStroke:
-        """Return the strokes with weights, deviations and lift at a temperature."""
         weights = cast(Categorical, tempered(self.weights, temperature))
         lift = cast(Bernoulli, tempered(self.lift, temperature))
         return _PenStroke(weights, self.loc, self.scale * math.sqrt(temperature), self.correlation, lift)
