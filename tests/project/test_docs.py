@@ -13,6 +13,7 @@ from vrnn_lightning.cli.argv import mentions, with_configs, with_current_names
 from vrnn_lightning.cli.command import CLI
 from vrnn_lightning.datamodules import local
 
+EXAMPLES = ("configs/NAME.yaml", "datamodules/mydata.py", "tests/datasets/test_mydata.py")
 TRAINING = ("README.md", "docs/quickstart.md")
 CODE = {
     page.relative_to(ROOT).as_posix(): [b for b in blocks_of(page) if b.language == "python" and not b.reason]
@@ -122,8 +123,11 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r"\]\((?!http|#)([^)#]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / link).is_file(), f"{page}: {link}"
-        for name in re.findall(r"configs/[\w/-]+\.yaml", page.read_text()):
-            assert (ROOT / name).is_file() or name == "configs/NAME.yaml", f"{page}: {name}"
+        for name in re.findall(r"\b(?:configs|tests|benchmarks|datamodules)/[\w/-]+\.(?:yaml|py)", page.read_text()):
+            example = name in FILES or name in EXAMPLES
+            assert example or (ROOT / name).is_file(), f"{page}: {name}"
+        for name in re.findall(r"`(test_\w+\.py)`", page.read_text()):
+            assert any((ROOT / "tests").rglob(name)), f"{page}: {name}"
 
 
 def test_the_readme_is_short():
