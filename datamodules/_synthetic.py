@@ -4,49 +4,41 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Generator
+from torch import Tensor
 
-from vrnn_lightning.batch import SequenceSample
-from vrnn_lightning.data import SequenceDataModule, Split
+from vrnn_lightning.batch import SequenceBatch, SequenceSample
+from vrnn_lightning.data import SequenceDataModule, Split, require
 from vrnn_lightning.errors import UserError
 
-__all__ = [
-    "Draw",
-    "Floats",
-    "Redrawn",
-    "SyntheticDataModule",
-    "integrate",
-    "measured",
-    "opening",
-    "require",
-    "require_sizes",
-]
+__all__ = ["Draw", "ExactDataModule", "Floats", "Lengths", "SyntheticDataModule", "integrate", "measured", "require"]
 
 MAX_GB = 16.0
 """Gigabytes that a split may take while it is drawn, its values in float64."""
 PER_SEQUENCE = 1000
 """Bytes of a sequence besides its values."""
 Floats = NDArray[np.float64]
-Draw = Callable[[NDArray[np.int64], np.random.Generator], Floats]
-"""Draws sequences of given lengths, shape (sequences,), as values of shape (sequences, longest, features)."""
+Lengths = NDArray[np.int64]
+Draw = Callable[[Lengths, Any], Floats | Tensor]
+"""Draws sequences of given lengths, shape (sequences,), as values of shape (sequences, at least longest, features),
+from numpy's or torch's generator of random numbers."""
 
 
 class SyntheticDataModule(SequenceDataModule):
     """Base class of datamodules without files: give it :meth:`drawing`, it does sizes, lengths, seeds and epochs.
 
-    Each split has streams of random numbers of its own: one for the lengths and, for each epoch, one for the values. So
-    an epoch can be drawn without those before it, by any process, in one go for all of its sequences.
+    Each split has its own streams of random numbers: for the lengths and for each epoch's values. So any process can
+    draw an epoch without those before it, in one go for all of its sequences.
 
     Args:
         num_features: Features per step.
-        steps: Longest sequence.
+        steps: Longest sequence, T.
         train_size: Training sequences.
         val_size: Validation sequences.
         test_size: Test sequences.
@@ -58,6 +50,12 @@ class SyntheticDataModule(SequenceDataModule):
     Raises:
         UserError: An option outside its range.
     """
+
+    generator: ClassVar[Literal["numpy", "torch"]] = "numpy"
+    noun: ClassVar[str] = ""
+    """What to call a sequence; by default the words of the class's name."""
+    missing_rate: float = 0.0
+    """Probability of each value to be missing."""
 
     def __init__(
         self,
@@ -73,10 +71,24 @@ class SyntheticDataModule(SequenceDataModule):
     ) -> None:
         super().__init__(num_features=num_features, batch_size=batch_size, **options)
         self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
-        require_sizes(self.sizes, steps, min_steps, num_features)
         self.steps = steps
         self.min_steps = steps if min_steps is None else min_steps
         self.fresh = fresh
+        self._require_sizes()
+
+    def _require_sizes(self) -> None:
+        require("steps", self.steps, 1)
+        for split, size in self.sizes.items():
+            require(f"{split}_size", size, 1)
+        if not 1 <= self.min_steps <= self.steps:
+            raise UserError(f"--data.min_steps {self.min_steps}: must lie between 1 and --data.steps, {self.steps}")
+        split, size = max(self.sizes.items(), key=lambda item: item[1])
+        needed = size * (self.steps * self.num_features * 8 + PER_SEQUENCE) / 1e9
+        if needed > MAX_GB:
+            raise UserError(
+                f"--data.{split}_size {size} x --data.steps {self.steps} x {self.num_features} features: takes "
+                f"{needed:.1f} GB, more than {MAX_GB:g} GB. Fix: give fewer sequences or steps"
+            )
 
     @abstractmethod
     def drawing(self) -> Draw:
@@ -84,11 +96,51 @@ class SyntheticDataModule(SequenceDataModule):
 
     def sequences(self, split: Split) -> list[SequenceSample]:
         """Draw a split's sequences."""
-        stream = (self.seed, ("train", "val", "test").index(split))
-        lengths = np.random.default_rng(stream).integers(self.min_steps, self.steps + 1, self.sizes[split])
-        noun = "".join(f" {c.lower()}" if c.isupper() else c for c in type(self).__name__)
-        draw = partial(_sequences, self.drawing(), lengths, stream, f"{split}{noun}")
+        noun = self.noun or "".join(f" {c.lower()}" if c.isupper() else c for c in type(self).__name__).strip()
+        number = ("train", "val", "test").index(split)
+        opened = _open_numpy if self.generator == "numpy" else _open_torch
+        stream = partial(opened, self.seed, number, (self.min_steps, self.steps), self.sizes[split])
+        draw = partial(_draw, self.drawing(), stream, f"{split} {noun}", self.missing_rate)
         return Redrawn(draw) if self.fresh and split == "train" else draw(0)
+
+
+class ExactDataModule(SyntheticDataModule):
+    """Base class of synthetic datamodules whose density is known: give it :meth:`log_density` too.
+
+    Args:
+        num_features: Features per step.
+        steps: Longest sequence, T.
+        train_size: Training sequences.
+        val_size: Validation sequences.
+        test_size: Test sequences.
+        options: The other options of ``SyntheticDataModule``.
+    """
+
+    generator: ClassVar[Literal["numpy", "torch"]] = "torch"
+
+    def __init__(
+        self,
+        num_features: int,
+        steps: int = 50,
+        train_size: int = 4096,
+        val_size: int = 512,
+        test_size: int = 512,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, steps, train_size, val_size, test_size, **options)
+
+    @abstractmethod
+    def log_density(self, x: Tensor, valid: Tensor) -> Tensor:
+        """Return log p of the measured values of each sequence in nats, shape (batch,).
+
+        Args:
+            x: Values in float64 on the CPU, shape (batch, time, features), 0 where none was measured.
+            valid: True where a value was measured, of the same shape.
+        """
+
+    def exact_log_likelihood(self, batch: SequenceBatch) -> Tensor:
+        """Return log p(x) of the measured values of each sequence in nats, shape (batch,), on the CPU in float64."""
+        return self.log_density(*measured(batch))
 
 
 class Redrawn(list[SequenceSample]):
@@ -103,34 +155,43 @@ class Redrawn(list[SequenceSample]):
         return self.draw(epoch) if epoch else self
 
 
-def opening(split: Split, size: int, shortest: int, longest: int, seed: int, epoch: int) -> tuple[list[int], Generator]:
+def _open_numpy(
+    seed: int, split: int, between: tuple[int, int], size: int, epoch: int
+) -> tuple[Lengths, np.random.Generator]:
     """Return the lengths of a split's sequences, the same in all epochs, and an epoch's stream of random numbers."""
-    generator = torch.Generator().manual_seed(seed * 3 + ("train", "val", "test").index(split))
-    lengths: list[int] = torch.randint(shortest, longest + 1, (size,), generator=generator).tolist()
+    lengths = np.random.default_rng((seed, split)).integers(between[0], between[1] + 1, size)
+    return lengths, np.random.default_rng((seed, split, 1 + epoch))
+
+
+def _open_torch(
+    seed: int, split: int, between: tuple[int, int], size: int, epoch: int
+) -> tuple[Lengths, torch.Generator]:
+    """Return the same as :func:`_open_numpy`; the stream of epoch 0 is that of the lengths."""
+    generator = torch.Generator().manual_seed(seed * 3 + split)
+    lengths = torch.randint(between[0], between[1] + 1, (size,), generator=generator).numpy()
     if epoch:
         (own,) = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64).tolist()
         generator.manual_seed(own >> 1)
     return lengths, generator
 
 
-def measured(
-    name: str, x: torch.Tensor, lengths: list[int], missing_rate: float, generator: Generator
+def _draw(
+    draw: Draw, stream: Callable[[int], tuple[Lengths, Any]], name: str, missing_rate: float, epoch: int
 ) -> list[SequenceSample]:
-    """Return sequences of values of shape (sequences, longest, features), each of which may be missing."""
-    seen = torch.rand(x.shape, generator=generator) >= missing_rate if missing_rate else None
+    """Draw an epoch's sequences."""
+    lengths, random = stream(epoch)
+    values = torch.as_tensor(draw(lengths, random))
+    seen = torch.rand(values.shape, generator=random) >= missing_rate if missing_rate else None
     return [
-        SequenceSample(x[i, :n].float(), None if seen is None else seen[i, :n], name=f"{name} {i}")
-        for i, n in enumerate(lengths)
+        SequenceSample(values[i, :n].float(), None if seen is None else seen[i, :n], name=f"{name} {i}")
+        for i, n in enumerate(lengths.tolist())
     ]
 
 
-def _sequences(
-    draw: Draw, lengths: NDArray[np.int64], stream: tuple[int, int], name: str, epoch: int
-) -> list[SequenceSample]:
-    values = torch.from_numpy(draw(lengths, np.random.default_rng((*stream, 1 + epoch)))).float()
-    return [
-        SequenceSample(x[:n], name=f"{name} {i}") for i, (x, n) in enumerate(zip(values, lengths.tolist(), strict=True))
-    ]
+def measured(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+    """Return a batch's values in float64, 0 where none was measured, and True where one was, both on the CPU."""
+    valid = batch.valid_mask.cpu()
+    return batch.x.detach().cpu().double().where(valid, 0.0), valid
 
 
 def integrate(derivative: Callable[[Floats], Floats], state: Floats, interval: float | Floats, steps: int) -> Floats:
@@ -160,39 +221,3 @@ def integrate(derivative: Callable[[Floats], Floats], state: Floats, interval: f
             state = state + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         path.append(state)
     return np.stack(path, -1)
-
-
-def require(option: str, value: float, least: float, most: float | None = None) -> None:
-    """Raise if an option is outside its range, whose ends are allowed; NaN is outside."""
-    if most is None and not value >= least:
-        raise UserError(f"--data.{option} {value}: must be at least {least}")
-    if most is None and not value < 2**31:
-        raise UserError(f"--data.{option} {value}: must be below 2^31")
-    if most is not None and not least <= value <= most:
-        raise UserError(f"--data.{option} {value}: must lie between {least} and {most}")
-
-
-def require_sizes(sizes: Mapping[Split, int], steps: int, min_steps: int | None, num_features: int) -> None:
-    """Raise if sizes of drawn data are outside their range, or take too much memory together.
-
-    Args:
-        sizes: Sequences of each split.
-        steps: Longest sequence.
-        min_steps: Shortest sequence, if there is one.
-        num_features: Features per step.
-
-    Raises:
-        UserError: One of them is, or they do.
-    """
-    for option, value in (("steps", steps), *((f"{split}_size", size) for split, size in sizes.items())):
-        require(option, value, 1)
-    if min_steps is not None and not 1 <= min_steps <= steps:
-        raise UserError(f"--data.min_steps {min_steps}: must lie between 1 and --data.steps, {steps}")
-    split = max(sizes, key=lambda split: sizes[split])
-    size = sizes[split]
-    needed = size * (steps * num_features * 8 + PER_SEQUENCE) / 1e9
-    if needed > MAX_GB:
-        raise UserError(
-            f"--data.{split}_size {size} x --data.steps {steps} x {num_features} features: takes {needed:.1f} GB, more "
-            f"than {MAX_GB:g} GB. Fix: give fewer sequences or steps"
-        )

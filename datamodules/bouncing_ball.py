@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vrnn_lightning.data import Modality
-
-from ._synthetic import Draw, Floats, SyntheticDataModule, require
+from ._synthetic import Draw, Floats, Lengths, SyntheticDataModule, require
 
 __all__ = ["BouncingBall"]
 
@@ -41,8 +38,6 @@ class BouncingBall(SyntheticDataModule):
     [0.66, 0.16, -0.34, -0.84, -0.66, -0.16, 0.34, 0.84]
     """
 
-    modality: ClassVar[Modality] = "series"
-
     def __init__(
         self, channels: int = 2, steps: int = 60, speed: float = 0.2, noise: float = 0.05, **options: Any
     ) -> None:
@@ -58,7 +53,7 @@ class BouncingBall(SyntheticDataModule):
         return partial(_ways, channels=self.num_features, speed=self.speed, noise=self.noise)
 
 
-def _ways(lengths: NDArray[np.int64], random: np.random.Generator, channels: int, speed: float, noise: float) -> Floats:
+def _ways(lengths: Lengths, random: np.random.Generator, channels: int, speed: float, noise: float) -> Floats:
     start = random.uniform(-1, 1, (len(lengths), 1, channels))
     direction = random.standard_normal(start.shape)
     velocity = speed * direction / np.linalg.norm(direction, axis=-1, keepdims=True)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vrnn_lightning.data import Modality
-
-from ._synthetic import Draw, Floats, SyntheticDataModule, integrate, require
+from ._synthetic import Draw, Floats, Lengths, SyntheticDataModule, integrate, require
 
 __all__ = ["DoublePendulum"]
 
@@ -51,8 +48,7 @@ class DoublePendulum(SyntheticDataModule):
     4
     """
 
-    modality: ClassVar[Modality] = "series"
-    scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "scalar"
+    scaling = "scalar"
 
     def __init__(
         self,
@@ -79,9 +75,7 @@ class DoublePendulum(SyntheticDataModule):
         return partial(_swings, interval=self.interval, max_angle=math.radians(self.max_angle), noise=self.noise)
 
 
-def _swings(
-    lengths: NDArray[np.int64], random: np.random.Generator, interval: float, max_angle: float, noise: float
-) -> Floats:
+def _swings(lengths: Lengths, random: np.random.Generator, interval: float, max_angle: float, noise: float) -> Floats:
     angles = random.uniform(-max_angle, max_angle, (2, len(lengths)))
     start = np.concatenate([angles, np.zeros_like(angles)])
     upper, lower = integrate(_pendulum, start, interval, lengths.max())[:2]

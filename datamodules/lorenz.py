@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vrnn_lightning.data import Modality
-
-from ._synthetic import Draw, Floats, SyntheticDataModule, integrate, require
+from ._synthetic import Draw, Floats, Lengths, SyntheticDataModule, integrate, require
 
 __all__ = ["Lorenz"]
 
@@ -40,8 +37,7 @@ class Lorenz(SyntheticDataModule):
     1
     """
 
-    modality: ClassVar[Modality] = "series"
-    scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "per_feature"
+    scaling = "per_feature"
 
     def __init__(
         self,
@@ -67,9 +63,7 @@ class Lorenz(SyntheticDataModule):
         return partial(_paths, channels=self.num_features, interval=self.interval, noise=self.noise)
 
 
-def _paths(
-    lengths: NDArray[np.int64], random: np.random.Generator, channels: int, interval: float, noise: float
-) -> Floats:
+def _paths(lengths: Lengths, random: np.random.Generator, channels: int, interval: float, noise: float) -> Floats:
     anywhere = random.normal([[0], [0], [25]], 8, (3, len(lengths)))
     times = random.uniform(4, 6, len(lengths))  # by then they are on the attractor, and out of step
     start = integrate(_lorenz, anywhere, times, steps=2)[..., 1]

@@ -8,12 +8,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from vrnn_lightning.data import Modality, Scaler
 from vrnn_lightning.errors import UserError
 
-from ._synthetic import Draw, Floats, SyntheticDataModule, require
+from ._synthetic import Draw, Floats, Lengths, SyntheticDataModule, require
 
 __all__ = ["Spirals"]
 
@@ -70,7 +69,7 @@ class Spirals(SyntheticDataModule):
         return Scaler(torch.stack([mean, mean, zero]), torch.stack([std, std, one]))
 
 
-def _spirals(lengths: NDArray[np.int64], random: np.random.Generator, arms: int, turns: float, noise: float) -> Floats:
+def _spirals(lengths: Lengths, random: np.random.Generator, arms: int, turns: float, noise: float) -> Floats:
     count, points = len(lengths), np.arange(lengths.max())
     ends = np.arange(1, arms + 1) * lengths[:, None] // arms  # of the arms, shape (drawings, arms)
     arm = (points[:, None] >= ends[:, None]).sum(-1).clip(max=arms - 1)

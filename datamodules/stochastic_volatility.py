@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vrnn_lightning.data import Modality
-
-from ._synthetic import Draw, Floats, SyntheticDataModule, require
+from ._synthetic import Draw, Floats, Lengths, SyntheticDataModule, require
 
 __all__ = ["StochasticVolatility"]
 
@@ -41,8 +38,6 @@ class StochasticVolatility(SyntheticDataModule):
     5
     """
 
-    modality: ClassVar[Modality] = "series"
-
     def __init__(
         self, channels: int = 3, steps: int = 100, persistence: float = 0.95, volatility: float = 0.4, **options: Any
     ) -> None:
@@ -59,7 +54,7 @@ class StochasticVolatility(SyntheticDataModule):
 
 
 def _returns(
-    lengths: NDArray[np.int64], random: np.random.Generator, channels: int, persistence: float, volatility: float
+    lengths: Lengths, random: np.random.Generator, channels: int, persistence: float, volatility: float
 ) -> Floats:
     drive = volatility * random.standard_normal((lengths.max(), len(lengths)))
     drive[0] /= math.sqrt(1 - persistence**2)
