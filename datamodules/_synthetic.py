@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from functools import partial
+from copy import copy
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ from vrnn_lightning.batch import SequenceBatch, SequenceSample
 from vrnn_lightning.data import SequenceDataModule, Split, require
 from vrnn_lightning.errors import UserError
 
-__all__ = ["Draw", "ExactDataModule", "Floats", "Lengths", "SyntheticDataModule", "integrate", "measured", "require"]
+__all__ = ["ExactDataModule", "Floats", "Lengths", "SyntheticDataModule", "integrate", "measured", "require"]
 
 MAX_GB = 16.0
 """Gigabytes that a split may take while it is drawn, its values in float64."""
@@ -25,13 +25,10 @@ PER_SEQUENCE = 1000
 """Bytes of a sequence besides its values."""
 Floats = NDArray[np.float64]
 Lengths = NDArray[np.int64]
-Draw = Callable[[Lengths, Any], Floats | Tensor]
-"""Draws sequences of given lengths, shape (sequences,), as values of shape (sequences, at least longest, features),
-from numpy's or torch's generator of random numbers."""
 
 
 class SyntheticDataModule(SequenceDataModule):
-    """Base class of datamodules without files: give it :meth:`drawing`, it does sizes, lengths, seeds and epochs.
+    """Base class of datamodules without files: give it :meth:`draw`, it does sizes, lengths, seeds and epochs.
 
     Each split has its own streams of random numbers: for the lengths and for each epoch's values. So any process can
     draw an epoch without those before it, in one go for all of its sequences.
@@ -91,17 +88,41 @@ class SyntheticDataModule(SequenceDataModule):
             )
 
     @abstractmethod
-    def drawing(self) -> Draw:
-        """Return what draws the values; a function of a module or a partial, for it travels to reading processes."""
+    def draw(self, lengths: Lengths, random: Any) -> Floats | Tensor:
+        """Draw sequences: values of shape (sequences, at least the longest, features).
+
+        Args:
+            lengths: Steps of each sequence.
+            random: A generator of random numbers, numpy's or torch's as :attr:`generator` says.
+        """
 
     def sequences(self, split: Split) -> list[SequenceSample]:
         """Draw a split's sequences."""
+        return Redrawn(self) if self.fresh and split == "train" else self.epoch_of(split, 0)
+
+    def epoch_of(self, split: Split, epoch: int) -> list[SequenceSample]:
+        """Return a split's sequences as they are in an epoch."""
+        lengths, random = self._open_stream(split, epoch)
+        values = torch.as_tensor(self.draw(lengths, random))
+        seen = torch.rand(values.shape, generator=random) >= self.missing_rate if self.missing_rate else None
         noun = self.noun or "".join(f" {c.lower()}" if c.isupper() else c for c in type(self).__name__).strip()
-        number = ("train", "val", "test").index(split)
-        opened = _open_numpy if self.generator == "numpy" else _open_torch
-        stream = partial(opened, self.seed, number, (self.min_steps, self.steps), self.sizes[split])
-        draw = partial(_draw, self.drawing(), stream, f"{split} {noun}", self.missing_rate)
-        return Redrawn(draw) if self.fresh and split == "train" else draw(0)
+        return [
+            SequenceSample(values[i, :n].float(), None if seen is None else seen[i, :n], name=f"{split} {noun} {i}")
+            for i, n in enumerate(lengths.tolist())
+        ]
+
+    def _open_stream(self, split: Split, epoch: int) -> tuple[Lengths, Any]:
+        """Return the lengths of a split's sequences, the same in all epochs, and an epoch's random numbers."""
+        number, size = ("train", "val", "test").index(split), self.sizes[split]
+        if self.generator == "numpy":
+            lengths = np.random.default_rng((self.seed, number)).integers(self.min_steps, self.steps + 1, size)
+            return lengths, np.random.default_rng((self.seed, number, 1 + epoch))
+        generator = torch.Generator().manual_seed(self.seed * 3 + number)
+        lengths = torch.randint(self.min_steps, self.steps + 1, (size,), generator=generator).numpy()
+        if epoch:
+            (own,) = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64).tolist()
+            generator.manual_seed(own >> 1)
+        return lengths, generator
 
 
 class ExactDataModule(SyntheticDataModule):
@@ -144,48 +165,16 @@ class ExactDataModule(SyntheticDataModule):
 
 
 class Redrawn(list[SequenceSample]):
-    """The sequences of epoch 0, and what draws those of another."""
+    """The training sequences of epoch 0, and the datamodule that draws those of another."""
 
-    def __init__(self, draw: Callable[[int], list[SequenceSample]]) -> None:
-        super().__init__(draw(0))
-        self.draw = draw
+    def __init__(self, source: SyntheticDataModule) -> None:
+        super().__init__(source.epoch_of("train", 0))
+        self.source = copy(source)
+        self.source.__dict__.update(trainer=None, _splits={}, _lengths={})  # it travels to reading processes
 
     def in_epoch(self, epoch: int) -> list[SequenceSample]:
         """Return the sequences of an epoch."""
-        return self.draw(epoch) if epoch else self
-
-
-def _open_numpy(
-    seed: int, split: int, between: tuple[int, int], size: int, epoch: int
-) -> tuple[Lengths, np.random.Generator]:
-    """Return the lengths of a split's sequences, the same in all epochs, and an epoch's stream of random numbers."""
-    lengths = np.random.default_rng((seed, split)).integers(between[0], between[1] + 1, size)
-    return lengths, np.random.default_rng((seed, split, 1 + epoch))
-
-
-def _open_torch(
-    seed: int, split: int, between: tuple[int, int], size: int, epoch: int
-) -> tuple[Lengths, torch.Generator]:
-    """Return the same as :func:`_open_numpy`; the stream of epoch 0 is that of the lengths."""
-    generator = torch.Generator().manual_seed(seed * 3 + split)
-    lengths = torch.randint(between[0], between[1] + 1, (size,), generator=generator).numpy()
-    if epoch:
-        (own,) = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64).tolist()
-        generator.manual_seed(own >> 1)
-    return lengths, generator
-
-
-def _draw(
-    draw: Draw, stream: Callable[[int], tuple[Lengths, Any]], name: str, missing_rate: float, epoch: int
-) -> list[SequenceSample]:
-    """Draw an epoch's sequences."""
-    lengths, random = stream(epoch)
-    values = torch.as_tensor(draw(lengths, random))
-    seen = torch.rand(values.shape, generator=random) >= missing_rate if missing_rate else None
-    return [
-        SequenceSample(values[i, :n].float(), None if seen is None else seen[i, :n], name=f"{name} {i}")
-        for i, n in enumerate(lengths.tolist())
-    ]
+        return self.source.epoch_of("train", epoch) if epoch else self
 
 
 def measured(batch: SequenceBatch) -> tuple[Tensor, Tensor]:

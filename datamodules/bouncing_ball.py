@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ._synthetic import Draw, Floats, Lengths, SyntheticDataModule, require
+from ._synthetic import Floats, Lengths, SyntheticDataModule, require
 
 __all__ = ["BouncingBall"]
 
@@ -48,15 +47,11 @@ class BouncingBall(SyntheticDataModule):
         self.speed = speed
         self.noise = noise
 
-    def drawing(self) -> Draw:
-        """Return what draws noisy ways."""
-        return partial(_ways, channels=self.num_features, speed=self.speed, noise=self.noise)
-
-
-def _ways(lengths: Lengths, random: np.random.Generator, channels: int, speed: float, noise: float) -> Floats:
-    start = random.uniform(-1, 1, (len(lengths), 1, channels))
-    direction = random.standard_normal(start.shape)
-    velocity = speed * direction / np.linalg.norm(direction, axis=-1, keepdims=True)
-    unbounded = start + velocity * np.arange(lengths.max())[:, None]
-    place: Floats = 1 - np.abs((unbounded + 1) % 4 - 2)  # space, reflected at every wall
-    return place + noise * random.standard_normal(place.shape)
+    def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
+        """Draw noisy ways."""
+        start = random.uniform(-1, 1, (len(lengths), 1, self.num_features))
+        direction = random.standard_normal(start.shape)
+        velocity = self.speed * direction / np.linalg.norm(direction, axis=-1, keepdims=True)
+        unbounded = start + velocity * np.arange(lengths.max())[:, None]
+        place: Floats = 1 - np.abs((unbounded + 1) % 4 - 2)  # space, reflected at every wall
+        return place + self.noise * random.standard_normal(place.shape)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ._synthetic import Draw, Floats, Lengths, SyntheticDataModule, integrate, require
+from ._synthetic import Floats, Lengths, SyntheticDataModule, integrate, require
 
 __all__ = ["DoublePendulum"]
 
@@ -70,18 +69,15 @@ class DoublePendulum(SyntheticDataModule):
         self.max_angle = max_angle
         self.noise = noise
 
-    def drawing(self) -> Draw:
-        """Return what draws noisy swings."""
-        return partial(_swings, interval=self.interval, max_angle=math.radians(self.max_angle), noise=self.noise)
-
-
-def _swings(lengths: Lengths, random: np.random.Generator, interval: float, max_angle: float, noise: float) -> Floats:
-    angles = random.uniform(-max_angle, max_angle, (2, len(lengths)))
-    start = np.concatenate([angles, np.zeros_like(angles)])
-    upper, lower = integrate(_pendulum, start, interval, lengths.max())[:2]
-    elbow = np.stack([np.sin(upper), -np.cos(upper)], -1)
-    seen = np.concatenate([elbow, elbow + np.stack([np.sin(lower), -np.cos(lower)], -1)], -1)
-    return seen + noise * random.standard_normal(seen.shape)
+    def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
+        """Draw noisy swings."""
+        widest = math.radians(self.max_angle)
+        angles = random.uniform(-widest, widest, (2, len(lengths)))
+        start = np.concatenate([angles, np.zeros_like(angles)])
+        upper, lower = integrate(_pendulum, start, self.interval, lengths.max())[:2]
+        elbow = np.stack([np.sin(upper), -np.cos(upper)], -1)
+        seen = np.concatenate([elbow, elbow + np.stack([np.sin(lower), -np.cos(lower)], -1)], -1)
+        return seen + self.noise * random.standard_normal(seen.shape)
 
 
 def _pendulum(state: Floats) -> Floats:

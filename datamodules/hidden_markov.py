@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,7 @@ from torch.distributions import Bernoulli, Normal
 from vrnn_lightning.batch import pad
 from vrnn_lightning.errors import UserError
 
-from ._synthetic import Draw, ExactDataModule, Lengths, measured, require
+from ._synthetic import ExactDataModule, Lengths, measured, require
 
 __all__ = ["HiddenMarkov"]
 
@@ -83,10 +82,17 @@ class HiddenMarkov(ExactDataModule):
         self.responses = contrast * (2 * math.pi * turns).cos()
         """Logits, or means, of the channels in each state, shape (states, channels)."""
 
-    def drawing(self) -> Draw:
-        """Return what draws chains, and what is seen of them."""
-        is_binary = self.emission == "bernoulli"
-        return partial(_chains, self.steps, self.initial, self.transition, self.responses, is_binary)
+    def draw(self, lengths: Lengths, random: torch.Generator) -> Tensor:
+        """Draw chains, and return what is seen of them."""
+        state = self.initial.multinomial(len(lengths), replacement=True, generator=random)
+        path = [state]
+        for _ in range(self.steps - 1):
+            state = self.transition[state].multinomial(1, generator=random)[:, 0]
+            path.append(state)
+        response = self.responses[torch.stack(path, 1)]
+        if self.emission == "bernoulli":
+            return torch.bernoulli(response.sigmoid(), generator=random)
+        return response + torch.randn(response.shape, generator=random, dtype=response.dtype)
 
     def log_density(self, x: Tensor, valid: Tensor) -> Tensor:
         r"""Return log p(x) of the measured values of each sequence in nats, shape (batch,).
@@ -134,23 +140,3 @@ class HiddenMarkov(ExactDataModule):
             filtered = joint - evidence[-1][:, None]
             state = (filtered[..., None] + log_transition).logsumexp(1)
         return torch.stack(evidence, 1), torch.stack(predicted, 1)
-
-
-def _chains(
-    steps: int,
-    initial: Tensor,
-    transition: Tensor,
-    responses: Tensor,
-    is_binary: bool,
-    lengths: Lengths,
-    random: torch.Generator,
-) -> Tensor:
-    state = initial.multinomial(len(lengths), replacement=True, generator=random)
-    path = [state]
-    for _ in range(steps - 1):
-        state = transition[state].multinomial(1, generator=random)[:, 0]
-        path.append(state)
-    response = responses[torch.stack(path, 1)]
-    if is_binary:
-        return torch.bernoulli(response.sigmoid(), generator=random)
-    return response + torch.randn(response.shape, generator=random, dtype=response.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from ._synthetic import Draw, ExactDataModule, Floats, Lengths, require
+from ._synthetic import ExactDataModule, Floats, Lengths, require
 
 __all__ = ["Jumps"]
 
@@ -70,10 +69,14 @@ class Jumps(ExactDataModule):
         self.noise_covariance = noise**2 * ((1 - correlation) * identity + correlation)
         """Covariance of the noise, R, shape (channels, channels)."""
 
-    def drawing(self) -> Draw:
-        """Return what draws jumps."""
+    def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
+        """Draw jumps."""
         root = torch.linalg.cholesky(self.noise_covariance).numpy()
-        return partial(_paths, memory=self.memory, jump=self.jump, root=root)
+        steps = (lengths.max(), len(lengths))
+        signs = random.choice([-self.jump, self.jump], steps)
+        moves = signs[..., None] + random.standard_normal((*steps, len(root))) @ root.T
+        place = np.zeros(moves.shape[1:])
+        return np.stack([place := self.memory * place + move for move in moves], 1)
 
     def log_density(self, x: Tensor, valid: Tensor) -> Tensor:
         r"""Return log p(x) of each sequence in nats, shape (batch,).
@@ -123,11 +126,3 @@ class Jumps(ExactDataModule):
     @staticmethod
     def _gaussian_entropy(covariance: Tensor) -> float:
         return 0.5 * float(torch.logdet(2 * math.pi * math.e * covariance))
-
-
-def _paths(lengths: Lengths, random: np.random.Generator, memory: float, jump: float, root: Floats) -> Floats:
-    steps = (lengths.max(), len(lengths))
-    signs = random.choice([-jump, jump], steps)
-    moves = signs[..., None] + random.standard_normal((*steps, len(root))) @ root.T
-    place = np.zeros(moves.shape[1:])
-    return np.stack([place := memory * place + move for move in moves], 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from vrnn_lightning.errors import UserError
 
-from ._synthetic import Draw, ExactDataModule, Lengths, require
+from ._synthetic import ExactDataModule, Lengths, require
 
 __all__ = ["LinearGaussian"]
 
@@ -91,11 +90,19 @@ class LinearGaussian(ExactDataModule):
         self.initial_covariance = self.state_covariance / (1 - memory**2)
         """Covariance of the first state and of every later one, shape (states, states)."""
 
-    def drawing(self) -> Draw:
-        """Return what draws paths of the state, and what is seen of them."""
+    def draw(self, lengths: Lengths, random: torch.Generator) -> Tensor:
+        """Draw paths of the state, and return what is seen of them."""
         first_root, state_root = (torch.linalg.cholesky(c) for c in (self.initial_covariance, self.state_covariance))
-        channel_root = self.observation_covariance.sqrt()
-        return partial(_paths, self.steps, self.transition, self.observation, first_root, state_root, channel_root)
+        channels, states = self.observation.shape
+        noise = torch.randn(len(lengths), self.steps, states + channels, generator=random, dtype=torch.float64)
+        driving, measuring = noise.split([states, channels], -1)
+        state = driving[:, 0] @ first_root.mT
+        path = [state]
+        for w in (driving @ state_root.mT).unbind(1)[1:]:
+            state = state @ self.transition.mT + w
+            path.append(state)
+        x: Tensor = torch.stack(path, 1) @ self.observation.mT + measuring @ self.observation_covariance.sqrt()
+        return x
 
     def log_density(self, x: Tensor, valid: Tensor) -> Tensor:
         r"""Return log p(x) of the measured values of each sequence in nats, shape (batch,).
@@ -170,26 +177,3 @@ def _directions(channels: int, states: int) -> Tensor:
     pairs = torch.stack([(turn * pair).cos(), (turn * pair).sin()], -1).flatten(1)
     rows = torch.cat([pairs, alone], 1)
     return rows / math.sqrt(len(pair) + states % 2)
-
-
-def _paths(
-    steps: int,
-    transition: Tensor,
-    observation: Tensor,
-    first_root: Tensor,
-    state_root: Tensor,
-    channel_root: Tensor,
-    lengths: Lengths,
-    random: torch.Generator,
-) -> Tensor:
-    """Draw sequences from roots of the covariances of the first state, of its noise and of the channels' noise."""
-    states, channels = len(transition), len(observation)
-    noise = torch.randn(len(lengths), steps, states + channels, generator=random, dtype=torch.float64)
-    driving, measuring = noise.split([states, channels], -1)
-    state = driving[:, 0] @ first_root.mT
-    path = [state]
-    for w in (driving @ state_root.mT).unbind(1)[1:]:
-        state = state @ transition.mT + w
-        path.append(state)
-    x: Tensor = torch.stack(path, 1) @ observation.mT + measuring @ channel_root
-    return x

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ._synthetic import Draw, Floats, Lengths, SyntheticDataModule, integrate, require
+from ._synthetic import Floats, Lengths, SyntheticDataModule, integrate, require
 
 __all__ = ["Lorenz"]
 
@@ -58,17 +57,14 @@ class Lorenz(SyntheticDataModule):
         self.interval = interval
         self.noise = noise
 
-    def drawing(self) -> Draw:
-        """Return what draws noisy paths."""
-        return partial(_paths, channels=self.num_features, interval=self.interval, noise=self.noise)
-
-
-def _paths(lengths: Lengths, random: np.random.Generator, channels: int, interval: float, noise: float) -> Floats:
-    anywhere = random.normal([[0], [0], [25]], 8, (3, len(lengths)))
-    times = random.uniform(4, 6, len(lengths))  # by then they are on the attractor, and out of step
-    start = integrate(_lorenz, anywhere, times, steps=2)[..., 1]
-    seen = np.moveaxis(integrate(_lorenz, start, interval, lengths.max())[:channels], 0, -1)
-    return seen + noise * random.standard_normal(seen.shape)
+    def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
+        """Draw noisy paths."""
+        anywhere = random.normal([[0], [0], [25]], 8, (3, len(lengths)))
+        times = random.uniform(4, 6, len(lengths))  # by then they are on the attractor, and out of step
+        start = integrate(_lorenz, anywhere, times, steps=2)[..., 1]
+        path = integrate(_lorenz, start, self.interval, lengths.max())
+        seen = np.moveaxis(path[: self.num_features], 0, -1)
+        return seen + self.noise * random.standard_normal(seen.shape)
 
 
 def _lorenz(state: Floats) -> Floats:

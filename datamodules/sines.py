@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from vrnn_lightning.errors import UserError
 
-from ._synthetic import Draw, ExactDataModule, Lengths, require
+from ._synthetic import ExactDataModule, Lengths, require
 
 __all__ = ["Sines"]
 
@@ -69,10 +68,15 @@ class Sines(ExactDataModule):
         self.diagonal_loss = -0.5 * torch.logdet(self.noise_covariance / noise**2).item()
         """What a diagonal Gaussian loses to the noise's correlation where the rest is known, in nats per step."""
 
-    def drawing(self) -> Draw:
-        """Return what draws sines."""
-        root = torch.linalg.cholesky(self.noise_covariance)
-        return partial(_sines, steps=self.steps, omegas=self.omegas, amplitude=self.amplitude, root=root)
+    def draw(self, lengths: Lengths, random: torch.Generator) -> Tensor:
+        """Draw sines."""
+        omega = self.omegas[torch.randint(len(self.omegas), lengths.shape, generator=random)]
+        shape = (len(lengths), self.num_features, 2 + self.steps)
+        draws = torch.randn(shape, generator=random, dtype=torch.float64)
+        waves = self.amplitude * draws[..., :2] @ _basis(omega, self.steps)
+        noise = torch.linalg.cholesky(self.noise_covariance) @ draws[..., 2:]
+        x: Tensor = (waves + noise).transpose(1, 2)
+        return x
 
     def log_density(self, x: Tensor, valid: Tensor) -> Tensor:
         r"""Return log p(x) of each sequence in nats, shape (batch,).
@@ -107,12 +111,3 @@ def _basis(omega: Tensor, steps: int) -> Tensor:
     """Return cosine and sine, shape (frequencies, 2, steps)."""
     phase = omega[:, None] * torch.arange(steps, dtype=omega.dtype)
     return torch.stack([phase.cos(), phase.sin()], 1)
-
-
-def _sines(
-    lengths: Lengths, random: torch.Generator, steps: int, omegas: Tensor, amplitude: float, root: Tensor
-) -> Tensor:
-    omega = omegas[torch.randint(len(omegas), lengths.shape, generator=random)]
-    draw = torch.randn(len(lengths), len(root), 2 + steps, generator=random, dtype=torch.float64)
-    waves = amplitude * draw[..., :2] @ _basis(omega, steps)
-    return (waves + root @ draw[..., 2:]).transpose(1, 2)

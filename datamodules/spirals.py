@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from vrnn_lightning.data import Modality, Scaler
 from vrnn_lightning.errors import UserError
 
-from ._synthetic import Draw, Floats, Lengths, SyntheticDataModule, require
+from ._synthetic import Floats, Lengths, SyntheticDataModule, require
 
 __all__ = ["Spirals"]
 
@@ -56,9 +55,21 @@ class Spirals(SyntheticDataModule):
         self.turns = turns
         self.noise = noise
 
-    def drawing(self) -> Draw:
-        """Return what draws spirals."""
-        return partial(_spirals, arms=self.arms, turns=self.turns, noise=self.noise)
+    def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
+        """Draw spirals."""
+        count, points = len(lengths), np.arange(lengths.max())
+        ends = np.arange(1, self.arms + 1) * lengths[:, None] // self.arms  # of the arms, shape (drawings, arms)
+        arm = (points[:, None] >= ends[:, None]).sum(-1).clip(max=self.arms - 1)
+        first = np.take_along_axis(ends - np.diff(ends, axis=1, prepend=0), arm, 1)
+        last = np.take_along_axis(ends, arm, 1) - 1
+        share = (points - first + 1) / (last - first + 1)
+        start, size = random.uniform(0, 2 * math.pi, (count, 1)), random.uniform(0.75, 1.25, (count, 1))
+        sense = random.choice([-1, 1], (count, 1))
+        angle = start + 2 * math.pi * (arm / self.arms + sense * self.turns * share)
+        ink = (size * share)[..., None] * np.stack([np.cos(angle), np.sin(angle)], -1)
+        ink += self.noise * random.standard_normal(ink.shape)
+        lift: Floats = (points == last).astype(np.float64)
+        return np.concatenate([np.diff(ink, axis=1, prepend=0.0), lift[..., None]], -1)
 
     def fit_scaler(self) -> Scaler:
         """Fit one mean and one std on dx and dy of the training rows; lift is left alone."""
@@ -67,19 +78,3 @@ class Spirals(SyntheticDataModule):
         mean, std = offsets.mean(), offsets.std(correction=0)
         zero, one = torch.tensor([0.0, 1.0]).double()
         return Scaler(torch.stack([mean, mean, zero]), torch.stack([std, std, one]))
-
-
-def _spirals(lengths: Lengths, random: np.random.Generator, arms: int, turns: float, noise: float) -> Floats:
-    count, points = len(lengths), np.arange(lengths.max())
-    ends = np.arange(1, arms + 1) * lengths[:, None] // arms  # of the arms, shape (drawings, arms)
-    arm = (points[:, None] >= ends[:, None]).sum(-1).clip(max=arms - 1)
-    first = np.take_along_axis(ends - np.diff(ends, axis=1, prepend=0), arm, 1)
-    last = np.take_along_axis(ends, arm, 1) - 1
-    share = (points - first + 1) / (last - first + 1)
-    start, size = random.uniform(0, 2 * math.pi, (count, 1)), random.uniform(0.75, 1.25, (count, 1))
-    sense = random.choice([-1, 1], (count, 1))
-    angle = start + 2 * math.pi * (arm / arms + sense * turns * share)
-    ink = (size * share)[..., None] * np.stack([np.cos(angle), np.sin(angle)], -1)
-    ink += noise * random.standard_normal(ink.shape)
-    lift: Floats = (points == last).astype(np.float64)
-    return np.concatenate([np.diff(ink, axis=1, prepend=0.0), lift[..., None]], -1)

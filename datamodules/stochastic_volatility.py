@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ._synthetic import Draw, Floats, Lengths, SyntheticDataModule, require
+from ._synthetic import Floats, Lengths, SyntheticDataModule, require
 
 __all__ = ["StochasticVolatility"]
 
@@ -48,17 +47,11 @@ class StochasticVolatility(SyntheticDataModule):
         self.persistence = persistence
         self.volatility = volatility
 
-    def drawing(self) -> Draw:
-        """Return what draws the returns."""
-        return partial(_returns, channels=self.num_features, persistence=self.persistence, volatility=self.volatility)
-
-
-def _returns(
-    lengths: Lengths, random: np.random.Generator, channels: int, persistence: float, volatility: float
-) -> Floats:
-    drive = volatility * random.standard_normal((lengths.max(), len(lengths)))
-    drive[0] /= math.sqrt(1 - persistence**2)
-    level = np.zeros(len(lengths))
-    levels = np.stack([level := persistence * level + pushed for pushed in drive], 1)
-    spread: Floats = np.exp(levels[..., None] / 2)
-    return spread * random.standard_normal((*levels.shape, channels))
+    def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
+        """Draw the returns."""
+        drive = self.volatility * random.standard_normal((lengths.max(), len(lengths)))
+        drive[0] /= math.sqrt(1 - self.persistence**2)
+        level = np.zeros(len(lengths))
+        levels = np.stack([level := self.persistence * level + pushed for pushed in drive], 1)
+        spread: Floats = np.exp(levels[..., None] / 2)
+        return spread * random.standard_normal((*levels.shape, self.num_features))
