@@ -17,7 +17,16 @@ from vrnn_lightning.batch import SequenceBatch, SequenceSample
 from vrnn_lightning.data import SequenceDataModule, Split, require
 from vrnn_lightning.errors import UserError
 
-__all__ = ["ExactDataModule", "Floats", "Lengths", "SyntheticDataModule", "integrate", "measured", "require"]
+__all__ = [
+    "ExactDataModule",
+    "Floats",
+    "Lengths",
+    "MotionDataModule",
+    "SyntheticDataModule",
+    "integrate",
+    "measured",
+    "require",
+]
 
 MAX_GB = 16.0
 """Gigabytes that a split may take while it is drawn, its values in float64."""
@@ -29,6 +38,8 @@ Lengths = NDArray[np.int64]
 
 class SyntheticDataModule(SequenceDataModule):
     """Base class of datamodules without files: give it :meth:`draw`, it does sizes, lengths, seeds and epochs.
+
+    Without ``scaling``, data units are the model's units.
 
     Each split has its own streams of random numbers: for the lengths and for each epoch's values. So any process can
     draw an epoch without those before it, in one go for all of its sequences.
@@ -68,13 +79,12 @@ class SyntheticDataModule(SequenceDataModule):
     ) -> None:
         super().__init__(num_features=num_features, batch_size=batch_size, **options)
         self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
-        self.steps = steps
+        self.steps = require("steps", steps, 1)
         self.min_steps = steps if min_steps is None else min_steps
         self.fresh = fresh
         self._require_sizes()
 
     def _require_sizes(self) -> None:
-        require("steps", self.steps, 1)
         for split, size in self.sizes.items():
             require(f"{split}_size", size, 1)
         if not 1 <= self.min_steps <= self.steps:
@@ -123,6 +133,36 @@ class SyntheticDataModule(SequenceDataModule):
             (own,) = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64).tolist()
             generator.manual_seed(own >> 1)
         return lengths, generator
+
+
+class MotionDataModule(SyntheticDataModule):
+    """Base class of synthetic datamodules that follow a differential equation and add Gaussian noise.
+
+    Args:
+        num_features: Features per step.
+        noise: Standard deviation of the noise; 0 for none.
+        steps: Longest sequence, T.
+        interval: Time between two steps, in the equation's unit (seconds for a pendulum), at most 1.
+        train_size: Training sequences.
+        val_size: Validation sequences.
+        test_size: Test sequences.
+        options: The other options of ``SyntheticDataModule``.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        noise: float,
+        steps: int = 100,
+        interval: float = 0.05,
+        train_size: int = 1024,
+        val_size: int = 128,
+        test_size: int = 128,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, steps, train_size, val_size, test_size, **options)
+        self.interval = require("interval", interval, 1e-4, 1)
+        self.noise = require("noise", noise, 0, 1e3)
 
 
 class ExactDataModule(SyntheticDataModule):

@@ -20,8 +20,6 @@ class BouncingBall(SyntheticDataModule):
     .. math:: x_t = 1 - \big|\,(u_t + 1) \bmod 4 - 2\,\big| + \varepsilon_t, \quad
         \varepsilon_t \sim \mathcal N(0, \sigma^2 I)
 
-    Data units are the model's units.
-
     Args:
         channels: Dimensions of the box, D.
         steps: Longest sequence.
@@ -42,10 +40,8 @@ class BouncingBall(SyntheticDataModule):
     ) -> None:
         super().__init__(num_features=channels, steps=steps, **options)
         require("channels", channels, 1)
-        require("speed", speed, 0, 2)
-        require("noise", noise, 0, 1e3)
-        self.speed = speed
-        self.noise = noise
+        self.speed = require("speed", speed, 0, 2)
+        self.noise = require("noise", noise, 0, 1e3)
 
     def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
         """Draw noisy ways."""

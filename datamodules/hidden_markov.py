@@ -29,11 +29,9 @@ class HiddenMarkov(ExactDataModule):
     1. States lie on a circle, and a channel answers most to those that are near to it. Nothing of this depends on the
     seed.
 
-    Given the state, channels are independent; given the past, they are not, for nobody knows whether the state jumped.
-    So a model whose latent takes the place of the state can come close to :meth:`exact_log_likelihood` with independent
-    outputs, and a network without a latent loses :attr:`diagonal_loss` nats a step, however well it filters.
-
-    Data units are the model's units: the scaler is the identity.
+    Given the state, channels are independent; given the past, they are not. So a model with a latent in place of the
+    state can come close to :meth:`exact_log_likelihood` with independent outputs, and a network without a latent loses
+    at least :attr:`diagonal_loss` nats a step.
 
     Args:
         emission: "bernoulli" for channels of 0 and 1, "gaussian" for real ones with unit noise.
@@ -64,13 +62,12 @@ class HiddenMarkov(ExactDataModule):
         require("states", states, 2)
         require("channels", channels, 1)
         require("contrast", contrast, 0, 30)
-        require("missing_rate", missing_rate, 0, below=1)
+        self.missing_rate = require("missing_rate", missing_rate, 0, below=1)
         if emission not in ("bernoulli", "gaussian"):
             raise UserError(f"--data.emission {emission}: must be bernoulli or gaussian")
         if not 0 < stay < 1:
             raise UserError(f"--data.stay {stay}: must lie in (0, 1)")
         self.emission = emission
-        self.missing_rate = missing_rate
         self.missing = missing_rate > 0
         same = torch.eye(states, dtype=torch.float64)
         self.initial = torch.full((states,), 1 / states, dtype=torch.float64)

@@ -23,12 +23,9 @@ class Jumps(ExactDataModule):
         \varepsilon_t \sim \mathcal N\big(0, \sigma^2 [(1 - c) I + c \mathbf 1 \mathbf 1^\top]\big)
 
     and :math:`x_0 = 0`. Given the past, a step is the even mixture of two Gaussians, whose
-    :meth:`exact_log_likelihood` is what the best of all models reaches on average: minus :attr:`entropy` a step. The
-    past says nothing of where the next jump goes. So a network without a latent and with a Gaussian output loses at
-    least :attr:`gaussian_loss` nats a step, and :attr:`diagonal_loss` with a diagonal one, however well it remembers; a
-    latent can take the place of the jump.
-
-    Data units are the model's units: the scaler is the identity.
+    :meth:`exact_log_likelihood` is on average minus :attr:`entropy` a step. The past does not predict the next jump. So
+    a network without a latent and with a Gaussian output loses at least :attr:`gaussian_loss` nats a step, and
+    :attr:`diagonal_loss` with a diagonal one; a latent can take the place of the jump.
 
     Args:
         channels: Features per step, D, at least 2.
@@ -59,12 +56,10 @@ class Jumps(ExactDataModule):
     ) -> None:
         super().__init__(channels, **options)
         require("channels", channels, 2)
-        require("memory", memory, 0, 1)
-        require("jump", jump, 1e-3, 1e3)
+        self.memory = require("memory", memory, 0, 1)
+        self.jump = require("jump", jump, 1e-3, 1e3)
         require("noise", noise, 1e-3, 1e3)
         require("correlation", correlation, 0, 0.99)
-        self.memory = memory
-        self.jump = jump
         identity = torch.eye(channels, dtype=torch.float64)
         self.noise_covariance = noise**2 * ((1 - correlation) * identity + correlation)
         """Covariance of the noise, R, shape (channels, channels)."""

@@ -28,12 +28,9 @@ class LinearGaussian(ExactDataModule):
     the first step on. Each channel, a row of :math:`C`, sees every pair from a direction of its own. Nothing of this
     depends on the seed.
 
-    Given the state, channels are independent; given the past, they are not, for the new :math:`w_t` moves them
-    together. So a model whose latent takes the place of the state can reach :meth:`exact_log_likelihood` with a
-    diagonal Gaussian output, and a network without a latent loses :attr:`diagonal_loss` nats a step, however well it
-    filters.
-
-    Data units are the model's units: the scaler is the identity.
+    Given the state, channels are independent; given the past, they are not, as the new :math:`w_t` moves them together.
+    So a model with a latent in place of the state can reach :meth:`exact_log_likelihood` with a diagonal Gaussian
+    output, and a network without a latent loses at least :attr:`diagonal_loss` nats a step.
 
     Args:
         state_size: States, S.
@@ -66,7 +63,7 @@ class LinearGaussian(ExactDataModule):
         require("state_size", state_size, 1)
         require("channels", channels, 2)
         require("memory", memory, 0, below=1)
-        require("missing_rate", missing_rate, 0, below=1)
+        self.missing_rate = require("missing_rate", missing_rate, 0, below=1)
         require("state_noise", state_noise, 1e-3, 1e3)
         require("observation_noise", observation_noise, 1e-3, 1e3)
         require("loading", loading, 1e-3, 1e3)
@@ -76,7 +73,6 @@ class LinearGaussian(ExactDataModule):
                 f"--data.observation_noise {observation_noise}: too small to compute with; the state alone spreads a "
                 f"channel by {spread**0.5:.3g}"
             )
-        self.missing_rate = missing_rate
         self.missing = missing_rate > 0
         state = torch.eye(state_size, dtype=torch.float64)
         self.transition = memory * _rotations(state_size)

@@ -89,13 +89,12 @@ class MNISTRows(SequenceDataModule):
         for option, value, choices in (("read", read, get_args(Read)), ("binarise", binarise, get_args(Binarise))):
             if value not in choices:
                 raise UserError(f"--data.{option} {value}: must be one of {', '.join(choices)}")
-        require("val_size", val_size, 1)
+        self.val_size = require("val_size", val_size, 1)
         super().__init__(num_features=SIDE if read == "rows" else 1, batch_size=batch_size, **options)
         self.hparams["download"] = False  # not repeated with a checkpoint
         self.root = data_root(root)
         self.max_gb = checked_limit(max_gb)
         self.binarise = binarise
-        self.val_size = val_size
         self.download = download
         self._warned = False
 

@@ -23,12 +23,10 @@ class Sines(ExactDataModule):
         a_d, b_d \sim \mathcal N(0, \alpha^2), \quad
         \varepsilon_t \sim \mathcal N\big(0, \sigma^2 [(1 - \rho) I + \rho \mathbf 1 \mathbf 1^\top]\big)
 
-    with :math:`\omega` uniform on a grid of ``frequencies`` values in (0, pi / 2). A sequence's density is therefore a
-    finite mixture of Gaussians with low-rank-plus-noise covariances, and :meth:`exact_log_likelihood` is what the best
-    of all models reaches on average. A network with a diagonal Gaussian output and no latent can't express the
-    correlation of the noise: even where it knows frequency and coefficients it loses :attr:`diagonal_loss` nats a step.
-
-    Data units are the model's units: the scaler is the identity.
+    with :math:`\omega` uniform on a grid of ``frequencies`` values in (0, pi / 2). A sequence's density is a finite
+    mixture of Gaussians with low-rank-plus-noise covariances. A network with a diagonal Gaussian output and no latent
+    can't express the correlation of the noise: even given frequency and coefficients it loses :attr:`diagonal_loss`
+    nats a step.
 
     Args:
         channels: Features per step, D, at least 3.
@@ -56,10 +54,9 @@ class Sines(ExactDataModule):
         super().__init__(channels, **options)
         require("channels", channels, 3)
         require("frequencies", frequencies, 1, 1000)
-        require("amplitude", amplitude, 1e-6, 1e6)
+        self.amplitude = require("amplitude", amplitude, 1e-6, 1e6)
         require("noise", noise, 1e-6, 1e6)
         require("correlation", correlation, 0, below=1)
-        self.amplitude = amplitude
         self.omegas = torch.arange(1, frequencies + 1, dtype=torch.float64) * (math.pi / 2 / (frequencies + 1))
         identity = torch.eye(channels, dtype=torch.float64)
         self.noise_covariance = noise**2 * ((1 - correlation) * identity + correlation)

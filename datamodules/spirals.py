@@ -46,14 +46,11 @@ class Spirals(SyntheticDataModule):
 
     def __init__(self, arms: int = 2, turns: float = 1.5, steps: int = 60, noise: float = 0.01, **options: Any) -> None:
         super().__init__(num_features=3, steps=steps, **options)
-        require("arms", arms, 1)
+        self.arms = require("arms", arms, 1)
         if arms > self.min_steps:
             raise UserError(f"--data.arms {arms}: more than the points of the shortest drawing, {self.min_steps}")
-        require("turns", turns, 0, 20)
-        require("noise", noise, 0, 1e3)
-        self.arms = arms
-        self.turns = turns
-        self.noise = noise
+        self.turns = require("turns", turns, 0, 20)
+        self.noise = require("noise", noise, 0, 1e3)
 
     def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
         """Draw spirals."""

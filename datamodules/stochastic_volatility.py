@@ -21,7 +21,7 @@ class StochasticVolatility(SyntheticDataModule):
         h_1 \sim \mathcal N\big(0, \tfrac{\sigma^2}{1 - \varphi^2}\big)
 
     (Taylor 1982). The density of the returns has no closed form. The past tells nothing of their sign, and a part of
-    their size: with a latent in the place of :math:`h_t`, a Gaussian output is right. Data units are the model's units.
+    their size: with a latent in the place of :math:`h_t`, a Gaussian output is right.
 
     Args:
         channels: Assets, D.
@@ -42,10 +42,8 @@ class StochasticVolatility(SyntheticDataModule):
     ) -> None:
         super().__init__(num_features=channels, steps=steps, **options)
         require("channels", channels, 1)
-        require("persistence", persistence, 0, 0.999)
-        require("volatility", volatility, 0, 2)
-        self.persistence = persistence
-        self.volatility = volatility
+        self.persistence = require("persistence", persistence, 0, 0.999)
+        self.volatility = require("volatility", volatility, 0, 2)
 
     def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
         """Draw the returns."""

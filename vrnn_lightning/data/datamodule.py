@@ -57,20 +57,16 @@ class SequenceDataModule(LightningDataModule):
         self, num_features: int, batch_size: int = 32, num_workers: int = 0, seed: int = 0, window: int | None = None
     ) -> None:
         super().__init__()
-        require("batch_size", batch_size, 1)
-        require("num_workers", num_workers, 0)
-        if window is not None:
-            require("window", window, 1)
+        self.batch_size = require("batch_size", batch_size, 1)
+        self.num_workers = require("num_workers", num_workers, 0)
+        self.window = None if window is None else require("window", window, 1)
         if not 0 <= seed < 2**60:
             raise UserError(f"--data.seed {seed}: must lie between 0 and 2^60")
         self.save_hyperparameters(logger=False)
         paths = {key: str(value) for key, value in self.hparams.items() if isinstance(value, PurePath)}
         self.hparams.update(paths)  # a checkpoint holds no objects
         self.num_features = num_features
-        self.batch_size = batch_size
-        self.num_workers = num_workers
         self.seed = seed
-        self.window = window
         self._scaler: Scaler | None = None
         self._splits: dict[str, Sequences] = {}
         self._lengths: dict[str, tuple[Sequences, list[int]]] = {}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TypeVar
 
 from vrnn_lightning.errors import UserError
 
 __all__ = ["checked_limit", "data_root", "require"]
+
+T = TypeVar("T", bound=float)
 
 
 def data_root(root: str) -> Path:
@@ -38,8 +41,8 @@ def checked_limit(max_gb: float) -> float:
     return max_gb
 
 
-def require(option: str, value: float, least: float, most: float | None = None, *, below: float | None = None) -> None:
-    """Raise if an option of a datamodule is outside its range; NaN is outside.
+def require(option: str, value: T, least: float, most: float | None = None, *, below: float | None = None) -> T:
+    """Return an option of a datamodule that is in its range; NaN is outside.
 
     Args:
         option: Its name.
@@ -49,9 +52,10 @@ def require(option: str, value: float, least: float, most: float | None = None, 
         below: The end of the range, which is not allowed; by default, without ``most``, 2^31.
 
     Raises:
-        UserError: It is.
+        UserError: The value is outside.
 
     >>> require("memory", 0.5, 0, below=1)
+    0.5
     """
     if most is not None:
         allowed, bound = least <= value <= most, f"lie between {least} and {most}"
@@ -61,3 +65,4 @@ def require(option: str, value: float, least: float, most: float | None = None, 
         allowed, bound = least <= value < 2**31, f"be at least {least}" if not value >= least else "be below 2^31"
     if not allowed:
         raise UserError(f"--data.{option} {value}: must {bound}")
+    return value
