@@ -24,7 +24,7 @@ __all__ = [
     "MotionDataModule",
     "SyntheticDataModule",
     "integrate",
-    "measured",
+    "valid_values",
     "require",
 ]
 
@@ -201,7 +201,7 @@ class ExactDataModule(SyntheticDataModule):
 
     def exact_log_likelihood(self, batch: SequenceBatch) -> Tensor:
         """Return log p(x) of the measured values of each sequence in nats, shape (batch,), on the CPU in float64."""
-        return self.log_density(*measured(batch))
+        return self.log_density(*valid_values(batch))
 
 
 class Redrawn(list[SequenceSample]):
@@ -217,7 +217,7 @@ class Redrawn(list[SequenceSample]):
         return self.source.epoch_of("train", epoch) if epoch else self
 
 
-def measured(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+def valid_values(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
     """Return a batch's values in float64, 0 where none was measured, and True where one was, both on the CPU."""
     valid = batch.valid_mask.cpu()
     return batch.x.detach().cpu().double().where(valid, 0.0), valid

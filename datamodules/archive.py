@@ -84,7 +84,7 @@ class Archive(RandomSplitDataModule):
 
     def sequences(self, split: Split) -> ArchiveSplit:
         """Return the sequences of a split, each of shape (steps, features)."""
-        if self.random_splits is None or split in self._held:
+        if self.random_splits is None or split in self._own_splits:
             return self._train if split == "train" else self._read(split)
         digests = self.random_splits.names(split, self.sizes, self.root)
         places = sorted(place for digest in digests for place in self._places[digest])
@@ -92,12 +92,12 @@ class Archive(RandomSplitDataModule):
 
     def lengths(self, split: Split) -> list[int]:
         """Return the steps of each sequence of a split."""
-        found = self.split(split)
-        assert isinstance(found, ArchiveSplit)
-        return found.lengths
+        sequences = self.split(split)
+        assert isinstance(sequences, ArchiveSplit)
+        return sequences.lengths
 
     @cached_property
-    def _held(self) -> set[Split]:
+    def _own_splits(self) -> set[Split]:
         """The held-out splits that the archive has."""
         splits: tuple[Split, ...] = ("val", "test")
         return {split for split in splits if archive_holds(self.root, split)}
@@ -105,17 +105,17 @@ class Archive(RandomSplitDataModule):
     @cached_property
     def random_splits(self) -> RandomSplits | None:
         """Random splits of the training sequences; ``None`` where the archive has all splits."""
-        val, test = (0.0 if split in self._held else part for split, part in self._parts.items())
-        return RandomSplits(val, test, self.seed) if len(self._held) < 2 else None
+        val, test = (0.0 if split in self._own_splits else part for split, part in self._parts.items())
+        return RandomSplits(val, test, self.seed) if len(self._own_splits) < 2 else None
 
     @cached_property
     def _places(self) -> dict[str, list[int]]:
         """The indices of the training sequences by a digest of their values, which does not depend on their order."""
-        found: dict[str, list[int]] = {}
+        places: dict[str, list[int]] = {}
         for place, (start, end) in enumerate(self._train.bounds):
             values = self._train.values[start:end].astype("<f8")
-            found.setdefault(hashlib.blake2b(values.tobytes(), digest_size=12).hexdigest(), []).append(place)
-        return found
+            places.setdefault(hashlib.blake2b(values.tobytes(), digest_size=12).hexdigest(), []).append(place)
+        return places
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -126,22 +126,22 @@ class Archive(RandomSplitDataModule):
     @cached_property
     def _train(self) -> ArchiveSplit:
         """The archive's training sequences, with those for other splits."""
-        found = self._read("train")
-        spread = np.ptp(found.values.astype(np.float64), axis=0) if len(found.values) else np.ones(self.num_features)
-        left = [self.kept[i] for i in np.flatnonzero(spread <= STILL * spread.max())]
-        if left:
-            out = sorted({*range(self.features)} - {*self.kept} | {*left})
+        train = self._read("train")
+        spread = np.ptp(train.values.astype(np.float64), axis=0) if len(train.values) else np.ones(self.num_features)
+        constant = [self.kept[i] for i in np.flatnonzero(spread <= STILL * spread.max())]
+        if constant:
+            out = sorted({*range(self.features)} - {*self.kept} | {*constant})
             rank_zero_warn(
-                f"{self.root}: columns {', '.join(map(str, left))} hardly change in training, so that their density "
-                f"has no upper bound; leave them out: --data.exclude '{out}'"
+                f"{self.root}: columns {', '.join(map(str, constant))} hardly change in training, so that their "
+                f"density has no upper bound; leave them out: --data.exclude '{out}'"
             )
-        return found
+        return train
 
     def _read(self, split: Split) -> ArchiveSplit:
         """Return a split of the archive without the excluded columns."""
         fix = f"; give its width as --data.features, which is {self.features}"
-        found = read_archive(self.root, split, self.features, fix=fix, max_gb=self.max_gb)
-        return replace(found, values=found.values[:, self.kept])
+        whole = read_archive(self.root, split, self.features, fix=fix, max_gb=self.max_gb)
+        return replace(whole, values=whole.values[:, self.kept])
 
 
 def _columns(exclude: Sequence[int], features: int) -> set[int]:

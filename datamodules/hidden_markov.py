@@ -12,7 +12,7 @@ from torch.distributions import Bernoulli, Normal
 from vrnn_lightning.batch import pad
 from vrnn_lightning.errors import UserError
 
-from ._synthetic import ExactDataModule, Lengths, measured, require
+from ._synthetic import ExactDataModule, Lengths, require, valid_values
 
 __all__ = ["HiddenMarkov"]
 
@@ -110,7 +110,7 @@ class HiddenMarkov(ExactDataModule):
         """
         train = self.split("train")
         batch = pad([train[i] for i in range(len(train))])
-        x, valid = measured(batch)
+        x, valid = valid_values(batch)
         evidence, predicted = self._forward(x, valid)
         weights = predicted.exp()
         factors: Bernoulli | Normal

@@ -131,12 +131,12 @@ class LinearGaussian(ExactDataModule):
 
     def predictive_covariances(self) -> Tensor:
         """Return the covariance of x_t given the complete past, for each step, shape (steps, channels, channels)."""
-        c, covariance, found = self.observation, self.initial_covariance, []
+        c, covariance, predictive = self.observation, self.initial_covariance, []
         for _ in range(self.steps):
-            found.append(c @ covariance @ c.mT + self.observation_covariance)
-            seen = covariance - covariance @ c.mT @ torch.linalg.solve(found[-1], c @ covariance)
+            predictive.append(c @ covariance @ c.mT + self.observation_covariance)
+            seen = covariance - covariance @ c.mT @ torch.linalg.solve(predictive[-1], c @ covariance)
             covariance = self.transition @ seen @ self.transition.mT + self.state_covariance
-        return torch.stack(found)
+        return torch.stack(predictive)
 
     @property
     def diagonal_loss(self) -> float | None:

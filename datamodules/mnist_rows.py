@@ -89,11 +89,11 @@ class MNISTRows(SequenceDataModule):
         for option, value, choices in (("read", read, get_args(Read)), ("binarise", binarise, get_args(Binarise))):
             if value not in choices:
                 raise UserError(f"--data.{option} {value}: must be one of {', '.join(choices)}")
-        self.val_size = require("val_size", val_size, 1)
         super().__init__(num_features=SIDE if read == "rows" else 1, batch_size=batch_size, **options)
         self.hparams["download"] = False  # not repeated with a checkpoint
         self.root = data_root(root)
         self.max_gb = checked_limit(max_gb)
+        self.val_size = require("val_size", val_size, 1)
         self.binarise = binarise
         self.download = download
         self._warned = False
@@ -105,7 +105,7 @@ class MNISTRows(SequenceDataModule):
 
     def sequences(self, split: Split) -> Sequences:
         """Return the images of a split."""
-        found = self._archived(split) if self.root.suffix == ".npz" else self._from_idx(split)
+        images = self._archived(split) if self.root.suffix == ".npz" else self._from_idx(split)
         if self.binarise == "none" and not self._warned:
             self._warned = True
             rank_zero_warn(
@@ -115,38 +115,36 @@ class MNISTRows(SequenceDataModule):
         is_dynamic = self.binarise == "dynamic"
         stream = (self.seed, ("train", "val", "test").index(split)) if is_dynamic else None
         make = _RedrawnImages if is_dynamic and split == "train" else _Images
-        return make(found, self.num_features, self.binarise == "static", stream)
+        return make(images, self.num_features, self.binarise == "static", stream)
 
     def lengths(self, split: Split) -> list[int]:
         """Return the rows or pixels of each image of a split."""
-        found = self.split(split)
-        assert isinstance(found, _Images)
-        return [steps * SIDE // self.num_features for steps in found.images.lengths]
+        sequences = self.split(split)
+        assert isinstance(sequences, _Images)
+        return [steps * SIDE // self.num_features for steps in sequences.images.lengths]
 
     def _archived(self, split: Split) -> ArchiveSplit:
-        found = read_archive(self.root, split, SIDE, stacked="images", max_gb=self.max_gb)
-        whole = found.values.dtype.kind != "f"
+        images = read_archive(self.root, split, SIDE, stacked="images", max_gb=self.max_gb)
+        is_whole = images.values.dtype.kind != "f"
         fix = "grey values are whole numbers from 0 to 255, or floats from 0 to 1"
-        found.raise_if((found.values < 0) | (found.values > (255 if whole else 1)), fix)
-        if not whole:
-            return replace(found, values=255 * found.values.astype(np.float32))
-        grey = found.values.astype(np.uint8)
-        return replace(found, values=grey if (grey > 1).any() else 255 * grey)  # else it is black and white already
+        images.raise_if((images.values < 0) | (images.values > (255 if is_whole else 1)), fix)
+        if not is_whole:
+            return replace(images, values=255 * images.values.astype(np.float32))
+        grey = images.values.astype(np.uint8)
+        return replace(images, values=grey if (grey > 1).any() else 255 * grey)  # else it is black and white already
 
     def _from_idx(self, split: Split) -> ArchiveSplit:
         name = "t10k" if split == "test" else "train"
         path = _find(self.root, name)
         images = _read_idx(path, self.max_gb)
-        rows = np.arange(len(images) + 1) * SIDE
-        bounds, numbers = np.stack([rows[:-1], rows[1:]], 1), np.arange(len(images))
-        if split != "test":
-            if self.val_size >= len(images):
-                raise UserError(
-                    f"--data.val_size {self.val_size}: {path} has {len(images)} images; leave some to train"
-                )
-            part = slice(-self.val_size, None) if split == "val" else slice(-self.val_size)
-            bounds, numbers = bounds[part], numbers[part]
-        return ArchiveSplit(path, name, "images", images.reshape(-1, SIDE), bounds, numbers)
+        rows, numbers = np.arange(len(images) + 1) * SIDE, np.arange(len(images))
+        bounds = np.stack([rows[:-1], rows[1:]], 1)
+        whole = ArchiveSplit(path, name, "images", images.reshape(-1, SIDE), bounds, numbers)
+        if split == "test":
+            return whole
+        if self.val_size >= len(images):
+            raise UserError(f"--data.val_size {self.val_size}: {path} has {len(images)} images; leave some to train")
+        return whole.take(numbers[-self.val_size :] if split == "val" else numbers[: -self.val_size])
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ class _Images:
         return SequenceSample((255 * uniform < image.x).float().reshape(-1, self.width), name=image.name)
 
     def window(self, index: int, first: int, last: int, /) -> SequenceSample | None:
-        """Return steps ``first`` to ``last - 1`` of an image, where they are rows and not drawn with the others."""
+        """Return steps ``first`` to ``last - 1`` of an image; ``None`` for pixels and draws, which are read whole."""
         can_cut = self.width > 1 and self.stream is None
         return self._shown(self.images.window(index, first, last)) if can_cut else None
 
@@ -203,12 +201,12 @@ def _find(root: Path, name: str) -> Path:
     if root.is_file():
         raise UserError(f"--data.root {root}: is a file; give the folder that holds it, or an .npz archive")
     spellings = [f"{name}-images{dot}idx3-ubyte{end}" for dot in "-." for end in ("", ".gz")]
-    found = [path for folder in (root, root / "MNIST" / "raw") for s in spellings if (path := folder / s).is_file()]
-    if not found:
+    paths = [path for folder in (root, root / "MNIST" / "raw") for s in spellings if (path := folder / s).is_file()]
+    if not paths:
         raise UserError(
             f"--data.root {root}: holds no {name}-images-idx3-ubyte, with or without .gz; MNIST's files are at {SOURCE}"
         )
-    return found[0]
+    return paths[0]
 
 
 def _read_idx(path: Path, max_gb: float) -> NDArray[Any]:
@@ -223,10 +221,10 @@ def _read_idx(path: Path, max_gb: float) -> NDArray[Any]:
 
 
 def _images(path: Path, file: BinaryIO | gzip.GzipFile, max_gb: float) -> NDArray[Any]:
-    """Read images after comparing what the header declares with what is allowed and what is there."""
-    start = file.read(16)
+    """Read images after comparing the header with the limit and the file."""
+    start, fix = file.read(16), f"Fix: copy it again from {SOURCE}"
     if len(start) < 16:
-        raise UserError(f"{path}: is truncated: it holds {len(start)} bytes. Fix: copy it again from {SOURCE}")
+        raise UserError(f"{path}: is truncated: it holds {len(start)} bytes. {fix}")
     magic, *shape = np.frombuffer(start, ">u4").tolist()
     if magic == LABELS:
         raise UserError(f"{path}: holds labels (magic number {LABELS}), expected images ({IMAGES})")
@@ -240,6 +238,5 @@ def _images(path: Path, file: BinaryIO | gzip.GzipFile, max_gb: float) -> NDArra
     data = file.read(expected)
     if len(data) < expected or file.read(1):
         what = f"truncated: it holds {16 + len(data)}" if len(data) < expected else "damaged: it holds more"
-        fix = f"Fix: copy it again from {SOURCE}"
         raise UserError(f"{path}: is {what} bytes, but {count} images take {16 + expected}. {fix}")
     return np.frombuffer(data, np.uint8).reshape(count, SIDE, SIDE)

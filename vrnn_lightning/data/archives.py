@@ -166,10 +166,10 @@ def read_archive(
             steps = _steps(path, word, archive.read(f"{word}_lengths", max_gb), shape[0])
         values = archive.read(name, max_gb).reshape(-1, width)
     ends = steps.cumsum()
-    found = ArchiveSplit(path, word, name, values, np.stack([ends - steps, ends], axis=1), np.arange(len(steps)))
+    sequences = ArchiveSplit(path, word, name, values, np.stack([ends - steps, ends], axis=1), np.arange(len(steps)))
     if values.dtype.kind == "f":
-        found.raise_if(~np.isfinite(values), "remove the sequence or fix it")
-    return found
+        sequences.raise_if(~np.isfinite(values), "remove the sequence or fix it")
+    return sequences
 
 
 def _steps(path: Path, word: str, lengths: NDArray[Any], rows: int) -> NDArray[np.int64]:
@@ -195,7 +195,7 @@ def _word(split: Split) -> str:
 
 
 @contextmanager
-def opened_archive(path: Path, option: str = "") -> Iterator[Archived]:
+def opened_archive(path: Path, option: str = "") -> Iterator[OpenArchive]:
     """Open an .npz file; raise a UserError if it, or an array that the block reads, is missing or damaged."""
     if path.suffix == ".npy":
         raise UserError(f"{path}: is a single array, no .npz archive. Fix: write it with numpy.savez")
@@ -206,11 +206,11 @@ def opened_archive(path: Path, option: str = "") -> Iterator[Archived]:
     ):
         for member in zip_members(archive):  # a damaged name would hide an array
             archive.open(member).close()
-        yield Archived(path, archive)
+        yield OpenArchive(path, archive)
 
 
 @dataclass(frozen=True)
-class Archived:
+class OpenArchive:
     """An open .npz file.
 
     Args:

@@ -92,7 +92,7 @@ class BatchSampler(DistributedSampler[Rows]):
     ) -> None:
         super().__init__(range(len(lengths)), num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]  # a range is sized
         self.lengths = torch.as_tensor(lengths)
-        self.kept = self.lengths.nonzero().flatten()  # a sequence of no steps counts nowhere
+        self.nonempty = self.lengths.nonzero().flatten()  # a sequence of no steps counts nowhere
         self.window = window
         self.pieces = self.lengths.sign() if window is None else -(-self.lengths // window)  # of each sequence
         self.batch_size = batch_size
@@ -102,7 +102,7 @@ class BatchSampler(DistributedSampler[Rows]):
     @property
     def cut(self) -> list[int]:
         """What decides which sequences and steps share a batch, but for the epoch."""
-        return [self.seed, self.global_batch, self.window or 0, len(self.kept), int(self.lengths.sum())]
+        return [self.seed, self.global_batch, self.window or 0, len(self.nonempty), int(self.lengths.sum())]
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -129,7 +129,7 @@ class BatchSampler(DistributedSampler[Rows]):
 
     def _shuffled(self, generator: torch.Generator) -> Tensor:
         generator.manual_seed(self.seed + self.epoch)
-        return self.kept[torch.randperm(len(self.kept), generator=generator)]
+        return self.nonempty[torch.randperm(len(self.nonempty), generator=generator)]
 
     def _streams(self, window: int, start: int) -> Iterator[list[Window]]:
         """Yield the batches of this process's streams: from each the next window, or none after its end."""
@@ -151,7 +151,7 @@ class BatchSampler(DistributedSampler[Rows]):
     @cached_property
     def _groups(self) -> list[list[int]]:
         """Global batches of like length in a fixed order, each as many sequences as its steps' budget holds."""
-        longest_first = self.kept[self.lengths[self.kept].argsort(descending=True, stable=True)].tolist()
+        longest_first = self.nonempty[self.lengths[self.nonempty].argsort(descending=True, stable=True)].tolist()
         groups: list[list[int]] = []
         while longest_first:
             rows = self.batch_size
