@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from copy import copy
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Generator
+from torch import Tensor
 
-from vrnn_lightning.batch import SequenceSample
-from vrnn_lightning.data import SequenceDataModule, Split
+from vrnn_lightning.batch import SequenceBatch, SequenceSample
+from vrnn_lightning.data import SequenceDataModule, Split, require
 from vrnn_lightning.errors import UserError
 
 __all__ = [
-    "Draw",
+    "ExactDataModule",
     "Floats",
-    "Redrawn",
+    "Lengths",
+    "MotionDataModule",
     "SyntheticDataModule",
     "integrate",
-    "measured",
-    "opening",
+    "valid_values",
     "require",
-    "require_sizes",
 ]
 
 MAX_GB = 16.0
@@ -34,19 +33,20 @@ MAX_GB = 16.0
 PER_SEQUENCE = 1000
 """Bytes of a sequence besides its values."""
 Floats = NDArray[np.float64]
-Draw = Callable[[NDArray[np.int64], np.random.Generator], Floats]
-"""Draws sequences of given lengths, shape (sequences,), as values of shape (sequences, longest, features)."""
+Lengths = NDArray[np.int64]
 
 
 class SyntheticDataModule(SequenceDataModule):
-    """Base class of datamodules without files: give it :meth:`drawing`, it does sizes, lengths, seeds and epochs.
+    """Base class of datamodules without files: give it :meth:`draw`, it does sizes, lengths, seeds and epochs.
 
-    Each split has streams of random numbers of its own: one for the lengths and, for each epoch, one for the values. So
-    an epoch can be drawn without those before it, by any process, in one go for all of its sequences.
+    Without ``scaling``, data units are the model's units.
+
+    Each split has its own streams of random numbers: for the lengths and for each epoch's values. So any process can
+    draw an epoch without those before it, in one go for all of its sequences.
 
     Args:
         num_features: Features per step.
-        steps: Longest sequence.
+        steps: Longest sequence, T.
         train_size: Training sequences.
         val_size: Validation sequences.
         test_size: Test sequences.
@@ -58,6 +58,12 @@ class SyntheticDataModule(SequenceDataModule):
     Raises:
         UserError: An option outside its range.
     """
+
+    generator: ClassVar[Literal["numpy", "torch"]] = "numpy"
+    noun: ClassVar[str] = ""
+    """What to call a sequence; by default the words of the class's name."""
+    missing_rate: float = 0.0
+    """Probability of each value to be missing."""
 
     def __init__(
         self,
@@ -73,64 +79,148 @@ class SyntheticDataModule(SequenceDataModule):
     ) -> None:
         super().__init__(num_features=num_features, batch_size=batch_size, **options)
         self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
-        require_sizes(self.sizes, steps, min_steps, num_features)
-        self.steps = steps
+        self.steps = require("steps", steps, 1)
         self.min_steps = steps if min_steps is None else min_steps
         self.fresh = fresh
+        self._require_sizes()
+
+    def _require_sizes(self) -> None:
+        for split, size in self.sizes.items():
+            require(f"{split}_size", size, 1)
+        if not 1 <= self.min_steps <= self.steps:
+            raise UserError(f"--data.min_steps {self.min_steps}: must lie between 1 and --data.steps, {self.steps}")
+        split, size = max(self.sizes.items(), key=lambda item: item[1])
+        needed = size * (self.steps * self.num_features * 8 + PER_SEQUENCE) / 1e9
+        if needed > MAX_GB:
+            raise UserError(
+                f"--data.{split}_size {size} x --data.steps {self.steps} x {self.num_features} features: takes "
+                f"{needed:.1f} GB, more than {MAX_GB:g} GB. Fix: give fewer sequences or steps"
+            )
 
     @abstractmethod
-    def drawing(self) -> Draw:
-        """Return what draws the values; a function of a module or a partial, for it travels to reading processes."""
+    def draw(self, lengths: Lengths, random: Any) -> Floats | Tensor:
+        """Draw sequences: values of shape (sequences, at least the longest, features).
+
+        Args:
+            lengths: Steps of each sequence.
+            random: A generator of random numbers, numpy's or torch's as :attr:`generator` says.
+        """
 
     def sequences(self, split: Split) -> list[SequenceSample]:
         """Draw a split's sequences."""
-        stream = (self.seed, ("train", "val", "test").index(split))
-        lengths = np.random.default_rng(stream).integers(self.min_steps, self.steps + 1, self.sizes[split])
-        noun = "".join(f" {c.lower()}" if c.isupper() else c for c in type(self).__name__)
-        draw = partial(_sequences, self.drawing(), lengths, stream, f"{split}{noun}")
-        return Redrawn(draw) if self.fresh and split == "train" else draw(0)
+        return Redrawn(self) if self.fresh and split == "train" else self.epoch_of(split, 0)
+
+    def epoch_of(self, split: Split, epoch: int) -> list[SequenceSample]:
+        """Return a split's sequences as they are in an epoch."""
+        lengths, random = self._open_stream(split, epoch)
+        values = torch.as_tensor(self.draw(lengths, random))
+        seen = torch.rand(values.shape, generator=random) >= self.missing_rate if self.missing_rate else None
+        noun = self.noun or "".join(f" {c.lower()}" if c.isupper() else c for c in type(self).__name__).strip()
+        return [
+            SequenceSample(values[i, :n].float(), None if seen is None else seen[i, :n], name=f"{split} {noun} {i}")
+            for i, n in enumerate(lengths.tolist())
+        ]
+
+    def _open_stream(self, split: Split, epoch: int) -> tuple[Lengths, Any]:
+        """Return the lengths of a split's sequences, the same in all epochs, and an epoch's random numbers."""
+        number, size = ("train", "val", "test").index(split), self.sizes[split]
+        if self.generator == "numpy":
+            lengths = np.random.default_rng((self.seed, number)).integers(self.min_steps, self.steps + 1, size)
+            return lengths, np.random.default_rng((self.seed, number, 1 + epoch))
+        generator = torch.Generator().manual_seed(self.seed * 3 + number)
+        lengths = torch.randint(self.min_steps, self.steps + 1, (size,), generator=generator).numpy()
+        if epoch:
+            (own,) = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64).tolist()
+            generator.manual_seed(own >> 1)
+        return lengths, generator
+
+
+class MotionDataModule(SyntheticDataModule):
+    """Base class of synthetic datamodules that follow a differential equation and add Gaussian noise.
+
+    Args:
+        num_features: Features per step.
+        noise: Standard deviation of the noise; 0 for none.
+        steps: Longest sequence, T.
+        interval: Time between two steps, in the equation's unit (seconds for a pendulum), at most 1.
+        train_size: Training sequences.
+        val_size: Validation sequences.
+        test_size: Test sequences.
+        options: The other options of ``SyntheticDataModule``.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        noise: float,
+        steps: int = 100,
+        interval: float = 0.05,
+        train_size: int = 1024,
+        val_size: int = 128,
+        test_size: int = 128,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, steps, train_size, val_size, test_size, **options)
+        self.interval = require("interval", interval, 1e-4, 1)
+        self.noise = require("noise", noise, 0, 1e3)
+
+
+class ExactDataModule(SyntheticDataModule):
+    """Base class of synthetic datamodules whose density is known: give it :meth:`log_density` too.
+
+    Args:
+        num_features: Features per step.
+        steps: Longest sequence, T.
+        train_size: Training sequences.
+        val_size: Validation sequences.
+        test_size: Test sequences.
+        options: The other options of ``SyntheticDataModule``.
+    """
+
+    generator: ClassVar[Literal["numpy", "torch"]] = "torch"
+
+    def __init__(
+        self,
+        num_features: int,
+        steps: int = 50,
+        train_size: int = 4096,
+        val_size: int = 512,
+        test_size: int = 512,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, steps, train_size, val_size, test_size, **options)
+
+    @abstractmethod
+    def log_density(self, x: Tensor, valid: Tensor) -> Tensor:
+        """Return log p of the measured values of each sequence in nats, shape (batch,).
+
+        Args:
+            x: Values in float64 on the CPU, shape (batch, time, features), 0 where none was measured.
+            valid: True where a value was measured, of the same shape.
+        """
+
+    def exact_log_likelihood(self, batch: SequenceBatch) -> Tensor:
+        """Return log p(x) of the measured values of each sequence in nats, shape (batch,), on the CPU in float64."""
+        return self.log_density(*valid_values(batch))
 
 
 class Redrawn(list[SequenceSample]):
-    """The sequences of epoch 0, and what draws those of another."""
+    """The training sequences of epoch 0, and the datamodule that draws those of another."""
 
-    def __init__(self, draw: Callable[[int], list[SequenceSample]]) -> None:
-        super().__init__(draw(0))
-        self.draw = draw
+    def __init__(self, source: SyntheticDataModule) -> None:
+        super().__init__(source.epoch_of("train", 0))
+        self.source = copy(source)
+        self.source.__dict__.update(trainer=None, _splits={}, _lengths={})  # it travels to reading processes
 
     def in_epoch(self, epoch: int) -> list[SequenceSample]:
         """Return the sequences of an epoch."""
-        return self.draw(epoch) if epoch else self
+        return self.source.epoch_of("train", epoch) if epoch else self
 
 
-def opening(split: Split, size: int, shortest: int, longest: int, seed: int, epoch: int) -> tuple[list[int], Generator]:
-    """Return the lengths of a split's sequences, the same in all epochs, and an epoch's stream of random numbers."""
-    generator = torch.Generator().manual_seed(seed * 3 + ("train", "val", "test").index(split))
-    lengths: list[int] = torch.randint(shortest, longest + 1, (size,), generator=generator).tolist()
-    if epoch:
-        (own,) = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64).tolist()
-        generator.manual_seed(own >> 1)
-    return lengths, generator
-
-
-def measured(
-    name: str, x: torch.Tensor, lengths: list[int], missing_rate: float, generator: Generator
-) -> list[SequenceSample]:
-    """Return sequences of values of shape (sequences, longest, features), each of which may be missing."""
-    seen = torch.rand(x.shape, generator=generator) >= missing_rate if missing_rate else None
-    return [
-        SequenceSample(x[i, :n].float(), None if seen is None else seen[i, :n], name=f"{name} {i}")
-        for i, n in enumerate(lengths)
-    ]
-
-
-def _sequences(
-    draw: Draw, lengths: NDArray[np.int64], stream: tuple[int, int], name: str, epoch: int
-) -> list[SequenceSample]:
-    values = torch.from_numpy(draw(lengths, np.random.default_rng((*stream, 1 + epoch)))).float()
-    return [
-        SequenceSample(x[:n], name=f"{name} {i}") for i, (x, n) in enumerate(zip(values, lengths.tolist(), strict=True))
-    ]
+def valid_values(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+    """Return a batch's values in float64, 0 where none was measured, and True where one was, both on the CPU."""
+    valid = batch.valid_mask.cpu()
+    return batch.x.detach().cpu().double().where(valid, 0.0), valid
 
 
 def integrate(derivative: Callable[[Floats], Floats], state: Floats, interval: float | Floats, steps: int) -> Floats:
@@ -160,39 +250,3 @@ def integrate(derivative: Callable[[Floats], Floats], state: Floats, interval: f
             state = state + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         path.append(state)
     return np.stack(path, -1)
-
-
-def require(option: str, value: float, least: float, most: float | None = None) -> None:
-    """Raise if an option is outside its range, whose ends are allowed; NaN is outside."""
-    if most is None and not value >= least:
-        raise UserError(f"--data.{option} {value}: must be at least {least}")
-    if most is None and not value < 2**31:
-        raise UserError(f"--data.{option} {value}: must be below 2^31")
-    if most is not None and not least <= value <= most:
-        raise UserError(f"--data.{option} {value}: must lie between {least} and {most}")
-
-
-def require_sizes(sizes: Mapping[Split, int], steps: int, min_steps: int | None, num_features: int) -> None:
-    """Raise if sizes of drawn data are outside their range, or take too much memory together.
-
-    Args:
-        sizes: Sequences of each split.
-        steps: Longest sequence.
-        min_steps: Shortest sequence, if there is one.
-        num_features: Features per step.
-
-    Raises:
-        UserError: One of them is, or they do.
-    """
-    for option, value in (("steps", steps), *((f"{split}_size", size) for split, size in sizes.items())):
-        require(option, value, 1)
-    if min_steps is not None and not 1 <= min_steps <= steps:
-        raise UserError(f"--data.min_steps {min_steps}: must lie between 1 and --data.steps, {steps}")
-    split = max(sizes, key=lambda split: sizes[split])
-    size = sizes[split]
-    needed = size * (steps * num_features * 8 + PER_SEQUENCE) / 1e9
-    if needed > MAX_GB:
-        raise UserError(
-            f"--data.{split}_size {size} x --data.steps {steps} x {num_features} features: takes {needed:.1f} GB, more "
-            f"than {MAX_GB:g} GB. Fix: give fewer sequences or steps"
-        )

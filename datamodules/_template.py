@@ -1,14 +1,13 @@
 r"""A datamodule to copy: ``cp datamodules/_template.py datamodules/mydata.py``, then make it yours.
 
 A file whose name has no leading underscore is found by itself: ``lightning fit --data MyData ...`` works at once, and
-``lightning fit --data.help MyData`` lists the arguments of ``__init__`` with what the docstring says of them. Give
-your class a name of its own. The base class scales, pads, batches, shuffles, shards over processes and resumes; only
-what you write below knows your data.
+``lightning fit --data.help MyData`` lists the arguments of ``__init__`` with their docstring. Give your class its own
+name. The base class scales, pads, batches, shuffles, shards over processes and resumes.
 
 Needed:
 
-- ``__init__`` hands ``num_features`` (values per time step) and the four common options to the base class. It opens no
-  file: a checkpoint's model is built from it even where the data is not at hand.
+- ``__init__`` passes ``num_features`` (values per time step) and the base class's own options to the base class. It
+  opens no file: a checkpoint's model is built from it even without the data.
 - ``sequences(split)`` returns the "train", "val" or "test" sequences in data units: a list of ``SequenceSample``, or
   any object with ``__len__`` and ``__getitem__`` that reads one when asked. Import heavy libraries inside it. For a
   folder with one csv file per sequence and a sub-folder per split its body would be
@@ -18,27 +17,27 @@ Needed:
       return [SequenceSample(torch.from_numpy(table(file)), name=f"{split}/{file.name}") for file in files]
 
   ``SequenceSample`` also takes ``observed`` (True where a value was measured) and ``inputs`` (covariates that are known
-  beforehand). Where you use them, say so in ``__init__``, for the model is built accordingly: ``self.missing = True``
-  and ``self.num_inputs = 4`` (the number of covariates per step, which every sequence must then have).
-  What a user got wrong is a ``UserError`` of one line that names the file or option and the fix.
+  beforehand). The model is built for them where ``__init__`` sets ``self.missing = True`` and ``self.num_inputs = 4``
+  (covariates per step, which every sequence must then have). For a user's mistake raise a ``UserError`` of one line
+  that names the file or option and the fix.
 
 Optional:
 
 - ``modality``, how samples are shown: "audio", "strokes", "series", "roll" or "image".
 - ``scaling``, fitted on the training split: "per_feature", "scalar" (one mean and std for all features) or "none"
   (discrete data).
-- ``lengths(split)``, the steps of each sequence, where reading every sequence just to learn its length would be slow.
-- a method ``window(index, first, last)`` of what ``sequences`` returns: steps ``first`` to ``last - 1`` of a sequence,
-  which training with ``window`` reads instead of all; without it a sequence is read whole and kept meanwhile.
-- a method ``in_epoch(epoch)`` of what ``sequences("train")`` returns: the sequences of that epoch, where they are drawn
-  or augmented again in each, under the same names and in the same lengths. Let it depend on the epoch alone.
+- ``lengths(split)``, the steps of each sequence, where reading every sequence for its length would be slow.
+- a method ``window(index, first, last)`` of the object that ``sequences`` returns: steps ``first`` to ``last - 1`` of a
+  sequence, for training with ``window``; without it a sequence is read whole and kept meanwhile.
+- a method ``in_epoch(epoch)`` of the object that ``sequences("train")`` returns: that epoch's sequences, where they
+  are drawn or augmented in each, under the same names and in the same lengths. Let it depend on the epoch alone.
 - ``exact_log_likelihood(batch)``, where the true density is known: ``val/gap`` then shows what the model still lacks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -57,26 +56,14 @@ class MyData(SequenceDataModule):
         num_sequences: Training sequences; validation and test get a tenth of that each, at least one.
         num_steps: Time steps of each sequence.
         memory: How much of a value the next one keeps, between -1 and 1.
-        batch_size: Sequences per batch and process.
-        num_workers: Processes that read ahead; 0 reads in the main process.
-        seed: Seed of the data and of the order of the training batches.
-        window: Steps per window in training, between which the state is carried; ``None`` trains on whole sequences.
+        options: The options of :class:`~vrnn_lightning.SequenceDataModule`.
     """
 
     modality: ClassVar[Modality] = "series"
     scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "per_feature"
 
-    def __init__(
-        self,
-        num_sequences: int = 500,
-        num_steps: int = 50,
-        memory: float = 0.9,
-        batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
-        window: int | None = None,
-    ) -> None:
-        super().__init__(num_features=1, batch_size=batch_size, num_workers=num_workers, seed=seed, window=window)
+    def __init__(self, num_sequences: int = 500, num_steps: int = 50, memory: float = 0.9, **options: Any) -> None:
+        super().__init__(num_features=1, **options)
         self.num_sequences = num_sequences
         self.num_steps = num_steps
         self.memory = memory

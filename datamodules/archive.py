@@ -1,4 +1,4 @@
-"""Any real-valued sequences: a flat archive of however many features per step."""
+"""Real-valued sequences of any width from a flat archive."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from vrnn_lightning.data import (
     checked_limit,
     data_root,
     read_archive,
+    require,
 )
 from vrnn_lightning.errors import UserError
 
 __all__ = ["Archive"]
 
 STILL = 1e-9
-"""Range of a column, next to the widest, below which it holds nothing but what rounding left."""
+"""Range of a column, next to the widest, below which it holds rounding errors alone."""
 
 
 class Archive(RandomSplitDataModule):
-    r"""A flat archive of real-valued sequences: joint angles, cepstra, pen velocities, and whatever else.
+    r"""A flat archive of real-valued sequences: joint angles, cepstra, pen velocities and others.
 
-    Splits are the archive's own. Where it has no ``valid``, or no ``test``, some of the training sequences are drawn
-    for it; which ones travels in the checkpoint. Each feature is scaled by its own mean and standard deviation, taken
-    over the training split.
+    Splits are the archive's own. Where it has no ``valid``, or no ``test``, that split is a random part of the training
+    sequences, which the checkpoint stores. Each feature is scaled by its own mean and standard deviation over the
+    training split.
 
     Args:
         root: The ``.npz`` file: ``{split}_values`` (total steps, features) and ``{split}_lengths`` (sequences,) for the
             splits train, valid and test. It may lie elsewhere when a checkpoint is used again.
         features: Columns of the archive, the width of ``train_values``.
-        exclude: Columns to leave out, counted from 0. A column that never changes has no density,
-            and a warning names it.
+        exclude: Columns to leave out, counted from 0. A column that never changes has no density; a warning names it.
         val: Fraction of the training sequences for validation, where the archive has no ``valid``; at least one.
         test: Fraction of them for the test, where it has no ``test``; at least one unless it is 0.
         max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
@@ -72,8 +72,7 @@ class Archive(RandomSplitDataModule):
         max_gb: float = MAX_GB,
         **options: Any,
     ) -> None:
-        if features < 1:
-            raise UserError(f"--data.features {features}: must be at least 1")
+        require("features", features, 1)
         out = _columns(exclude or [], features)
         super().__init__(num_features=features - len(out), **options)
         self.root = data_root(root)
@@ -81,11 +80,11 @@ class Archive(RandomSplitDataModule):
         self.features = features
         self.kept = [column for column in range(features) if column not in out]
         self._parts: dict[Split, float] = {"val": val, "test": test}
-        RandomSplits(val, test, self.seed)  # refuses fractions early
+        RandomSplits(val, test, self.seed)  # checks the fractions
 
     def sequences(self, split: Split) -> ArchiveSplit:
         """Return the sequences of a split, each of shape (steps, features)."""
-        if self.random_splits is None or split in self._held:
+        if self.random_splits is None or split in self._own_splits:
             return self._train if split == "train" else self._read(split)
         digests = self.random_splits.names(split, self.sizes, self.root)
         places = sorted(place for digest in digests for place in self._places[digest])
@@ -93,33 +92,30 @@ class Archive(RandomSplitDataModule):
 
     def lengths(self, split: Split) -> list[int]:
         """Return the steps of each sequence of a split."""
-        found = self.split(split)
-        assert isinstance(found, ArchiveSplit)
-        return found.lengths
+        sequences = self.split(split)
+        assert isinstance(sequences, ArchiveSplit)
+        return sequences.lengths
 
     @cached_property
-    def _held(self) -> set[Split]:
-        """The splits, but for training, that the archive has."""
+    def _own_splits(self) -> set[Split]:
+        """The held-out splits that the archive has."""
         splits: tuple[Split, ...] = ("val", "test")
         return {split for split in splits if archive_holds(self.root, split)}
 
     @cached_property
     def random_splits(self) -> RandomSplits | None:
-        """How splits that the archive has not are drawn from its training sequences; ``None`` where it has all."""
-        val, test = (0.0 if split in self._held else part for split, part in self._parts.items())
-        return RandomSplits(val, test, self.seed) if len(self._held) < 2 else None
+        """Random splits of the training sequences; ``None`` where the archive has all splits."""
+        val, test = (0.0 if split in self._own_splits else part for split, part in self._parts.items())
+        return RandomSplits(val, test, self.seed) if len(self._own_splits) < 2 else None
 
     @cached_property
     def _places(self) -> dict[str, list[int]]:
-        """Where the archive's training sequences stand, by a digest of their values; equal ones share a split.
-
-        Another archive, or this one in another order, has other sequences at the same places.
-        """
-        found: dict[str, list[int]] = {}
+        """The indices of the training sequences by a digest of their values, which does not depend on their order."""
+        places: dict[str, list[int]] = {}
         for place, (start, end) in enumerate(self._train.bounds):
             values = self._train.values[start:end].astype("<f8")
-            found.setdefault(hashlib.blake2b(values.tobytes(), digest_size=12).hexdigest(), []).append(place)
-        return found
+            places.setdefault(hashlib.blake2b(values.tobytes(), digest_size=12).hexdigest(), []).append(place)
+        return places
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -129,27 +125,26 @@ class Archive(RandomSplitDataModule):
 
     @cached_property
     def _train(self) -> ArchiveSplit:
-        """The archive's training sequences, those that are drawn for other splits included."""
-        found = self._read("train")
-        spread = np.ptp(found.values.astype(np.float64), axis=0) if len(found.values) else np.ones(self.num_features)
-        left = [self.kept[i] for i in np.flatnonzero(spread <= STILL * spread.max())]
-        if left:
-            out = sorted({*range(self.features)} - {*self.kept} | {*left})
+        """The archive's training sequences, with those for other splits."""
+        train = self._read("train")
+        spread = np.ptp(train.values.astype(np.float64), axis=0) if len(train.values) else np.ones(self.num_features)
+        constant = [self.kept[i] for i in np.flatnonzero(spread <= STILL * spread.max())]
+        if constant:
+            out = sorted({*range(self.features)} - {*self.kept} | {*constant})
             rank_zero_warn(
-                f"{self.root}: columns {', '.join(map(str, left))} hardly change in training, so that their density "
-                f"has no upper bound; leave them out: --data.exclude '{out}'"
+                f"{self.root}: columns {', '.join(map(str, constant))} hardly change in training, so that their "
+                f"density has no upper bound; leave them out: --data.exclude '{out}'"
             )
-        return found
+        return train
 
     def _read(self, split: Split) -> ArchiveSplit:
-        """Return a split as the archive has it, without the excluded columns."""
+        """Return a split of the archive without the excluded columns."""
         fix = f"; give its width as --data.features, which is {self.features}"
-        found = read_archive(self.root, split, self.features, fix=fix, max_gb=self.max_gb)
-        return replace(found, values=found.values[:, self.kept])
+        whole = read_archive(self.root, split, self.features, fix=fix, max_gb=self.max_gb)
+        return replace(whole, values=whole.values[:, self.kept])
 
 
 def _columns(exclude: Sequence[int], features: int) -> set[int]:
-    """Return checked columns."""
     for column in exclude:
         if not 0 <= column < features:
             raise UserError(f"--data.exclude {column}: columns are counted from 0 to {features - 1}")

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vrnn_lightning.data import Modality
-
-from ._synthetic import Draw, Floats, SyntheticDataModule, require
+from ._synthetic import Floats, Lengths, SyntheticDataModule, require
 
 __all__ = ["BouncingBall"]
 
@@ -23,8 +19,6 @@ class BouncingBall(SyntheticDataModule):
 
     .. math:: x_t = 1 - \big|\,(u_t + 1) \bmod 4 - 2\,\big| + \varepsilon_t, \quad
         \varepsilon_t \sim \mathcal N(0, \sigma^2 I)
-
-    Data units are the model's units.
 
     Args:
         channels: Dimensions of the box, D.
@@ -41,27 +35,19 @@ class BouncingBall(SyntheticDataModule):
     [0.66, 0.16, -0.34, -0.84, -0.66, -0.16, 0.34, 0.84]
     """
 
-    modality: ClassVar[Modality] = "series"
-
     def __init__(
         self, channels: int = 2, steps: int = 60, speed: float = 0.2, noise: float = 0.05, **options: Any
     ) -> None:
         super().__init__(num_features=channels, steps=steps, **options)
         require("channels", channels, 1)
-        require("speed", speed, 0, 2)
-        require("noise", noise, 0, 1e3)
-        self.speed = speed
-        self.noise = noise
+        self.speed = require("speed", speed, 0, 2)
+        self.noise = require("noise", noise, 0, 1e3)
 
-    def drawing(self) -> Draw:
-        """Return what draws noisy ways."""
-        return partial(_ways, channels=self.num_features, speed=self.speed, noise=self.noise)
-
-
-def _ways(lengths: NDArray[np.int64], random: np.random.Generator, channels: int, speed: float, noise: float) -> Floats:
-    start = random.uniform(-1, 1, (len(lengths), 1, channels))
-    direction = random.standard_normal(start.shape)
-    velocity = speed * direction / np.linalg.norm(direction, axis=-1, keepdims=True)
-    unbounded = start + velocity * np.arange(lengths.max())[:, None]
-    place: Floats = 1 - np.abs((unbounded + 1) % 4 - 2)  # space, reflected at every wall
-    return place + noise * random.standard_normal(place.shape)
+    def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
+        """Draw noisy ways."""
+        start = random.uniform(-1, 1, (len(lengths), 1, self.num_features))
+        direction = random.standard_normal(start.shape)
+        velocity = self.speed * direction / np.linalg.norm(direction, axis=-1, keepdims=True)
+        unbounded = start + velocity * np.arange(lengths.max())[:, None]
+        place: Floats = 1 - np.abs((unbounded + 1) % 4 - 2)  # space, reflected at every wall
+        return place + self.noise * random.standard_normal(place.shape)

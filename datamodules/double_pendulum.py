@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vrnn_lightning.data import Modality
-
-from ._synthetic import Draw, Floats, SyntheticDataModule, integrate, require
+from ._synthetic import Floats, Lengths, MotionDataModule, integrate, require
 
 __all__ = ["DoublePendulum"]
 
 GRAVITY = 9.81
 
 
-class DoublePendulum(SyntheticDataModule):
+class DoublePendulum(MotionDataModule):
     r"""The places of a double pendulum's two weights under Gaussian noise, drawn from a seed; no files.
 
     Both weights are equal, both rods weigh nothing and are 1 m long; :math:`\theta_1, \theta_2` are their angles from
@@ -35,14 +31,9 @@ class DoublePendulum(SyntheticDataModule):
     deviation scale all four.
 
     Args:
-        steps: Longest sequence.
-        interval: Seconds between two steps, at most 1.
         max_angle: Largest angle at the start, in degrees, up to 180.
         noise: Standard deviation of the noise, in metres; 0 for none.
-        train_size: Training sequences.
-        val_size: Validation sequences.
-        test_size: Test sequences.
-        options: The other options of ``SyntheticDataModule``.
+        options: The other options of ``MotionDataModule``.
 
     Raises:
         UserError: An option outside its range.
@@ -51,43 +42,21 @@ class DoublePendulum(SyntheticDataModule):
     4
     """
 
-    modality: ClassVar[Modality] = "series"
-    scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "scalar"
+    scaling = "scalar"
 
-    def __init__(
-        self,
-        steps: int = 100,
-        interval: float = 0.05,
-        max_angle: float = 120.0,
-        noise: float = 0.05,
-        train_size: int = 1024,
-        val_size: int = 128,
-        test_size: int = 128,
-        **options: Any,
-    ) -> None:
-        sizes: Any = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
-        super().__init__(num_features=4, steps=steps, **sizes, **options)
-        require("interval", interval, 1e-4, 1)
-        require("max_angle", max_angle, 1, 180)
-        require("noise", noise, 0, 1e3)
-        self.interval = interval
-        self.max_angle = max_angle
-        self.noise = noise
+    def __init__(self, max_angle: float = 120.0, noise: float = 0.05, **options: Any) -> None:
+        super().__init__(4, noise, **options)
+        self.max_angle = require("max_angle", max_angle, 1, 180)
 
-    def drawing(self) -> Draw:
-        """Return what draws noisy swings."""
-        return partial(_swings, interval=self.interval, max_angle=math.radians(self.max_angle), noise=self.noise)
-
-
-def _swings(
-    lengths: NDArray[np.int64], random: np.random.Generator, interval: float, max_angle: float, noise: float
-) -> Floats:
-    angles = random.uniform(-max_angle, max_angle, (2, len(lengths)))
-    start = np.concatenate([angles, np.zeros_like(angles)])
-    upper, lower = integrate(_pendulum, start, interval, lengths.max())[:2]
-    elbow = np.stack([np.sin(upper), -np.cos(upper)], -1)
-    seen = np.concatenate([elbow, elbow + np.stack([np.sin(lower), -np.cos(lower)], -1)], -1)
-    return seen + noise * random.standard_normal(seen.shape)
+    def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
+        """Draw noisy swings."""
+        widest = math.radians(self.max_angle)
+        angles = random.uniform(-widest, widest, (2, len(lengths)))
+        start = np.concatenate([angles, np.zeros_like(angles)])
+        upper, lower = integrate(_pendulum, start, self.interval, lengths.max())[:2]
+        elbow = np.stack([np.sin(upper), -np.cos(upper)], -1)
+        seen = np.concatenate([elbow, elbow + np.stack([np.sin(lower), -np.cos(lower)], -1)], -1)
+        return seen + self.noise * random.standard_normal(seen.shape)
 
 
 def _pendulum(state: Floats) -> Floats:

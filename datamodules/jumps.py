@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.data import Modality
-
-from ._synthetic import Draw, Floats, SyntheticDataModule, require
+from ._synthetic import ExactDataModule, Floats, Lengths, require
 
 __all__ = ["Jumps"]
 
 
-class Jumps(SyntheticDataModule):
+class Jumps(ExactDataModule):
     r"""All channels jump up, or all down, in each step, with little noise, drawn from a seed; no files.
 
     .. math::
@@ -28,23 +23,16 @@ class Jumps(SyntheticDataModule):
         \varepsilon_t \sim \mathcal N\big(0, \sigma^2 [(1 - c) I + c \mathbf 1 \mathbf 1^\top]\big)
 
     and :math:`x_0 = 0`. Given the past, a step is the even mixture of two Gaussians, whose
-    :meth:`exact_log_likelihood` is what the best of all models reaches on average: minus :attr:`entropy` a step. The
-    past says nothing of where the next jump goes. So a network without a latent and with a Gaussian output loses at
-    least :attr:`gaussian_loss` nats a step, and :attr:`diagonal_loss` with a diagonal one, however well it remembers; a
-    latent can take the place of the jump.
-
-    Data units are the model's units: the scaler is the identity.
+    :meth:`exact_log_likelihood` is on average minus :attr:`entropy` a step. The past does not predict the next jump. So
+    a network without a latent and with a Gaussian output loses at least :attr:`gaussian_loss` nats a step, and
+    :attr:`diagonal_loss` with a diagonal one; a latent can take the place of the jump.
 
     Args:
         channels: Features per step, D, at least 2.
-        steps: Longest sequence.
         memory: How much of a value the next one keeps, rho, from 0 to 1: a random walk.
         jump: Size of a jump, a.
         noise: Standard deviation of the noise, sigma.
         correlation: Correlation of the noise between channels, c, from 0 to 0.99.
-        train_size: Training sequences.
-        val_size: Validation sequences.
-        test_size: Test sequences.
         options: The other options of ``SyntheticDataModule``.
 
     Raises:
@@ -55,53 +43,49 @@ class Jumps(SyntheticDataModule):
     -0.225 1.132 4.541
     """
 
-    modality: ClassVar[Modality] = "series"
+    generator = "numpy"
 
     def __init__(
         self,
         channels: int = 3,
-        steps: int = 50,
         memory: float = 0.5,
         jump: float = 1.0,
         noise: float = 0.2,
         correlation: float = 0.5,
-        train_size: int = 4096,
-        val_size: int = 512,
-        test_size: int = 512,
         **options: Any,
     ) -> None:
-        sizes: Any = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
-        super().__init__(num_features=channels, steps=steps, **sizes, **options)
+        super().__init__(channels, **options)
         require("channels", channels, 2)
-        require("memory", memory, 0, 1)
-        require("jump", jump, 1e-3, 1e3)
+        self.memory = require("memory", memory, 0, 1)
+        self.jump = require("jump", jump, 1e-3, 1e3)
         require("noise", noise, 1e-3, 1e3)
         require("correlation", correlation, 0, 0.99)
-        self.memory = memory
-        self.jump = jump
         identity = torch.eye(channels, dtype=torch.float64)
         self.noise_covariance = noise**2 * ((1 - correlation) * identity + correlation)
         """Covariance of the noise, R, shape (channels, channels)."""
 
-    def drawing(self) -> Draw:
-        """Return what draws jumps."""
+    def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
+        """Draw jumps."""
         root = torch.linalg.cholesky(self.noise_covariance).numpy()
-        return partial(_paths, memory=self.memory, jump=self.jump, root=root)
+        steps = (lengths.max(), len(lengths))
+        signs = random.choice([-self.jump, self.jump], steps)
+        moves = signs[..., None] + random.standard_normal((*steps, len(root))) @ root.T
+        place = np.zeros(moves.shape[1:])
+        return np.stack([place := self.memory * place + move for move in moves], 1)
 
-    def exact_log_likelihood(self, batch: SequenceBatch) -> Tensor:
-        r"""Return log p(x) of each sequence in nats, shape (batch,), on the CPU in float64.
+    def log_density(self, x: Tensor, valid: Tensor) -> Tensor:
+        r"""Return log p(x) of each sequence in nats, shape (batch,).
 
         .. math:: \log p(x) = \sum_t \log \tfrac12 \big[\mathcal N(x_t; \rho x_{t-1} + a \mathbf 1, R)
             + \mathcal N(x_t; \rho x_{t-1} - a \mathbf 1, R)\big]
 
         with :math:`R` the noise's covariance.
         """
-        x, mask = batch.x.detach().cpu().double(), batch.mask.cpu()
         kept = self.memory * torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
         up, down = (
             MultivariateNormal(kept + jump, self.noise_covariance).log_prob(x) for jump in (self.jump, -self.jump)
         )
-        return (torch.logaddexp(up, down) - math.log(2)).where(mask, 0.0).sum(1)
+        return (torch.logaddexp(up, down) - math.log(2)).where(valid[..., 0], 0.0).sum(1)
 
     @property
     def entropy(self) -> float:
@@ -137,11 +121,3 @@ class Jumps(SyntheticDataModule):
     @staticmethod
     def _gaussian_entropy(covariance: Tensor) -> float:
         return 0.5 * float(torch.logdet(2 * math.pi * math.e * covariance))
-
-
-def _paths(lengths: NDArray[np.int64], random: np.random.Generator, memory: float, jump: float, root: Floats) -> Floats:
-    steps = (lengths.max(), len(lengths))
-    signs = random.choice([-jump, jump], steps)
-    moves = signs[..., None] + random.standard_normal((*steps, len(root))) @ root.T
-    place = np.zeros(moves.shape[1:])
-    return np.stack([place := memory * place + move for move in moves], 1)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vrnn_lightning.batch import SequenceBatch, SequenceSample
-from vrnn_lightning.data import Modality, SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
 
-from ._synthetic import Redrawn, measured, opening, require, require_sizes
+from ._synthetic import ExactDataModule, Lengths, require
 
 __all__ = ["LinearGaussian"]
 
 
-class LinearGaussian(SequenceDataModule):
+class LinearGaussian(ExactDataModule):
     r"""Noisy views of damped rotations that are driven by noise, drawn from a seed; no files.
 
     .. math::
@@ -31,79 +28,51 @@ class LinearGaussian(SequenceDataModule):
     the first step on. Each channel, a row of :math:`C`, sees every pair from a direction of its own. Nothing of this
     depends on the seed.
 
-    Given the state, channels are independent; given the past, they are not, for the new :math:`w_t` moves them
-    together. So a model whose latent takes the place of the state can reach :meth:`exact_log_likelihood` with a
-    diagonal Gaussian output, and a network without a latent loses :attr:`diagonal_loss` nats a step, however well it
-    filters.
-
-    Data units are the model's units: the scaler is the identity.
+    Given the state, channels are independent; given the past, they are not, as the new :math:`w_t` moves them together.
+    So a model with a latent in place of the state can reach :meth:`exact_log_likelihood` with a diagonal Gaussian
+    output, and a network without a latent loses at least :attr:`diagonal_loss` nats a step.
 
     Args:
         state_size: States, S.
         channels: Features per step, D, at least 2.
-        steps: Longest sequence, T.
-        min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
         memory: Spectral radius of A, rho, in [0, 1).
         state_noise: Standard deviation of the state's noise, q.
         observation_noise: Standard deviation of the channels' noise, r.
         loading: Norm of each row of C.
         missing_rate: Probability of each value to be missing, independent of all else, in [0, 1).
-        fresh: Redraw the training sequences every epoch, in the same lengths.
-        train_size: Training sequences.
-        val_size: Validation sequences.
-        test_size: Test sequences.
-        batch_size: Sequences per batch and process.
-        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
+        options: The other options of ``SyntheticDataModule``.
 
     Raises:
         UserError: An option outside its range.
     """
 
-    modality: ClassVar[Modality] = "series"
+    noun = "path"
 
     def __init__(
         self,
         state_size: int = 2,
         channels: int = 4,
-        steps: int = 50,
-        min_steps: int | None = None,
         memory: float = 0.9,
         state_noise: float = 0.5,
         observation_noise: float = 0.3,
         loading: float = 1.0,
         missing_rate: float = 0.0,
-        fresh: bool = False,
-        train_size: int = 4096,
-        val_size: int = 512,
-        test_size: int = 512,
-        batch_size: int = 64,
         **options: Any,
     ) -> None:
-        super().__init__(num_features=channels, batch_size=batch_size, **options)
+        super().__init__(channels, **options)
         require("state_size", state_size, 1)
         require("channels", channels, 2)
-        self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
-        require_sizes(self.sizes, steps, min_steps, channels)
-        for option, share in (("memory", memory), ("missing_rate", missing_rate)):
-            if not 0 <= share < 1:
-                raise UserError(f"--data.{option} {share}: must lie in [0, 1)")
-        for option, scale in (
-            ("state_noise", state_noise),
-            ("observation_noise", observation_noise),
-            ("loading", loading),
-        ):
-            if not 1e-3 <= scale <= 1e3:
-                raise UserError(f"--data.{option} {scale}: must lie between 1e-3 and 1e3")
+        require("memory", memory, 0, below=1)
+        self.missing_rate = require("missing_rate", missing_rate, 0, below=1)
+        require("state_noise", state_noise, 1e-3, 1e3)
+        require("observation_noise", observation_noise, 1e-3, 1e3)
+        require("loading", loading, 1e-3, 1e3)
         spread = loading**2 * state_noise**2 / (1 - memory**2)
         if channels * spread > 1e10 * observation_noise**2:
             raise UserError(
                 f"--data.observation_noise {observation_noise}: too small to compute with; the state alone spreads a "
                 f"channel by {spread**0.5:.3g}"
             )
-        self.steps = steps
-        self.min_steps = steps if min_steps is None else min_steps
-        self.fresh = fresh
-        self.missing_rate = missing_rate
         self.missing = missing_rate > 0
         state = torch.eye(state_size, dtype=torch.float64)
         self.transition = memory * _rotations(state_size)
@@ -117,17 +86,22 @@ class LinearGaussian(SequenceDataModule):
         self.initial_covariance = self.state_covariance / (1 - memory**2)
         """Covariance of the first state and of every later one, shape (states, states)."""
 
-    def sequences(self, split: Split) -> list[SequenceSample]:
-        """Draw a split's sequences, each split from a stream of its own."""
-        roots = [torch.linalg.cholesky(c) for c in (self.initial_covariance, self.state_covariance)]
-        scale = self.observation_covariance.sqrt()
-        system = (self.transition, self.observation, *roots, scale)
-        lengths = (self.min_steps, self.steps)
-        draw = partial(_paths, split, self.sizes[split], lengths, self.seed, system, self.missing_rate)
-        return Redrawn(draw) if self.fresh and split == "train" else draw(0)
+    def draw(self, lengths: Lengths, random: torch.Generator) -> Tensor:
+        """Draw paths of the state, and return what is seen of them."""
+        first_root, state_root = (torch.linalg.cholesky(c) for c in (self.initial_covariance, self.state_covariance))
+        channels, states = self.observation.shape
+        noise = torch.randn(len(lengths), self.steps, states + channels, generator=random, dtype=torch.float64)
+        driving, measuring = noise.split([states, channels], -1)
+        state = driving[:, 0] @ first_root.mT
+        path = [state]
+        for w in (driving @ state_root.mT).unbind(1)[1:]:
+            state = state @ self.transition.mT + w
+            path.append(state)
+        x: Tensor = torch.stack(path, 1) @ self.observation.mT + measuring @ self.observation_covariance.sqrt()
+        return x
 
-    def exact_log_likelihood(self, batch: SequenceBatch) -> Tensor:
-        r"""Return log p(x) of the measured values of each sequence in nats, shape (batch,), on the CPU in float64.
+    def log_density(self, x: Tensor, valid: Tensor) -> Tensor:
+        r"""Return log p(x) of the measured values of each sequence in nats, shape (batch,).
 
         The Kalman filter's: with :math:`m_t, P_t` the mean and covariance of :math:`s_t` given :math:`x_{<t}`,
 
@@ -135,8 +109,6 @@ class LinearGaussian(SequenceDataModule):
 
         A row of :math:`C` whose value is missing counts as 0: the value is then noise, independent of all others.
         """
-        valid = batch.valid_mask.cpu()
-        x = batch.x.detach().cpu().double().where(valid, 0.0)
         size, states = len(x), len(self.transition)
         mean = x.new_zeros(size, states, 1)
         covariance = self.initial_covariance.expand(size, -1, -1)
@@ -159,12 +131,12 @@ class LinearGaussian(SequenceDataModule):
 
     def predictive_covariances(self) -> Tensor:
         """Return the covariance of x_t given the complete past, for each step, shape (steps, channels, channels)."""
-        c, covariance, found = self.observation, self.initial_covariance, []
+        c, covariance, predictive = self.observation, self.initial_covariance, []
         for _ in range(self.steps):
-            found.append(c @ covariance @ c.mT + self.observation_covariance)
-            seen = covariance - covariance @ c.mT @ torch.linalg.solve(found[-1], c @ covariance)
+            predictive.append(c @ covariance @ c.mT + self.observation_covariance)
+            seen = covariance - covariance @ c.mT @ torch.linalg.solve(predictive[-1], c @ covariance)
             covariance = self.transition @ seen @ self.transition.mT + self.state_covariance
-        return torch.stack(found)
+        return torch.stack(predictive)
 
     @property
     def diagonal_loss(self) -> float | None:
@@ -201,37 +173,3 @@ def _directions(channels: int, states: int) -> Tensor:
     pairs = torch.stack([(turn * pair).cos(), (turn * pair).sin()], -1).flatten(1)
     rows = torch.cat([pairs, alone], 1)
     return rows / math.sqrt(len(pair) + states % 2)
-
-
-def _paths(
-    split: Split,
-    size: int,
-    between: tuple[int, int],
-    seed: int,
-    system: tuple[Tensor, ...],
-    missing_rate: float,
-    epoch: int,
-) -> list[SequenceSample]:
-    """Draw an epoch's sequences.
-
-    Args:
-        split: Of which split.
-        size: How many.
-        between: The shortest and the longest length.
-        seed: The data's.
-        system: A, C and roots of the covariances of the first state, of the state's noise and of the channels'.
-        missing_rate: Probability of each value to be missing.
-        epoch: When.
-    """
-    transition, observation, first_root, state_root, channel_root = system
-    lengths, generator = opening(split, size, *between, seed, epoch)
-    states, channels = len(transition), len(observation)
-    noise = torch.randn(size, between[1], states + channels, generator=generator, dtype=torch.float64)
-    driving, measuring = noise.split([states, channels], -1)
-    state = driving[:, 0] @ first_root.mT
-    path = [state]
-    for w in (driving @ state_root.mT).unbind(1)[1:]:
-        state = state @ transition.mT + w
-        path.append(state)
-    x = torch.stack(path, 1) @ observation.mT + measuring @ channel_root
-    return measured(f"{split} path", x, lengths, missing_rate, generator)

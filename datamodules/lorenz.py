@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vrnn_lightning.data import Modality
-
-from ._synthetic import Draw, Floats, SyntheticDataModule, integrate, require
+from ._synthetic import Floats, Lengths, MotionDataModule, integrate, require
 
 __all__ = ["Lorenz"]
 
 
-class Lorenz(SyntheticDataModule):
+class Lorenz(MotionDataModule):
     r"""Paths on the Lorenz attractor under Gaussian noise, drawn from a seed; no files.
 
     .. math:: \dot x = \sigma (y - x), \quad \dot y = x (\varrho - z) - y, \quad \dot z = x y - \beta z
@@ -25,13 +21,8 @@ class Lorenz(SyntheticDataModule):
 
     Args:
         channels: How many of x, y and z are seen, from 1 to 3.
-        steps: Longest sequence.
-        interval: Time between two steps, at most 1.
         noise: Standard deviation of the noise, in the attractor's units; x spreads by 7.9. 0 for none.
-        train_size: Training sequences.
-        val_size: Validation sequences.
-        test_size: Test sequences.
-        options: The other options of ``SyntheticDataModule``.
+        options: The other options of ``MotionDataModule``.
 
     Raises:
         UserError: An option outside its range.
@@ -40,41 +31,20 @@ class Lorenz(SyntheticDataModule):
     1
     """
 
-    modality: ClassVar[Modality] = "series"
-    scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "per_feature"
+    scaling = "per_feature"
 
-    def __init__(
-        self,
-        channels: int = 3,
-        steps: int = 100,
-        interval: float = 0.05,
-        noise: float = 0.5,
-        train_size: int = 1024,
-        val_size: int = 128,
-        test_size: int = 128,
-        **options: Any,
-    ) -> None:
-        sizes: Any = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
-        super().__init__(num_features=channels, steps=steps, **sizes, **options)
+    def __init__(self, channels: int = 3, noise: float = 0.5, **options: Any) -> None:
+        super().__init__(channels, noise, **options)
         require("channels", channels, 1, 3)
-        require("interval", interval, 1e-4, 1)
-        require("noise", noise, 0, 1e3)
-        self.interval = interval
-        self.noise = noise
 
-    def drawing(self) -> Draw:
-        """Return what draws noisy paths."""
-        return partial(_paths, channels=self.num_features, interval=self.interval, noise=self.noise)
-
-
-def _paths(
-    lengths: NDArray[np.int64], random: np.random.Generator, channels: int, interval: float, noise: float
-) -> Floats:
-    anywhere = random.normal([[0], [0], [25]], 8, (3, len(lengths)))
-    times = random.uniform(4, 6, len(lengths))  # by then they are on the attractor, and out of step
-    start = integrate(_lorenz, anywhere, times, steps=2)[..., 1]
-    seen = np.moveaxis(integrate(_lorenz, start, interval, lengths.max())[:channels], 0, -1)
-    return seen + noise * random.standard_normal(seen.shape)
+    def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
+        """Draw noisy paths."""
+        anywhere = random.normal([[0], [0], [25]], 8, (3, len(lengths)))
+        times = random.uniform(4, 6, len(lengths))  # by then they are on the attractor, and out of step
+        start = integrate(_lorenz, anywhere, times, steps=2)[..., 1]
+        path = integrate(_lorenz, start, self.interval, lengths.max())
+        seen = np.moveaxis(path[: self.num_features], 0, -1)
+        return seen + self.noise * random.standard_normal(seen.shape)
 
 
 def _lorenz(state: Floats) -> Floats:

@@ -25,6 +25,7 @@ from vrnn_lightning.data import (
     data_root,
     fetch,
     read_archive,
+    require,
     require_size,
 )
 from vrnn_lightning.errors import UserError
@@ -42,21 +43,21 @@ Binarise = Literal["static", "dynamic", "none"]
 class MNISTRows(SequenceDataModule):
     """Images of 28 x 28 pixels, MNIST's or others in its format, as sequences of 28 rows or of 784 pixels.
 
-    Pixels are grey, but a Bernoulli is a likelihood of 0 and 1 alone. So they are made 0 and 1: "static", 1 where ink
-    covers more than half, or "dynamic", 1 with the probability that is the grey value (Burda et al. 2016,
-    arXiv 1509.00519), for training in each epoch. Figures of one kind do not compare with those of another. Such a
-    draw depends on the seed, the image and the epoch alone; validation and test images are drawn once. With "none" they
-    stay grey, whole numbers from 0 to 255 where the file holds bytes, for a ``DiscretisedLogisticMixture``.
+    A Bernoulli is a likelihood of 0 and 1 alone, so grey pixels are binarised: "static", 1 where ink covers more than
+    half, or "dynamic", 1 with the grey value as probability (Burda et al. 2016, arXiv 1509.00519), resampled every
+    epoch in training. A draw depends on the seed, the image and the epoch alone; validation and test images are drawn
+    once. Figures of one kind do not compare with those of another. With "none" pixels stay grey, whole numbers from 0
+    to 255 where the file holds bytes, for a ``DiscretisedLogisticMixture``.
 
     Args:
-        root: A folder with the idx files ``train-images-idx3-ubyte`` and ``t10k-images-idx3-ubyte``, each as it is or
-            with ``.gz``; also as torchvision lays them, in ``MNIST/raw``. Or an ``.npz`` archive, for the splits train,
-            valid and test: ``{split}_images`` (images, 28, 28), or flat, ``{split}_values`` (total rows, 28) and
+        root: A folder with the idx files ``train-images-idx3-ubyte`` and ``t10k-images-idx3-ubyte``, as they are or
+            with ``.gz``, also in torchvision's ``MNIST/raw``. Or an ``.npz`` archive, for the splits train, valid and
+            test: ``{split}_images`` (images, 28, 28), or flat, ``{split}_values`` (total rows, 28) and
             ``{split}_lengths`` (images,), in bytes (0 to 255, or 0 and 1 alone) or in numbers from 0 to 1. It may
             lie elsewhere when a checkpoint is used again.
         read: "rows" for 28 steps of 28 pixels, "pixels" for 784 steps of one.
         binarise: "static", "dynamic" or "none".
-        val_size: The last so many training images of the idx files are for validation; an archive brings its own.
+        val_size: Validation images, the last training images of the idx files; an archive has its own.
         download: Fetch MNIST's files (12 MB) into ``root``, where it is empty or not there yet.
         batch_size: Sequences per batch and process.
         max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
@@ -88,14 +89,12 @@ class MNISTRows(SequenceDataModule):
         for option, value, choices in (("read", read, get_args(Read)), ("binarise", binarise, get_args(Binarise))):
             if value not in choices:
                 raise UserError(f"--data.{option} {value}: must be one of {', '.join(choices)}")
-        if val_size < 1:
-            raise UserError(f"--data.val_size {val_size}: must be at least 1")
         super().__init__(num_features=SIDE if read == "rows" else 1, batch_size=batch_size, **options)
-        self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
+        self.hparams["download"] = False  # not repeated with a checkpoint
         self.root = data_root(root)
         self.max_gb = checked_limit(max_gb)
+        self.val_size = require("val_size", val_size, 1)
         self.binarise = binarise
-        self.val_size = val_size
         self.download = download
         self._warned = False
 
@@ -106,48 +105,46 @@ class MNISTRows(SequenceDataModule):
 
     def sequences(self, split: Split) -> Sequences:
         """Return the images of a split."""
-        found = self._archived(split) if self.root.suffix == ".npz" else self._from_idx(split)
+        images = self._archived(split) if self.root.suffix == ".npz" else self._from_idx(split)
         if self.binarise == "none" and not self._warned:
             self._warned = True
             rank_zero_warn(
                 "--data.binarise none: what a Bernoulli says of grey values is not a likelihood; choose another "
                 "emission, DiscretisedLogisticMixture for one"
             )
-        if self.binarise != "dynamic":
-            return _Images(found, self.num_features, self.binarise == "static")
-        stream = (self.seed, ("train", "val", "test").index(split))
-        return (_RedrawnImages if split == "train" else _DrawnImages)(found, self.num_features, stream=stream)
+        is_dynamic = self.binarise == "dynamic"
+        stream = (self.seed, ("train", "val", "test").index(split)) if is_dynamic else None
+        make = _RedrawnImages if is_dynamic and split == "train" else _Images
+        return make(images, self.num_features, self.binarise == "static", stream)
 
     def lengths(self, split: Split) -> list[int]:
         """Return the rows or pixels of each image of a split."""
-        found = self.split(split)
-        assert isinstance(found, _Images)
-        return [steps * SIDE // self.num_features for steps in found.images.lengths]
+        sequences = self.split(split)
+        assert isinstance(sequences, _Images)
+        return [steps * SIDE // self.num_features for steps in sequences.images.lengths]
 
     def _archived(self, split: Split) -> ArchiveSplit:
-        found = read_archive(self.root, split, SIDE, stacked="images", max_gb=self.max_gb)
-        whole = found.values.dtype.kind != "f"
+        images = read_archive(self.root, split, SIDE, stacked="images", max_gb=self.max_gb)
+        is_whole = images.values.dtype.kind != "f"
         fix = "grey values are whole numbers from 0 to 255, or floats from 0 to 1"
-        found.raise_if((found.values < 0) | (found.values > (255 if whole else 1)), fix)
-        if not whole:
-            return replace(found, values=255 * found.values.astype(np.float32))
-        grey = found.values.astype(np.uint8)
-        return replace(found, values=grey if (grey > 1).any() else 255 * grey)  # else it is black and white already
+        images.raise_if((images.values < 0) | (images.values > (255 if is_whole else 1)), fix)
+        if not is_whole:
+            return replace(images, values=255 * images.values.astype(np.float32))
+        grey = images.values.astype(np.uint8)
+        return replace(images, values=grey if (grey > 1).any() else 255 * grey)  # else it is black and white already
 
     def _from_idx(self, split: Split) -> ArchiveSplit:
         name = "t10k" if split == "test" else "train"
         path = _find(self.root, name)
         images = _read_idx(path, self.max_gb)
-        rows = np.arange(len(images) + 1) * SIDE
-        bounds, numbers = np.stack([rows[:-1], rows[1:]], 1), np.arange(len(images))
-        if split != "test":
-            if self.val_size >= len(images):
-                raise UserError(
-                    f"--data.val_size {self.val_size}: {path} has {len(images)} images; leave some to train"
-                )
-            part = slice(-self.val_size, None) if split == "val" else slice(-self.val_size)
-            bounds, numbers = bounds[part], numbers[part]
-        return ArchiveSplit(path, name, "images", images.reshape(-1, SIDE), bounds, numbers)
+        rows, numbers = np.arange(len(images) + 1) * SIDE, np.arange(len(images))
+        bounds = np.stack([rows[:-1], rows[1:]], 1)
+        whole = ArchiveSplit(path, name, "images", images.reshape(-1, SIDE), bounds, numbers)
+        if split == "test":
+            return whole
+        if self.val_size >= len(images):
+            raise UserError(f"--data.val_size {self.val_size}: {path} has {len(images)} images; leave some to train")
+        return whole.take(numbers[-self.val_size :] if split == "val" else numbers[: -self.val_size])
 
 
 @dataclass(frozen=True)
@@ -157,51 +154,39 @@ class _Images:
     Args:
         images: Grey values from 0 to 255, in rows.
         width: Pixels per step, 28 or 1.
-        binary: Make them 0 and 1, at one half; else they stay grey.
+        is_static: Make pixels 0 and 1, at one half.
+        stream: Draw pixels with the grey value as their probability, from this seed and split.
+        epoch: The epoch of the draws.
     """
 
     images: ArchiveSplit
     width: int
-    binary: bool = True
+    is_static: bool
+    stream: tuple[int, int] | None
+    epoch: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int, /) -> SequenceSample:
-        return self._shown(index, self.images[index])
-
-    def window(self, index: int, first: int, last: int, /) -> SequenceSample | None:
-        """Return steps ``first`` to ``last - 1`` of an image."""
-        return None if self.width == 1 else self._shown(index, self.images.window(index, first, last))
-
-    def _shown(self, index: int, image: SequenceSample) -> SequenceSample:
-        x = (image.x > 127.5).float() if self.binary else image.x
-        return SequenceSample(x.reshape(-1, self.width), name=image.name)
-
-
-@dataclass(frozen=True)
-class _DrawnImages(_Images):
-    """Images whose pixels are drawn with the grey value as their probability.
-
-    Args:
-        stream: Seed and split.
-        epoch: When.
-    """
-
-    stream: tuple[int, int] = (0, 0)
-    epoch: int = 0
-
-    def window(self, index: int, first: int, last: int, /) -> SequenceSample | None:
-        """Return ``None``: an image is drawn as a whole."""
-        return None
-
-    def _shown(self, index: int, image: SequenceSample) -> SequenceSample:
+        image = self.images[index]
+        if self.stream is None:
+            return self._shown(image)
         random = np.random.default_rng((*self.stream, self.epoch, index))
         uniform = torch.from_numpy(random.random(tuple(image.x.shape), dtype=np.float32))
         return SequenceSample((255 * uniform < image.x).float().reshape(-1, self.width), name=image.name)
 
+    def window(self, index: int, first: int, last: int, /) -> SequenceSample | None:
+        """Return steps ``first`` to ``last - 1`` of an image; ``None`` for pixels and draws, which are read whole."""
+        can_cut = self.width > 1 and self.stream is None
+        return self._shown(self.images.window(index, first, last)) if can_cut else None
 
-class _RedrawnImages(_DrawnImages):
+    def _shown(self, image: SequenceSample) -> SequenceSample:
+        x = (image.x > 127.5).float() if self.is_static else image.x
+        return SequenceSample(x.reshape(-1, self.width), name=image.name)
+
+
+class _RedrawnImages(_Images):
     """Images that are redrawn every epoch."""
 
     def in_epoch(self, epoch: int, /) -> _RedrawnImages:
@@ -216,30 +201,30 @@ def _find(root: Path, name: str) -> Path:
     if root.is_file():
         raise UserError(f"--data.root {root}: is a file; give the folder that holds it, or an .npz archive")
     spellings = [f"{name}-images{dot}idx3-ubyte{end}" for dot in "-." for end in ("", ".gz")]
-    found = [path for folder in (root, root / "MNIST" / "raw") for s in spellings if (path := folder / s).is_file()]
-    if not found:
+    paths = [path for folder in (root, root / "MNIST" / "raw") for s in spellings if (path := folder / s).is_file()]
+    if not paths:
         raise UserError(
             f"--data.root {root}: holds no {name}-images-idx3-ubyte, with or without .gz; MNIST's files are at {SOURCE}"
         )
-    return found[0]
+    return paths[0]
 
 
 def _read_idx(path: Path, max_gb: float) -> NDArray[Any]:
     """Read the images of an idx file, shape (images, 28, 28), in bytes."""
     with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b" or path.suffix == ".gz"
+        is_packed = file.read(2) == b"\x1f\x8b" or path.suffix == ".gz"
         file.seek(0)
         try:
-            return _images(path, gzip.open(file) if packed else file, max_gb)
+            return _images(path, gzip.open(file) if is_packed else file, max_gb)
         except (EOFError, gzip.BadGzipFile, zlib.error):
             raise UserError(f"{path}: is damaged or no gzip file; copy it again from {SOURCE}") from None
 
 
 def _images(path: Path, file: BinaryIO | gzip.GzipFile, max_gb: float) -> NDArray[Any]:
-    """Read images after comparing what the header declares with what is allowed and what is there."""
-    start = file.read(16)
+    """Read images after comparing the header with the limit and the file."""
+    start, fix = file.read(16), f"Fix: copy it again from {SOURCE}"
     if len(start) < 16:
-        raise UserError(f"{path}: is truncated: it holds {len(start)} bytes. Fix: copy it again from {SOURCE}")
+        raise UserError(f"{path}: is truncated: it holds {len(start)} bytes. {fix}")
     magic, *shape = np.frombuffer(start, ">u4").tolist()
     if magic == LABELS:
         raise UserError(f"{path}: holds labels (magic number {LABELS}), expected images ({IMAGES})")
@@ -253,6 +238,5 @@ def _images(path: Path, file: BinaryIO | gzip.GzipFile, max_gb: float) -> NDArra
     data = file.read(expected)
     if len(data) < expected or file.read(1):
         what = f"truncated: it holds {16 + len(data)}" if len(data) < expected else "damaged: it holds more"
-        fix = f"Fix: copy it again from {SOURCE}"
         raise UserError(f"{path}: is {what} bytes, but {count} images take {16 + expected}. {fix}")
     return np.frombuffer(data, np.uint8).reshape(count, SIDE, SIDE)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vrnn_lightning.batch import SequenceBatch, SequenceSample
-from vrnn_lightning.data import Modality, SequenceDataModule, Split
 from vrnn_lightning.errors import UserError
 
-from ._synthetic import Redrawn, opening, require, require_sizes
+from ._synthetic import ExactDataModule, Lengths, require
 
 __all__ = ["Sines"]
 
 
-class Sines(SequenceDataModule):
+class Sines(ExactDataModule):
     r"""Sines of one frequency in several channels under correlated noise, drawn from a seed; no files.
 
     .. math::
@@ -26,66 +23,40 @@ class Sines(SequenceDataModule):
         a_d, b_d \sim \mathcal N(0, \alpha^2), \quad
         \varepsilon_t \sim \mathcal N\big(0, \sigma^2 [(1 - \rho) I + \rho \mathbf 1 \mathbf 1^\top]\big)
 
-    with :math:`\omega` uniform on a grid of ``frequencies`` values in (0, pi / 2). A sequence's density is therefore a
-    finite mixture of Gaussians with low-rank-plus-noise covariances, and :meth:`exact_log_likelihood` is what the best
-    of all models reaches on average. A network with a diagonal Gaussian output and no latent can't express the
-    correlation of the noise: even where it knows frequency and coefficients it loses :attr:`diagonal_loss` nats a step.
-
-    Data units are the model's units: the scaler is the identity.
+    with :math:`\omega` uniform on a grid of ``frequencies`` values in (0, pi / 2). A sequence's density is a finite
+    mixture of Gaussians with low-rank-plus-noise covariances. A network with a diagonal Gaussian output and no latent
+    can't express the correlation of the noise: even given frequency and coefficients it loses :attr:`diagonal_loss`
+    nats a step.
 
     Args:
         channels: Features per step, D, at least 3.
-        steps: Longest sequence, T.
-        min_steps: Shortest sequence; lengths are uniform in between. ``None`` makes all of them ``steps`` long.
         frequencies: Number of frequencies on the grid.
         amplitude: Standard deviation of the coefficients, alpha.
         noise: Standard deviation of the noise, sigma.
         correlation: Correlation of the noise between channels, rho, in [0, 1).
-        fresh: Redraw the training sequences every epoch, in the same lengths.
-        train_size: Training sequences.
-        val_size: Validation sequences.
-        test_size: Test sequences.
-        batch_size: Sequences per batch and process.
-        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
+        options: The other options of ``SyntheticDataModule``.
 
     Raises:
         UserError: An option outside its range.
     """
 
-    modality: ClassVar[Modality] = "series"
+    noun = "sine"
 
     def __init__(
         self,
         channels: int = 3,
-        steps: int = 50,
-        min_steps: int | None = None,
         frequencies: int = 8,
         amplitude: float = 1.0,
         noise: float = 0.5,
         correlation: float = 0.9,
-        fresh: bool = False,
-        train_size: int = 4096,
-        val_size: int = 512,
-        test_size: int = 512,
-        batch_size: int = 64,
         **options: Any,
     ) -> None:
-        super().__init__(num_features=channels, batch_size=batch_size, **options)
+        super().__init__(channels, **options)
         require("channels", channels, 3)
-        require("frequencies", frequencies, 1)
-        self.sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
-        require_sizes(self.sizes, steps, min_steps, channels)
-        if frequencies > 1000:
-            raise UserError(f"--data.frequencies {frequencies}: must be at most 1000")
-        if not 0 <= correlation < 1:
-            raise UserError(f"--data.correlation {correlation}: must lie in [0, 1)")
-        for option, scale in (("amplitude", amplitude), ("noise", noise)):
-            if not 1e-6 <= scale <= 1e6:
-                raise UserError(f"--data.{option} {scale}: must lie between 1e-6 and 1e6")
-        self.steps = steps
-        self.min_steps = steps if min_steps is None else min_steps
-        self.amplitude = amplitude
-        self.fresh = fresh
+        require("frequencies", frequencies, 1, 1000)
+        self.amplitude = require("amplitude", amplitude, 1e-6, 1e6)
+        require("noise", noise, 1e-6, 1e6)
+        require("correlation", correlation, 0, below=1)
         self.omegas = torch.arange(1, frequencies + 1, dtype=torch.float64) * (math.pi / 2 / (frequencies + 1))
         identity = torch.eye(channels, dtype=torch.float64)
         self.noise_covariance = noise**2 * ((1 - correlation) * identity + correlation)
@@ -94,15 +65,17 @@ class Sines(SequenceDataModule):
         self.diagonal_loss = -0.5 * torch.logdet(self.noise_covariance / noise**2).item()
         """What a diagonal Gaussian loses to the noise's correlation where the rest is known, in nats per step."""
 
-    def sequences(self, split: Split) -> list[SequenceSample]:
-        """Draw a split's sequences, each split from a stream of its own."""
-        lengths = (self.min_steps, self.steps)
-        draw = partial(
-            _sines, split, self.sizes[split], lengths, self.seed, self.omegas, self.amplitude, self.noise_covariance
-        )
-        return Redrawn(draw) if self.fresh and split == "train" else draw(0)
+    def draw(self, lengths: Lengths, random: torch.Generator) -> Tensor:
+        """Draw sines."""
+        omega = self.omegas[torch.randint(len(self.omegas), lengths.shape, generator=random)]
+        shape = (len(lengths), self.num_features, 2 + self.steps)
+        draws = torch.randn(shape, generator=random, dtype=torch.float64)
+        waves = self.amplitude * draws[..., :2] @ _basis(omega, self.steps)
+        noise = torch.linalg.cholesky(self.noise_covariance) @ draws[..., 2:]
+        x: Tensor = (waves + noise).transpose(1, 2)
+        return x
 
-    def exact_log_likelihood(self, batch: SequenceBatch) -> Tensor:
+    def log_density(self, x: Tensor, valid: Tensor) -> Tensor:
         r"""Return log p(x) of each sequence in nats, shape (batch,).
 
         Given the frequency, the coefficients c are Gaussian and the sequence is linear in them. With
@@ -112,11 +85,10 @@ class Sines(SequenceDataModule):
         .. math:: \log p(x \mid \omega) = -\tfrac12 \big[T D \log 2\pi + T \log|R| + 2 D \log \alpha^2 + \log|S|
             + \mathrm{tr}(X R^{-1} X^\top) - b^\top S^{-1} b\big]
         """
-        batch = batch if batch.x.device.type == "cpu" else SequenceBatch(batch.x.cpu(), batch.lengths.cpu())
-        x = batch.x.double() * batch.mask[..., None]
+        mask = valid[..., 0]
         size, steps, channels = x.shape
         precision = torch.linalg.inv(self.noise_covariance)
-        basis = _basis(self.omegas, steps) * batch.mask[:, None, None]  # (batch, frequencies, 2, time)
+        basis = _basis(self.omegas, steps) * mask[:, None, None]  # (batch, frequencies, 2, time)
         gram = basis @ basis.mT
         whitened = x @ precision
         b = (basis @ whitened[:, None]).mT.flatten(2)  # ordered by channel, then cosine and sine
@@ -127,7 +99,7 @@ class Sines(SequenceDataModule):
         log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 4 * channels * math.log(self.amplitude)
         constant = channels * math.log(2 * math.pi) + torch.logdet(self.noise_covariance).item()
         quadratic = (x * whitened).sum((1, 2))[:, None] - explained
-        given_frequency = -0.5 * (batch.lengths[:, None].to(x) * constant + log_det + quadratic)
+        given_frequency = -0.5 * (mask.sum(1, keepdim=True).to(x) * constant + log_det + quadratic)
         density: Tensor = given_frequency.logsumexp(1) - math.log(len(self.omegas))
         return density
 
@@ -136,23 +108,3 @@ def _basis(omega: Tensor, steps: int) -> Tensor:
     """Return cosine and sine, shape (frequencies, 2, steps)."""
     phase = omega[:, None] * torch.arange(steps, dtype=omega.dtype)
     return torch.stack([phase.cos(), phase.sin()], 1)
-
-
-def _sines(
-    split: Split,
-    size: int,
-    between: tuple[int, int],
-    seed: int,
-    omegas: Tensor,
-    amplitude: float,
-    covariance: Tensor,
-    epoch: int,
-) -> list[SequenceSample]:
-    """Draw an epoch's sequences; ``between`` are the shortest and the longest length."""
-    lengths, generator = opening(split, size, *between, seed, epoch)
-    omega = omegas[torch.randint(len(omegas), (size,), generator=generator)]
-    draw = torch.randn(size, len(covariance), 2 + between[1], generator=generator, dtype=torch.float64)
-    waves = amplitude * draw[..., :2] @ _basis(omega, between[1])
-    noise = torch.linalg.cholesky(covariance) @ draw[..., 2:]
-    x = (waves + noise).transpose(1, 2).float()
-    return [SequenceSample(x[i, :length], name=f"{split} sine {i}") for i, length in enumerate(lengths)]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from vrnn_lightning.data import Modality, Scaler
 from vrnn_lightning.errors import UserError
 
-from ._synthetic import Draw, Floats, SyntheticDataModule, require
+from ._synthetic import Floats, Lengths, SyntheticDataModule, require
 
 __all__ = ["Spirals"]
 
@@ -48,18 +46,27 @@ class Spirals(SyntheticDataModule):
 
     def __init__(self, arms: int = 2, turns: float = 1.5, steps: int = 60, noise: float = 0.01, **options: Any) -> None:
         super().__init__(num_features=3, steps=steps, **options)
-        require("arms", arms, 1)
+        self.arms = require("arms", arms, 1)
         if arms > self.min_steps:
             raise UserError(f"--data.arms {arms}: more than the points of the shortest drawing, {self.min_steps}")
-        require("turns", turns, 0, 20)
-        require("noise", noise, 0, 1e3)
-        self.arms = arms
-        self.turns = turns
-        self.noise = noise
+        self.turns = require("turns", turns, 0, 20)
+        self.noise = require("noise", noise, 0, 1e3)
 
-    def drawing(self) -> Draw:
-        """Return what draws spirals."""
-        return partial(_spirals, arms=self.arms, turns=self.turns, noise=self.noise)
+    def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
+        """Draw spirals."""
+        count, points = len(lengths), np.arange(lengths.max())
+        ends = np.arange(1, self.arms + 1) * lengths[:, None] // self.arms  # of the arms, shape (drawings, arms)
+        arm = (points[:, None] >= ends[:, None]).sum(-1).clip(max=self.arms - 1)
+        first = np.take_along_axis(ends - np.diff(ends, axis=1, prepend=0), arm, 1)
+        last = np.take_along_axis(ends, arm, 1) - 1
+        share = (points - first + 1) / (last - first + 1)
+        start, size = random.uniform(0, 2 * math.pi, (count, 1)), random.uniform(0.75, 1.25, (count, 1))
+        sense = random.choice([-1, 1], (count, 1))
+        angle = start + 2 * math.pi * (arm / self.arms + sense * self.turns * share)
+        ink = (size * share)[..., None] * np.stack([np.cos(angle), np.sin(angle)], -1)
+        ink += self.noise * random.standard_normal(ink.shape)
+        lift: Floats = (points == last).astype(np.float64)
+        return np.concatenate([np.diff(ink, axis=1, prepend=0.0), lift[..., None]], -1)
 
     def fit_scaler(self) -> Scaler:
         """Fit one mean and one std on dx and dy of the training rows; lift is left alone."""
@@ -68,19 +75,3 @@ class Spirals(SyntheticDataModule):
         mean, std = offsets.mean(), offsets.std(correction=0)
         zero, one = torch.tensor([0.0, 1.0]).double()
         return Scaler(torch.stack([mean, mean, zero]), torch.stack([std, std, one]))
-
-
-def _spirals(lengths: NDArray[np.int64], random: np.random.Generator, arms: int, turns: float, noise: float) -> Floats:
-    count, points = len(lengths), np.arange(lengths.max())
-    ends = np.arange(1, arms + 1) * lengths[:, None] // arms  # of the arms, shape (drawings, arms)
-    arm = (points[:, None] >= ends[:, None]).sum(-1).clip(max=arms - 1)
-    first = np.take_along_axis(ends - np.diff(ends, axis=1, prepend=0), arm, 1)
-    last = np.take_along_axis(ends, arm, 1) - 1
-    share = (points - first + 1) / (last - first + 1)
-    start, size = random.uniform(0, 2 * math.pi, (count, 1)), random.uniform(0.75, 1.25, (count, 1))
-    sense = random.choice([-1, 1], (count, 1))
-    angle = start + 2 * math.pi * (arm / arms + sense * turns * share)
-    ink = (size * share)[..., None] * np.stack([np.cos(angle), np.sin(angle)], -1)
-    ink += noise * random.standard_normal(ink.shape)
-    lift: Floats = (points == last).astype(np.float64)
-    return np.concatenate([np.diff(ink, axis=1, prepend=0.0), lift[..., None]], -1)

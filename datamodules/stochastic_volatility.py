@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vrnn_lightning.data import Modality
-
-from ._synthetic import Draw, Floats, SyntheticDataModule, require
+from ._synthetic import Floats, Lengths, SyntheticDataModule, require
 
 __all__ = ["StochasticVolatility"]
 
@@ -25,7 +21,7 @@ class StochasticVolatility(SyntheticDataModule):
         h_1 \sim \mathcal N\big(0, \tfrac{\sigma^2}{1 - \varphi^2}\big)
 
     (Taylor 1982). The density of the returns has no closed form. The past tells nothing of their sign, and a part of
-    their size: with a latent in the place of :math:`h_t`, a Gaussian output is right. Data units are the model's units.
+    their size: with a latent in the place of :math:`h_t`, a Gaussian output is right.
 
     Args:
         channels: Assets, D.
@@ -41,29 +37,19 @@ class StochasticVolatility(SyntheticDataModule):
     5
     """
 
-    modality: ClassVar[Modality] = "series"
-
     def __init__(
         self, channels: int = 3, steps: int = 100, persistence: float = 0.95, volatility: float = 0.4, **options: Any
     ) -> None:
         super().__init__(num_features=channels, steps=steps, **options)
         require("channels", channels, 1)
-        require("persistence", persistence, 0, 0.999)
-        require("volatility", volatility, 0, 2)
-        self.persistence = persistence
-        self.volatility = volatility
+        self.persistence = require("persistence", persistence, 0, 0.999)
+        self.volatility = require("volatility", volatility, 0, 2)
 
-    def drawing(self) -> Draw:
-        """Return what draws the returns."""
-        return partial(_returns, channels=self.num_features, persistence=self.persistence, volatility=self.volatility)
-
-
-def _returns(
-    lengths: NDArray[np.int64], random: np.random.Generator, channels: int, persistence: float, volatility: float
-) -> Floats:
-    drive = volatility * random.standard_normal((lengths.max(), len(lengths)))
-    drive[0] /= math.sqrt(1 - persistence**2)
-    level = np.zeros(len(lengths))
-    levels = np.stack([level := persistence * level + pushed for pushed in drive], 1)
-    spread: Floats = np.exp(levels[..., None] / 2)
-    return spread * random.standard_normal((*levels.shape, channels))
+    def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
+        """Draw the returns."""
+        drive = self.volatility * random.standard_normal((lengths.max(), len(lengths)))
+        drive[0] /= math.sqrt(1 - self.persistence**2)
+        level = np.zeros(len(lengths))
+        levels = np.stack([level := self.persistence * level + pushed for pushed in drive], 1)
+        spread: Floats = np.exp(levels[..., None] / 2)
+        return spread * random.standard_normal((*levels.shape, self.num_features))

@@ -8,7 +8,7 @@ from vrnn_lightning.data.downloads import fetch
 from vrnn_lightning.data.ink import files_below, quickdraw_lines, read_iam, read_inkml, read_quickdraw, read_sketch_rnn
 from vrnn_lightning.data.invalid_files import InvalidFiles
 from vrnn_lightning.data.loading import BatchSampler, SequenceLoader, Window
-from vrnn_lightning.data.paths import checked_limit, data_root
+from vrnn_lightning.data.options import checked_limit, data_root, require
 from vrnn_lightning.data.progress import tracked
 from vrnn_lightning.data.random_splits import RandomSplitDataModule, RandomSplits
 from vrnn_lightning.data.sequences import (
@@ -57,6 +57,7 @@ __all__ = [
     "read_inkml",
     "read_quickdraw",
     "read_sketch_rnn",
+    "require",
     "require_size",
     "rows_to_strokes",
     "smooth_rows",

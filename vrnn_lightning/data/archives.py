@@ -30,15 +30,13 @@ class ArchiveSplit:
 
     Args:
         path: The archive.
-        word: What the archive calls the split: "train", "valid" or "test".
-        array: What it calls the rows.
+        word: The split's name in the archive: "train", "valid" or "test".
+        array: The name of the rows.
         values: The sequences' rows one after another, shape (total steps, features), in the archive's type.
-        bounds: Where each sequence begins and ends, shape (sequences, 2).
-        numbers: Which sequence of the archive each one is, shape (sequences,).
-        names: What to call each sequence of the archive, by its number; ``None`` calls it after the split and its
-            number.
-        begins: At which step of the archive's sequence each one begins, shape (sequences,); ``None`` where they are
-            whole.
+        bounds: The first row of each sequence and the row after its last, shape (sequences, 2).
+        numbers: The number of each sequence in the archive, shape (sequences,).
+        names: Names of the archive's sequences by number; ``None`` names them by split and number.
+        begins: The step of the archive's sequence at which each one begins, shape (sequences,); ``None`` for 0.
     """
 
     path: Path
@@ -69,7 +67,7 @@ class ArchiveSplit:
         return SequenceSample(x, name=self.name(index))
 
     def name(self, index: int) -> str:
-        """Return what a sequence is called."""
+        """Return the name of a sequence."""
         number = self.numbers[index]
         whole = f"{self.word} {number}" if self.names is None else self.names[number]
         begin = 0 if self.begins is None else self.begins[index]
@@ -86,7 +84,7 @@ class ArchiveSplit:
         return self.take(np.array(self.lengths, dtype=np.int64) <= steps)
 
     def take(self, index: NDArray[Any]) -> ArchiveSplit:
-        """Return some of the sequences, by their places or by True at them."""
+        """Return some of the sequences, by index or mask."""
         begins = None if self.begins is None else self.begins[index]
         return replace(self, bounds=self.bounds[index], numbers=self.numbers[index], begins=begins)
 
@@ -99,8 +97,7 @@ class ArchiveSplit:
         begin, end = (lengths[which] * k // counts[which] for k in (piece, piece + 1))
         whole = self.take(which)
         before = 0 if whole.begins is None else whole.begins
-        starts = whole.bounds[:, :1]
-        return replace(whole, bounds=starts + np.stack([begin, end], axis=1), begins=before + begin)
+        return replace(whole, bounds=whole.bounds[:, :1] + np.stack([begin, end], axis=1), begins=before + begin)
 
     def rows(self) -> NDArray[Any]:
         """Return the rows of all sequences, shape (steps, features)."""
@@ -109,14 +106,11 @@ class ArchiveSplit:
         return np.concatenate([self.values[start:end] for start, end in self.bounds])
 
     def raise_if(self, wrong: NDArray[np.bool_], fix: str) -> None:
-        """Raise if values are wrong.
+        """Raise a UserError with the first wrong value and its place, if there is one.
 
         Args:
-            wrong: True at them, shape (total steps, features) or fewer features from the left on.
-            fix: The rest of the message, after what the first of them is and where it stands.
-
-        Raises:
-            UserError: Any is true.
+            wrong: True at wrong values, shape (total steps, features) or fewer features from the left on.
+            fix: The rest of the message.
         """
         if not wrong.any():
             return
@@ -127,11 +121,7 @@ class ArchiveSplit:
 
 
 def archive_holds(path: Path, split: Split) -> bool:
-    """Return True where a flat archive has a split of its own.
-
-    Raises:
-        UserError: There is no such file, or it is not an archive.
-    """
+    """Return whether a flat archive has a split; raise a UserError if it can't be read."""
     with opened_archive(path, "--data.root") as archive:
         return f"{_word(split)}_values" in archive.names
 
@@ -139,7 +129,7 @@ def archive_holds(path: Path, split: Split) -> bool:
 def read_archive(
     path: Path, split: Split, width: int, stacked: str | None = None, fix: str = "", max_gb: float = MAX_GB
 ) -> ArchiveSplit:
-    """Read one split of a flat archive, and of the file nothing else.
+    """Read one split of a flat archive, and nothing else of the file.
 
     A flat archive is an ``.npz`` file, never pickled, with two arrays for each split, "train", "valid" and "test":
     ``{split}_values`` of shape (total steps, features) and ``{split}_lengths`` of shape (sequences,). Sequence i is
@@ -147,16 +137,16 @@ def read_archive(
 
     Args:
         path: The file.
-        split: Which split; "val" is "valid" in the file.
+        split: The split; "val" is "valid" in the file.
         width: Features that a row must have.
-        stacked: What sequences of one length may be called: with "images" an array ``{split}_images`` of shape
-            (sequences, steps, features) is read where there is no ``{split}_values``.
-        fix: What to do about another number of features, for that message's end.
+        stacked: With "images", an array ``{split}_images`` of shape (sequences, steps, features) may replace
+            ``{split}_values``.
+        fix: The end of the message about another number of features.
         max_gb: Gigabytes that an array may take, or 16 times the file's size.
 
     Raises:
-        UserError: There is no such file, it is not such an archive, its arrays don't fit together, or they hold values
-            that are not finite.
+        UserError: The file is missing or not such an archive, its arrays don't fit together or hold values that are not
+            finite.
     """
     word = _word(split)
     name, stack = f"{word}_values", f"{word}_{stacked}"
@@ -165,7 +155,7 @@ def read_archive(
             name, axes = stack, "sequences, steps"
         else:
             axes = "total steps"
-        shape, dtype = archive.declared(name)  # all is compared before the rows are read, which may take long
+        shape, dtype = archive.declared(name)  # all is checked before the rows are read, which may take long
         if dtype.kind not in "buif" or dtype.itemsize > 8:
             raise UserError(f"{path}: {name} is of type {dtype}; save it as integers, float32 or float64")
         if len(shape) != (3 if name == stack else 2) or shape[-1] != width:
@@ -176,10 +166,10 @@ def read_archive(
             steps = _steps(path, word, archive.read(f"{word}_lengths", max_gb), shape[0])
         values = archive.read(name, max_gb).reshape(-1, width)
     ends = steps.cumsum()
-    found = ArchiveSplit(path, word, name, values, np.stack([ends - steps, ends], axis=1), np.arange(len(steps)))
+    sequences = ArchiveSplit(path, word, name, values, np.stack([ends - steps, ends], axis=1), np.arange(len(steps)))
     if values.dtype.kind == "f":
-        found.raise_if(~np.isfinite(values), "remove the sequence or fix it")
-    return found
+        sequences.raise_if(~np.isfinite(values), "remove the sequence or fix it")
+    return sequences
 
 
 def _steps(path: Path, word: str, lengths: NDArray[Any], rows: int) -> NDArray[np.int64]:
@@ -201,17 +191,12 @@ def _steps(path: Path, word: str, lengths: NDArray[Any], rows: int) -> NDArray[n
 
 
 def _word(split: Split) -> str:
-    """Return what archives call a split."""
     return "valid" if split == "val" else split
 
 
 @contextmanager
-def opened_archive(path: Path, option: str = "") -> Iterator[Archived]:
-    """Open an .npz file.
-
-    Raises:
-        UserError: It isn't there, can't be read, or is damaged; so for whatever the block reads of it.
-    """
+def opened_archive(path: Path, option: str = "") -> Iterator[OpenArchive]:
+    """Open an .npz file; raise a UserError if it, or an array that the block reads, is missing or damaged."""
     if path.suffix == ".npy":
         raise UserError(f"{path}: is a single array, no .npz archive. Fix: write it with numpy.savez")
     with (
@@ -221,11 +206,11 @@ def opened_archive(path: Path, option: str = "") -> Iterator[Archived]:
     ):
         for member in zip_members(archive):  # a damaged name would hide an array
             archive.open(member).close()
-        yield Archived(path, archive)
+        yield OpenArchive(path, archive)
 
 
 @dataclass(frozen=True)
-class Archived:
+class OpenArchive:
     """An open .npz file.
 
     Args:
@@ -238,18 +223,18 @@ class Archived:
 
     @property
     def names(self) -> list[str]:
-        """What its arrays are called."""
+        """The names of its arrays."""
         return [name.removesuffix(".npy") for name in self.archive.namelist()]
 
     def read(self, name: str, max_gb: float = MAX_GB) -> NDArray[Any]:
-        """Return an array, never a pickled one, after comparing its checksum.
+        """Return an array after comparing its checksum.
 
         Args:
-            name: What it is called.
+            name: Its name.
             max_gb: Gigabytes that it may take, or 16 times the file's size.
 
         Raises:
-            UserError: There is no such array, it is damaged, pickled, or promises more than is there or allowed.
+            UserError: The array is missing, damaged or pickled, or declares more bytes than there are or allowed.
         """
         with self._opened(name) as (member, shape, fortran, dtype):
             needed = math.prod(shape) * dtype.itemsize
@@ -259,19 +244,12 @@ class Archived:
             while filled < needed and (piece := member.read(min(PIECE, needed - filled))):
                 content[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
                 filled += len(piece)
-            if filled < needed or member.read(1):  # reading on to the end compares the checksum
+            if filled < needed or member.read(1):  # a read at the end compares the checksum
                 raise ValueError("it breaks off")
             return array.reshape(shape, order="F" if fortran else "C")
 
     def declared(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Return the shape and the type of an array, of which no more than its header is read.
-
-        Args:
-            name: What it is called.
-
-        Raises:
-            UserError: There is no such array, it is damaged, pickled, or promises more than is there.
-        """
+        """Return the shape and the type of an array from its header, with the errors of :meth:`read`."""
         with self._opened(name) as (_, shape, _, dtype):
             return shape, dtype
 

@@ -1,4 +1,4 @@
-"""What is known of data that do not change: kept in the user's cache folder, so that it is found out once."""
+"""Facts about data that do not change, kept in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def digest(value: Any) -> str:
 
 
 def recall(name: str) -> Any | None:
-    """Return what was remembered under a name, or ``None`` where there is nothing, or nothing whole."""
+    """Return the value of a name, or ``None`` where there is none or it is damaged."""
     try:
         checksum, _, content = (_folder() / f"{name}.json").read_text("ascii").partition("\n")
     except (OSError, RuntimeError, ValueError):  # no file, no home, no ASCII
@@ -34,15 +34,12 @@ def recall(name: str) -> Any | None:
         return None
     try:
         return json.loads(content)
-    except (ValueError, RecursionError):  # of somebody else
+    except (ValueError, RecursionError):  # another program's file
         return None
 
 
 def remember(name: str, value: Any) -> None:
-    """Keep a value made of lists, dicts, words and numbers, where that is possible.
-
-    A reader in another process sees the old value or the new one, never a part. Of two writers the last one wins.
-    """
+    """Keep a value made of lists, dicts, words and numbers, where that is possible; readers never see a part of it."""
     content = json.dumps(value)
     checksum = hashlib.sha256(content.encode()).hexdigest()
     with suppress(UserError, RuntimeError), replacing(_folder() / f"{name}.json") as part:  # a cache may be missing
@@ -50,6 +47,6 @@ def remember(name: str, value: Any) -> None:
 
 
 def _folder() -> Path:
-    """Return ``$XDG_CACHE_HOME/vrnn_lightning``, or that in ``~/.cache``."""
+    """Return ``$XDG_CACHE_HOME/vrnn_lightning``, by default in ``~/.cache``."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "vrnn_lightning"

@@ -14,6 +14,7 @@ from torch import Tensor
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.checkpoints import read_stored, require_types
 from vrnn_lightning.data.loading import BatchSampler, ScaledSequences, SequenceLoader
+from vrnn_lightning.data.options import require
 from vrnn_lightning.data.sequences import Modality, Scaler, Sequences, Split
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained
@@ -31,26 +32,24 @@ class SequenceDataModule(LightningDataModule):
     LightningDataModule whose loaders yield :class:`~vrnn_lightning.batch.SequenceBatch` and that has ``num_features``
     (right after construction), ``modality`` and ``scaler`` serves as well.
 
-    Options travel in the checkpoint. Of these, only :attr:`run_options` may differ when a checkpoint is used again.
+    The checkpoint stores the options; only :attr:`run_options` may differ when it is used again.
 
     Args:
         num_features: Features per time step.
         batch_size: Sequences per batch and process.
         num_workers: Processes that read ahead; 0 reads in the main process.
-        seed: Seed of the order of the training batches, and of whatever the subclass draws.
-        window: Steps per window in training: the sequences are laid end to end in ``batch_size`` streams, whose windows
-            the model reads one after another, and its state is carried from each to the next of the same sequence. So
-            memory does not grow with a sequence's length. Validation and test read whole sequences, as many at once as
-            fit into ``batch_size`` windows. ``None`` trains on whole sequences.
+        seed: Seed of the order of the training batches, and of the data that are random.
+        window: Steps per window in training: the sequences form ``batch_size`` streams, whose windows the model reads
+            one after another, carrying its state from each to the next of the same sequence, so that memory does not
+            grow with a sequence's length. Validation and test read whole sequences, as many at once as fit into
+            ``batch_size`` windows. ``None`` trains on whole sequences.
     """
 
     modality: ClassVar[Modality] = "series"
     scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "none"
     run_options: ClassVar[frozenset[str]] = frozenset({"root", "batch_size", "num_workers", "window"})
     num_inputs: int = 0
-    """Covariates per time step, the width of ``Sequence.inputs``; where it is not 0, every sequence must have them.
-
-    Like ``num_features`` it is known right after construction: ``__init__`` sets it."""
+    """Covariates per time step, which ``__init__`` sets; where it is not 0, every sequence must have them."""
     missing: bool = False
     """True where sequences may come with ``observed``; the model's phi_x is then told which values are missing."""
 
@@ -58,24 +57,16 @@ class SequenceDataModule(LightningDataModule):
         self, num_features: int, batch_size: int = 32, num_workers: int = 0, seed: int = 0, window: int | None = None
     ) -> None:
         super().__init__()
-        for option, value, least in (
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("window", window, 1),
-        ):
-            if value is not None and not least <= value < 2**31:
-                bound = f"at least {least}" if value < least else "below 2^31"
-                raise UserError(f"--data.{option} {value}: must be {bound}")
+        self.batch_size = require("batch_size", batch_size, 1)
+        self.num_workers = require("num_workers", num_workers, 0)
+        self.window = None if window is None else require("window", window, 1)
         if not 0 <= seed < 2**60:
             raise UserError(f"--data.seed {seed}: must lie between 0 and 2^60")
         self.save_hyperparameters(logger=False)
         paths = {key: str(value) for key, value in self.hparams.items() if isinstance(value, PurePath)}
-        self.hparams.update(paths)  # a checkpoint holds words, not objects
+        self.hparams.update(paths)  # a checkpoint holds no objects
         self.num_features = num_features
-        self.batch_size = batch_size
-        self.num_workers = num_workers
         self.seed = seed
-        self.window = window
         self._scaler: Scaler | None = None
         self._splits: dict[str, Sequences] = {}
         self._lengths: dict[str, tuple[Sequences, list[int]]] = {}
@@ -90,7 +81,7 @@ class SequenceDataModule(LightningDataModule):
         trust: str | Sequence[str] = (),
         **options: Any,
     ) -> Self:
-        """Return the datamodule of a checkpoint; what its options name passes :class:`~vrnn_lightning.trust.Gate`.
+        """Return the datamodule of a checkpoint; the classes of its options pass :class:`~vrnn_lightning.trust.Gate`.
 
         Args:
             checkpoint_path: The file.
@@ -101,8 +92,7 @@ class SequenceDataModule(LightningDataModule):
             options: Options in place of the checkpoint's.
 
         Raises:
-            UserError: The file is missing, damaged or not a checkpoint of this class, or it names a class that is not
-                trusted.
+            UserError: The file is missing, damaged or not a checkpoint of this class, or it names an untrusted class.
         """
         path = Path(checkpoint_path)
         key = "datamodule_hyper_parameters"
@@ -113,7 +103,7 @@ class SequenceDataModule(LightningDataModule):
                 data.load_state_dict(content[made.__qualname__])
         except UserError:
             raise
-        except Exception as error:  # whatever a datamodule raises for options and a state that are not its own
+        except Exception as error:  # of any datamodule, for options and a state that are not its own
             line = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise UserError(f"{path}: no {made.__name__} can be made of its options and state ({line})") from error
         return data
@@ -133,20 +123,18 @@ class SequenceDataModule(LightningDataModule):
     def lengths(self, split: Split) -> Sequence[int]:
         """Return the steps of each sequence of a split; override it where reading them all would be slow."""
         sequences = self.split(split)
-        of, lengths = self._lengths.get(split, (None, []))
-        if of is not sequences:
-            lengths = [len(sequences[i].x) for i in range(len(sequences))]
-            self._lengths[split] = (sequences, lengths)
-        return lengths
+        if split not in self._lengths or self._lengths[split][0] is not sequences:
+            self._lengths[split] = sequences, [len(sequences[i].x) for i in range(len(sequences))]
+        return self._lengths[split][1]
 
     def exact_log_likelihood(self, batch: SequenceBatch) -> Tensor | None:
         """Return the true log p(x) of each sequence in nats, in scaled units, shape (batch,), where it is known."""
         return None
 
     def anomalies(self, batch: SequenceBatch) -> Tensor | None:
-        """Return True at steps that are known to be faulty, shape (batch, time), where that is known.
+        """Return True at faulty steps, shape (batch, time), where they are known, to judge a detection by score.
 
-        ``batch.names`` and ``batch.index`` say which sequences they are. A detection by score is judged by it.
+        ``batch.names`` and ``batch.index`` tell the sequences.
         """
         return None
 
@@ -156,25 +144,21 @@ class SequenceDataModule(LightningDataModule):
         return mean.float(), std.float()
 
     def split(self, split: Split) -> Sequences:
-        """Return the sequences of a split, found once.
-
-        Raises:
-            UserError: The split is empty.
-        """
+        """Return the sequences of a split, made once; raise a UserError if there are none."""
         if split not in self._splits:
             with explained(getattr(self, "root", type(self).__name__), "--data.root"):
-                found = self.sequences(split)
-            if len(found) == 0:
+                sequences = self.sequences(split)
+            if len(sequences) == 0:
                 raise UserError(f"{type(self).__name__}: the {split} split is empty; check the options that split data")
-            self._splits[split] = found
+            self._splits[split] = sequences
         return self._splits[split]
 
     @property
     def scaler(self) -> Scaler:
-        """The affine scaler, fitted on the training split when first asked for, or the checkpoint's.
+        """The affine scaler, fitted on the training split when first needed, or the checkpoint's.
 
         Raises:
-            UserError: Training values are so large that their mean or std is infinite.
+            UserError: Training values are so large or small that float32 can't hold their mean or std.
         """
         if self._scaler is None:
             scaler = self.fit_scaler()
@@ -183,11 +167,11 @@ class SequenceDataModule(LightningDataModule):
         return self._scaler
 
     def _require_range(self, scaler: Scaler) -> None:
-        """Raise if float32, in which models keep the scaler, can't hold it: nothing could be returned to data units."""
+        """Raise if float32, in which models keep the scaler, can't hold it."""
         mean, std = (value.double().abs().expand(self.num_features) for value in (scaler.mean, scaler.std))
         kind = torch.finfo(torch.float32)
         large = ~(mean.maximum(std) <= kind.max)
-        small = (std < kind.tiny) | ((mean > 0) & (mean < kind.tiny) & (std == 1))  # a std of 1: nothing else was found
+        small = (std < kind.tiny) | ((mean > 0) & (mean < kind.tiny) & (std == 1))  # 1: a constant
         if (large | small).any():
             feature = int((large | small).int().argmax())
             names = getattr(self, "columns", None) or range(self.num_features)
@@ -202,15 +186,15 @@ class SequenceDataModule(LightningDataModule):
         if self.scaling == "none":
             return Scaler()
         mean, std = self._moments(None)
-        varies = std > 1e-12 * mean.abs()  # what is below is rounding: a constant feature is only centred
+        varies = std > 1e-12 * mean.abs()  # else it is rounding: a constant feature is only centred
         return Scaler(mean, torch.where(varies, std, 1.0))
 
     def fitted_on(self) -> tuple[Sequences, Iterable[int]]:
-        """Return what means and stds are taken over, and the steps of each: the training split, unless overridden."""
+        """Return the sequences that the moments are taken over, and their steps: by default the training split."""
         return self.split("train"), self.lengths("train")
 
     def _moments(self, scaler: Scaler | None) -> tuple[Tensor, Tensor]:
-        """Return mean and std of the training split, in one pass that large means do not harm (Chan et al. 1983)."""
+        """Return mean and std of the training split, in one numerically stable pass (Chan et al. 1983)."""
         shared = scaler is None and self.scaling == "scalar"
         count = torch.zeros(1 if shared else self.num_features, dtype=torch.float64)
         mean, deviation = torch.zeros_like(count), torch.zeros_like(count)
@@ -237,7 +221,7 @@ class SequenceDataModule(LightningDataModule):
         return (mean[0], std[0]) if shared else (mean, std)
 
     def setup(self, stage: str) -> None:
-        """Find the sequences of a stage early, so that what is wrong with them is said before training starts."""
+        """Make the sequences of a stage, so that errors in them are raised before training starts."""
         needed: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
         for split in needed.get(stage, ("test",)):
             self.split(split)
@@ -245,9 +229,9 @@ class SequenceDataModule(LightningDataModule):
     def _loader(
         self, split: Split, sequences: Sequences | None = None, lengths: Sequence[int] | None = None
     ) -> SequenceLoader:
-        """Return batches of a split, or of other sequences of the given lengths as if they were it."""
+        """Return batches of a split, or of other sequences in its place."""
         trainer = self.trainer
-        sequences = self.split(split) if sequences is None else sequences  # says what is wrong with an empty one
+        sequences = self.split(split) if sequences is None else sequences
         lengths = self.lengths(split) if lengths is None else lengths
         if not any(lengths):
             raise UserError(f"{type(self).__name__}: no sequence of the {split} split has a step")
@@ -283,9 +267,7 @@ class SequenceDataModule(LightningDataModule):
         """Return the test batches."""
         return self._loader("test")
 
-    def predict_dataloader(self) -> SequenceLoader:
-        """Return the test batches."""
-        return self._loader("test")
+    predict_dataloader = test_dataloader
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scaler, so that it is never fitted again on other data."""

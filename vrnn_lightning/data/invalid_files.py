@@ -1,4 +1,4 @@
-"""Files that can't be used: stop at the first one, or skip and count them."""
+"""Invalid files: stop at the first one, or skip and count them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SHOWN = 5
 
 
 class InvalidFiles:
-    """What becomes of files that can't be used, as the option ``skip_bad`` says.
+    """The files that can't be used and are skipped, with ``skip_bad``.
 
     Args:
-        skip: Skip and count them; else the first of them stops the run.
+        skip: Skip and count invalid files; else the first of them raises its error.
 
     >>> bad = InvalidFiles(skip=True)
     >>> with bad.tolerated():
@@ -31,11 +31,11 @@ class InvalidFiles:
     def __init__(self, skip: bool) -> None:
         self.skip = skip
         self.problems: list[str] = []
-        """What was wrong with each file that was skipped, with its name."""
+        """The error of each skipped file, with its name."""
 
     @contextmanager
     def tolerated(self) -> Iterator[None]:
-        """Leave the block at what a user got wrong with one file, if bad files are to be skipped."""
+        """Leave the block at a UserError about one file, if invalid files are skipped."""
         try:
             yield
         except UserError as error:
@@ -44,15 +44,15 @@ class InvalidFiles:
             self.problems.append(str(error))
 
     def report(self, total: int, where: object, noun: str = "files") -> None:
-        """Warn of what was skipped, if anything was.
+        """Warn of skipped files.
 
         Args:
-            total: How many files there are, the skipped ones included.
-            where: What they are files of: the folder.
-            noun: What to call them.
+            total: Number of files, with the skipped ones.
+            where: The folder, for messages.
+            noun: The word for them in messages.
 
         Raises:
-            UserError: Nothing is left.
+            UserError: All files are skipped.
         """
         if not self.problems:
             return

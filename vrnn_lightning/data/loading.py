@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from vrnn_lightning.batch import SequenceBatch, SequenceSample, pad
@@ -30,7 +31,7 @@ class Window(NamedTuple):
     """Steps ``first`` to ``last - 1`` of a sequence, as a row of a batch.
 
     Args:
-        sequence: Which one; -1 for an empty row.
+        sequence: Its index; -1 for an empty row.
         first: The first step.
         last: One past the last step.
         reset: True where the row's state is reset, False where it continues from the row's last window.
@@ -45,30 +46,24 @@ class Window(NamedTuple):
 NOTHING = Window(-1, 0, 0, True)
 
 
-class Rows(NamedTuple):
-    """What a batch is read from.
+class Rows(list[Any]):
+    """The indices of sequences, or the windows, that a batch is read from, in the epoch of an order."""
 
-    Args:
-        epoch: When; only sequences that change with it care.
-        items: Indices of sequences, or windows.
-    """
-
-    epoch: int
-    items: Sequence[int] | Sequence[Window]
+    epoch = 0
 
 
-class BatchSampler(DistributedSampler[list[int] | list[Window]]):
+class BatchSampler(DistributedSampler[Rows]):
     """Batches of indices or windows whose order depends on nothing but the seed and the epoch.
 
     Whole sequences: every process shuffles alike, cuts the order into global batches of ``batch_size`` times
     ``num_replicas`` and keeps every ``num_replicas``-th sequence of each. So no sequence is read twice in an epoch, and
-    several processes see together what one process with the global batch sees. A process for which nothing is left in
+    several processes see together the batches of one process with the global batch. A process without a sequence in
     the last batch gets the index -1, an empty sequence.
 
     With ``window`` and ``shuffle``, the rows of the global batch are streams: the shuffled sequences, end to end, are
-    cut into as many contiguous stretches, and row i of every batch is the next window of stretch i, so that a state
-    can be carried row by row. A window ends where its sequence ends, and a stretch begins where a window does. The
-    stretches are equal in windows, give or take one: so only in an epoch's last batch can a row be empty.
+    cut into as many contiguous stretches, equal in windows, give or take one. Row i of every batch is the next window
+    of stretch i, so that a state can be carried row by row. A window ends where its sequence ends, and a row is empty
+    in an epoch's last batch alone.
 
     Without ``shuffle``, whole sequences of like length share a batch; with ``window``, one of at most ``batch_size``
     times ``window`` steps a process, padding included, or one longer sequence. Batches come in the order of their first
@@ -97,7 +92,7 @@ class BatchSampler(DistributedSampler[list[int] | list[Window]]):
     ) -> None:
         super().__init__(range(len(lengths)), num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]  # a range is sized
         self.lengths = torch.as_tensor(lengths)
-        self.kept = self.lengths.nonzero().flatten()  # a sequence of no steps counts nowhere
+        self.nonempty = self.lengths.nonzero().flatten()  # a sequence of no steps counts nowhere
         self.window = window
         self.pieces = self.lengths.sign() if window is None else -(-self.lengths // window)  # of each sequence
         self.batch_size = batch_size
@@ -107,7 +102,7 @@ class BatchSampler(DistributedSampler[list[int] | list[Window]]):
     @property
     def cut(self) -> list[int]:
         """What decides which sequences and steps share a batch, but for the epoch."""
-        return [self.seed, self.global_batch, self.window or 0, len(self.kept), int(self.lengths.sum())]
+        return [self.seed, self.global_batch, self.window or 0, len(self.nonempty), int(self.lengths.sum())]
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -115,20 +110,30 @@ class BatchSampler(DistributedSampler[list[int] | list[Window]]):
             return len(self._groups)
         return -(-int(self.pieces.sum()) // self.global_batch)
 
-    def __iter__(self) -> Iterator[list[int] | list[Window]]:
+    def count_skipped(self) -> int:
+        """Return how many batches of this epoch are skipped."""
+        epoch, count = self.skipped
+        return count if epoch in (None, self.epoch) else 0
+
+    def __iter__(self) -> Iterator[Rows]:
         """Yield this process's batches, in the first pass without those that are ``skipped`` in its epoch."""
-        (epoch, start), self.skipped = self.skipped, (None, 0)
-        start = start if epoch in (None, self.epoch) else 0
-        if self.window is not None and self.shuffle:
-            yield from self._streams(self.window, start)
-            return
+        start, self.skipped = self.count_skipped(), (None, 0)
+        for items in self._streams(self.window, start) if self.window and self.shuffle else self._shares(start):
+            rows = Rows(items)
+            rows.epoch = self.epoch
+            yield rows
+
+    def _shares(self, start: int) -> Iterator[list[int]]:
         for batch in self._global_batches()[start:]:
             yield batch[self.rank :: self.num_replicas] or [-1]
 
+    def _shuffled(self, generator: torch.Generator) -> Tensor:
+        generator.manual_seed(self.seed + self.epoch)
+        return self.nonempty[torch.randperm(len(self.nonempty), generator=generator)]
+
     def _streams(self, window: int, start: int) -> Iterator[list[Window]]:
         """Yield the batches of this process's streams: from each the next window, or none after its end."""
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = self.kept[torch.randperm(len(self.kept), generator=generator)]
+        order = self._shuffled(torch.Generator())
         ends = self.pieces[order].cumsum(0)
         bounds = torch.arange(self.global_batch + 1) * self.pieces.sum() // self.global_batch
         first_piece, end_piece = (cut[self.rank :: self.num_replicas] for cut in (bounds[:-1], bounds[1:]))
@@ -146,7 +151,7 @@ class BatchSampler(DistributedSampler[list[int] | list[Window]]):
     @cached_property
     def _groups(self) -> list[list[int]]:
         """Global batches of like length in a fixed order, each as many sequences as its steps' budget holds."""
-        longest_first = self.kept[self.lengths[self.kept].argsort(descending=True, stable=True)].tolist()
+        longest_first = self.nonempty[self.lengths[self.nonempty].argsort(descending=True, stable=True)].tolist()
         groups: list[list[int]] = []
         while longest_first:
             rows = self.batch_size
@@ -160,33 +165,18 @@ class BatchSampler(DistributedSampler[list[int] | list[Window]]):
     def _global_batches(self) -> list[list[int]]:
         if not self.shuffle:
             return self._groups
-        size = self.global_batch
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = self.kept[torch.randperm(len(self.kept), generator=generator)]
-        pools = [pool[self.lengths[pool].argsort(stable=True)] for pool in order.split(size * POOL)]
-        batches = [chunk.tolist() for pool in pools for chunk in pool.split(size)]
+        generator = torch.Generator()
+        pools = self._shuffled(generator).split(self.global_batch * POOL)
+        pools = [pool[self.lengths[pool].argsort(stable=True)] for pool in pools]
+        batches = [chunk.tolist() for pool in pools for chunk in pool.split(self.global_batch)]
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-class _Announcing(Sampler[Rows]):
-    """A sampler's batches, each with its epoch: so a reading process that outlives epochs knows which it reads for."""
-
-    def __init__(self, sampler: BatchSampler) -> None:
-        self.sampler = sampler
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[Rows]:
-        for items in self.sampler:
-            yield Rows(self.sampler.epoch, items)
-
-
 class ScaledSequences(Dataset[SequenceBatch]):
-    """Reads, checks, scales and pads the sequences of a list of indices, or their windows, or of one with an epoch.
+    """Reads, checks, scales and pads the sequences of a list of indices, or their windows.
 
     A sequence of which the collection can't read a part is read whole, and kept until a batch does without it. A list
-    without an epoch is read as in epoch 0.
+    that is not :class:`Rows` is read as in epoch 0.
     """
 
     def __init__(self, sequences: Sequences, scaler: Scaler, num_features: int, num_inputs: int = 0) -> None:
@@ -195,26 +185,26 @@ class ScaledSequences(Dataset[SequenceBatch]):
         self.num_inputs = num_inputs
         self._changing = sequences if isinstance(sequences, ChangingSequences) else None
         self._epoch = 0
-        self._take(sequences)
+        self._set_sequences(sequences)
 
-    def _take(self, sequences: Sequences) -> None:
+    def _set_sequences(self, sequences: Sequences) -> None:
         self.sequences = sequences
         by_parts = isinstance(sequences, WindowedSequences) and callable(sequences.window)  # not a mere number
         self._parts: WindowedSequences | None = sequences if by_parts else None  # type: ignore[assignment]
         self._whole: dict[int, SequenceSample] = {}
 
-    def __getitem__(self, rows: Rows | Sequence[int] | Sequence[Window]) -> SequenceBatch:
-        epoch, items = rows if isinstance(rows, Rows) else (0, rows)
+    def __getitem__(self, rows: Sequence[int] | Sequence[Window]) -> SequenceBatch:
+        epoch = getattr(rows, "epoch", 0)
         if self._changing is not None and epoch != self._epoch:
             self._epoch = epoch
-            self._take(self._changing.in_epoch(epoch))
-        windows = [item for item in items if isinstance(item, Window)]
+            self._set_sequences(self._changing.in_epoch(epoch))
+        windows = [row for row in rows if isinstance(row, Window)]
         self._keep({window.sequence for window in windows})
-        batch = self._scaled(items)
+        batch = self._scaled(rows)
         batch.x = batch.x.float()
         if batch.inputs is not None:
             batch.inputs = batch.inputs.float()
-        batch.index = torch.tensor([item.sequence if isinstance(item, Window) else item for item in items])
+        batch.index = torch.tensor([row.sequence if isinstance(row, Window) else row for row in rows])
         if windows:
             batch.reset = torch.tensor([window.reset for window in windows])
             batch.start = torch.tensor([window.first for window in windows], dtype=torch.int64)
@@ -225,6 +215,10 @@ class ScaledSequences(Dataset[SequenceBatch]):
         self._keep({index})
         for first in range(0, length, steps):
             yield self._scaled([Window(index, first, min(first + steps, length), first == 0)])
+
+    def _keep(self, indices: set[int]) -> None:
+        """Forget the other sequences that were read whole."""
+        self._whole = {index: s for index, s in self._whole.items() if index in indices}
 
     def _scaled(self, items: Sequence[int] | Sequence[Window]) -> SequenceBatch:
         """Return sequences padded and in scaled units, in float64: a large offset is gone before precision is."""
@@ -247,22 +241,18 @@ class ScaledSequences(Dataset[SequenceBatch]):
             raise UserError(f"{f'{path}: ' if path else ''}{name}: holds {what}; remove it or fix it")
 
     def _read(self, item: int | Window) -> SequenceSample:
-        """Return one sequence in data units."""
+        """Return a sequence or a window in data units."""
         index = item.sequence if isinstance(item, Window) else item
         if index < 0:
             return self._nothing
-        return self._window(item) if isinstance(item, Window) else self._checked(index, self.sequences[index])
-
-    def _window(self, window: Window) -> SequenceSample:
-        """Return a window in data units."""
-        index, first, last, _ = window
+        if not isinstance(item, Window):
+            return self._checked(index, self.sequences[index])
+        _, first, last, _ = item
         s = self._part(index, first, last)
         if s is None:
             if index not in self._whole:
                 self._whole[index] = self._checked(index, self.sequences[index])
-            whole = self._whole[index]
-            observed, inputs = (None if v is None else v[first:last] for v in (whole.observed, whole.inputs))
-            s = SequenceSample(whole.x[first:last], observed, inputs, whole.name)
+            s = _steps(self._whole[index], first, last)
         if len(s.x) != last - first:
             raise UserError(
                 f"{s.name}: read {len(s.x)} steps from step {first} on, expected {last - first}; "
@@ -275,65 +265,56 @@ class ScaledSequences(Dataset[SequenceBatch]):
         part = None if self._parts is None else self._parts.window(index, first, last)
         return None if part is None else self._checked(index, part)
 
-    def _keep(self, indices: set[int]) -> None:
-        """Forget the other sequences that were read whole."""
-        self._whole = {index: s for index, s in self._whole.items() if index in indices}
-
-    def _checked(self, index: int, s: SequenceSample) -> SequenceSample:
-        """Return what was read, under a name."""
-        name = s.name or f"sequence {index}"
-        if s.x.ndim != 2 or s.x.shape[1] != self.num_features:
-            raise UserError(f"{name}: shape {tuple(s.x.shape)}, expected (time, {self.num_features})")
-        if s.observed is not None:
-            self._check_observed(s, name)
-        if self.num_inputs:
-            self._check_inputs(s, name)
-        return SequenceSample(s.x, s.observed, s.inputs, name)
-
-    @staticmethod
-    def _check_observed(s: SequenceSample, name: str) -> None:
-        given: Any = s.observed
-        tensor = isinstance(given, Tensor)
-        if not tensor or given.dtype != torch.bool or given.shape != s.x.shape:
-            shown = f"{given.dtype} of shape {tuple(given.shape)}" if tensor else type(given).__name__
-            raise UserError(f"{name}: observed is {shown}, expected a torch.bool tensor of shape {tuple(s.x.shape)}")
-
-    def _check_inputs(self, s: SequenceSample, name: str) -> None:
-        expected = (len(s.x), self.num_inputs)
-        if s.inputs is None:
-            raise UserError(f"{name}: has no inputs, expected shape {expected}")
-        if s.inputs.shape != expected:
-            raise UserError(f"{name}: inputs of shape {tuple(s.inputs.shape)}, expected {expected}")
-
     @cached_property
     def _nothing(self) -> SequenceSample:
-        """No steps of what a sequence is made of, so that a batch of it still has its covariates."""
+        """No steps of a sequence, so that a batch of it still has its covariates."""
         s = self._part(0, 0, 1) or self._checked(0, self.sequences[0])
-        observed, inputs = (None if v is None else v[:0].clone() for v in (s.observed, s.inputs))
-        return SequenceSample(s.x[:0], observed, inputs, "(none)")
+        return replace(_steps(s, 0, 0), name="(none)")
+
+    def _checked(self, index: int, s: SequenceSample) -> SequenceSample:
+        """Return a sequence or a part of it under a name."""
+        name, observed = s.name or f"sequence {index}", cast(Any, s.observed)
+        if s.x.ndim != 2 or s.x.shape[1] != self.num_features:
+            raise UserError(f"{name}: shape {tuple(s.x.shape)}, expected (time, {self.num_features})")
+        is_tensor = isinstance(observed, Tensor)
+        if observed is not None and not (is_tensor and observed.dtype == torch.bool and observed.shape == s.x.shape):
+            shown = f"{observed.dtype} of shape {tuple(observed.shape)}" if is_tensor else type(observed).__name__
+            raise UserError(f"{name}: observed is {shown}, expected a torch.bool tensor of shape {tuple(s.x.shape)}")
+        expected = (len(s.x), self.num_inputs)
+        if self.num_inputs and s.inputs is None:
+            raise UserError(f"{name}: has no inputs, expected shape {expected}")
+        if self.num_inputs and s.inputs is not None and s.inputs.shape != expected:
+            raise UserError(f"{name}: inputs of shape {tuple(s.inputs.shape)}, expected {expected}")
+        return SequenceSample(s.x, s.observed, s.inputs, name)
+
+
+def _steps(s: SequenceSample, first: int, last: int) -> SequenceSample:
+    """Return steps ``first`` to ``last - 1`` of a sequence."""
+    observed, inputs = (None if values is None else values[first:last] for values in (s.observed, s.inputs))
+    return SequenceSample(s.x[first:last], observed, inputs, s.name)
 
 
 def _outlive_signals(worker: int) -> None:
-    """Keep a reading process alive at signals to all processes of a run: the main process ends it after it has saved.
+    """Ignore signals to all processes of a run: the main process ends this one after it has saved.
 
-    If the main one does not, it ends by itself after :data:`LINGER` seconds.
+    If it does not, this one ends by itself after :data:`LINGER` seconds.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LINGER))
 
 
 class SequenceLoader:
-    """Padded batches of an epoch; continues where a checkpoint in the middle of an epoch left off.
+    """Padded batches of an epoch, which continue where a checkpoint in the middle of an epoch left off.
 
     It holds a DataLoader and is none itself: Lightning rebuilds those, sampler and all, for prediction.
 
     Args:
-        sequences: What to read, in data units.
+        sequences: The sequences, in data units.
         scaler: Applied to every sequence.
         num_features: Features per time step, which every sequence must have.
         sampler: Decides the batches.
         num_inputs: Covariates per time step, which every sequence must have; 0 checks none.
-        options: Handed on to DataLoader.
+        options: Those of DataLoader.
     """
 
     def __init__(
@@ -350,9 +331,7 @@ class SequenceLoader:
         self.dataset = ScaledSequences(sequences, scaler, num_features, num_inputs)
         if options.get("num_workers"):
             options.setdefault("worker_init_fn", _outlive_signals)
-        self._loader: DataLoader[SequenceBatch] = DataLoader(
-            self.dataset, batch_size=None, sampler=_Announcing(sampler), **options
-        )
+        self._loader: DataLoader[SequenceBatch] = DataLoader(self.dataset, batch_size=None, sampler=sampler, **options)
         self.batches_read = 0
 
     def __len__(self) -> int:
@@ -361,8 +340,7 @@ class SequenceLoader:
 
     def __iter__(self) -> Iterator[SequenceBatch]:
         """Yield the epoch's batches and count them."""
-        epoch, start = self.sampler.skipped
-        self.batches_read = start if epoch in (None, self.sampler.epoch) else 0
+        self.batches_read = self.sampler.count_skipped()
         try:
             for batch in self._loader:
                 self.batches_read += 1

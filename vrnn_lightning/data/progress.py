@@ -1,4 +1,4 @@
-"""A progress bar for work that turns out to take long."""
+"""A progress bar for work that takes long."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def tracked(items: Collection[T], what: str) -> Iterator[T]:
     """Yield items; on one process show a bar on standard error once they take longer than a second.
 
     Args:
-        items: What is worked through.
-        what: What the bar says.
+        items: The work.
+        what: The bar's text.
 
     >>> list(tracked([1, 2], "counting"))
     [1, 2]

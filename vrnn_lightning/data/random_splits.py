@@ -19,11 +19,11 @@ __all__ = ["RandomSplitDataModule", "RandomSplits"]
 
 
 class RandomSplits:
-    """Which sequences are for training, validation and test: drawn once, then as the checkpoint has them.
+    """Splits of sequences by name: drawn once, then those of the checkpoint.
 
     A sequence that was trained on is never tested, whatever the folder holds later: sequences that the checkpoint does
     not know are left out, unless none of its test sequences is there. Then the folder holds other data, all of which is
-    for the test, and a file of the name and size of one that was trained on is refused.
+    for the test, and a file of the name and size of one that was trained on raises an error.
 
     Args:
         val: Fraction for validation; at least one sequence unless it is 0.
@@ -46,49 +46,49 @@ class RandomSplits:
         self._warned = False
 
     def names(self, split: Split, sizes: Mapping[str, int], root: object) -> list[str]:
-        """Return the sequences of a split that are there.
+        """Return the present sequences of a split.
 
         Args:
-            split: Which split.
-            sizes: All sequences that are there, by name, in order; with a size that tells a sequence from another of
-                the same name.
-            root: Where, for messages.
+            split: The split.
+            sizes: All present sequences, by name, in order; with a size that tells a sequence from another of the same
+                name.
+            root: The folder, for messages.
 
         Raises:
-            UserError: Other data than the checkpoint's hold what it was trained on.
+            UserError: Data that the checkpoint does not know hold a sequence that it was trained on.
         """
-        drawn = self._drawn(list(sizes))
-        known = {name for names in drawn.values() for name in names}
+        members = self._draw(list(sizes))
+        known = {name for names in members.values() for name in names}
         unknown = [name for name in sizes if name not in known]
-        if unknown and not set(drawn["test"]).intersection(sizes):
+        if unknown and not set(members["test"]).intersection(sizes):
             self._refuse_trained({name: sizes[name] for name in unknown}, root)
-            drawn, unknown = {**drawn, "test": unknown}, []
+            members, unknown = {**members, "test": unknown}, []
         if unknown and not self._warned:
             self._warned = True
             rank_zero_warn(f"{root}: {len(unknown)} sequences that are in no split of the checkpoint are left out")
-        wanted = set(drawn[split])
+        wanted = set(members[split])
         return [name for name in sizes if name in wanted]
 
     def state_dict(self, sizes: Mapping[str, int]) -> dict[str, Any]:
-        """Return the names of each split, and the sizes of what is not for the test."""
-        drawn = self._drawn(list(sizes))
-        seen = [name for name in [*drawn["train"], *drawn["val"]] if name in sizes]
-        return {"members": dict(drawn), "trained": self._trained | {name: sizes[name] for name in seen}}
+        """Return the names of each split, and the sizes of the training and validation sequences."""
+        members = self._draw(list(sizes))
+        seen = [name for name in [*members["train"], *members["val"]] if name in sizes]
+        return {"members": dict(members), "trained": self._trained | {name: sizes[name] for name in seen}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the checkpoint's splits."""
         require_types(state_dict, self, members=dict, trained=dict)
         self._members, self._trained = state_dict["members"], state_dict["trained"]
 
-    def _drawn(self, names: list[str]) -> dict[Split, list[str]]:
+    def _draw(self, names: list[str]) -> dict[Split, list[str]]:
+        """Return the names of each split, drawn in the first call or loaded."""
         if self._members is None:
             generator = torch.Generator().manual_seed(self.seed)
             order = torch.randperm(len(names), generator=generator).tolist()
             test, val = (max(1, round(part * len(names))) if part else 0 for part in (self.test, self.val))
-            of = dict.fromkeys(order, "train") | dict.fromkeys(order[:test], "test")
-            of |= dict.fromkeys(order[test : test + val], "val")
-            splits: tuple[Split, ...] = ("train", "val", "test")
-            self._members = {split: [name for i, name in enumerate(names) if of[i] == split] for split in splits}
+            rest = order[test:]
+            parts: dict[Split, list[int]] = {"train": rest[val:], "val": rest[:val], "test": order[:test]}
+            self._members = {split: [names[i] for i in sorted(part)] for split, part in parts.items()}
         return self._members
 
     def _refuse_trained(self, sizes: Mapping[str, int], root: object) -> None:
@@ -103,10 +103,10 @@ class RandomSplits:
 
 
 class RandomSplitDataModule(SequenceDataModule):
-    """Base class of datamodules whose splits are drawn where the data have none of their own.
+    """Base class of datamodules whose splits are random where the data have none of their own.
 
-    A subclass defines :attr:`random_splits` and :attr:`sizes`, and in ``sequences`` reads what
-    :meth:`RandomSplits.names` names.
+    A subclass defines :attr:`random_splits` and :attr:`sizes`, and reads the :meth:`RandomSplits.names` of a split in
+    ``sequences``.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -116,25 +116,25 @@ class RandomSplitDataModule(SequenceDataModule):
 
     @property
     def random_splits(self) -> RandomSplits | None:
-        """How the splits are drawn; ``None`` where the data have their own."""
+        """The random splits; ``None`` where the data have their own."""
         raise NotImplementedError
 
     drawn = random_splits
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """All sequences whose split is drawn, as :meth:`RandomSplits.names` takes them."""
+        """All sequences whose split is random, as :meth:`RandomSplits.names` takes them."""
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
-        """Find the sequences of a stage early, so that what is wrong with them is said before training starts."""
+        """Make the sequences of a stage, so that errors in them are raised before training starts."""
         if stage == "fit" or self.random_splits is None:
             super().setup(stage)
         else:
-            len(self.sizes)  # and no split: they may be a checkpoint's, which is loaded after setup
+            len(self.sizes)  # only that: the splits may be a checkpoint's, which is loaded after setup
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scaler and, where splits are drawn, what is in which."""
+        """Return the scaler and the random splits."""
         return super().state_dict() | (self.random_splits.state_dict(self.sizes) if self.random_splits else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a split is made of: its sequences, and the affine map between data units and the model's."""
+"""The sequences of a split, and the affine map between data units and the model's."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class WindowedSequences(Sequences, Protocol):
 
 @runtime_checkable
 class ChangingSequences(Sequences, Protocol):
-    """A collection that is redrawn every epoch; asked itself, it is as in epoch 0."""
+    """A collection that is redrawn every epoch; indexed itself, it is that of epoch 0."""
 
     def in_epoch(self, epoch: int, /) -> Sequences:
         """Return the sequences of an epoch: as many, of the same names and lengths, and a function of it alone."""
@@ -60,12 +60,12 @@ class ChangingSequences(Sequences, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentedSequences:
-    """Sequences that each epoch alters in another way: give it :meth:`augmented`.
+    """Sequences that are augmented differently in each epoch: give it :meth:`augmented`.
 
     Args:
-        sequences: As they are.
-        seed: Of the draws, which should depend on it, the epoch and the sequence's index alone.
-        epoch: When.
+        sequences: The sequences without augmentation.
+        seed: Seed of the draws, which should depend on it, the epoch and the sequence's index alone.
+        epoch: The epoch.
     """
 
     sequences: WindowedSequences
@@ -77,11 +77,11 @@ class AugmentedSequences:
         return len(self.sequences)
 
     def __getitem__(self, index: int, /) -> SequenceSample:
-        """Return one sequence as the epoch has it."""
+        """Return one sequence of the epoch."""
         return self.augmented(index, self.sequences[index])
 
     def window(self, index: int, first: int, last: int, /) -> SequenceSample | None:
-        """Return steps ``first`` to ``last - 1`` of one sequence as the epoch has it."""
+        """Return steps ``first`` to ``last - 1`` of one sequence of the epoch."""
         part = self.sequences.window(index, first, last)
         return None if part is None else self.augmented(index, part)
 
@@ -90,11 +90,11 @@ class AugmentedSequences:
         return replace(self, epoch=epoch)
 
     def augmented(self, index: int, sequence: SequenceSample) -> SequenceSample:
-        """Return a sequence, or a part of it, altered; its length, name and features stay.
+        """Return an augmented sequence, or part of one, of the same length, name and features.
 
         Args:
-            index: Of the whole sequence.
-            sequence: As it is, in data units.
+            index: Index of the whole sequence.
+            sequence: The sequence or part without augmentation, in data units.
         """
         raise NotImplementedError(f"{type(self).__name__} must define augmented(index, sequence)")
 
@@ -105,7 +105,7 @@ def narrowed(values: NDArray[Any]) -> NDArray[Any]:
     >>> narrowed(np.array([0.5])).dtype, narrowed(np.array([1e-60])).dtype
     (dtype('float32'), dtype('float64'))
     """
-    with np.errstate(over="ignore", under="ignore"):  # who reads a file refuses what becomes infinite
+    with np.errstate(over="ignore", under="ignore"):  # readers check for infinite values
         narrow = values.astype(np.float32)
     return narrow if ((narrow == 0) == (values == 0)).all() else values
 
