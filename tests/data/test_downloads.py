@@ -451,18 +451,18 @@ def test_a_server_that_falls_silent(chorales, monkeypatch, tmp_path):
 def test_interrupted(chorales, monkeypatch, tmp_path):
     """What came so far stays, and nothing else; the next run continues."""
     chorales.wait = threading.Event()
-    write = downloads._Resuming._write
+    write = downloads._write
 
-    def interrupted(self, response, start, total):
+    def interrupted(response, part, start, total):
         response.iter_content = lambda size: iter_then_interrupt(response)
-        write(self, response, start, total)
+        write(response, part, start, total)
 
     def iter_then_interrupt(response):
         yield response.raw.read(5)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(downloads._Resuming, "_write", interrupted)
+        patch.setattr(downloads, "_write", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fetch("jsb", tmp_path / "jsb.npz")
     chorales.wait.set()

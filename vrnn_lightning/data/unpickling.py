@@ -6,7 +6,7 @@ import math
 import pickle
 import reprlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
@@ -60,16 +60,20 @@ def _require_plain(value: Any, checked: set[int]) -> None:
         return
     if callable(value) or isinstance(value, np.dtype):
         raise pickle.UnpicklingError("a type where data is expected")
-    if isinstance(value, np.ndarray):
+    parts: Iterable[Any] = ()
+    if isinstance(value, dict):
+        parts = value.values()
+    elif isinstance(value, list | tuple):
+        parts = value
+    elif isinstance(value, np.ndarray):
         if value.dtype.kind == "V":
             raise pickle.UnpicklingError("an array without content")
         parts = value.flat if value.dtype.kind == "O" else ()
     else:
-        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        return
     for part in parts:
         _require_plain(part, checked)
-    if isinstance(value, dict | list | tuple | np.ndarray):
-        checked.add(id(value))
+    checked.add(id(value))
 
 
 def _make_array(*_: Any) -> NDArray[Any]:
@@ -86,7 +90,7 @@ def _set_state(array: NDArray[Any], shape: Any, dtype: Any, fortran: Any, conten
     size = math.prod(shape)
     if not isinstance(raw, list if has_objects else bytes) or len(raw) != size * (1 if has_objects else dtype.itemsize):
         raise pickle.UnpicklingError(f"an array of {size} elements whose content does not add up")
-    array.__setstate__((1, tuple(shape), dtype, bool(fortran), raw))
+    array.__setstate__((1, tuple(shape), dtype, bool(fortran), raw))  # type: ignore[arg-type]  # numpy takes no np.bool_
     return array
 
 
@@ -183,7 +187,7 @@ class _PlainUnpickler(pickle._Unpickler):
         self._set_items(self.pop_mark())
 
     def _set_items(self, items: list[Any]) -> None:
-        """Set entries under words and numbers: hashing tuples of tuples may take for ever."""
+        """Set entries under words and numbers: hashing nested tuples may take exponential time."""
         target = self.stack[-1]
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str | bytes | int | float) or not isinstance(target, dict):
