@@ -30,7 +30,7 @@ from vrnn_lightning.data import (
     fetch,
     require_size,
 )
-from vrnn_lightning.data.audio import HIGHEST_RATE, AudioHeader, opened, read_samples, resampled, seekable
+from vrnn_lightning.data.audio import HIGHEST_RATE, AudioHeader, is_seekable, opened, read_samples, resampled_length
 from vrnn_lightning.data.audio_index import IndexedFile, index_audio
 from vrnn_lightning.data.cache import digest, recall, remember
 from vrnn_lightning.data.corpora import FSDD_TEST, Layout, Recording, find_recordings
@@ -420,7 +420,8 @@ class Speech(SequenceDataModule):
         for name, file in files.items():
             self._check(name, file.header)
         counts = {
-            name: frames.count(resampled(file.header.samples, file.header.rate, rate)) for name, file in files.items()
+            name: frames.count(resampled_length(file.header.samples, file.header.rate, rate))
+            for name, file in files.items()
         }
         usable = {name: count for name, count in counts.items() if count}
         raw = self.features == "raw"
@@ -450,7 +451,7 @@ class Speech(SequenceDataModule):
                 f"{self._folder / name}: {header.rate} Hz, but {wanted} {self.sample_rate} and --data.resample is off"
             )
         if header.rate < self.sample_rate:
-            samples = resampled(header.samples, header.rate, self.sample_rate)
+            samples = resampled_length(header.samples, header.rate, self.sample_rate)
             require_size(self._folder / name, 4 * samples, self.max_gb)
 
     def _scan(self) -> dict[str, IndexedFile]:
@@ -527,7 +528,7 @@ class _Recordings:
 
     def window(self, index: int, first: int, last: int, /) -> SequenceSample | None:
         with opened(self.root / self.names[index]) as file:
-            return self._read(index, file, *self.frames.span(first, last)) if seekable(file) else None
+            return self._read(index, file, *self.frames.span(first, last)) if is_seekable(file) else None
 
     def _read(self, index: int, file: SoundFile, start: int, stop: int | None) -> SequenceSample:
         """Return frames of a recording, from sample ``start`` to before ``stop`` or its end."""

@@ -14,7 +14,7 @@ import soundfile
 from rich.progress import Progress
 
 from vrnn_lightning.data import InvalidFiles, audio, audio_index, cache, progress
-from vrnn_lightning.data.audio import check_samples, opened, read_header, read_samples, resampled
+from vrnn_lightning.data.audio import check_samples, opened, read_header, read_samples, resampled_length
 from vrnn_lightning.data.audio_index import index_audio
 from vrnn_lightning.data.mel import FLOOR, LogMelFrames, mel_filters
 from vrnn_lightning.errors import UserError
@@ -471,7 +471,7 @@ class TestLogMel:
 
 
 def test_resampled_lengths():
-    assert [resampled(n, 44100, 16000) for n in (0, 1, 44100, 44101)] == [0, 1, 16000, 16001]
+    assert [resampled_length(n, 44100, 16000) for n in (0, 1, 44100, 44101)] == [0, 1, 16000, 16001]
 
 
 def test_a_rate_that_no_sound_has(tmp_path):
