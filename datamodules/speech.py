@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
-from zlib import crc32
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data import (
     MAX_GB,
     InvalidFiles,
@@ -29,18 +24,18 @@ from vrnn_lightning.data import (
     data_root,
     fetch,
     require_size,
+    tracked,
 )
-from vrnn_lightning.data.audio import HIGHEST_RATE, AudioHeader, is_seekable, opened, read_samples, resampled_length
+from vrnn_lightning.data.audio import HIGHEST_RATE, AudioHeader, resampled_length
 from vrnn_lightning.data.audio_index import IndexedFile, index_audio
 from vrnn_lightning.data.cache import digest, recall, remember
 from vrnn_lightning.data.corpora import FSDD_TEST, Layout, Recording, find_recordings
 from vrnn_lightning.data.mel import LogMelFrames
-from vrnn_lightning.data.progress import tracked
+from vrnn_lightning.data.recordings import PCM16, Crops, RawFrames, Recordings
 from vrnn_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from soundfile import SoundFile
+    pass
 
 __all__ = ["PATTERNS", "Speech"]
 
@@ -49,7 +44,6 @@ PATTERNS = {"fsdd": FSDD_TEST}
 
 SHARE = 0.1
 """The share of files, or of speakers, for a split that neither an option nor the corpus decides."""
-PCM16 = 32768.0  # what 16-bit files call an amplitude of 1
 MEL_BANDS = 80
 
 
@@ -267,10 +261,10 @@ class Speech(SequenceDataModule):
 
         With ``crop``, those of training are stretches that change with the epoch.
         """
-        whole = _Recordings(self._folder, self._names(split), self.sample_rate, self._frames)
+        whole = Recordings(self._folder, self._names(split), self.sample_rate, self._frames)
         if self.crop is None or split != "train":
             return whole
-        return _Crops(whole, self._whole_lengths(split), self.crop, self.seed)
+        return Crops(sequences=whole, lengths=self._whole_lengths(split), crop=self.crop, seed=self.seed)
 
     def lengths(self, split: Split) -> Sequence[int]:
         """Return the frames of each sequence of a split, from the headers alone."""
@@ -288,7 +282,7 @@ class Speech(SequenceDataModule):
     def fitted_on(self) -> tuple[Sequences, Iterable[int]]:
         """Return the whole training recordings and their frames, with a bar that says how far the fit is."""
         self.split("train")
-        whole = _Recordings(self._folder, self._names("train"), self.sample_rate, self._frames)
+        whole = Recordings(self._folder, self._names("train"), self.sample_rate, self._frames)
         return whole, tracked(self._whole_lengths("train"), "mean and std of the training recordings")
 
     def _moments(self, scaler: Scaler | None) -> tuple[Tensor, Tensor]:
@@ -330,11 +324,11 @@ class Speech(SequenceDataModule):
         self._splits.clear()  # those that setup found were drawn again
 
     @property
-    def _frames(self) -> _Frames:
+    def _frames(self) -> RawFrames | LogMelFrames:
         """What cuts samples into frames."""
         pad = self.tail == "pad"
         if self.features == "raw":
-            return _RawFrames(self.frame_size, pad, self.units)
+            return RawFrames(self.frame_size, pad, self.units)
         return LogMelFrames(self.sample_rate, self.frame_size, self.mel_window, self.num_features, pad)
 
     @property
@@ -470,114 +464,6 @@ class Speech(SequenceDataModule):
         if message not in self._warned:
             self._warned.add(message)
             rank_zero_warn(message)
-
-
-class _Frames(Protocol):
-    """A way to cut samples into the frames that a model reads."""
-
-    def count(self, samples: int, /) -> int:
-        """Return how many frames so many samples make."""
-
-    def span(self, first: int, last: int, /) -> tuple[int, int]:
-        """Return the first sample that frames ``first`` to ``last - 1`` read, and one past the last."""
-
-    def cut(self, samples: NDArray[np.floating[Any]], /) -> tuple[NDArray[np.floating[Any]], NDArray[np.bool_] | None]:
-        """Return the frames of samples and what of them was measured, each of shape (frames, features)."""
-
-
-@dataclass(frozen=True)
-class _RawFrames:
-    """Samples one after another."""
-
-    size: int
-    pad: bool
-    units: str
-
-    def count(self, samples: int) -> int:
-        return -(-samples // self.size) if self.pad else samples // self.size
-
-    def span(self, first: int, last: int) -> tuple[int, int]:
-        return first * self.size, last * self.size
-
-    def cut(self, samples: NDArray[np.floating[Any]]) -> tuple[NDArray[np.floating[Any]], NDArray[np.bool_] | None]:
-        samples = _convert(samples, self.units)
-        rest = len(samples) % self.size
-        if rest == 0 or not self.pad:
-            return samples[: len(samples) - rest].reshape(-1, self.size), None
-        frames = np.pad(samples, (0, self.size - rest)).reshape(-1, self.size)
-        observed = np.ones(frames.shape, dtype=bool)
-        observed[-1, rest:] = False
-        return frames, observed
-
-
-@dataclass(frozen=True)
-class _Recordings:
-    """Recordings as sequences of frames; each, or a part of it, is read when it is asked for."""
-
-    root: Path
-    names: list[str]
-    sample_rate: int
-    frames: _Frames
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int, /) -> SequenceSample:
-        with opened(self.root / self.names[index]) as file:
-            return self._read(index, file, 0, None)
-
-    def window(self, index: int, first: int, last: int, /) -> SequenceSample | None:
-        with opened(self.root / self.names[index]) as file:
-            return self._read(index, file, *self.frames.span(first, last)) if is_seekable(file) else None
-
-    def _read(self, index: int, file: SoundFile, start: int, stop: int | None) -> SequenceSample:
-        """Return frames of a recording, from sample ``start`` to before ``stop`` or its end."""
-        name = self.names[index]
-        x, observed = self.frames.cut(read_samples(self.root / name, file, self.sample_rate, start, stop))
-        return SequenceSample(torch.from_numpy(x), None if observed is None else torch.from_numpy(observed), name=name)
-
-
-@dataclass(frozen=True)
-class _Crops:
-    """A stretch of each recording, redrawn every epoch, or all of a recording that is no longer."""
-
-    whole: _Recordings
-    lengths: list[int]
-    crop: int
-    seed: int
-    epoch: int = 0
-
-    def in_epoch(self, epoch: int, /) -> _Crops:
-        return replace(self, epoch=epoch)
-
-    def __len__(self) -> int:
-        return len(self.whole)
-
-    def __getitem__(self, index: int, /) -> SequenceSample:
-        steps = min(self.crop, self.lengths[index])
-        part = self.window(index, 0, steps)
-        if part is not None:
-            return part
-        first, s = self._first(index), self.whole[index]
-        observed = None if s.observed is None else s.observed[first : first + steps]
-        return SequenceSample(s.x[first : first + steps], observed, name=s.name)
-
-    def window(self, index: int, first: int, last: int, /) -> SequenceSample | None:
-        begin = self._first(index)
-        return self.whole.window(index, begin + first, begin + last)
-
-    def _first(self, index: int) -> int:
-        """Return the step of the recording at which its crop begins."""
-        file = crc32(os.fsencode(self.whole.names[index]))
-        spare = max(0, self.lengths[index] - self.crop)
-        return int(np.random.default_rng((self.seed, self.epoch, file)).integers(spare + 1))
-
-
-def _convert(samples: NDArray[np.floating[Any]], units: str) -> NDArray[np.floating[Any]]:
-    """Return amplitudes in the units asked for."""
-    if units == "pcm16":
-        return (samples * np.float32(PCM16)).round().clip(-PCM16, PCM16 - 1)
-    return samples.clip(-1, 1) if units == "amplitude" else samples
 
 
 def _require_counts(counts: dict[str, int | None]) -> None:
