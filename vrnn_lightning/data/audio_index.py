@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vrnn_lightning.data.audio import AudioHeader, check_samples, read_header
+from vrnn_lightning.data.audio import check_samples, read_header
 from vrnn_lightning.data.cache import digest, recall, remember
 from vrnn_lightning.data.invalid_files import InvalidFiles
 from vrnn_lightning.data.progress import tracked
@@ -25,11 +25,6 @@ class IndexedFile(NamedTuple):
     modified: int
     is_checked: bool
     """True where it was once read to its end."""
-
-    @property
-    def header(self) -> AudioHeader:
-        """The content of the file's header."""
-        return AudioHeader(self.samples, self.rate, self.channels)
 
 
 def index_audio(
@@ -69,7 +64,7 @@ def index_audio(
             header = read_header(root / name, max_gb)
             if invalid.skip:
                 check_samples(root / name)
-            known[name] = IndexedFile(header.samples, header.rate, header.channels, size, modified, invalid.skip)
+            known[name] = IndexedFile(*header, size, modified, invalid.skip)
     if changed:
         remember(key, cached | known)
     return {name: known[name] for name in names if name in known}
