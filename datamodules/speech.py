@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
@@ -29,7 +28,8 @@ from vrnn_lightning.data import (
 from vrnn_lightning.data.audio import HIGHEST_RATE, resampled_length
 from vrnn_lightning.data.audio_index import IndexedFile, index_audio
 from vrnn_lightning.data.cache import digest, recall, remember
-from vrnn_lightning.data.corpora import FSDD_TEST, Layout, Recording, find_recordings
+from vrnn_lightning.data.corpora import Layout, Recording, find_recordings
+from vrnn_lightning.data.corpus_splits import PATTERNS, CorpusSplits
 from vrnn_lightning.data.mel import LogMelFrames
 from vrnn_lightning.data.recordings import PCM16, Crops, RawFrames, Recordings
 from vrnn_lightning.errors import UserError
@@ -39,11 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PATTERNS", "Speech"]
 
-PATTERNS = {"fsdd": FSDD_TEST}
-"""Official splits by name. ``fsdd``: the first five recordings of each spoken digit and speaker."""
-
-SHARE = 0.1
-"""The share of files, or of speakers, of a random split without an option."""
 MEL_BANDS = 80
 CHOICES = {
     "units": ("scaled", "amplitude", "pcm16"),
@@ -64,23 +59,8 @@ class Speech(SequenceDataModule):
     is read than the window, except for ogg files, which are decoded whole: their decoder can't find a sample exactly.
 
     The content of headers and the mean and standard deviation of the training samples are cached in
-    ``$XDG_CACHE_HOME/vrnn_lightning``, else ``~/.cache/vrnn_lightning``, until size or time of the files change: a large
-    corpus is read through once, at its first training.
-
-    The layouts of corpora, with their customary splits:
-
-    * "folder": every audio file; splits are random.
-    * "fsdd", the spoken digits: the first five takes of each digit and speaker are the test; validation is random.
-    * "timit": the core test set of 24 speakers, validation on 50 others of the folder TEST, training on the folder
-      TRAIN. The sentences SA, which all speak, and the other speakers of TEST are in no split.
-    * "ljspeech": the last 250 clips of ``wavs`` are the test, the 250 before them validation; of a part of the corpus,
-      the last twentieth each. A clip that ``metadata.csv`` names must be there.
-    * "librispeech" (LibriTTS too): the folders train-*, dev-* and test-*; ``test="test-clean"`` takes one of them.
-    * "vctk": a random tenth of the speakers for validation, and another for the test. Only the first of two
-      microphones is read, and only the trimmed recordings where there are trimmed and whole ones.
-    * "blizzard", or other long recordings: as "folder", by whole recordings; needs ``window`` or ``crop``.
-    * "manifest": ``root`` is a csv file with the columns path (below the csv file's folder) and optionally split
-      (train, valid or test), else splits are random, and speaker, whose files random splits keep together.
+    ``$XDG_CACHE_HOME/vrnn_lightning``, else ``~/.cache/vrnn_lightning``, until size or time of the files change: a
+    large corpus is read through once, at its first training.
 
     The checkpoint keeps the files of each split: a file that was trained on is never tested, whatever the folder holds
     later. Files that the checkpoint does not know are left out, unless none of its test files is there: then the folder
@@ -88,7 +68,9 @@ class Speech(SequenceDataModule):
 
     Args:
         root: The folder, searched with its sub-folders; for the layout "manifest" a csv file.
-        layout: The corpus' layout, see above.
+        layout: "folder", or the published layout of a corpus with its customary splits: "fsdd", "timit", "ljspeech",
+            "librispeech", "vctk" or "blizzard", as ``docs/datasets.md`` lists them. "manifest": ``root`` is a csv file
+            with the columns path (below its folder) and optionally split (train, valid or test) and speaker.
         features: "raw" samples, or "log_mel": the logarithm of the power in bands of the mel scale, as in
             :class:`~vrnn_lightning.data.mel.LogMelFrames`.
         frame_size: Raw samples per time step: the features of a raw frame, and the hop of log-mel frames.
@@ -180,13 +162,7 @@ class Speech(SequenceDataModule):
         self._check_options(mel_bands, mel_window)
         self.full_scale = PCM16 if units == "pcm16" else 1.0
         """An amplitude of 1 in data units: players take a sample divided by it."""
-        self.test = _parse_portion("test", test)
-        self.val = _parse_portion("val", val)
-        shares = [SHARE if portion is None else portion for portion in (self.test, self.val)]
-        if sum(share for share in shares if isinstance(share, float)) >= 1:
-            raise UserError(
-                f"--data.test {shares[0]} and --data.val {shares[1]}: add up to 1 or more and leave no training file"
-            )
+        self.corpus_splits = CorpusSplits(test, val, self.seed, self._folder)
         if is_mel:  # frames of logarithms: a picture, but no sound
             self.modality = "roll"  # type: ignore[misc]  # of the class, but for these frames
             self.scaling = "per_feature"  # type: ignore[misc]  # as above
@@ -194,10 +170,6 @@ class Speech(SequenceDataModule):
         self._files: dict[str, IndexedFile] | None = None
         self._recordings: dict[str, Recording] = {}
         self._frame_counts: dict[str, int] | None = None
-        self._members: dict[Split, list[str]] | None = None
-        self._has_resumed = False
-        self._trained: dict[str, int] = {}
-        self._warned: set[str] = set()
 
     def _check_options(self, mel_bands: int | None, mel_window: int | None) -> None:
         """Raise if an option has an unknown value, or would be ignored beside others."""
@@ -308,19 +280,16 @@ class Speech(SequenceDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scaler, the sample rate in Hz and the files of each split, as paths below ``root``."""
-        members, files = self._split_members(), self._scan()
-        seen = [name for name in [*members["train"], *members["val"]] if name in files]
-        trained = self._trained | {name: files[name].samples for name in seen}
-        return super().state_dict() | {"sample_rate": self.sample_rate, "trained": trained} | dict(members)
+        splits = self.corpus_splits.state_dict(*self._usable())
+        return super().state_dict() | {"sample_rate": self.sample_rate} | splits
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the checkpoint's scaler, sample rate and splits."""
         super().load_state_dict(state_dict)
-        self._rate = state_dict["sample_rate"]
-        self._members = {"train": state_dict["train"], "val": state_dict["val"], "test": state_dict["test"]}
-        self._trained = state_dict["trained"]
-        self._has_resumed = True
-        self._frame_counts = None  # at another rate
+        self.corpus_splits.load_state_dict(state_dict)
+        if self._rate != state_dict["sample_rate"]:
+            self._rate = state_dict["sample_rate"]
+            self._frame_counts = None
         self._splits.clear()  # those of setup had random members
 
     @property
@@ -337,76 +306,12 @@ class Speech(SequenceDataModule):
 
     def _names(self, split: Split) -> list[str]:
         """Return the files of a split that are there."""
-        usable, members = self._count_frames(), self._split_members()
-        unknown: list[str] = []
-        if self._has_resumed:
-            known = {name for names in members.values() for name in names}
-            unknown = [name for name in usable if name not in known and self._recordings[name].split != "unused"]
-        if unknown and not set(usable).intersection(members["test"]):
-            self._require_untrained(unknown)
-            own = [name for name in unknown if self._recordings[name].split == "test"]
-            members, unknown = {**members, "test": own or unknown}, []
-        if unknown:
-            self._warn(f"{self.root}: {len(unknown)} files that are in no split of the checkpoint are left out")
-        wanted = set(members[split])
-        return [name for name in usable if name in wanted]
+        return self.corpus_splits.names(split, *self._usable())
 
-    def _require_untrained(self, names: list[str]) -> None:
-        """Raise if another corpus holds a file of the checkpoint under another path."""
-        trained = {(PurePosixPath(name).stem, samples): name for name, samples in self._trained.items()}
-        for name in names:
-            known = trained.get((PurePosixPath(name).stem, self._scan()[name].samples))
-            if known is not None:
-                raise UserError(
-                    f"{self._folder / name}: seems to be {known}, which the model was trained on; "
-                    f"choose --data.root so that {known} lies below it"
-                )
-
-    def _split_members(self) -> dict[Split, list[str]]:
-        """Return the files of each split: the checkpoint's, or those that options, layout and seed select."""
-        if self._members is None:
-            generator = torch.Generator().manual_seed(self.seed)
-            usable = list(self._count_frames())
-            test = self._select("test", self.test, usable, generator)
-            val = self._select("val", self.val, [name for name in usable if name not in test], generator)
-            splits = {name: self._recordings[name].split for name in usable}
-            rest = set(usable) - test - val
-            unused = [name for name in rest if splits[name] in ("val", "test")]
-            if unused:
-                self._warn(
-                    f"{self.root}: {len(unused)} files that --data.layout {self.layout} has for validation or test are "
-                    "in no split, for --data.test and --data.val name others"
-                )
-            train = {name for name in rest if splits[name] in ("train", None)}
-            selected: dict[Split, set[str]] = {"train": train, "val": val, "test": test}
-            self._members = {split: [name for name in usable if name in names] for split, names in selected.items()}
-        return self._members
-
-    def _select(
-        self, split: Split, portion: float | re.Pattern[str] | None, names: list[str], generator: torch.Generator
-    ) -> set[str]:
-        """Return the files of a split, out of those that no other has."""
-        if isinstance(portion, re.Pattern):
-            matching = {name for name in names if portion.search(name)}
-            if not matching:
-                raise UserError(
-                    f"--data.{split} {portion.pattern!r}: matches none of {len(names)} paths below {self._folder}, "
-                    f"{names[0]!r} for example"
-                    if names
-                    else f"--data.{split} {portion.pattern!r}: the test split leaves no file in {self._folder}"
-                )
-            return matching
-        own = {name for name in names if self._recordings[name].split == split}
-        if portion is None and own:
-            return own
-        share = SHARE if portion is None else portion
-        speakers = {
-            name: self._recordings[name].speaker for name in names if self._recordings[name].split in ("train", None)
-        }
-        groups = list(dict.fromkeys(speakers.values()))
-        count = max(1, round(share * len(groups))) if share > 0 else 0
-        drawn = {groups[i] for i in torch.randperm(len(groups), generator=generator)[:count].tolist()}
-        return {name for name, speaker in speakers.items() if speaker in drawn}
+    def _usable(self) -> tuple[dict[str, Recording], dict[str, int]]:
+        """Return the files that have a frame, and the samples of all files."""
+        usable = {name: self._recordings[name] for name in self._count_frames()}
+        return usable, {name: file.samples for name, file in self._scan().items()}
 
     def _count_frames(self) -> dict[str, int]:
         """Return the frames of each file that has any, after checking every header against the options."""
@@ -425,7 +330,7 @@ class Speech(SequenceDataModule):
                 f"lower --data.{option} or set --data.tail pad"
             )
         if len(counts) < len(files):
-            self._warn(
+            rank_zero_warn(
                 f"{self.root}: {len(files) - len(counts)} of {len(files)} files are shorter than one frame of "
                 f"{shortest} samples and are left out; --data.tail pad keeps them"
             )
@@ -456,23 +361,3 @@ class Speech(SequenceDataModule):
             self._recordings = {recording.name: recording for recording in recordings}
             self._files = files
         return self._files
-
-    def _warn(self, message: str) -> None:
-        """Warn once of each message."""
-        if message not in self._warned:
-            self._warned.add(message)
-            rank_zero_warn(message)
-
-
-def _parse_portion(option: str, value: float | str | None) -> float | re.Pattern[str] | None:
-    """Return a checked fraction or a compiled expression."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        try:
-            return re.compile(PATTERNS.get(value, value))
-        except re.error as error:
-            raise UserError(f"--data.{option} {value!r}: not a regular expression ({error})") from None
-    if not 0 <= value < 1:
-        raise UserError(f"--data.{option} {value}: a fraction of the files must be at least 0 and below 1")
-    return float(value)

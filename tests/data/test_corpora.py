@@ -192,7 +192,7 @@ class TestSplits:
         corpus(tmp_path, librispeech())
         datamodule = speech(tmp_path, "librispeech", test="test-clean", val="dev-clean")
         with pytest.warns(
-            UserWarning, match="8 files that --data.layout librispeech has for validation or test are in"
+            UserWarning, match="8 files that the layout has for validation or test are in"
         ):
             found = all_files(datamodule)
         assert {name.split("/")[1] for name in found["test"]} == {"test-clean"}
@@ -202,7 +202,7 @@ class TestSplits:
     def test_a_fraction_is_drawn_from_the_speakers_of_training(self, tmp_path):
         corpus(tmp_path, librispeech())
         datamodule = speech(tmp_path, "librispeech", val=0.25)
-        with pytest.warns(UserWarning, match="8 files that --data.layout librispeech has"):
+        with pytest.warns(UserWarning, match="8 files that the layout has"):
             found = all_files(datamodule)
         who = {split: {name.split("/")[2] for name in found[split]} for split in SPLITS}
         assert len(who["val"]) == 1
