@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -33,9 +33,6 @@ from vrnn_lightning.data.corpus_splits import PATTERNS, CorpusSplits
 from vrnn_lightning.data.mel import LogMelFrames
 from vrnn_lightning.data.recordings import PCM16, Crops, RawFrames, Recordings
 from vrnn_lightning.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["PATTERNS", "Speech"]
 
@@ -146,9 +143,7 @@ class Speech(SequenceDataModule):
         if sample_rate is not None and sample_rate > HIGHEST_RATE:
             raise UserError(f"--data.sample_rate {sample_rate}: must be at most {HIGHEST_RATE} Hz")
         is_mel = features == "log_mel"
-        super().__init__(
-            num_features=mel_bands or MEL_BANDS if is_mel else frame_size, batch_size=batch_size, **options
-        )
+        super().__init__(mel_bands or MEL_BANDS if is_mel else frame_size, batch_size, **options)
         self.hparams["download"] = False  # an option of this run: checkpoints do not repeat it
         self.download = download
         self.root = data_root(root)

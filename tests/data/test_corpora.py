@@ -191,9 +191,7 @@ class TestSplits:
     def test_one_of_librispeech_s_test_sets(self, tmp_path):
         corpus(tmp_path, librispeech())
         datamodule = speech(tmp_path, "librispeech", test="test-clean", val="dev-clean")
-        with pytest.warns(
-            UserWarning, match="8 files that the layout has for validation or test are in"
-        ):
+        with pytest.warns(UserWarning, match="8 files that the layout has for validation or test are in"):
             found = all_files(datamodule)
         assert {name.split("/")[1] for name in found["test"]} == {"test-clean"}
         assert {name.split("/")[1] for name in found["val"]} == {"dev-clean"}

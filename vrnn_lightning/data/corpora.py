@@ -174,17 +174,16 @@ def _read_manifest(path: Path, invalid: InvalidFiles) -> list[Recording]:
     if not _is_file(path):
         raise UserError(f"--data.root {path}: is a folder; --data.layout manifest takes the csv file itself")
     try:
-        rows = list(csv.reader(_read_text(path).splitlines(), strict=True))
+        rows = [[cell.strip() for cell in row] for row in csv.reader(_read_text(path).splitlines(), strict=True)]
     except csv.Error as error:
         raise UserError(f"{path}: cannot be read as csv ({error}); write it with a header and commas") from None
-    header = [cell.strip() for cell in rows[0]] if rows else []
+    header = rows[0] if rows else []
     if "path" not in header:
         raise UserError(f"{path}: has no column path; its first row is {','.join(header)[:80]!r}")
     recordings: dict[str, Recording] = {}
     rows_of: dict[str, int] = {}
     folder = path.parent.absolute().as_posix()
-    for number, row in enumerate(rows[1:], start=2):
-        cells = [cell.strip() for cell in row]
+    for number, cells in enumerate(rows[1:], start=2):
         if any(cells):
             recording = _read_row(path, number, dict(zip_longest(header, cells[: len(header)], fillvalue="")))
             place = posixpath.normpath(posixpath.join(folder, recording.name))  # one file may have several spellings
@@ -206,27 +205,26 @@ def _read_manifest(path: Path, invalid: InvalidFiles) -> list[Recording]:
 
 
 def _read_row(path: Path, number: int, cells: dict[str, str]) -> Recording:
-    given = cells.get("path", "")
+    given = cells["path"]
     if not given:
         raise UserError(f"{path}: row {number} has no path; write one or remove the row")
     if not given.lower().endswith(AUDIO_SUFFIXES):
         raise UserError(f"{path}: row {number} names {given}; expected {', '.join(AUDIO_SUFFIXES)} files")
-    word = cells.get("split", "").lower() if "split" in cells else None
-    if word is not None and word not in WORDS:
+    word = cells.get("split")
+    if word is not None and word.lower() not in WORDS:
         raise UserError(f"{path}: row {number} has the split {word!r}; expected train, valid or test")
     name = posixpath.normpath(given.replace("\\", "/"))
-    return Recording(name, cells.get("speaker") or name, None if word is None else WORDS[word])
+    return Recording(name, cells.get("speaker") or name, None if word is None else WORDS[word.lower()])
 
 
 def _require_none_missing(path: Path, total: int, missing: list[str], invalid: InvalidFiles) -> None:
     """Raise if files that a list names are missing, or skip them."""
-    if not missing:
-        return
     listed = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
     line = f"{path}: {len(missing)} of {total} files that it names are missing: {listed}"
-    if not invalid.skip:
+    if missing and not invalid.skip:
         raise UserError(f"{line}; fix the list, or skip them by --data.skip_bad true")
-    rank_zero_warn(f"{line}; they are skipped (--data.skip_bad true)")
+    if missing:
+        rank_zero_warn(f"{line}; they are skipped (--data.skip_bad true)")
 
 
 def _is_file(path: Path) -> bool:

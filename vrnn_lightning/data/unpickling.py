@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["UnsafePickleError", "unpickle"]
 
-Loader = Callable[[Any], None]
-
 
 class UnsafePickleError(pickle.UnpicklingError):
     """A pickle names something other than plain data and numpy arrays; the message names it."""
@@ -110,11 +108,8 @@ def _make_dtype(code: Any, *_: Any) -> np.dtype[Any]:
     return dtype
 
 
-def _make_scalar(dtype: np.dtype[Any], raw: bytes | str) -> Any:
-    content = raw.encode("latin1") if isinstance(raw, str) else raw
-    if dtype.kind == "O" or len(content) != dtype.itemsize:
-        raise pickle.UnpicklingError("a number whose bytes do not add up")
-    return np.frombuffer(content, dtype=dtype)[0]
+def _make_scalar(dtype: Any, content: Any) -> Any:
+    return _set_state(_make_array(), (), dtype, False, content)[()]
 
 
 def _make_bytes(text: str = "", encoding: str = "latin1") -> bytes:
@@ -135,14 +130,8 @@ for _package in ("numpy.core", "numpy._core"):
     STAND_INS[f"{_package}.multiarray", "scalar"] = _make_scalar
     STAND_INS[f"{_package}.numeric", "_frombuffer"] = _from_buffer
 
-NOT_PLAIN = {
-    code[0]
-    for code in (
-        *(pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET),
-        *(pickle.EXT1, pickle.EXT2, pickle.EXT4),
-        *(pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
-    )
-}
+NOT_PLAIN = set(pickle.EMPTY_SET + pickle.ADDITEMS + pickle.FROZENSET + pickle.EXT1 + pickle.EXT2 + pickle.EXT4)
+NOT_PLAIN |= set(pickle.NEXT_BUFFER + pickle.READONLY_BUFFER)
 """Operations of sets, of registered classes and of memory outside the file."""
 
 
@@ -202,7 +191,7 @@ class _PlainUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("truncated")
         self.append(bytearray(content))
 
-    dispatch: ClassVar[dict[int, Loader]] = {  # type: ignore[misc]  # a class variable there too
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {  # type: ignore[misc]  # a class variable there too
         **{code: load for code, load in pickle._Unpickler.dispatch.items() if code not in NOT_PLAIN},
         pickle.BYTEARRAY8[0]: load_bytearray8,
         pickle.BUILD[0]: load_build,
