@@ -228,19 +228,17 @@ class Speech(SequenceDataModule):
         whole = self._whole_recordings(split)
         if self.crop is None or split != "train":
             return whole
-        return Crops(sequences=whole, lengths=self._whole_lengths(split), crop=self.crop, seed=self.seed)
+        return Crops(sequences=whole, crop=self.crop, seed=self.seed)
 
     def lengths(self, split: Split) -> Sequence[int]:
         """Return the frames of each sequence of a split, from the headers alone."""
-        lengths = self._whole_lengths(split)
+        lengths = self._whole_recordings(split).lengths
         return lengths if self.crop is None or split != "train" else [min(self.crop, steps) for steps in lengths]
 
     def _whole_recordings(self, split: Split) -> Recordings:
-        return Recordings(self._folder, self._names(split), self.sample_rate, self._frames)
-
-    def _whole_lengths(self, split: Split) -> list[int]:
         counts = self._count_frames()
-        return [counts[name] for name in self._names(split)]
+        names = self.corpus_splits.names(split, *self._usable())
+        return Recordings(self._folder, names, [counts[name] for name in names], self.sample_rate, self._frames)
 
     def fit_scaler(self) -> Scaler:
         """Fit mean and std over all training samples, or those of each band; none unless ``units`` is "scaled"."""
@@ -248,13 +246,13 @@ class Speech(SequenceDataModule):
 
     def fitted_on(self) -> tuple[Sequences, Iterable[int]]:
         """Return the whole training recordings and their frames, with a progress bar."""
-        self.split("train")
-        lengths = tracked(self._whole_lengths("train"), "mean and std of the training recordings")
-        return self._whole_recordings("train"), lengths
+        self.split("train")  # raises if it is empty
+        whole = self._whole_recordings("train")
+        return whole, tracked(whole.lengths, "mean and std of the training recordings")
 
     def _moments(self, scaler: Scaler | None) -> tuple[Tensor, Tensor]:
         """Return mean and std of the training split in data units, cached until a file of it changes."""
-        names, files = self._names("train"), self._scan()
+        names, files = self._whole_recordings("train").names, self._scan()
         stamps = [[name, files[name].size, files[name].modified] for name in names]
         how = [self.sample_rate, self.features, self.frame_size, self.num_features, self.mel_window]
         key = f"moments-1-{digest([str(self._folder.resolve()), stamps, how, self.tail, self.units])}"
@@ -298,10 +296,6 @@ class Speech(SequenceDataModule):
     def _folder(self) -> Path:
         """The folder below which paths are."""
         return self.root.parent if self.layout == "manifest" else self.root
-
-    def _names(self, split: Split) -> list[str]:
-        """Return the files of a split that are there."""
-        return self.corpus_splits.names(split, *self._usable())
 
     def _usable(self) -> tuple[dict[str, Recording], dict[str, int]]:
         """Return the files that have a frame, and the samples of all files."""

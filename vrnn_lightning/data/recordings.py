@@ -59,10 +59,11 @@ class RawFrames:
 
 @dataclass(frozen=True)
 class Recordings:
-    """The files ``names`` below ``root`` as frames of samples at ``sample_rate`` Hz."""
+    """The files ``names`` below ``root`` as frames of samples at ``sample_rate`` Hz; ``lengths`` are their frames."""
 
     root: Path
     names: list[str]
+    lengths: list[int]
     sample_rate: int
     frames: RawFrames | LogMelFrames
 
@@ -89,11 +90,10 @@ class Crops(AugmentedSequences):
     """A stretch of ``crop`` frames of each recording, redrawn every epoch, or all of a recording that is no longer."""
 
     sequences: Recordings
-    lengths: list[int]
     crop: int
 
     def __getitem__(self, index: int, /) -> SequenceSample:
-        steps = min(self.crop, self.lengths[index])
+        steps = min(self.crop, self.sequences.lengths[index])
         part = self.window(index, 0, steps)
         if part is not None:
             return part
@@ -109,5 +109,5 @@ class Crops(AugmentedSequences):
     def _first(self, index: int) -> int:
         """Return the frame at which the crop of a recording begins."""
         file = crc32(os.fsencode(self.sequences.names[index]))
-        spare = max(0, self.lengths[index] - self.crop)
+        spare = max(0, self.sequences.lengths[index] - self.crop)
         return int(np.random.default_rng((self.seed, self.epoch, file)).integers(spare + 1))
