@@ -176,7 +176,9 @@ class Speech(SequenceDataModule):
                 if samples is not None:
                     raise UserError(f"--data.{option} {samples}: needs --data.features log_mel")
         elif self.units != "scaled":
-            raise UserError(f"--data.units {self.units}: is for samples; leave it out beside --data.features log_mel")
+            raise UserError(
+                f"--data.units {self.units}: is for samples. Fix: leave it out beside --data.features log_mel"
+            )
         elif self.mel_window < self.frame_size:
             raise UserError(
                 f"--data.mel_window {self.mel_window}: must be at least --data.frame_size, {self.frame_size}, "
@@ -184,7 +186,7 @@ class Speech(SequenceDataModule):
             )
         if self.layout == "blizzard" and self.window is None and self.crop is None:
             raise UserError(
-                "--data.layout blizzard: its recordings are too long to train on whole; set --data.window 40, "
+                "--data.layout blizzard: its recordings are too long to train on whole. Fix: set --data.window 40, "
                 "which carries the state, or --data.crop 400"
             )
 
@@ -197,7 +199,7 @@ class Speech(SequenceDataModule):
             other = next((name for name, file in files.items() if file.rate != rate), None)
             if other is not None:
                 raise UserError(
-                    f"{self._folder / other}: {files[other].rate} Hz, but {self._folder / first} has {rate} Hz; "
+                    f"{self._folder / other}: {files[other].rate} Hz, but {self._folder / first} has {rate} Hz. Fix: "
                     "choose --data.sample_rate and set --data.resample true"
                 )
             self._rate = rate
@@ -225,19 +227,19 @@ class Speech(SequenceDataModule):
 
         With ``crop``, those of training are stretches that change with the epoch.
         """
-        whole = self._whole_recordings(split)
+        whole = self._make_recordings(split)
         if self.crop is None or split != "train":
             return whole
         return Crops(sequences=whole, crop=self.crop, seed=self.seed)
 
     def lengths(self, split: Split) -> Sequence[int]:
         """Return the frames of each sequence of a split, from the headers alone."""
-        lengths = self._whole_recordings(split).lengths
+        lengths = self._make_recordings(split).lengths
         return lengths if self.crop is None or split != "train" else [min(self.crop, steps) for steps in lengths]
 
-    def _whole_recordings(self, split: Split) -> Recordings:
+    def _make_recordings(self, split: Split) -> Recordings:
         counts = self._count_frames()
-        names = self.corpus_splits.names(split, *self._usable())
+        names = self.corpus_splits.names(split, *self._find_usable())
         return Recordings(self._folder, names, [counts[name] for name in names], self.sample_rate, self._frames)
 
     def fit_scaler(self) -> Scaler:
@@ -247,12 +249,12 @@ class Speech(SequenceDataModule):
     def fitted_on(self) -> tuple[Sequences, Iterable[int]]:
         """Return the whole training recordings and their frames, with a progress bar."""
         self.split("train")  # raises if it is empty
-        whole = self._whole_recordings("train")
+        whole = self._make_recordings("train")
         return whole, tracked(whole.lengths, "mean and std of the training recordings")
 
     def _moments(self, scaler: Scaler | None) -> tuple[Tensor, Tensor]:
         """Return mean and std of the training split in data units, cached until a file of it changes."""
-        names, files = self._whole_recordings("train").names, self._scan()
+        names, files = self._make_recordings("train").names, self._scan()
         stamps = [[name, files[name].size, files[name].modified] for name in names]
         how = [self.sample_rate, self.features, self.frame_size, self.num_features, self.mel_window]
         key = f"moments-1-{digest([str(self._folder.resolve()), stamps, how, self.tail, self.units])}"
@@ -273,7 +275,7 @@ class Speech(SequenceDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scaler, the sample rate in Hz and the files of each split, as paths below ``root``."""
-        splits = self.corpus_splits.state_dict(*self._usable())
+        splits = self.corpus_splits.state_dict(*self._find_usable())
         return super().state_dict() | {"sample_rate": self.sample_rate} | splits
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -297,7 +299,7 @@ class Speech(SequenceDataModule):
         """The folder below which paths are."""
         return self.root.parent if self.layout == "manifest" else self.root
 
-    def _usable(self) -> tuple[dict[str, Recording], dict[str, int]]:
+    def _find_usable(self) -> tuple[dict[str, Recording], dict[str, int]]:
         """Return the files that have a frame, and the samples of all files."""
         usable = {name: self._recordings[name] for name in self._count_frames()}
         return usable, {name: file.samples for name, file in self._scan().items()}
@@ -315,7 +317,7 @@ class Speech(SequenceDataModule):
         shortest, option = (self.frame_size, "frame_size") if is_raw else (self.mel_window, "mel_window")
         if not counts:
             raise UserError(
-                f"{self.root}: no file is as long as one frame of {shortest} samples; "
+                f"{self.root}: no file is as long as one frame of {shortest} samples. Fix: "
                 f"lower --data.{option} or set --data.tail pad"
             )
         if len(counts) < len(files):
@@ -331,7 +333,7 @@ class Speech(SequenceDataModule):
         path = self._folder / name
         if file.channels > 1 and self.stereo == "refuse":
             raise UserError(
-                f"{path}: {file.channels} channels, but --data.stereo is refuse; make it mono or set --data.stereo mix"
+                f"{path}: {file.channels} channels, but --data.stereo is refuse. Fix: set --data.stereo mix"
             )
         if file.rate != self.sample_rate and not self.resample:
             wanted = "--data.sample_rate is" if self._asked_rate else "the checkpoint's sample rate is"

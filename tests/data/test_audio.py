@@ -120,7 +120,7 @@ class TestDamage:
     @pytest.mark.parametrize(("suffix", "subtype"), EVERY)
     def test_what_breaks_off_is_known_from_the_header(self, tmp_path, suffix, subtype, share):
         with pytest.raises(
-            UserError, match=r"a\.\w+: cannot be read as audio \(.+\); remove it or convert it"
+            UserError, match=r"a\.\w+: cannot be read as audio \(.+\). Fix: remove it or convert it"
         ) as raised:
             read_header(broken(tmp_path, suffix, subtype, share))
         assert "\n" not in str(raised.value)
@@ -185,7 +185,7 @@ class TestDamage:
         content[len(content) // 2 : len(content) // 2 + 20_000] = bytes(20_000)
         path.write_bytes(content)
         read_header(path)
-        with pytest.raises(UserError, match=r"a.flac: cannot be read as audio \(.+\); remove it"):
+        with pytest.raises(UserError, match=r"a.flac: cannot be read as audio \(.+\). Fix: remove it"):
             check_samples(path)
 
     def test_no_bytes_give_a_traceback(self, tmp_path):
@@ -344,7 +344,7 @@ class TestIndex:
             "gone.wav: No such file",
             "1.wav: cannot be read as audio",
             "2.wav: cannot be read as audio",
-            "3.wav: holds NaN or infinite samples; remove it or fix it",
+            "3.wav: holds NaN or infinite samples. Fix: remove it or fix it",
         ]
 
     def test_files_are_read_to_their_end_once_if_bad_ones_are_skipped(self, corpus, monkeypatch):

@@ -174,7 +174,9 @@ class TestSplits:
         (tmp_path / "metadata.csv").write_text("\n".join(rows) + "\n")
         line = refusal(speech(tmp_path, "ljspeech"))
         listed = ", ".join(f"wavs/LJ003-{i:04d}.wav" for i in range(1, 6))
-        assert f"metadata.csv: 6 of 12 files that it names are missing: {listed}, ...; fix the list" in line
+        assert (
+            f"metadata.csv: 6 of 12 files that it names are missing: {listed} and more. Fix: correct the list" in line
+        )
         with pytest.warns(UserWarning, match="6 of 12 files that it names are missing: .*they are skipped"):
             assert len(files(speech(tmp_path, "ljspeech", skip_bad=True), "train")) == 54
 
@@ -310,7 +312,9 @@ class TestManifest:
         )
         line = refusal(manifest(tmp_path, text))
         listed = ", ".join(self.NAMES[6:11])
-        assert line.startswith(f"{tmp_path}/list.csv: 6 of 12 files that it names are missing: {listed}, ...; fix")
+        assert line.startswith(
+            f"{tmp_path}/list.csv: 6 of 12 files that it names are missing: {listed} and more. Fix: "
+        )
         lenient = speech(tmp_path / "list.csv", "manifest", skip_bad=True)
         with pytest.warns(UserWarning, match="6 of 12 files that it names are missing"):
             assert [len(names) for names in all_files(lenient).values()] == [2, 2, 2]
@@ -342,7 +346,7 @@ class TestManifest:
     def test_none_of_the_files_is_there(self, tmp_path):
         manifest(tmp_path, "path\na.wav\nb.wav\n")
         line = refusal(speech(tmp_path / "list.csv", "manifest", skip_bad=True))
-        assert line == f"{tmp_path}/list.csv: none of 2 files that it names is there, a.wav for one; fix the list"
+        assert line == f"{tmp_path}/list.csv: none of 2 files that it names is there, not even a.wav. Fix: correct it"
 
     def test_what_is_no_manifest(self, tmp_path):
         assert "is a folder; --data.layout manifest takes the csv file itself" in refusal(speech(tmp_path, "manifest"))

@@ -70,24 +70,24 @@ def read_header(path: Path, max_gb: float = MAX_GB) -> AudioHeader:
     with explained(path), path.open("rb") as file:
         damage = _find_damage(file)
     if damage:
-        raise _unreadable(path, damage)
+        raise _make_error(path, damage)
     with opened(path) as sound:
         header = AudioHeader(sound.frames, sound.samplerate, sound.channels)
         if header.samples == 0:
-            raise UserError(f"{path}: holds no samples; remove it")
+            raise UserError(f"{path}: holds no samples. Fix: remove it")
         if header.samples >= UNKNOWN_LENGTH:
-            raise _unreadable(path, "its header does not tell its length")
+            raise _make_error(path, "its header does not tell its length")
         require_size(path, 4 * header.samples * header.channels, max_gb)
         if header.rate > HIGHEST_RATE:
-            raise _unreadable(path, f"its header says {header.rate} Hz")
+            raise _make_error(path, f"its header says {header.rate} Hz")
         if sound.subtype.startswith("MPEG"):
-            raise _unreadable(path, "it is MP3")
+            raise _make_error(path, "it is MP3")
         if sound.format == "FLAC":
             with suppress(soundfile.LibsndfileError):
                 sound.seek(header.samples - 1)
                 if len(sound.read(1)):
                     return header
-            raise _unreadable(path, "it breaks off")
+            raise _make_error(path, "it breaks off")
     return header
 
 
@@ -98,7 +98,7 @@ def check_samples(path: Path) -> None:
         while left:
             samples = file.read(min(BLOCK, left), dtype="float32", always_2d=True)
             if len(samples) == 0:
-                raise _unreadable(path, "it breaks off")
+                raise _make_error(path, "it breaks off")
             _require_finite(path, samples)
             left -= len(samples)
 
@@ -112,9 +112,9 @@ def opened(path: Path) -> Iterator[SoundFile]:
         with soundfile.SoundFile(path) as file:
             yield file
     except soundfile.LibsndfileError as error:
-        raise _unreadable(path, error.error_string) from None
+        raise _make_error(path, error.error_string) from None
     except UnicodeEncodeError:
-        raise _unreadable(path, "its name is not UTF-8") from None
+        raise _make_error(path, "its name is not UTF-8") from None
 
 
 def is_seekable(file: SoundFile) -> bool:
@@ -139,16 +139,16 @@ def read_samples(
     Raises:
         UserError: Samples are missing, or are not finite.
     """
-    up, down = _ratio(file.samplerate, sample_rate)
+    up, down = _reduce_ratio(file.samplerate, sample_rate)
     end = resampled_length(file.frames, file.samplerate, sample_rate)
     start, stop = min(start, end), end if stop is None else min(stop, end)
-    begin, end = (start, stop) if up == down else _source_span(start, stop, up, down, file.frames)
+    begin, end = (start, stop) if up == down else _find_source_span(start, stop, up, down, file.frames)
     if begin:
         file.seek(begin)
     kind = "float64" if file.subtype == "DOUBLE" else "float32"
     samples = narrowed(file.read(end - begin, dtype=kind, always_2d=True))
     if len(samples) < end - begin:
-        raise _unreadable(path, "it breaks off")
+        raise _make_error(path, "it breaks off")
     mono: NDArray[np.floating[Any]] = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
     _require_finite(path, mono)
     if up == down:
@@ -166,16 +166,16 @@ def resampled_length(samples: int, rate: int, wanted: int) -> int:
     >>> resampled_length(44101, 44100, 16000)
     16001
     """
-    up, down = _ratio(rate, wanted)
+    up, down = _reduce_ratio(rate, wanted)
     return -(-samples * up // down)
 
 
 def _require_finite(path: Path, samples: NDArray[np.floating[Any]]) -> None:
     if not math.isfinite(samples.sum(dtype="float64")):
-        raise UserError(f"{path}: holds NaN or infinite samples; remove it or fix it")
+        raise UserError(f"{path}: holds NaN or infinite samples. Fix: remove it or fix it")
 
 
-def _source_span(start: int, stop: int, up: int, down: int, length: int) -> tuple[int, int]:
+def _find_source_span(start: int, stop: int, up: int, down: int, length: int) -> tuple[int, int]:
     """Return the span of a file of ``length`` samples on which resampled ones from ``start`` to ``stop`` depend.
 
     Its first sample coincides with a resampled one, so that a part is resampled in step with the whole.
@@ -185,7 +185,7 @@ def _source_span(start: int, stop: int, up: int, down: int, length: int) -> tupl
     return begin, min(length, -(-stop * down // up) + half)
 
 
-def _ratio(rate: int, wanted: int) -> tuple[int, int]:
+def _reduce_ratio(rate: int, wanted: int) -> tuple[int, int]:
     """Return the factors by which to multiply and divide a rate to get the wanted one."""
     common = math.gcd(rate, wanted)
     return wanted // common, rate // common
@@ -244,7 +244,7 @@ def _find_sphere_damage(header: bytes, size: int) -> str | None:
     return None if int(begin) + math.prod(map(int, numbers)) <= size else "it breaks off"
 
 
-def _unreadable(path: Path, reason: str) -> UserError:
+def _make_error(path: Path, reason: str) -> UserError:
     return UserError(
-        f"{path}: cannot be read as audio ({reason.strip() or 'it is damaged'}); remove it or convert it to wav"
+        f"{path}: cannot be read as audio ({reason.strip() or 'it is damaged'}). Fix: remove it or convert it to wav"
     )

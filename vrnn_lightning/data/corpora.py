@@ -83,7 +83,7 @@ def find_recordings(root: Path, layout: Layout, invalid: InvalidFiles) -> list[R
         return _read_manifest(root, invalid)
     if not root.is_dir():
         fix = "; for a manifest set --data.layout manifest" if root.suffix == ".csv" else ""
-        raise UserError(f"--data.root {root}: is a file; give the folder that holds the recordings{fix}")
+        raise UserError(f"--data.root {root}: is a file. Fix: give the folder that holds the recordings{fix}")
     names = _audio_below(root, invalid)
     if not names:
         raise UserError(f"--data.root {root}: no audio in it; expected {', '.join(AUDIO_SUFFIXES)} files")
@@ -108,11 +108,11 @@ def place_recordings(layout: Layout, names: list[str]) -> list[Recording]:
     matches = [match for match in map(re.compile(PATHS[layout]).search, names) if match]
     return [
         Recording(match.string, match.groupdict().get("speaker", match.string), split)
-        for match, split in zip(matches, _splits(layout, matches), strict=True)
+        for match, split in zip(matches, _assign_splits(layout, matches), strict=True)
     ]
 
 
-def _splits(layout: Layout, matches: list[re.Match[str]]) -> Sequence[Place]:
+def _assign_splits(layout: Layout, matches: list[re.Match[str]]) -> Sequence[Place]:
     if layout == "fsdd":
         return ["test" if re.search(FSDD_TEST, match.string) else None for match in matches]
     if layout == "timit":  # all speakers speak the sentences SA
@@ -176,7 +176,7 @@ def _read_manifest(path: Path, invalid: InvalidFiles) -> list[Recording]:
     try:
         rows = [[cell.strip() for cell in row] for row in csv.reader(_read_text(path).splitlines(), strict=True)]
     except csv.Error as error:
-        raise UserError(f"{path}: cannot be read as csv ({error}); write it with a header and commas") from None
+        raise UserError(f"{path}: cannot be read as csv ({error}). Fix: write it with a header and commas") from None
     header = rows[0] if rows else []
     if "path" not in header:
         raise UserError(f"{path}: has no column path; its first row is {','.join(header)[:80]!r}")
@@ -189,16 +189,16 @@ def _read_manifest(path: Path, invalid: InvalidFiles) -> list[Recording]:
             place = posixpath.normpath(posixpath.join(folder, recording.name))  # one file may have several spellings
             if place in rows_of:
                 raise UserError(
-                    f"{path}: row {number} names {recording.name} again, after row {rows_of[place]}; keep one of them"
+                    f"{path}: row {number} names {recording.name} again, after row {rows_of[place]}. Fix: keep one"
                 )
             rows_of[place] = number
             recordings[recording.name] = recording
     if not recordings:
-        raise UserError(f"{path}: names no files; write a row for each")
+        raise UserError(f"{path}: names no files. Fix: write a row for each")
     missing = [name for name in recordings if not _is_file(path.parent / name)]
     if invalid.skip and len(missing) == len(recordings):
         raise UserError(
-            f"{path}: none of {len(recordings)} files that it names is there, {missing[0]} for one; fix the list"
+            f"{path}: none of {len(recordings)} files that it names is there, not even {missing[0]}. Fix: correct it"
         )
     _require_none_missing(path, len(recordings), missing, invalid)
     return [recordings[name] for name in sorted(recordings.keys() - set(missing))]
@@ -207,7 +207,7 @@ def _read_manifest(path: Path, invalid: InvalidFiles) -> list[Recording]:
 def _read_row(path: Path, number: int, cells: dict[str, str]) -> Recording:
     given = cells["path"]
     if not given:
-        raise UserError(f"{path}: row {number} has no path; write one or remove the row")
+        raise UserError(f"{path}: row {number} has no path. Fix: write one or remove the row")
     if not given.lower().endswith(AUDIO_SUFFIXES):
         raise UserError(f"{path}: row {number} names {given}; expected {', '.join(AUDIO_SUFFIXES)} files")
     word = cells.get("split")
@@ -219,10 +219,10 @@ def _read_row(path: Path, number: int, cells: dict[str, str]) -> Recording:
 
 def _require_none_missing(path: Path, total: int, missing: list[str], invalid: InvalidFiles) -> None:
     """Raise if files that a list names are missing, or skip them."""
-    listed = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
+    listed = ", ".join(missing[:SHOWN]) + (" and more" if len(missing) > SHOWN else "")
     line = f"{path}: {len(missing)} of {total} files that it names are missing: {listed}"
     if missing and not invalid.skip:
-        raise UserError(f"{line}; fix the list, or skip them by --data.skip_bad true")
+        raise UserError(f"{line}. Fix: correct the list, or skip them by --data.skip_bad true")
     if missing:
         rank_zero_warn(f"{line}; they are skipped (--data.skip_bad true)")
 
@@ -239,7 +239,7 @@ def _read_text(path: Path) -> str:
         with explained(path):
             return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
+        raise UserError(f"{path}: byte {error.start} is not UTF-8. Fix: save it as UTF-8") from None
 
 
 def _audio_below(root: Path, invalid: InvalidFiles) -> list[str]:

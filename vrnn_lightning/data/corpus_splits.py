@@ -141,7 +141,7 @@ class CorpusSplits:
             known = trained.get((PurePosixPath(name).stem, samples[name]))
             if known is not None:
                 raise UserError(
-                    f"{self.folder / name}: seems to be {known}, which the model was trained on; "
+                    f"{self.folder / name}: seems to be {known}, which the model was trained on. Fix: "
                     f"choose --data.root so that {known} lies below it"
                 )
 

@@ -88,7 +88,7 @@ def fetch(name: str, root: Path) -> None:
     if _is_present(source, root):
         return
     if root.exists() and Path.cwd().is_relative_to(root.resolve()):
-        raise UserError(f"--data.root {root}: is the working directory; name a folder below it to download into")
+        raise UserError(f"--data.root {root}: is the working directory. Fix: name a folder below it to download into")
     staging = root.absolute().with_name(f"{root.name}.part")
     with explained(staging, "--data.root"), _lock(staging):
         if not _is_present(source, root):
@@ -107,7 +107,7 @@ def _is_present(source: Source, root: Path) -> bool:
         return True
     if any(root.iterdir()):
         raise UserError(
-            f"--data.root {root}: holds other things than {source.title} ({source.holds}); "
+            f"--data.root {root}: holds other things than {source.title} ({source.holds}). Fix: "
             "name an empty folder, or a new one, to download into"
         )
     return False
@@ -120,7 +120,7 @@ def _store(source: Source, root: Path, staging: Path) -> None:
         try:
             _retrieve(address, files / file, checksum)
         except _TransferError as error:
-            raise _by_hand(source, root, f"{address}: can't be downloaded ({error})") from None
+            raise _make_error(source, root, f"{address}: can't be downloaded ({error})") from None
     if source.convert is not None:
         content = staging / "content"
         shutil.rmtree(content, ignore_errors=True)  # what was interrupted
@@ -134,7 +134,7 @@ def _store(source: Source, root: Path, staging: Path) -> None:
             shutil.rmtree(files)
             address = next(iter(source.files.values()))[0]
             reason = str(error).partition(". Fix:")[0] or type(error).__name__
-            raise _by_hand(source, root, f"{address}: was downloaded and removed: {reason}") from None
+            raise _make_error(source, root, f"{address}: was downloaded and removed: {reason}") from None
     for path in [*content.rglob("*"), content]:
         flush(path)
     if root.is_dir():
@@ -144,9 +144,9 @@ def _store(source: Source, root: Path, staging: Path) -> None:
     shutil.rmtree(staging)
 
 
-def _by_hand(source: Source, root: Path, problem: str) -> UserError:
+def _make_error(source: Source, root: Path, problem: str) -> UserError:
     addresses = " ".join(address for address, _ in source.files.values())
-    return UserError(f"{problem}; by hand: fetch {addresses} and {source.by_hand.format(root=root)}")
+    return UserError(f"{problem}. Fix: by hand, fetch {addresses} and {source.by_hand.format(root=root)}")
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ class LogMelFrames:
         if empty.any():
             raise UserError(
                 f"--data.mel_bands {self.bands}: band {empty.argmax()} holds no frequency of a window of {self.window} "
-                f"samples at {self.rate} Hz; lower it or raise --data.mel_window"
+                f"samples at {self.rate} Hz. Fix: lower it or raise --data.mel_window"
             )
 
     def count(self, samples: int) -> int:
