@@ -14,7 +14,7 @@ import soundfile
 from rich.progress import Progress
 
 from vrnn_lightning.data import InvalidFiles, audio, audio_index, cache, progress
-from vrnn_lightning.data.audio import check_samples, opened, read_header, read_samples, resampled
+from vrnn_lightning.data.audio import check_samples, opened, read_header, read_samples, resampled_length
 from vrnn_lightning.data.audio_index import index_audio
 from vrnn_lightning.data.mel import FLOOR, LogMelFrames, mel_filters
 from vrnn_lightning.errors import UserError
@@ -120,7 +120,7 @@ class TestDamage:
     @pytest.mark.parametrize(("suffix", "subtype"), EVERY)
     def test_what_breaks_off_is_known_from_the_header(self, tmp_path, suffix, subtype, share):
         with pytest.raises(
-            UserError, match=r"a\.\w+: cannot be read as audio \(.+\); remove it or convert it"
+            UserError, match=r"a\.\w+: cannot be read as audio \(.+\). Fix: remove it or convert it"
         ) as raised:
             read_header(broken(tmp_path, suffix, subtype, share))
         assert "\n" not in str(raised.value)
@@ -185,7 +185,7 @@ class TestDamage:
         content[len(content) // 2 : len(content) // 2 + 20_000] = bytes(20_000)
         path.write_bytes(content)
         read_header(path)
-        with pytest.raises(UserError, match=r"a.flac: cannot be read as audio \(.+\); remove it"):
+        with pytest.raises(UserError, match=r"a.flac: cannot be read as audio \(.+\). Fix: remove it"):
             check_samples(path)
 
     def test_no_bytes_give_a_traceback(self, tmp_path):
@@ -242,7 +242,7 @@ class TestIndex:
         assert len(headers) == 6
         assert indexed(corpus) == first
         assert len(headers) == 6
-        assert [file.header.samples for file in first.values()] == [100, 101, 102, 103, 104, 105]
+        assert [file.samples for file in first.values()] == [100, 101, 102, 103, 104, 105]
 
     def test_a_file_that_changed_is_opened_again(self, corpus, headers):
         indexed(corpus)
@@ -255,8 +255,8 @@ class TestIndex:
         write(corpus / "6.wav", RAMP)
         found = indexed(corpus)
         assert headers == ["2.wav", "3.wav", "6.wav"]
-        assert found["2.wav"].header.samples == 50
-        assert found["3.wav"].header.rate == 16000
+        assert found["2.wav"].samples == 50
+        assert found["3.wav"].rate == 16000
         assert "4.wav" not in found
 
     def test_corpora_are_kept_apart(self, corpus, tmp_path, headers):
@@ -264,7 +264,7 @@ class TestIndex:
         stat = (corpus / "0.wav").stat()
         os.utime(tmp_path / "other" / "0.wav", ns=(stat.st_atime_ns, stat.st_mtime_ns))
         indexed(corpus)
-        assert indexed(tmp_path / "other")["0.wav"].header.samples == len(RAMP)
+        assert indexed(tmp_path / "other")["0.wav"].samples == len(RAMP)
 
     @pytest.mark.parametrize("damage", ["cut", "flipped", "other", "empty"])
     def test_a_damaged_index_is_built_again(self, corpus, headers, cached, damage):
@@ -344,7 +344,7 @@ class TestIndex:
             "gone.wav: No such file",
             "1.wav: cannot be read as audio",
             "2.wav: cannot be read as audio",
-            "3.wav: holds NaN or infinite samples; remove it or fix it",
+            "3.wav: holds NaN or infinite samples. Fix: remove it or fix it",
         ]
 
     def test_files_are_read_to_their_end_once_if_bad_ones_are_skipped(self, corpus, monkeypatch):
@@ -471,7 +471,7 @@ class TestLogMel:
 
 
 def test_resampled_lengths():
-    assert [resampled(n, 44100, 16000) for n in (0, 1, 44100, 44101)] == [0, 1, 16000, 16001]
+    assert [resampled_length(n, 44100, 16000) for n in (0, 1, 44100, 44101)] == [0, 1, 16000, 16001]
 
 
 def test_a_rate_that_no_sound_has(tmp_path):

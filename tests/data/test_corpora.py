@@ -165,7 +165,7 @@ class TestSplits:
 
     def test_the_whole_ljspeech(self):
         names = [f"LJSpeech-1.1/wavs/LJ{i // 260:03d}-{i % 260:04d}.wav" for i in range(13100)]
-        found = corpora.LAYOUTS["ljspeech"](Path("nowhere"), names, corpora.InvalidFiles(False))
+        found = corpora.place_recordings("ljspeech", names)
         assert [r.split for r in found] == ["train"] * 12600 + ["val"] * 250 + ["test"] * 250
 
     def test_clips_that_the_metadata_name_must_be_there(self, tmp_path):
@@ -174,7 +174,9 @@ class TestSplits:
         (tmp_path / "metadata.csv").write_text("\n".join(rows) + "\n")
         line = refusal(speech(tmp_path, "ljspeech"))
         listed = ", ".join(f"wavs/LJ003-{i:04d}.wav" for i in range(1, 6))
-        assert f"metadata.csv: 6 of 12 files that it names are missing: {listed}, ...; fix the list" in line
+        assert (
+            f"metadata.csv: 6 of 12 files that it names are missing: {listed} and more. Fix: correct the list" in line
+        )
         with pytest.warns(UserWarning, match="6 of 12 files that it names are missing: .*they are skipped"):
             assert len(files(speech(tmp_path, "ljspeech", skip_bad=True), "train")) == 54
 
@@ -191,9 +193,7 @@ class TestSplits:
     def test_one_of_librispeech_s_test_sets(self, tmp_path):
         corpus(tmp_path, librispeech())
         datamodule = speech(tmp_path, "librispeech", test="test-clean", val="dev-clean")
-        with pytest.warns(
-            UserWarning, match="8 files that --data.layout librispeech has for validation or test are in"
-        ):
+        with pytest.warns(UserWarning, match="8 files that the layout has for validation or test are in"):
             found = all_files(datamodule)
         assert {name.split("/")[1] for name in found["test"]} == {"test-clean"}
         assert {name.split("/")[1] for name in found["val"]} == {"dev-clean"}
@@ -202,7 +202,7 @@ class TestSplits:
     def test_a_fraction_is_drawn_from_the_speakers_of_training(self, tmp_path):
         corpus(tmp_path, librispeech())
         datamodule = speech(tmp_path, "librispeech", val=0.25)
-        with pytest.warns(UserWarning, match="8 files that --data.layout librispeech has"):
+        with pytest.warns(UserWarning, match="8 files that the layout has"):
             found = all_files(datamodule)
         who = {split: {name.split("/")[2] for name in found[split]} for split in SPLITS}
         assert len(who["val"]) == 1
@@ -312,7 +312,9 @@ class TestManifest:
         )
         line = refusal(manifest(tmp_path, text))
         listed = ", ".join(self.NAMES[6:11])
-        assert line.startswith(f"{tmp_path}/list.csv: 6 of 12 files that it names are missing: {listed}, ...; fix")
+        assert line.startswith(
+            f"{tmp_path}/list.csv: 6 of 12 files that it names are missing: {listed} and more. Fix: "
+        )
         lenient = speech(tmp_path / "list.csv", "manifest", skip_bad=True)
         with pytest.warns(UserWarning, match="6 of 12 files that it names are missing"):
             assert [len(names) for names in all_files(lenient).values()] == [2, 2, 2]
@@ -344,7 +346,7 @@ class TestManifest:
     def test_none_of_the_files_is_there(self, tmp_path):
         manifest(tmp_path, "path\na.wav\nb.wav\n")
         line = refusal(speech(tmp_path / "list.csv", "manifest", skip_bad=True))
-        assert line == f"{tmp_path}/list.csv: none of 2 files that it names is there, a.wav for one; fix the list"
+        assert line == f"{tmp_path}/list.csv: none of 2 files that it names is there, not even a.wav. Fix: correct it"
 
     def test_what_is_no_manifest(self, tmp_path):
         assert "is a folder; --data.layout manifest takes the csv file itself" in refusal(speech(tmp_path, "manifest"))
@@ -415,9 +417,11 @@ class TestSkipBad:
             return scandir(path)
 
         monkeypatch.setattr(os, "scandir", refuse)
-        assert refusal(speech(root, "folder")).startswith(f"{root}/locked: cannot be opened (Permission denied); fix")
+        assert refusal(speech(root, "folder")).startswith(
+            f"{root}/locked: Permission denied. Fix: give yourself permission"
+        )
         datamodule = speech(root, "folder", skip_bad=True)
-        with pytest.warns(UserWarning, match=r"1 of 13 files are skipped .*locked: cannot be opened"):
+        with pytest.warns(UserWarning, match=r"1 of 13 files are skipped .*locked: Permission denied"):
             datamodule.setup("fit")
 
     def test_a_root_that_cannot_be_reached(self, tmp_path, monkeypatch):
@@ -426,7 +430,7 @@ class TestSkipBad:
 
         monkeypatch.setattr(Path, "stat", refuse)
         monkeypatch.setattr(Path, "exists", refuse)
-        assert refusal(speech(tmp_path, "folder")) == f"--data.root {tmp_path}: cannot be opened (Permission denied)"
+        assert refusal(speech(tmp_path, "folder")).startswith(f"--data.root {tmp_path}: Permission denied. Fix: ")
 
     def test_it_may_differ_when_a_checkpoint_is_used_again(self):
         assert {"skip_bad", "layout", "crop"} <= Speech.run_options

@@ -186,7 +186,7 @@ def test_the_command(chorales, lightning, tiny, folder):
     said = lightning("test", "--ckpt_path", "last", *words)
     assert said.code != 0
     assert len(said.err.strip().splitlines()) == 1
-    assert "404 Not Found); by hand: fetch http" in said.err
+    assert "404 Not Found). Fix: by hand, fetch http" in said.err
     assert len(chorales.asked) == 2
 
 
@@ -341,7 +341,7 @@ def test_content_that_is_not_what_it_was(name, content, server, monkeypatch, tmp
     monkeypatch.chdir(tmp_path)
     publish(server, monkeypatch, name, content)
     root = tmp_path / ("x" if name == "fsdd" else "x.npz")
-    refused(name, root, f"{server.address}/", "was downloaded and removed", "by hand: fetch", str(root))
+    refused(name, root, f"{server.address}/", "was downloaded and removed", "by hand, fetch", str(root))
     assert left(tmp_path) == []
 
 
@@ -425,7 +425,7 @@ def test_a_file_that_is_gone(name, server, monkeypatch, tmp_path):
     server.files.clear()
     root = tmp_path / ("x.npz" if SOURCES[name].holds is None else "x")
     refused(
-        name, root, "the server answers 404 Not Found", server.address, f"by hand: fetch {server.address}", str(root)
+        name, root, "the server answers 404 Not Found", server.address, f"by hand, fetch {server.address}", str(root)
     )
     assert left(tmp_path) == []
 
@@ -451,18 +451,18 @@ def test_a_server_that_falls_silent(chorales, monkeypatch, tmp_path):
 def test_interrupted(chorales, monkeypatch, tmp_path):
     """What came so far stays, and nothing else; the next run continues."""
     chorales.wait = threading.Event()
-    write = downloads._Resuming._write
+    write = downloads._write
 
-    def interrupted(self, response, start, total):
+    def interrupted(response, part, start, total):
         response.iter_content = lambda size: iter_then_interrupt(response)
-        write(self, response, start, total)
+        write(response, part, start, total)
 
     def iter_then_interrupt(response):
         yield response.raw.read(5)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(downloads._Resuming, "_write", interrupted)
+        patch.setattr(downloads, "_write", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fetch("jsb", tmp_path / "jsb.npz")
     chorales.wait.set()

@@ -131,3 +131,32 @@ def test_a_list_that_holds_one_list_many_times_is_read_once():
         nested = [nested] * 10
     found = read(pickle.dumps(nested))  # 10^30 numbers in a kilobyte
     assert found[0] is found[9]
+
+
+NESTED_KEY = b"(tp0\n0" + b"".join(b"(g%d\ng%d\ntp%d\n0" % (i, i, i + 1) for i in range(60))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        NESTED_KEY + b"(g60\nI1\nd.",
+        NESTED_KEY + b"(dg60\nI1\ns.",
+        NESTED_KEY + b"}(g60\nI1\nu.",
+        b"cnumpy._core.numeric\n_frombuffer\n(I1000000000000\ncnumpy\ndtype\n(S'i2'\nI0\nI1\ntR(I5\ntS'C'\ntR.",
+        pickle.PROTO + b"\x05" + pickle.dumps(bytearray(b"abc"), 5)[2:-1] + pickle.READONLY_BUFFER + b".",
+        b"(lp0\ng0\na.",
+        b"cnumpy\ndtype\n(S'O8'\nI0\nI1\ntR.",
+        b"cnumpy\nndarray\n(tR.",
+    ],
+    ids=["dict", "item", "items", "size", "buffer", "cycle", "type", "empty"],
+)
+def test_what_plain_data_do_not_need(content):
+    """Keys that take for ever to hash, memory that is not the file's, a list of itself, types and arrays alone."""
+    with pytest.raises(pickle.UnpicklingError):
+        read(content)
+
+
+def test_a_type_of_another_byte_order_is_not_numpy_s():
+    read(pickle.dumps(np.arange(3, dtype=">i2"), 2))
+    assert np.dtype("i2").isnative
+    np.testing.assert_array_equal(read(pickle.dumps([np.arange(3, dtype=">i2")] * 2, 2)), [[0, 1, 2]] * 2)

@@ -199,7 +199,9 @@ class TestRate:
     def test_two_rates_are_refused(self, tmp_path):
         write(tmp_path / "a.wav", tone(100), 8000)
         odd = write(tmp_path / "b.wav", tone(100), 16000)
-        with pytest.raises(UserError, match=rf"{odd}: 16000 Hz, but .*a.wav has 8000 Hz; choose --data.sample_rate"):
+        with pytest.raises(
+            UserError, match=rf"{odd}: 16000 Hz, but .*a.wav has 8000 Hz. Fix: choose --data.sample_rate"
+        ):
             set_up(tmp_path)
 
     def test_another_rate_is_refused_unless_resampled(self, tmp_path):
@@ -488,19 +490,21 @@ class TestRefusals:
         ):
             set_up(tmp_path / "empty", stage)
         path = write(tmp_path / "a.wav", tone(FRAME))
-        with pytest.raises(UserError, match=r"--data.root .*a.wav: is a file; give the folder"):
+        with pytest.raises(UserError, match=r"--data.root .*a.wav: is a file. Fix: give the folder"):
             set_up(path, stage)
 
     @pytest.mark.parametrize("content", [b"", b"this is not an audio", b"RIFF\x00\x00\x00\x00WAVE"])
     def test_an_unreadable_file(self, corpus, content):
         (corpus / "bad.wav").write_bytes(content)
-        with pytest.raises(UserError, match=r"corpus/bad.wav: cannot be read as audio \(.+\); remove it") as raised:
+        with pytest.raises(
+            UserError, match=r"corpus/bad.wav: cannot be read as audio \(.+\). Fix: remove it"
+        ) as raised:
             set_up(corpus)
         assert "\n" not in str(raised.value)
 
     def test_an_empty_file(self, corpus):
         write(corpus / "empty.wav", [])
-        with pytest.raises(UserError, match=r"corpus/empty.wav: holds no samples; remove it"):
+        with pytest.raises(UserError, match=r"corpus/empty.wav: holds no samples. Fix: remove it"):
             set_up(corpus)
 
     def test_a_file_that_breaks_off(self, tmp_path):
@@ -520,7 +524,9 @@ class TestRefusals:
 
     def test_no_file_as_long_as_a_frame(self, tmp_path):
         write(tmp_path / "a.wav", tone(FRAME - 1))
-        with pytest.raises(UserError, match=r"no file is as long as one frame of 20 samples; lower --data.frame_size"):
+        with pytest.raises(
+            UserError, match=r"no file is as long as one frame of 20 samples. Fix: lower --data.frame_size"
+        ):
             set_up(tmp_path)
 
     def test_short_files_are_left_out_with_one_warning(self, corpus):
@@ -734,7 +740,9 @@ class TestLogMel:
 
     def test_no_file_as_long_as_a_window(self, tmp_path):
         write(tmp_path / "a.wav", tone(79))
-        with pytest.raises(UserError, match=r"as one frame of 80 samples; lower --data.mel_window or set --data.tail"):
+        with pytest.raises(
+            UserError, match=r"as one frame of 80 samples. Fix: lower --data.mel_window or set --data.tail"
+        ):
             set_up(tmp_path, features="log_mel", mel_bands=4)
 
 

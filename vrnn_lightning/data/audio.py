@@ -1,14 +1,13 @@
-"""Audio files: what their headers say, whether they hold what these promise, and any part of their samples."""
+"""Audio files: their headers, whether their content is complete, and any part of their samples."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 from vrnn_lightning.data.sequences import narrowed
 from vrnn_lightning.errors import UserError
@@ -24,36 +23,29 @@ __all__ = [
     "HIGHEST_RATE",
     "AudioHeader",
     "check_samples",
+    "is_seekable",
     "opened",
     "read_header",
     "read_samples",
-    "resampled",
-    "seekable",
+    "resampled_length",
 ]
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".sph")
 
 HIGHEST_RATE = 10**6
-"""Hz that sound may have: a filter from or to more of them takes gigabytes."""
+"""Hz that sound may have: a resampling filter for higher rates takes gigabytes."""
 SEEKABLE = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}
-"""Encodings, flac's among them, of which libsndfile reads a part exactly as in the whole file."""
-UNKNOWN_LENGTH = 2**62  # what libsndfile reports for a stream whose header leaves the length open
-STREAMED = 0x7FFFF000  # from here on, what programs that write into a pipe call the size of what follows
+"""Encodings, flac's included, of which libsndfile reads a part exactly as in the whole file."""
+UNKNOWN_LENGTH = 2**62  # libsndfile's length of a stream whose header leaves it open
+STREAMED = 0x7FFFF000  # programs that write into a pipe declare such sizes or larger ones
 SPHERE_HEADER = 1024
 LAST_PAGE = 2**16 + 512  # an ogg page is never longer
 BLOCK = 2**20
 """Samples per channel that are in memory at once while a file is read to its end."""
 
 
-@dataclass(frozen=True)
-class AudioHeader:
-    """What a file says of itself.
-
-    Args:
-        samples: Samples per channel.
-        rate: Hz.
-        channels: Channels.
-    """
+class AudioHeader(NamedTuple):
+    """The samples per channel, the rate in Hz and the number of channels that a file declares."""
 
     samples: int
     rate: int
@@ -61,91 +53,81 @@ class AudioHeader:
 
 
 def read_header(path: Path, max_gb: float = MAX_GB) -> AudioHeader:
-    """Read what a file says of itself, and see whether as many bytes are there.
+    """Read a file's header, and check that the file is as long as it declares.
 
-    A wav or SPHERE file that is shorter than its header says, an ogg file without its last page and a flac file whose
-    last sample can't be found break off. Damage in the middle shows only when samples are read.
+    Checked are the size of a wav or SPHERE file, the last page of an ogg file and the last sample of a flac file.
+    Damage in the middle shows only when samples are read.
 
     Args:
         path: The file.
         max_gb: Gigabytes that its samples may take in float32, or 16 times the file's size.
 
     Raises:
-        UserError: It can't be read as audio, is empty, breaks off, or does not tell its length.
+        UserError: It can't be read as audio, is empty, breaks off, or does not declare its length.
     """
     import soundfile
 
     with explained(path), path.open("rb") as file:
-        reason = _broken(file)
-    if reason:
-        raise _unreadable(path, reason)
+        damage = _find_damage(file)
+    if damage:
+        raise _make_error(path, damage)
     with opened(path) as sound:
         header = AudioHeader(sound.frames, sound.samplerate, sound.channels)
         if header.samples == 0:
-            raise UserError(f"{path}: holds no samples; remove it")
+            raise UserError(f"{path}: holds no samples. Fix: remove it")
         if header.samples >= UNKNOWN_LENGTH:
-            raise _unreadable(path, "its header does not tell its length")
+            raise _make_error(path, "its header does not tell its length")
         require_size(path, 4 * header.samples * header.channels, max_gb)
         if header.rate > HIGHEST_RATE:
-            raise _unreadable(path, f"its header says {header.rate} Hz")
+            raise _make_error(path, f"its header says {header.rate} Hz")
         if sound.subtype.startswith("MPEG"):
-            raise _unreadable(path, "it is MP3")
+            raise _make_error(path, "it is MP3")
         if sound.format == "FLAC":
-            try:
+            with suppress(soundfile.LibsndfileError):
                 sound.seek(header.samples - 1)
-                there = len(sound.read(1))
-            except soundfile.LibsndfileError:
-                there = 0
-            if not there:
-                raise _unreadable(path, "it breaks off")
+                if len(sound.read(1)):
+                    return header
+            raise _make_error(path, "it breaks off")
     return header
 
 
 def check_samples(path: Path) -> None:
-    """Read a file to its end, in little memory.
-
-    Raises:
-        UserError: It is damaged, or holds NaN or infinite samples.
-    """
+    """Read a file to its end, block by block; raise a UserError if it is damaged or holds NaN or infinite samples."""
     with opened(path) as file:
         left = file.frames
         while left:
             samples = file.read(min(BLOCK, left), dtype="float32", always_2d=True)
             if len(samples) == 0:
-                raise _unreadable(path, "it breaks off")
-            _refuse_infinite(path, samples)
+                raise _make_error(path, "it breaks off")
+            _require_finite(path, samples)
             left -= len(samples)
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[SoundFile]:
-    """Open a file for :func:`read_samples`.
-
-    Raises:
-        UserError: It can't be read as audio, or what the block reads of it is damaged.
-    """
+    """Open a file for :func:`read_samples`; raise a UserError for what can't be read in the block."""
     import soundfile
 
     try:
         with soundfile.SoundFile(path) as file:
             yield file
     except soundfile.LibsndfileError as error:
-        raise _unreadable(path, error.error_string) from None
+        raise _make_error(path, error.error_string) from None
     except UnicodeEncodeError:
-        raise _unreadable(path, "its name is not UTF-8") from None
+        raise _make_error(path, "its name is not UTF-8") from None
 
 
-def seekable(file: SoundFile) -> bool:
-    """Return whether a part of a file reads exactly as in the whole; else only the whole can be read."""
+def is_seekable(file: SoundFile) -> bool:
+    """Return whether a part of a file reads exactly as in the whole."""
     return file.subtype in SEEKABLE
 
 
 def read_samples(
     path: Path, file: SoundFile, sample_rate: int, start: int = 0, stop: int | None = None
 ) -> NDArray[np.floating[Any]]:
-    """Return the mean of the channels in [-1, 1] at a rate in Hz, shape (samples,), and read no more of the file.
+    """Return the mean of the channels in [-1, 1], shape (samples,), and read no more of the file than needed.
 
-    In float32, or in float64 where that would turn a sample into zero.
+    The result is in float32, or in float64 where float32 would turn a sample into zero.
 
     Args:
         path: The file's name, for messages.
@@ -157,18 +139,18 @@ def read_samples(
     Raises:
         UserError: Samples are missing, or are not finite.
     """
-    up, down = _ratio(file.samplerate, sample_rate)
-    end = resampled(file.frames, file.samplerate, sample_rate)
+    up, down = _reduce_ratio(file.samplerate, sample_rate)
+    end = resampled_length(file.frames, file.samplerate, sample_rate)
     start, stop = min(start, end), end if stop is None else min(stop, end)
-    begin, end = (start, stop) if up == down else _reach(start, stop, up, down, file.frames)
+    begin, end = (start, stop) if up == down else _find_source_span(start, stop, up, down, file.frames)
     if begin:
         file.seek(begin)
     kind = "float64" if file.subtype == "DOUBLE" else "float32"
     samples = narrowed(file.read(end - begin, dtype=kind, always_2d=True))
     if len(samples) < end - begin:
-        raise _unreadable(path, "it breaks off")
+        raise _make_error(path, "it breaks off")
     mono: NDArray[np.floating[Any]] = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
-    _refuse_infinite(path, mono)
+    _require_finite(path, mono)
     if up == down:
         return mono
     from scipy.signal import resample_poly
@@ -178,48 +160,48 @@ def read_samples(
     return converted.astype(mono.dtype, copy=False)
 
 
-def resampled(samples: int, rate: int, wanted: int) -> int:
-    """Return how many samples there are after a change of rate, both in Hz.
+def resampled_length(samples: int, rate: int, wanted: int) -> int:
+    """Return the number of samples after a change of rate, both in Hz.
 
-    >>> resampled(44101, 44100, 16000)
+    >>> resampled_length(44101, 44100, 16000)
     16001
     """
-    up, down = _ratio(rate, wanted)
+    up, down = _reduce_ratio(rate, wanted)
     return -(-samples * up // down)
 
 
-def _refuse_infinite(path: Path, samples: NDArray[np.floating[Any]]) -> None:
+def _require_finite(path: Path, samples: NDArray[np.floating[Any]]) -> None:
     if not math.isfinite(samples.sum(dtype="float64")):
-        raise UserError(f"{path}: holds NaN or infinite samples; remove it or fix it")
+        raise UserError(f"{path}: holds NaN or infinite samples. Fix: remove it or fix it")
 
 
-def _reach(start: int, stop: int, up: int, down: int, length: int) -> tuple[int, int]:
-    """Return the samples of a file of ``length`` that resampled ones from ``start`` to before ``stop`` depend on.
+def _find_source_span(start: int, stop: int, up: int, down: int, length: int) -> tuple[int, int]:
+    """Return the span of a file of ``length`` samples on which resampled ones from ``start`` to ``stop`` depend.
 
-    The first of them falls on a resampled one, so that a part is resampled in step with the whole.
+    Its first sample coincides with a resampled one, so that a part is resampled in step with the whole.
     """
-    half = 10 * max(up, down) // up + 1  # what resample_poly's filter spans to each side
+    half = 10 * max(up, down) // up + 1  # samples to each side that resample_poly's filter spans
     begin = max(0, start * down // up - half) // down * down
     return begin, min(length, -(-stop * down // up) + half)
 
 
-def _ratio(rate: int, wanted: int) -> tuple[int, int]:
+def _reduce_ratio(rate: int, wanted: int) -> tuple[int, int]:
     """Return the factors by which to multiply and divide a rate to get the wanted one."""
     common = math.gcd(rate, wanted)
     return wanted // common, rate // common
 
 
-def _broken(file: BinaryIO) -> str | None:
-    """Return what is wrong with a file that libsndfile would take for a shorter one, or can't name."""
+def _find_damage(file: BinaryIO) -> str | None:
+    """Return the damage of a file that libsndfile would read as a shorter one, or has no message for."""
     size = file.seek(0, 2)
     file.seek(0)
     start = file.read(12)
     if not start:
         return "it is empty"
     if start.startswith(b"NIST_1A"):
-        return _broken_sphere(start + file.read(SPHERE_HEADER - len(start)), size)
+        return _find_sphere_damage(start + file.read(SPHERE_HEADER - len(start)), size)
     if start[:4] in (b"RIFF", b"RIFX", b"RF64") and start[8:] == b"WAVE":
-        return _broken_wav(file, "big" if start[:4] == b"RIFX" else "little", size)
+        return _find_wav_damage(file, "big" if start[:4] == b"RIFX" else "little", size)
     if start.startswith(b"OggS"):
         file.seek(max(0, size - LAST_PAGE))
         tail = file.read()
@@ -231,11 +213,11 @@ def _broken(file: BinaryIO) -> str | None:
     return None
 
 
-def _broken_wav(file: BinaryIO, order: str, size: int) -> str | None:
-    """Return what is wrong with the chunks of a wav file, read from the first of them on."""
-    big = 0  # what a file of more than 4 GB says elsewhere
+def _find_wav_damage(file: BinaryIO, order: Literal["big", "little"], size: int) -> str | None:
+    """Return the damage of a wav file, read from its first chunk on."""
+    big = 0  # the length of samples of more than 4 GB
     while len(chunk := file.read(8)) == 8:
-        length = int.from_bytes(chunk[4:], "big" if order == "big" else "little")
+        length = int.from_bytes(chunk[4:], order)
         if chunk[:4] == b"ds64":
             content = file.read(min(length, 64))
             big = int.from_bytes(content[8:16], "little")
@@ -249,8 +231,7 @@ def _broken_wav(file: BinaryIO, order: str, size: int) -> str | None:
     return "it breaks off before its samples"
 
 
-def _broken_sphere(header: bytes, size: int) -> str | None:
-    """Return what is wrong with the header of a SPHERE file."""
+def _find_sphere_damage(header: bytes, size: int) -> str | None:
     text = header.decode("latin1")
     fields = dict(re.findall(r"^(\w+) -\w+ (.*?)\s*$", text.partition("end_head")[0], re.MULTILINE))
     coding = fields.get("sample_coding", "pcm")
@@ -263,7 +244,7 @@ def _broken_sphere(header: bytes, size: int) -> str | None:
     return None if int(begin) + math.prod(map(int, numbers)) <= size else "it breaks off"
 
 
-def _unreadable(path: Path, reason: str) -> UserError:
+def _make_error(path: Path, reason: str) -> UserError:
     return UserError(
-        f"{path}: cannot be read as audio ({reason.strip() or 'it is damaged'}); remove it or convert it to wav"
+        f"{path}: cannot be read as audio ({reason.strip() or 'it is damaged'}). Fix: remove it or convert it to wav"
     )

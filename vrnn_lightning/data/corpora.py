@@ -1,4 +1,4 @@
-"""Speech corpora as they come: which files belong to them, who speaks, and which split each file is in."""
+"""Speech corpora in their published layouts: their files, speakers and splits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import os
 import posixpath
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -18,10 +18,12 @@ from vrnn_lightning.data.audio import AUDIO_SUFFIXES
 from vrnn_lightning.data.invalid_files import SHOWN, InvalidFiles
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import explained
 
-__all__ = ["FSDD_TEST", "LAYOUTS", "Layout", "Recording", "find_recordings"]
+__all__ = ["FSDD_TEST", "Layout", "Recording", "find_recordings", "place_recordings"]
 
 Layout = Literal["folder", "fsdd", "timit", "ljspeech", "librispeech", "vctk", "blizzard", "manifest"]
+Place = Split | Literal["unused", "never"] | None
 
 FSDD_TEST = r"_[0-4]\.[^.]+$"
 """The official test split of the spoken digits: the first five recordings of each digit and speaker."""
@@ -38,6 +40,8 @@ TIMIT_VAL = (
     "mrcs0 mrjm4 fcal1 mmwh0 fjsj0 majc0 mjsw0 mreb0 fgjd0 fjmg0 mroa0 mteb0 mjfc0 mrjr0 fmml0 mrws1"
 )
 """The 50 other speakers of its test folder on which Kaldi and most others validate."""
+TIMIT_HELD_OUT: dict[str, Place] = dict.fromkeys(TIMIT_VAL.split(), "val")
+TIMIT_HELD_OUT |= dict.fromkeys(TIMIT_CORE.split(), "test")
 WORDS: dict[str, Split] = {
     "train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"
 }  # fmt: skip
@@ -50,48 +54,47 @@ class Recording:
 
     Args:
         name: Its path below the corpus' folder, with forward slashes.
-        speaker: Whom splits keep together where they are drawn; the file itself where nobody is known.
-        split: The split it is in, or ``None`` where splits are drawn. "unused" ones are in none, but may be asked for;
-            "never" ones may not.
+        speaker: The group that random splits keep together; the file itself where the speaker is not known.
+        split: Its split, or ``None`` where splits are random. "unused" ones are in no split, unless an option selects
+            them; "never" ones can't be selected.
     """
 
     name: str
     speaker: str
-    split: Split | Literal["unused", "never"] | None = None
+    split: Place = None
 
 
-def find_recordings(root: Path, layout: Layout, bad: InvalidFiles) -> list[Recording]:
-    """Return the recordings of a corpus in the order of their paths; hidden files are passed over.
+def find_recordings(root: Path, layout: Layout, invalid: InvalidFiles) -> list[Recording]:
+    """Return the recordings of a corpus in the order of their paths, without hidden files.
 
     Args:
         root: The corpus' folder, or one above it; for "manifest" the csv file.
         layout: How the corpus is laid out.
-        bad: What becomes of files that are named but missing, and of folders that can't be opened.
+        invalid: Decides about files that are named but missing, and about folders that can't be opened.
 
     Raises:
         UserError: There is no such folder or file, nothing in it is of the layout, a manifest is damaged, or files are
-            missing that are not to be skipped.
+            missing and ``invalid`` does not skip them.
     """
-    try:
-        there = root.exists()
-    except OSError as error:
-        raise UserError(f"--data.root {root}: cannot be opened ({error.strerror})") from None
-    if not there:
-        raise UserError(f"--data.root {root}: no such {'file' if layout == 'manifest' else 'folder'}")
+    with explained(root, "--data.root"):
+        if not root.exists():
+            raise UserError(f"--data.root {root}: no such {'file' if layout == 'manifest' else 'folder'}")
     if layout == "manifest":
-        return _manifest(root, bad)
+        return _read_manifest(root, invalid)
     if not root.is_dir():
         fix = "; for a manifest set --data.layout manifest" if root.suffix == ".csv" else ""
-        raise UserError(f"--data.root {root}: is a file; give the folder that holds the recordings{fix}")
-    names = _audio_below(root, bad)
+        raise UserError(f"--data.root {root}: is a file. Fix: give the folder that holds the recordings{fix}")
+    names = _audio_below(root, invalid)
     if not names:
         raise UserError(f"--data.root {root}: no audio in it; expected {', '.join(AUDIO_SUFFIXES)} files")
-    recordings = LAYOUTS[layout](root, names, bad)
+    recordings = place_recordings(layout, names)
     if not recordings:
         raise UserError(
             f"--data.root {root}: none of {len(names)} audio files lies as --data.layout {layout} says, "
-            f"{SHAPES[layout]}; the first is {names[0]}"
+            f"as {EXAMPLES[layout]}; the first is {names[0]}"
         )
+    if layout == "ljspeech":
+        _require_clips(root, [recording.name for recording in recordings], invalid)
     if len(recordings) < len(names):
         rank_zero_warn(
             f"{root}: {len(names) - len(recordings)} of {len(names)} audio files are left out, which --data.layout "
@@ -100,151 +103,128 @@ def find_recordings(root: Path, layout: Layout, bad: InvalidFiles) -> list[Recor
     return [recording for recording in recordings if recording.split != "never"]
 
 
-def _folder(root: Path, names: list[str], bad: InvalidFiles) -> list[Recording]:
-    return [Recording(name, name) for name in names]
-
-
-def _fsdd(root: Path, names: list[str], bad: InvalidFiles) -> list[Recording]:
-    """Place 3_jackson_17.wav: digit, speaker, take. Speakers are in every split."""
-    found = [name for name in names if re.search(r"(?:^|/)\d_[^_/]+_\d+\.[^.]+$", name)]
-    return [Recording(name, name, "test" if re.search(FSDD_TEST, name) else None) for name in found]
-
-
-def _timit(root: Path, names: list[str], bad: InvalidFiles) -> list[Recording]:
-    """Place TRAIN/DR1/FCJF0/SX127.WAV; the two sentences SA that all speak are in no split."""
-    pattern = re.compile(r"(?:^|/)(train|test)/dr\d/([fm]\w{3}\d)/(s[aix])\d+\.(?:wav|sph|flac|ogg)$", re.IGNORECASE)
-    known: dict[str, Split] = dict.fromkeys(TIMIT_VAL.split(), "val")
-    known |= dict.fromkeys(TIMIT_CORE.split(), "test")
-    found = []
-    for name in names:
-        if match := pattern.search(name):
-            folder, speaker, kind = (word.lower() for word in match.groups())
-            split: Split | Literal["unused", "never"] = "train" if folder == "train" else "unused"
-            if folder == "test" and speaker in known:
-                split = known[speaker]
-            found.append(Recording(name, speaker, "never" if kind == "sa" else split))
-    return found
-
-
-def _ljspeech(root: Path, names: list[str], bad: InvalidFiles) -> list[Recording]:
-    """Place wavs/LJ001-0001.wav: of all clips in order, the last 250 are the test, the 250 before them validation.
-
-    Of a part of the corpus with fewer than 5000 clips, the last twentieth and the one before it.
-    """
-    clips = [name for name in names if re.search(r"(?:^|/)wavs/[^/]+$", name)]
-    for folder in sorted({posixpath.dirname(posixpath.dirname(name)) for name in clips}):
-        table = root / folder / "metadata.csv"
-        if _is_file(table):
-            there = {posixpath.splitext(name)[0] for name in clips}
-            rows = _text(table).splitlines()
-            named = [posixpath.join(folder, "wavs", row.partition("|")[0].strip()) for row in rows if row.strip()]
-            _refuse_missing(table, len(named), [f"{name}.wav" for name in named if name not in there], bad)
-    held = min(LJSPEECH_HELD, max(1, len(clips) // 20))
-    test, val = set(clips[-held:]), set(clips[-2 * held : -held])
-    return [Recording(name, "LJ", "test" if name in test else "val" if name in val else "train") for name in clips]
-
-
-def _librispeech(root: Path, names: list[str], bad: InvalidFiles) -> list[Recording]:
-    """Place train-clean-100/19/198/19-198-0001.flac: set, speaker, chapter."""
-    pattern = re.compile(r"(?:^|/)(train|dev|test)-(?:clean|other)(?:-\d+)?/(\d+)/\d+/[^/]+$")
-    matches = ((name, pattern.search(name)) for name in names)
-    return [Recording(name, match[2], WORDS[match[1]]) for name, match in matches if match]
-
-
-def _vctk(root: Path, names: list[str], bad: InvalidFiles) -> list[Recording]:
-    """Place wav48/p225/p225_001.wav or wav48_silence_trimmed/p225/p225_001_mic1.flac.
-
-    Each utterance is used once: where the trimmed folder is there, from it, and of two microphones the first.
-    """
-    pattern = re.compile(r"(?:^|/)(wav48(?:_silence_trimmed)?)/(p\d+|s5)/\2_\d+(?:_mic([12]))?\.[^.]+$")
-    matches = [(name, match) for name in names if (match := pattern.search(name))]
-    trimmed = any(match[1] != "wav48" for _, match in matches)
+def place_recordings(layout: Layout, names: list[str]) -> list[Recording]:
+    """Return the recordings among the paths of audio files, which are in order, with their speakers and splits."""
+    matches = [match for match in map(re.compile(PATHS[layout]).search, names) if match]
     return [
-        Recording(name, match[2], "never" if match[3] == "2" or (trimmed and match[1] == "wav48") else None)
-        for name, match in matches
+        Recording(match.string, match.groupdict().get("speaker", match.string), split)
+        for match, split in zip(matches, _assign_splits(layout, matches), strict=True)
     ]
 
 
-LAYOUTS: dict[str, Callable[[Path, list[str], InvalidFiles], list[Recording]]] = {
-    "folder": _folder,
-    "fsdd": _fsdd,
-    "timit": _timit,
-    "ljspeech": _ljspeech,
-    "librispeech": _librispeech,
-    "vctk": _vctk,
-    "blizzard": _folder,
+def _assign_splits(layout: Layout, matches: list[re.Match[str]]) -> Sequence[Place]:
+    if layout == "fsdd":
+        return ["test" if re.search(FSDD_TEST, match.string) else None for match in matches]
+    if layout == "timit":  # all speakers speak the sentences SA
+        return [
+            "never"
+            if match["sentence"].lower() == "sa"
+            else "train"
+            if match["folder"].lower() == "train"
+            else TIMIT_HELD_OUT.get(match["speaker"].lower(), "unused")
+            for match in matches
+        ]
+    if layout == "ljspeech":  # of a part of the corpus the last twentieth, and the twentieth before it
+        count = min(LJSPEECH_HELD, max(1, len(matches) // 20))
+        test, val = len(matches) - count, len(matches) - 2 * count
+        return ["test" if i >= test else "val" if i >= val else "train" for i in range(len(matches))]
+    if layout == "librispeech":
+        return [WORDS[match["set"]] for match in matches]
+    if layout == "vctk":  # each utterance once: trimmed if it is there, and the first of two microphones
+        has_trimmed = any(match["trimmed"] for match in matches)
+        is_spare = [match["microphone"] == "2" or (has_trimmed and not match["trimmed"]) for match in matches]
+        return ["never" if spare else None for spare in is_spare]
+    return [None] * len(matches)
+
+
+PATHS = {
+    "folder": "",
+    "fsdd": r"(?:^|/)\d_[^_/]+_\d+\.[^.]+$",
+    "timit": r"(?i)(?:^|/)(?P<folder>train|test)/dr\d/(?P<speaker>[fm]\w{3}\d)/(?P<sentence>s[aix])\d+\."
+    r"(?:wav|sph|flac|ogg)$",
+    "ljspeech": r"(?:^|/)(?P<speaker>wavs)/[^/]+$",  # one speaker for all
+    "librispeech": r"(?:^|/)(?P<set>train|dev|test)-(?:clean|other)(?:-\d+)?/(?P<speaker>\d+)/\d+/[^/]+$",
+    "vctk": r"(?:^|/)wav48(?P<trimmed>_silence_trimmed)?/(?P<speaker>p\d+|s5)/(?P=speaker)_\d+"
+    r"(?:_mic(?P<microphone>[12]))?\.[^.]+$",
+    "blizzard": "",
 }
-"""How each layout but the manifest places the paths of audio files."""
-
-SHAPES = {
-    "fsdd": "as 3_jackson_17.wav",
-    "timit": "as TRAIN/DR1/FCJF0/SX127.WAV",
-    "ljspeech": "as wavs/LJ001-0001.wav",
-    "librispeech": "as train-clean-100/19/198/19-198-0001.flac",
-    "vctk": "as wav48_silence_trimmed/p225/p225_001_mic1.flac",
+"""Paths of the files of each layout but the manifest; speakers are apart in random splits."""
+EXAMPLES = {
+    "fsdd": "3_jackson_17.wav",
+    "timit": "TRAIN/DR1/FCJF0/SX127.WAV",
+    "ljspeech": "wavs/LJ001-0001.wav",
+    "librispeech": "train-clean-100/19/198/19-198-0001.flac",
+    "vctk": "wav48_silence_trimmed/p225/p225_001_mic1.flac",
 }
 
 
-def _manifest(path: Path, bad: InvalidFiles) -> list[Recording]:
-    """Read a csv file with the columns path (below the manifest's folder) and, if wanted, split and speaker."""
+def _require_clips(root: Path, clips: list[str], invalid: InvalidFiles) -> None:
+    """Raise if clips that LJSpeech's metadata name are missing, or skip them."""
+    there = {posixpath.splitext(name)[0] for name in clips}
+    for folder in sorted({posixpath.dirname(posixpath.dirname(name)) for name in clips}):
+        table = root / folder / "metadata.csv"
+        if _is_file(table):
+            rows = [row for row in _read_text(table).splitlines() if row.strip()]
+            named = [posixpath.join(folder, "wavs", row.partition("|")[0].strip()) for row in rows]
+            _require_none_missing(table, len(rows), [f"{name}.wav" for name in named if name not in there], invalid)
+
+
+def _read_manifest(path: Path, invalid: InvalidFiles) -> list[Recording]:
+    """Read a csv file with the columns path (below the manifest's folder) and optionally split and speaker."""
     if not _is_file(path):
         raise UserError(f"--data.root {path}: is a folder; --data.layout manifest takes the csv file itself")
     try:
-        rows = list(csv.reader(_text(path).splitlines(), strict=True))
+        rows = [[cell.strip() for cell in row] for row in csv.reader(_read_text(path).splitlines(), strict=True)]
     except csv.Error as error:
-        raise UserError(f"{path}: cannot be read as csv ({error}); write it with a header and commas") from None
-    header = [cell.strip() for cell in rows[0]] if rows else []
+        raise UserError(f"{path}: cannot be read as csv ({error}). Fix: write it with a header and commas") from None
+    header = rows[0] if rows else []
     if "path" not in header:
         raise UserError(f"{path}: has no column path; its first row is {','.join(header)[:80]!r}")
-    found: dict[str, tuple[int, Recording]] = {}
+    recordings: dict[str, Recording] = {}
     rows_of: dict[str, int] = {}
-    above = path.parent.absolute().as_posix()
-    for number, row in enumerate(rows[1:], start=2):
-        if any(cell.strip() for cell in row):
-            recording = _row(
-                path, number, dict(zip_longest(header, (cell.strip() for cell in row[: len(header)]), fillvalue=""))
-            )
-            place = posixpath.normpath(posixpath.join(above, recording.name))  # however a row spells it
+    folder = path.parent.absolute().as_posix()
+    for number, cells in enumerate(rows[1:], start=2):
+        if any(cells):
+            recording = _read_row(path, number, dict(zip_longest(header, cells[: len(header)], fillvalue="")))
+            place = posixpath.normpath(posixpath.join(folder, recording.name))  # one file may have several spellings
             if place in rows_of:
-                raise UserError(f"{path}: row {number} names {recording.name} again, after row "
-                                f"{rows_of[place]}; keep one of them")  # fmt: skip
+                raise UserError(
+                    f"{path}: row {number} names {recording.name} again, after row {rows_of[place]}. Fix: keep one"
+                )
             rows_of[place] = number
-            found[recording.name] = (number, recording)
-    if not found:
-        raise UserError(f"{path}: names no files; write a row for each")
-    folder = path.parent
-    missing = [name for name in found if not _is_file(folder / name)]
-    if bad.skip and len(missing) == len(found):
+            recordings[recording.name] = recording
+    if not recordings:
+        raise UserError(f"{path}: names no files. Fix: write a row for each")
+    missing = [name for name in recordings if not _is_file(path.parent / name)]
+    if invalid.skip and len(missing) == len(recordings):
         raise UserError(
-            f"{path}: none of {len(found)} files that it names is there, {missing[0]} for one; fix the list"
+            f"{path}: none of {len(recordings)} files that it names is there, not even {missing[0]}. Fix: correct it"
         )
-    _refuse_missing(path, len(found), missing, bad)
-    gone = set(missing)
-    return [recording for name, (_, recording) in sorted(found.items()) if name not in gone]
+    _require_none_missing(path, len(recordings), missing, invalid)
+    return [recordings[name] for name in sorted(recordings.keys() - set(missing))]
 
 
-def _row(path: Path, number: int, cells: dict[str, str]) -> Recording:
-    given = cells.get("path", "")
+def _read_row(path: Path, number: int, cells: dict[str, str]) -> Recording:
+    given = cells["path"]
     if not given:
-        raise UserError(f"{path}: row {number} has no path; write one or remove the row")
+        raise UserError(f"{path}: row {number} has no path. Fix: write one or remove the row")
     if not given.lower().endswith(AUDIO_SUFFIXES):
         raise UserError(f"{path}: row {number} names {given}; expected {', '.join(AUDIO_SUFFIXES)} files")
-    word = cells.get("split", "").lower() if "split" in cells else None
-    if word is not None and word not in WORDS:
+    word = cells.get("split")
+    if word is not None and word.lower() not in WORDS:
         raise UserError(f"{path}: row {number} has the split {word!r}; expected train, valid or test")
     name = posixpath.normpath(given.replace("\\", "/"))
-    return Recording(name, cells.get("speaker") or name, None if word is None else WORDS[word])
+    return Recording(name, cells.get("speaker") or name, None if word is None else WORDS[word.lower()])
 
 
-def _refuse_missing(path: Path, total: int, missing: list[str], bad: InvalidFiles) -> None:
+def _require_none_missing(path: Path, total: int, missing: list[str], invalid: InvalidFiles) -> None:
     """Raise if files that a list names are missing, or skip them."""
-    if not missing:
-        return
-    listed = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
+    listed = ", ".join(missing[:SHOWN]) + (" and more" if len(missing) > SHOWN else "")
     line = f"{path}: {len(missing)} of {total} files that it names are missing: {listed}"
-    if not bad.skip:
-        raise UserError(f"{line}; fix the list, or skip them by --data.skip_bad true")
-    rank_zero_warn(f"{line}; they are skipped (--data.skip_bad true)")
+    if missing and not invalid.skip:
+        raise UserError(f"{line}. Fix: correct the list, or skip them by --data.skip_bad true")
+    if missing:
+        rank_zero_warn(f"{line}; they are skipped (--data.skip_bad true)")
 
 
 def _is_file(path: Path) -> bool:
@@ -254,26 +234,24 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _text(path: Path) -> str:
-    """Return the text of a list of files."""
+def _read_text(path: Path) -> str:
     try:
-        return path.read_text("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be opened ({error.strerror}); fix its permissions") from None
+        with explained(path):
+            return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
+        raise UserError(f"{path}: byte {error.start} is not UTF-8. Fix: save it as UTF-8") from None
 
 
-def _audio_below(root: Path, bad: InvalidFiles) -> list[str]:
+def _audio_below(root: Path, invalid: InvalidFiles) -> list[str]:
     """Return the paths of all audio files below a folder, relative and with forward slashes, sorted."""
 
     def raise_error(error: OSError) -> None:
-        with bad.tolerated():
-            raise UserError(f"{error.filename}: cannot be opened ({error.strerror}); fix its permissions") from None
+        with invalid.tolerated(), explained(error.filename):
+            raise error
 
-    found: list[str] = []
+    names: list[str] = []
     for folder, _, files in os.walk(root, onerror=raise_error):
         below = Path(folder).relative_to(root).as_posix()
         audio = (file for file in files if file.lower().endswith(AUDIO_SUFFIXES) and not file.startswith("."))
-        found += [posixpath.normpath(posixpath.join(below, file)) for file in audio]
-    return sorted(found)
+        names += [posixpath.normpath(posixpath.join(below, file)) for file in audio]
+    return sorted(names)

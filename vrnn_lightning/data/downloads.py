@@ -1,30 +1,24 @@
-"""Data sets that may be fetched from where they are published, checked, and put down as datamodules read them.
-
-pooch checks and names files; it restarts a broken download, so :class:`_Resuming` does the transfer for it.
-"""
+"""Datasets that are fetched from where they are published, checked, and stored as datamodules read them."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import pickle
 import re
 import shutil
 import sys
 import wave
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vrnn_lightning.data.ink import read_sketch_rnn
 from vrnn_lightning.data.rolls import read_note_lists
 from vrnn_lightning.data.sequences import Split
-from vrnn_lightning.data.unpickling import unpickle
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, flush
 
@@ -38,28 +32,28 @@ GITHUB, RAW = "https://github.com", "https://raw.githubusercontent.com"
 TIMEOUT = 30
 """Seconds for which a server may be silent."""
 CHUNK = 2**14
-"""Bytes that are written at once; of those that are not full, none where a transfer breaks off."""
+"""Bytes that are written at once; a chunk that an interrupted transfer leaves incomplete is lost."""
 LARGEST = 2**28
 """Bytes that an archive may unpack to."""
 SPLITS: dict[Split, str] = {"train": "train", "val": "valid", "test": "test"}
-"""What archives call each split."""
+"""The name of each split in archives."""
 
 
-class _ContentError(Exception):
-    """What was fetched is not what the data set holds; the message says why."""
+class _TransferError(Exception):
+    """A file can't be fetched; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set and where it is published.
+    """A dataset and where it is published.
 
     Args:
-        title: What it is called in messages.
-        files: Address of each file by the name that it gets, with pooch's checksum where the publisher's is known.
+        title: Its name in messages.
+        files: Address of each file by its local name, with a checksum ``md5:...`` where the publisher's is known.
         by_hand: What to do with files that were fetched by hand; ``{root}`` is where the data belong.
         holds: Pattern of files that a folder with the data holds; ``None`` where the data are one archive.
-        convert: Turns a folder of fetched files into what is put down; ``None`` puts down the folder itself.
-        content: SHA-256 of what was put down, by :func:`content_sum`; ``None`` where the files have checksums.
+        convert: Turns a folder of fetched files into the stored data; ``None`` stores the folder itself.
+        content: SHA-256 of the stored data, by :func:`content_sum`; ``None`` where the files have checksums.
     """
 
     title: str
@@ -71,11 +65,11 @@ class Source:
 
 
 def fetch(name: str, root: Path) -> None:
-    """Put a data set at ``root``, unless there is something already.
+    """Put a dataset at ``root``, unless something is there already.
 
-    Files are fetched into the folder ``{root}.part`` beside it, checked, and renamed into their place at once when all
-    is there; so what lies at ``root`` is whole. A transfer that breaks off continues in the next call. A second process
-    that fetches the same waits for the first.
+    Files are fetched into the folder ``{root}.part`` beside it, checked, and renamed to ``root`` at once when all are
+    complete. An interrupted transfer continues in the next call. A second process that fetches the same data waits for
+    the first.
 
     Call it from ``prepare_data``, which Lightning runs in one process per node, before ``setup``::
 
@@ -88,61 +82,59 @@ def fetch(name: str, root: Path) -> None:
         root: Where the data belong: an ``.npz`` archive ("jsb", "omniglot"), or a folder that is empty or not there.
 
     Raises:
-        UserError: A file can't be fetched or is not what it was when the sums were taken, or ``root`` can't hold it.
+        UserError: A file can't be fetched or has changed since its checksum was taken, or ``root`` can't hold it.
     """
     source = SOURCES[name]
-    if _there(source, root):
+    if _is_present(source, root):
         return
     if root.exists() and Path.cwd().is_relative_to(root.resolve()):
-        raise UserError(f"--data.root {root}: is the working directory; name a folder below it to download into")
+        raise UserError(f"--data.root {root}: is the working directory. Fix: name a folder below it to download into")
     staging = root.absolute().with_name(f"{root.name}.part")
-    with explained(staging, "--data.root"), _alone(staging):
-        if not _there(source, root):
-            _put(source, root, staging)
+    with explained(staging, "--data.root"), _lock(staging):
+        if not _is_present(source, root):
+            _store(source, root, staging)
 
 
-def _there(source: Source, root: Path) -> bool:
-    """Return whether there is nothing to fetch; refuse a root that may not become what is fetched."""
+def _is_present(source: Source, root: Path) -> bool:
+    """Return whether there is nothing to fetch; raise if ``root`` can't become what is fetched."""
     archive = source.holds is None
     if archive != (root.suffix == ".npz"):
         kind = "an archive: let the name end in .npz" if archive else "a folder: give it a name without .npz"
         raise UserError(f"--data.root {root}: {source.title} is downloaded as {kind}")
-    if not root.exists():
-        return False
-    if source.holds is None or root.is_file():
-        return True
+    if source.holds is None or not root.is_dir():
+        return root.exists()
     if any(root.rglob(source.holds)):
         return True
     if any(root.iterdir()):
         raise UserError(
-            f"--data.root {root}: holds other things than {source.title} ({source.holds}); "
+            f"--data.root {root}: holds other things than {source.title} ({source.holds}). Fix: "
             "name an empty folder, or a new one, to download into"
         )
     return False
 
 
-def _put(source: Source, root: Path, staging: Path) -> None:
-    """Fetch, check and put down."""
-    files = staging / "files"
-    for file, (address, known) in source.files.items():
+def _store(source: Source, root: Path, staging: Path) -> None:
+    """Fetch, check and convert a dataset, and move it to its place."""
+    content = files = staging / "files"
+    for file, (address, checksum) in source.files.items():
         try:
-            _retrieve(address, files / file, known)
-        except _ContentError as error:
-            raise _by_hand(source, root, f"{address}: can't be downloaded ({error})") from None
-    for stray in {*files.iterdir()} - {files / file for file in source.files}:
-        stray.unlink()  # what pooch left when it was killed
-    content = files
+            _retrieve(address, files / file, checksum)
+        except _TransferError as error:
+            raise _make_error(source, root, f"{address}: can't be downloaded ({error})") from None
     if source.convert is not None:
         content = staging / "content"
         shutil.rmtree(content, ignore_errors=True)  # what was interrupted
         try:
             source.convert(files, content)
             if content_sum(content) != source.content:
-                raise _ContentError("its content is not what it was")
-        except (_ContentError, UserError) as error:
+                raise ValueError("its content has changed")
+        except (MemoryError, OSError):
+            raise
+        except Exception as error:  # damaged files raise anything: BadZipFile, EOFError, wave.Error ...
             shutil.rmtree(files)
             address = next(iter(source.files.values()))[0]
-            raise _by_hand(source, root, f"{address}: was downloaded and removed: {error}") from None
+            reason = str(error).partition(". Fix:")[0] or type(error).__name__
+            raise _make_error(source, root, f"{address}: was downloaded and removed: {reason}") from None
     for path in [*content.rglob("*"), content]:
         flush(path)
     if root.is_dir():
@@ -152,14 +144,14 @@ def _put(source: Source, root: Path, staging: Path) -> None:
     shutil.rmtree(staging)
 
 
-def _by_hand(source: Source, root: Path, problem: str) -> UserError:
+def _make_error(source: Source, root: Path, problem: str) -> UserError:
     addresses = " ".join(address for address, _ in source.files.values())
-    return UserError(f"{problem}; by hand: fetch {addresses} and {source.by_hand.format(root=root)}")
+    return UserError(f"{problem}. Fix: by hand, fetch {addresses} and {source.by_hand.format(root=root)}")
 
 
 @contextlib.contextmanager
-def _alone(staging: Path) -> Iterator[None]:
-    """Hold a folder for this process, waiting for others; leave nothing but what the next call can continue with."""
+def _lock(staging: Path) -> Iterator[None]:
+    """Hold a folder for this process, waiting for others; keep only files with which the next call continues."""
     from filelock import FileLock, Timeout
 
     staging.parent.mkdir(parents=True, exist_ok=True)
@@ -174,96 +166,85 @@ def _alone(staging: Path) -> Iterator[None]:
     finally:
         if not any(path.is_file() for path in staging.glob("files/*")):
             shutil.rmtree(staging, ignore_errors=True)
-        with contextlib.suppress(OSError):  # while it is held, so that nobody else holds what is removed
+        with contextlib.suppress(OSError):  # while it is held: no other process can hold the removed file
             Path(lock.lock_file).unlink()
         lock.release()
 
 
-def _retrieve(address: str, path: Path, known: str | None) -> None:
+def _retrieve(address: str, path: Path, checksum: str | None) -> None:
     """Fetch one file, unless it is there, and check it."""
-    import pooch
     import requests
 
-    pooch.get_logger().setLevel("ERROR")
-    downloader = _Resuming(path.with_name(f"{path.name}.part"))
-    try:
-        pooch.retrieve(address, known, path.name, path.parent, downloader=downloader)
-    except requests.HTTPError as error:
-        answer = error.response
-        reason = f"the server answers {answer.status_code} {answer.reason}" if answer is not None else str(error)
-    except requests.Timeout:
-        reason = f"the server was silent for {TIMEOUT} s; the next run continues"
-    except requests.RequestException:
-        reason = "it broke off; the next run continues" if downloader.answered else "no connection"
-    except ValueError:
-        reason = "it has another checksum than the published one and was removed"
-    else:
+    if path.is_file():
         return
-    raise _ContentError(reason)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        _transfer(address, part)
+    except requests.Timeout:
+        raise _TransferError(f"the server was silent for {TIMEOUT} s; the next run continues") from None
+    except requests.RequestException as error:
+        has_begun = error.request is None  # an error that has its request came before the answer
+        raise _TransferError("it broke off; the next run continues" if has_begun else "no connection") from None
+    if checksum is not None:
+        algorithm, _, known = checksum.partition(":")
+        if hashlib.new(algorithm, part.read_bytes()).hexdigest() != known:
+            part.unlink()
+            raise _TransferError("it has another checksum than the published one and was removed")
+    part.replace(path)
 
 
-class _Resuming:
-    """Fetches a file for pooch; a transfer that broke off continues, where the server can do that.
+def _transfer(address: str, part: Path) -> None:
+    """Fetch a file to its end, from where an earlier transfer broke off if the server can do that."""
+    import requests
 
-    Args:
-        part: Where the file is until it is whole.
-    """
+    start = part.stat().st_size if part.is_file() else 0
+    headers = {"Accept-Encoding": "identity"}  # a range of a compressed response is not a range of the file
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    with requests.get(address, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        span, is_encoded = response.headers.get("Content-Range", ""), "Content-Encoding" in response.headers
+        if response.status_code == 416 and span == f"bytes */{start}":  # it was complete
+            return
+        is_resumed = response.status_code == 206 and span.startswith(f"bytes {start}-") and not is_encoded
+        if start and response.status_code in (206, 416) and not is_resumed:
+            part.unlink()
+            _transfer(address, part)
+            return
+        if not response.ok:
+            raise _TransferError(f"the server answers {response.status_code} {response.reason}")
+        length = response.headers.get("Content-Length", "")
+        start = start if is_resumed else 0
+        total = start + int(length) if length.isdigit() and not is_encoded else None
+        _write(response, part, start, total)
+    if total is not None and part.stat().st_size != total:
+        raise requests.ConnectionError("the connection ended early")
 
-    def __init__(self, part: Path) -> None:
-        self.part = part
-        self.answered = False
 
-    def __call__(self, url: str, output_file: str, pooch: Any) -> None:
-        import requests
+def _write(response: Response, part: Path, start: int, total: int | None) -> None:
+    """Append a response to a file from byte ``start`` on, with a progress bar."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-        start = self.part.stat().st_size if self.part.is_file() else 0
-        headers = {"Accept-Encoding": "identity"}  # a range of what is compressed on the way is not a range of the file
-        if start:
-            headers["Range"] = f"bytes={start}-"
-        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-            span, encoded = response.headers.get("Content-Range", ""), "Content-Encoding" in response.headers
-            if response.status_code == 416 and span == f"bytes */{start}":  # only its end was not heard of
-                self.part.replace(output_file)
-                return
-            if start and response.status_code == 416:
-                self.part.unlink()
-                self(url, output_file, pooch)
-                return
-            response.raise_for_status()
-            resumed = response.status_code == 206 and span.startswith(f"bytes {start}-") and not encoded
-            if response.status_code == 206 and not resumed:
-                raise requests.ConnectionError(f"asked for bytes from {start} on, got {span}")
-            length = response.headers.get("Content-Length", "")
-            start = start if resumed else 0
-            total = start + int(length) if length.isdigit() and not encoded else None
-            self.answered = True
-            self._write(response, start, total)
-        if total is not None and self.part.stat().st_size != total:
-            raise requests.ConnectionError("the connection ended early")
-        self.part.replace(output_file)
-
-    def _write(self, response: Response, start: int, total: int | None) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        with (
-            self.part.open("ab" if start else "wb") as file,
-            Progress(*columns, console=console, disable=not console.is_terminal) as progress,
-        ):
-            task = progress.add_task(self.part.stem, total=total, completed=start)
-            for chunk in response.iter_content(CHUNK):
-                file.write(chunk)
-                progress.advance(task, len(chunk))
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with (
+        part.open("ab" if start else "wb") as file,
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+    ):
+        task = progress.add_task(part.stem, total=total, completed=start)
+        for chunk in response.iter_content(CHUNK):
+            file.write(chunk)
+            progress.advance(task, len(chunk))
 
 
 def content_sum(path: Path) -> str:
-    """Return the SHA-256 of what a data set holds, whatever the files around it look like.
+    """Return the SHA-256 of the content of a dataset, independent of the container's bytes.
 
-    Of an archive: for the splits train, valid and test a line ``{split} {sequences} {steps} {features}``, the lengths
-    and the values row by row, both as little-endian 32-bit integers. Of a folder of wav files: for each, by name, a
-    line ``{name} {Hz} {channels} {bytes per sample}`` and its samples as they are in the file.
+    For an archive it is taken over, for the splits train, valid and test, a line ``{split} {sequences} {steps}
+    {features}``, the lengths and the values row by row, both as little-endian 32-bit integers. For a folder of wav
+    files it is taken over, for each in order, a line ``{name} {Hz} {channels} {bytes per sample}`` and its samples as
+    they are in the file.
     """
     total = hashlib.sha256()
     if path.is_file():
@@ -274,54 +255,35 @@ def content_sum(path: Path) -> str:
                 total.update(lengths.astype("<i4").tobytes() + values.astype("<i4").tobytes())
         return total.hexdigest()
     for file in sorted(path.glob("*.wav")):
-        try:
-            with wave.open(str(file)) as sound:
-                form = f"{file.name} {sound.getframerate()} {sound.getnchannels()} {sound.getsampwidth()}\n"
-                total.update(form.encode() + sound.readframes(sound.getnframes()))
-        except (EOFError, wave.Error):
-            raise _ContentError(f"{file.name} can't be read as audio") from None
+        with wave.open(str(file)) as sound:
+            form = f"{file.name} {sound.getframerate()} {sound.getnchannels()} {sound.getsampwidth()}\n"
+            total.update(form.encode() + sound.readframes(sound.getnframes()))
     return total.hexdigest()
 
 
-def _recordings(files: Path, content: Path) -> None:
-    """Unpack the recordings, and of the archive nothing else."""
+def _unpack_recordings(files: Path, content: Path) -> None:
+    """Unpack the recordings, and nothing else of the archive."""
     content.mkdir()
-    try:
-        with zipfile.ZipFile(files / "recordings.zip") as archive:
-            named = (
-                (re.fullmatch(r"[^/\\]+/recordings/(\w+\.wav)", info.filename), info) for info in archive.infolist()
-            )
-            found = {match[1]: info for match, info in named if match}  # names without a path: all stay in the folder
-            if sum(info.file_size for info in found.values()) > LARGEST:
-                raise _ContentError(f"it unpacks to more than {LARGEST} bytes")
-            for name, info in found.items():
-                (content / name).write_bytes(archive.read(info))
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
-        raise _ContentError("it is not a zip archive, or a damaged one") from None
+    with zipfile.ZipFile(files / "recordings.zip") as archive:
+        matches = ((re.fullmatch(r"[^/\\]+/recordings/(\w+\.wav)", info.filename), info) for info in archive.infolist())
+        members = {match[1]: info for match, info in matches if match}  # no name has a path: all stay in the folder
+        if sum(info.file_size for info in members.values()) > LARGEST:
+            raise ValueError(f"it unpacks to more than {LARGEST} bytes")
+        for name, info in members.items():
+            (content / name).write_bytes(archive.read(info))
 
 
-def _chorales(files: Path, content: Path) -> None:
+def _convert_chorales(files: Path, content: Path) -> None:
     parts = {split: read_note_lists(files / "chorales.json", split) for split in SPLITS}
     _write_archive(content, {SPLITS[split]: (part.values, np.array(part.lengths)) for split, part in parts.items()})
 
 
-def _drawings(files: Path, content: Path) -> None:
-    """Read an archive whose arrays hold an array for each drawing, as pickles."""
-    found: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
-    try:
-        with zipfile.ZipFile(files / "omniglot.npz") as archive:
-            for split in SPLITS.values():
-                with archive.open(f"{split}.npy") as file:
-                    major, _ = np.lib.format.read_magic(file)
-                    header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-                    header(file)
-                    drawings = [np.asarray(drawing, dtype=np.int16) for drawing in unpickle(BytesIO(file.read()))]
-                found[split] = np.concatenate(drawings), np.array([len(drawing) for drawing in drawings])
-    except (zipfile.BadZipFile, zlib.error, EOFError, LookupError, NotImplementedError, RuntimeError):
-        raise _ContentError("it is not a zip archive, or a damaged one") from None
-    except (OverflowError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise _ContentError(f"it holds no drawings ({error})") from None
-    _write_archive(content, found)
+def _convert_drawings(files: Path, content: Path) -> None:
+    splits: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
+    for split in SPLITS.values():
+        drawings = [np.asarray(drawing, dtype=np.int16) for drawing in read_sketch_rnn(files / "omniglot.npz", split)]
+        splits[split] = np.concatenate(drawings), np.array([len(drawing) for drawing in drawings])
+    _write_archive(content, splits)
 
 
 def _write_archive(path: Path, splits: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> None:
@@ -342,14 +304,14 @@ SOURCES = {
         {"recordings.zip": (DIGITS, None)},  # GitHub repacks it now and then: what is in it is checked
         "unpack its folder recordings as {root}",
         holds="*.wav",
-        convert=_recordings,
+        convert=_unpack_recordings,
         content="279823424f08296194e7bbb2d41df3cb6febbf5a3629c725403439b7410b34c9",
     ),
     "jsb": Source(
         "the JSB chorales",
         {"chorales.json": (CHORALES, None)},
         "give --data.root that file instead of {root}",
-        convert=_chorales,
+        convert=_convert_chorales,
         content="8004694f3be2bef51a8b564a804225a7da3c744edf878c91759117af4aaac8ec",
     ),
     "mnist": Source(
@@ -370,8 +332,8 @@ SOURCES = {
         "the Omniglot strokes",
         {"omniglot.npz": (DRAWINGS, None)},
         "save it as {root}",
-        convert=_drawings,
+        convert=_convert_drawings,
         content="09e7a6c974adde5d79024eb77a2d03fc055ce8d79b716bff35f27c5716f1da93",
     ),
 }
-"""The data sets that :func:`fetch` knows."""
+"""The datasets that :func:`fetch` knows."""

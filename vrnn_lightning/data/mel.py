@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,14 @@ from vrnn_lightning.errors import UserError
 __all__ = ["LogMelFrames", "mel_filters"]
 
 FLOOR = 1e-6
-"""Power that is added to each band, so that silence has a logarithm."""
+"""Power that is added to each band: silence has a logarithm."""
 BLOCK = 1024
 """Frames that are in memory at once as windows of samples."""
 
 
 @dataclass(frozen=True)
 class LogMelFrames:
-    r"""Logarithms of the power in bands that are equally wide to the ear.
+    r"""Logarithms of the power in bands of equal width on the mel scale.
 
     .. math:: x_{t,b} = \log\Big(\epsilon + \sum_k m_b(f_k) \big|\mathrm{DFT}_k(w \cdot s_{th .. th + n})\big|^2\Big)
 
@@ -34,7 +34,7 @@ class LogMelFrames:
         hop: Samples from the beginning of one frame to the next.
         window: Samples of a frame, at least ``hop``.
         bands: Number of filters.
-        pad: Fill a last window with zeros; else what fills none is left out.
+        pad: Fill a last window with zeros; else the rest is left out.
 
     Raises:
         UserError: A band is so narrow that no frequency of the transform lies in it.
@@ -47,15 +47,15 @@ class LogMelFrames:
     pad: bool
 
     def __post_init__(self) -> None:
-        empty = ~self._filters.any(axis=0)
+        empty = ~mel_filters(self.bands, self._size, self.rate).any(axis=0)
         if empty.any():
             raise UserError(
                 f"--data.mel_bands {self.bands}: band {empty.argmax()} holds no frequency of a window of {self.window} "
-                f"samples at {self.rate} Hz; lower it or raise --data.mel_window"
+                f"samples at {self.rate} Hz. Fix: lower it or raise --data.mel_window"
             )
 
     def count(self, samples: int) -> int:
-        """Return how many frames so many samples make."""
+        """Return the number of frames of so many samples."""
         beyond = samples - self.window
         if self.pad:
             return 1 + max(0, -(-beyond // self.hop)) if samples else 0
@@ -66,37 +66,33 @@ class LogMelFrames:
         return first * self.hop, (last - 1) * self.hop + self.window
 
     def cut(self, samples: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float32], None]:
-        """Return the frames of samples, shape (frames, bands), all of them measured."""
+        """Return the frames of samples, shape (frames, bands), and no mask: all are observed."""
         frames = self.count(len(samples))
         needed = self.span(0, frames)[1] if frames else 0
         padded = np.pad(samples, (0, max(0, needed - len(samples))))[:needed]
-        found = np.empty((frames, self.bands), dtype=np.float32)
+        result = np.empty((frames, self.bands), dtype=np.float32)
+        filters, hann = mel_filters(self.bands, self._size, self.rate), _hann(self.window)
         for first in range(0, frames, BLOCK):
             last = min(first + BLOCK, frames)
             start, stop = self.span(first, last)
             windows = np.lib.stride_tricks.sliding_window_view(padded[start:stop], self.window)[:: self.hop]
-            spectrum = np.fft.rfft(windows * self._hann, self._size)
+            spectrum = np.fft.rfft(windows * hann, self._size)
             power = spectrum.real**2 + spectrum.imag**2
-            found[first:last] = np.log(power @ self._filters + FLOOR)
-        return found, None
+            result[first:last] = np.log(power @ filters + FLOOR)
+        return result, None
 
-    @cached_property
+    @property
     def _size(self) -> int:
+        """Samples of the transform."""
         return 1 << (self.window - 1).bit_length()
 
-    @cached_property
-    def _hann(self) -> NDArray[np.float64]:
-        return np.sin(np.pi * np.arange(self.window) / self.window) ** 2
 
-    @cached_property
-    def _filters(self) -> NDArray[np.float64]:
-        return mel_filters(self.bands, self._size, self.rate)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is quickly made again."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+@lru_cache
+def _hann(window: int) -> NDArray[np.float64]:
+    return np.sin(np.pi * np.arange(window) / window) ** 2
 
 
+@lru_cache
 def mel_filters(bands: int, size: int, rate: int) -> NDArray[np.float64]:
     r"""Return triangular filters for the power spectrum of a discrete Fourier transform.
 

@@ -6,7 +6,7 @@ import math
 import pickle
 import reprlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
@@ -18,28 +18,14 @@ if TYPE_CHECKING:
 __all__ = ["UnsafePickleError", "unpickle"]
 
 
-DAMAGE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
-"""What Python's unpickler raises on bytes that are not a pickle."""
-
-
 class UnsafePickleError(pickle.UnpicklingError):
-    """A pickle names something else than plain data and numpy arrays; the message says what."""
+    """A pickle names something other than plain data and numpy arrays; the message names it."""
 
 
 def unpickle(file: BinaryIO) -> Any:
     """Read a pickle of numbers, words, lists, tuples, dicts and numpy arrays of these, and nothing else.
 
-    No name in the pickle is ever looked up: stand-ins of ours take the place of what numpy writes, and check it.
+    No name in the pickle is ever looked up: functions of this module take the place of numpy's, and check arguments.
     Strings of Python 2 are read as Latin-1.
 
     Args:
@@ -50,103 +36,103 @@ def unpickle(file: BinaryIO) -> Any:
         pickle.UnpicklingError: It is not a pickle, is damaged, or an array in it does not add up.
     """
     try:
-        return _plain(_PlainUnpickler(BytesIO(file.read()), encoding="latin1").load(), {})
+        value = _PlainUnpickler(BytesIO(file.read()), encoding="latin1").load()
+        _require_plain(value, set())
     except pickle.UnpicklingError:
         raise
-    except DAMAGE as error:
-        raise pickle.UnpicklingError(f"no pickle, or a damaged one ({error})") from None
     except RecursionError:
         raise pickle.UnpicklingError("nested too deeply") from None
+    except Exception as error:  # Python's unpickler raises anything on damaged bytes
+        raise pickle.UnpicklingError(f"not a pickle, or a damaged one ({error})") from None
+    return value
 
 
-class _Type:
-    """Stands in for ``numpy.dtype``: numbers of a fixed size, or objects."""
+def _require_plain(value: Any, checked: set[int]) -> None:
+    """Raise if a value holds a stand-in, or itself.
 
-    def __init__(self, code: str, *_: Any) -> None:
-        code = code.decode("latin1") if isinstance(code, bytes) else code
-        dtype = np.dtype(code) if isinstance(code, str) and code[:1] in set("biufO") else None
-        if dtype is None or dtype.fields is not None or dtype.shape:
-            raise pickle.UnpicklingError(f"an array of type {reprlib.repr(code)}, expected numbers")
-        self.dtype: np.dtype[Any] = dtype
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        order = state[1]
-        if order in ("<", ">"):
-            self.dtype = self.dtype.newbyteorder(order)
-
-
-class _Array:
-    """Stands in for ``numpy.ndarray``."""
-
-    array: NDArray[Any]
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, *given = state
-        self.array = self._built(*given)
-
-    @staticmethod
-    def _built(shape: Any, kind: Any, fortran: Any, content: Any) -> NDArray[Any]:
-        if not isinstance(kind, _Type) or not all(isinstance(n, int) and n >= 0 for n in shape):
-            raise pickle.UnpicklingError("an array without a type or shape")
-        size = math.prod(shape)
-        if kind.dtype.kind == "O":
-            if not isinstance(content, list) or len(content) != size:
-                raise pickle.UnpicklingError("an array of objects that are not there")
-            flat = np.empty(size, dtype=object)
-            known: dict[int, tuple[Any, Any]] = {}
-            for i, item in enumerate(content):
-                flat[i] = _plain(item, known)
-        else:
-            raw = content.encode("latin1") if isinstance(content, str) else content
-            if not isinstance(raw, bytes) or len(raw) != size * kind.dtype.itemsize:
-                raise pickle.UnpicklingError(f"an array of {size} numbers whose bytes do not add up")
-            flat = np.frombuffer(raw, dtype=kind.dtype).copy()
-        rows_first = kind.dtype.kind == "O" or not fortran  # numpy lists objects by rows, however they lie in memory
-        result: NDArray[Any] = flat.reshape(shape, order="C" if rows_first else "F")
-        return result
-
-    @classmethod
-    def of_buffer(cls, content: Any, kind: Any, shape: Any, order: Any) -> _Array:
-        """Stand in for numpy's function of this name, which protocol 5 writes."""
-        self = cls()
-        self.array = cls._built(shape, kind, order == "F", bytes(content))
-        return self
+    Args:
+        value: A value whose parts stay alive.
+        checked: Identities of containers that are plain: a few bytes may hold one of them a million times.
+    """
+    if id(value) in checked:
+        return
+    if callable(value) or isinstance(value, np.dtype):
+        raise pickle.UnpicklingError("a type where data is expected")
+    parts: Iterable[Any] = ()
+    if isinstance(value, dict):
+        parts = value.values()
+    elif isinstance(value, list | tuple):
+        parts = value
+    elif isinstance(value, np.ndarray):
+        if value.dtype.kind == "V":
+            raise pickle.UnpicklingError("an array without content")
+        parts = value.flat if value.dtype.kind == "O" else ()
+    else:
+        return
+    for part in parts:
+        _require_plain(part, checked)
+    checked.add(id(value))
 
 
-def _array(*_: Any) -> _Array:
-    return _Array()
+def _make_array(*_: Any) -> NDArray[Any]:
+    """Stand in for numpy's ``_reconstruct``: the array's state follows."""
+    return np.empty(0, dtype="V1")
 
 
-def _scalar(kind: _Type, raw: bytes | str) -> Any:
-    content = raw.encode("latin1") if isinstance(raw, str) else raw
-    if kind.dtype.kind == "O" or len(content) != kind.dtype.itemsize:
-        raise pickle.UnpicklingError("a number whose bytes do not add up")
-    return np.frombuffer(content, dtype=kind.dtype)[0]
+def _set_state(array: NDArray[Any], shape: Any, dtype: Any, fortran: Any, content: Any) -> NDArray[Any]:
+    """Set an array's state after checking all that numpy relies on."""
+    if not isinstance(dtype, np.dtype) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise pickle.UnpicklingError("an array without a type or shape")
+    has_objects = dtype.kind == "O"
+    raw = content.encode("latin1") if isinstance(content, str) else content
+    size = math.prod(shape)
+    if not isinstance(raw, list if has_objects else bytes) or len(raw) != size * (1 if has_objects else dtype.itemsize):
+        raise pickle.UnpicklingError(f"an array of {size} elements whose content does not add up")
+    array.__setstate__((1, tuple(shape), dtype, bool(fortran), raw))  # type: ignore[arg-type]  # numpy takes no np.bool_
+    return array
 
 
-def _bytes(text: str, encoding: str = "latin1") -> bytes:
+def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any) -> NDArray[Any]:
+    """Stand in for numpy's function of this name, which protocol 5 writes."""
+    if not isinstance(content, bytes | bytearray):
+        raise pickle.UnpicklingError("an array without content")
+    return _set_state(_make_array(), shape, dtype, order == "F", bytes(content))
+
+
+def _make_dtype(code: Any, *_: Any) -> np.dtype[Any]:
+    """Stand in for ``numpy.dtype``: numbers of a fixed size, or objects."""
+    code = code.decode("latin1") if isinstance(code, bytes) else code
+    dtype = np.dtype(code, copy=True) if isinstance(code, str) and code[:1] in set("biufO") else None
+    if dtype is None or dtype.fields is not None or dtype.shape:
+        raise pickle.UnpicklingError(f"an array of type {reprlib.repr(code)}, expected numbers")
+    return dtype
+
+
+def _make_scalar(dtype: Any, content: Any) -> Any:
+    return _set_state(_make_array(), (), dtype, False, content)[()]
+
+
+def _make_bytes(text: str = "", encoding: str = "latin1") -> bytes:
     if encoding != "latin1" or not isinstance(text, str):
         raise pickle.UnpicklingError(f"bytes encoded as {reprlib.repr(encoding)}")
     return text.encode("latin1")
 
 
-def _no_bytes() -> bytes:
-    return b""
-
-
-SETS = {code[0] for code in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET)}
-"""What makes sets, which are not plain data."""
 STAND_INS: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Type,
-    ("_codecs", "encode"): _bytes,  # how protocols 0 to 2 write bytes
-    ("__builtin__", "bytes"): _no_bytes,  # and none
-    ("builtins", "bytes"): _no_bytes,
+    ("numpy", "ndarray"): _make_array,
+    ("numpy", "dtype"): _make_dtype,
+    ("_codecs", "encode"): _make_bytes,  # how protocols 0 to 2 write bytes
+    ("__builtin__", "bytes"): _make_bytes,  # and none
+    ("builtins", "bytes"): _make_bytes,
 }
-for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    STAND_INS[_module, "_reconstruct"] = _array
-    STAND_INS[_module, "scalar"] = _scalar
-    STAND_INS[_module.replace("multiarray", "numeric"), "_frombuffer"] = _Array.of_buffer
+for _package in ("numpy.core", "numpy._core"):
+    STAND_INS[f"{_package}.multiarray", "_reconstruct"] = _make_array
+    STAND_INS[f"{_package}.multiarray", "scalar"] = _make_scalar
+    STAND_INS[f"{_package}.numeric", "_frombuffer"] = _from_buffer
+
+NOT_PLAIN = set(pickle.EMPTY_SET + pickle.ADDITEMS + pickle.FROZENSET + pickle.EXT1 + pickle.EXT2 + pickle.EXT4)
+NOT_PLAIN |= set(pickle.NEXT_BUFFER + pickle.READONLY_BUFFER)
+"""Operations of sets, of registered classes and of memory outside the file."""
 
 
 class _PlainUnpickler(pickle._Unpickler):
@@ -167,31 +153,38 @@ class _PlainUnpickler(pickle._Unpickler):
         raise UnsafePickleError("it refers to something outside the file")
 
     def load_build(self) -> None:
-        """Set the state of a stand-in's instance, and of nothing else: stand-ins serve the next file too."""
+        """Set the state of an array, or the byte order of a type, and nothing else."""
         state = self.stack.pop()
-        if not isinstance(self.stack[-1], (_Type, _Array)):
+        target = self.stack[-1]
+        if isinstance(target, np.ndarray):
+            _set_state(target, *state[1:])
+        elif not isinstance(target, np.dtype):
             raise pickle.UnpicklingError("a state of something that has none")
-        self.stack[-1].__setstate__(state)
+        elif state[1] in ("<", ">"):
+            target.__setstate__(target.newbyteorder(state[1]).__reduce__()[2])  # type: ignore[attr-defined]
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._set_items(items)
 
     def load_setitem(self) -> None:
-        """Take an entry of a dict."""
         value, key = self.stack.pop(), self.stack.pop()
-        self._set(key, value)
+        self._set_items([key, value])
 
     def load_setitems(self) -> None:
-        """Take entries of a dict."""
-        items = self.pop_mark()
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            self._set(key, value)
+        self._set_items(self.pop_mark())
 
-    def _set(self, key: Any, value: Any) -> None:
-        """Take an entry under a word or number: hashing tuples of tuples may take for ever."""
-        if not isinstance(key, (str, bytes, int, float)) or not isinstance(self.stack[-1], dict):
-            raise pickle.UnpicklingError(f"a dict with a {type(key).__name__} for a key")
-        self.stack[-1][key] = value
+    def _set_items(self, items: list[Any]) -> None:
+        """Set entries under words and numbers: hashing nested tuples may take exponential time."""
+        target = self.stack[-1]
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, str | bytes | int | float) or not isinstance(target, dict):
+                raise pickle.UnpicklingError(f"a dict with a {type(key).__name__} for a key")
+            target[key] = value
 
     def load_bytearray8(self) -> None:
-        """Read what is there before making room for what is said to be there."""
+        """Read the bytes that are there before taking memory for those that are declared."""
         (size,) = struct.unpack("<Q", self.read(8))
         content = self.read(size)
         if len(content) < size:
@@ -199,41 +192,10 @@ class _PlainUnpickler(pickle._Unpickler):
         self.append(bytearray(content))
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {  # type: ignore[misc]  # a class variable there too
-        **{code: load for code, load in pickle._Unpickler.dispatch.items() if code not in SETS},
+        **{code: load for code, load in pickle._Unpickler.dispatch.items() if code not in NOT_PLAIN},
         pickle.BYTEARRAY8[0]: load_bytearray8,
         pickle.BUILD[0]: load_build,
+        pickle.DICT[0]: load_dict,
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
     }
-
-
-def _plain(value: Any, known: dict[int, tuple[Any, Any]]) -> Any:
-    """Return a value with numpy's arrays in the place of stand-ins.
-
-    Args:
-        value: What was read.
-        known: Of containers that were seen, by their identities, these themselves and what came of them: a few bytes
-            may hold one of them a million times.
-    """
-    if id(value) in known:
-        return known[id(value)][1]
-    plain = _plain_anew(value, known)
-    if isinstance(value, (dict, list, tuple)):
-        known[id(value)] = value, plain
-    return plain
-
-
-def _plain_anew(value: Any, known: dict[int, tuple[Any, Any]]) -> Any:
-    if isinstance(value, _Array):
-        if not hasattr(value, "array"):
-            raise pickle.UnpicklingError("an array without content")
-        return value.array
-    if isinstance(value, (_Type, type)) or callable(value):
-        raise pickle.UnpicklingError("a type where data is expected")
-    if isinstance(value, dict):
-        return {key: _plain(item, known) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item, known) for item in value]
-    if isinstance(value, tuple):
-        return tuple(_plain(item, known) for item in value)
-    return value
