@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import WarningCache
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.data import (
     MAX_GB,
-    TABLE_SUFFIXES,
     Columns,
     Modality,
     Scaler,
@@ -24,10 +23,9 @@ from vrnn_lightning.data import (
     Split,
     checked_limit,
     data_root,
-    explained,
-    files_below,
     read_columns,
 )
+from vrnn_lightning.data.folders import find_split, find_tables
 from vrnn_lightning.data.series import Rows, Series, SeriesWindows, format_time, parse_step
 from vrnn_lightning.errors import UserError
 
@@ -35,9 +33,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["Tables"]
-
-NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
-"""Names that the files or folders of a split may have."""
 
 
 class Tables(SequenceDataModule):
@@ -340,8 +335,8 @@ class Tables(SequenceDataModule):
         """Return all series of the files that hold a split, read once."""
         part = split if self.split_by == "files" else ""
         if part not in self._series_of:
-            place = _part_of(self.root, split) if part else self.root
-            rows = self._rows({name: self._table(path) for name, path in _files(place).items()})
+            place = find_split(self.root, split) if part else self.root
+            rows = self._rows({name: self._table(path) for name, path in find_tables(place).items()})
             prefix = f"{part}/" if part else ""
             self._series_of[part] = [self._make_series(f"{prefix}{name}", found) for name, found in rows.items()]
         return self._series_of[part]
@@ -374,9 +369,9 @@ class Tables(SequenceDataModule):
         first = next(iter(tables.values()))
         for table in tables.values():
             if table.dated != first.dated:
-                kind, other = ("dates", "numbers") if table.dated else ("numbers", "dates")
+                kinds = ("dates", "numbers") if table.dated else ("numbers", "dates")
                 raise UserError(
-                    f"{table.path}: times are {kind}, but in {first.path} they are {other}; write them alike"
+                    f"{table.path}: times are {kinds[0]}, but in {first.path} they are {kinds[1]}; write them alike"
                 )
         if self.id is None:
             whole = {name: [(table, np.arange(len(table.rows)))] for name, table in tables.items()}
@@ -389,9 +384,9 @@ class Tables(SequenceDataModule):
                 pieces.setdefault(word, []).append((table, order[start:end]))
         shared = next((word for word in pieces if len(pieces[word]) > 1), None)
         if self.time is None and shared is not None:
-            one, other = (table.path for table, _ in pieces[shared][:2])
+            one, another = (table.path for table, _ in pieces[shared][:2])
             raise UserError(
-                f"{other}: id {shared!r} is in {one} too, and without --data.time its rows have no order; name the "
+                f"{another}: id {shared!r} is in {one} too, and without --data.time its rows have no order; name the "
                 "column of times, or give each file ids of its own"
             )
         return {word: Rows.join(word, found, sort=self.sort) for word, found in pieces.items()}
@@ -426,48 +421,3 @@ def _unique(option: str, names: Sequence[str]) -> list[str]:
         if list(names).count(name) > 1:
             raise UserError(f"--data.{option} {name!r}: is named twice")
     return list(names)
-
-
-def _stem(name: str) -> str:
-    """Return a file's name without the suffix of its format."""
-    suffix = next(s for s in TABLE_SUFFIXES if name.lower().endswith(s))
-    return name[: -len(suffix)]
-
-
-def _is_table(path: Path) -> bool:
-    return path.name.lower().endswith(TABLE_SUFFIXES) and not path.name.startswith(".")
-
-
-def _part_of(root: Path, split: Split) -> Path:
-    """Return the folder or file of a split."""
-    if not root.is_dir():
-        raise UserError(f"--data.root {root}: --data.split files needs a folder with train, valid and test in it")
-    named = sorted(p for p in root.iterdir() if (_stem(p.name) if _is_table(p) else p.name) in NAMES[split])
-    named = [path for path in named if path.is_dir() or _is_table(path)]
-    if len(named) != 1:
-        wanted = NAMES[split][0]
-        problem = f"both {named[0].name} and {named[1].name}; remove one" if named else f"no {wanted}"
-        fix = "" if named else f"; expected a folder of that name, or {wanted}.csv, .csv.gz or .parquet"
-        raise UserError(f"{root}: holds {problem}{fix}, for --data.split files")
-    return named[0]
-
-
-def _files(place: Path) -> dict[str, Path]:
-    """Return the tables of a folder, or the one that a path names, by their paths without format, sorted."""
-    with explained(place, "--data.root"):
-        if not place.exists():
-            raise UserError(f"--data.root {place}: no such file or folder")
-        if not place.is_dir():
-            if not _is_table(place):
-                raise UserError(f"--data.root {place}: is not a table; expected {', '.join(TABLE_SUFFIXES)}")
-            return {_stem(place.name): place}
-        paths = [path for path in files_below(place) if _is_table(path)]
-    if not paths:
-        raise UserError(f"--data.root {place}: no table in it; expected {', '.join(TABLE_SUFFIXES)} files")
-    files: dict[str, Path] = {}
-    for path in paths:
-        name = _stem(path.relative_to(place).as_posix())
-        if name in files:
-            raise UserError(f"{path}: and {files[name]} seem to hold the same; remove one")
-        files[name] = path
-    return files

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -22,27 +21,13 @@ from vrnn_lightning.files import MAX_GB, explained, require_size, undamaged
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["files_below", "quickdraw_lines", "read_iam", "read_inkml", "read_quickdraw", "read_sketch_rnn"]
+__all__ = ["quickdraw_lines", "read_iam", "read_inkml", "read_quickdraw", "read_sketch_rnn"]
 
 TOKEN = re.compile(r"\s*([!'\"]?)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|#[0-9A-Fa-f]+|[*?TF])")
 """A value of an InkML point, with what tells whether it is a difference."""
 LONGEST = 200
 """Digits that a hexadecimal number may have, so that a float holds it."""
 ORDERS = {"!": 0, "'": 1, '"': 2}
-
-
-def files_below(root: Path) -> list[Path]:
-    """Return all files below a folder but hidden ones, sorted.
-
-    Raises:
-        UserError: There is a folder that may not be read.
-    """
-
-    def raise_error(error: OSError) -> NoReturn:
-        raise UserError(f"{error.filename}: may not be read by you; give yourself the permission") from None
-
-    found = (Path(folder, file) for folder, _, files in os.walk(root, onerror=raise_error) for file in files)
-    return sorted(path for path in found if not path.name.startswith("."))
 
 
 def read_iam(path: Path) -> NDArray[np.float32]:
