@@ -157,11 +157,6 @@ class PianoRolls(SequenceDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return the scaler and the MIDI files of each split, by the digests of their contents."""
         members = self._drawn() if self.root.is_dir() else self._members or {}
-        if self.root.is_dir() and self._folders:  # more may have come since the checkpoint that training resumed from
-            members = {
-                split: list(dict.fromkeys([*members[split], *(self._digests[name] for name in self._in_folder(split))]))
-                for split in SPLIT_NAMES
-            }
         return super().state_dict() | {"members": dict(members)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -178,7 +173,8 @@ class PianoRolls(SequenceDataModule):
                 f"--data.root {self.root}: no such file or folder; --data.download true puts the JSB chorales there"
             )
         if self.root.is_dir():
-            return self._songs(split)
+            names = self._members_of(split)
+            return _Songs(names, [self._song(name) for name in names])
         if suffix in MIDI:
             raise UserError(f"--data.root {self.root}: is a single MIDI file; give the folder that holds it and others")
         if suffix in NOTE_LISTS:
@@ -201,17 +197,6 @@ class PianoRolls(SequenceDataModule):
         for option, is_given in idle.items():
             if is_given:
                 raise UserError(f"--data.{option}: does nothing, {self.root} {reason}; leave the option out")
-
-    def _songs(self, split: Split) -> _Songs:
-        """Read the MIDI files of a split."""
-        names = self._members_of(split)
-        if not names:
-            count = len(set(self._digests.values()))
-            raise UserError(
-                f"--data.root {self.root}: the {split} split is empty: it has {count} different MIDI files; "
-                "add some, or change --data.test and --data.val"
-            )
-        return _Songs(names, [self._song(name) for name in names])
 
     def _song(self, name: str) -> Notes:
         """Read a MIDI file once."""
@@ -245,19 +230,26 @@ class PianoRolls(SequenceDataModule):
                 f"{self.root}: {len(unknown)} files that are in no split of the checkpoint are left out"
             )
         wanted = set(drawn[split])
-        return [name for name in digests if digests[name] in wanted]
+        names = [name for name in digests if digests[name] in wanted]
+        if not names:
+            raise UserError(
+                f"--data.root {self.root}: the {split} split is empty: it has {len(set(digests.values()))} different "
+                "MIDI files; add some, or change --data.test and --data.val"
+            )
+        return names
 
     def _drawn(self) -> dict[Split, list[str]]:
-        """Return the digests of each split's files as the checkpoint has them, or draw them once."""
+        """Return the digests of each split's files: the checkpoint's with those in its folder, or drawn once."""
+        digests = self._digests
+        if self._folders:
+            here = {split: [digests[name] for name in self._in_folder(split)] for split in SPLIT_NAMES}
+            known = self._members or {}
+            return {split: list(dict.fromkeys([*known.get(split, ()), *here[split]])) for split in SPLIT_NAMES}
         if self._members is None:
-            digests = self._digests
-            if self._folders:
-                self._members = {split: [digests[name] for name in self._in_folder(split)] for split in SPLIT_NAMES}
-            else:
-                generator = torch.Generator().manual_seed(self.seed)
-                test, rest = _taken(self.test, list(dict.fromkeys(digests.values())), generator)
-                val, train = _taken(self.val, rest, generator)
-                self._members = {"train": train, "val": val, "test": test}
+            generator = torch.Generator().manual_seed(self.seed)
+            test, rest = _draw(self.test, list(dict.fromkeys(digests.values())), generator)
+            val, train = _draw(self.val, rest, generator)
+            self._members = {"train": train, "val": val, "test": test}
         return self._members
 
     @cached_property
@@ -348,7 +340,7 @@ def _reach(roll: SequenceSample) -> tuple[int, int]:
     return (keys[0], keys[-1]) if keys else (0, KEYS - 1)
 
 
-def _taken(fraction: float | None, digests: list[str], generator: torch.Generator) -> tuple[list[str], list[str]]:
+def _draw(fraction: float | None, digests: list[str], generator: torch.Generator) -> tuple[list[str], list[str]]:
     """Draw a fraction, at least one unless it is 0, and return it and the rest."""
     fraction = FRACTION if fraction is None else fraction
     count = max(1, round(fraction * len(digests))) if fraction > 0 else 0

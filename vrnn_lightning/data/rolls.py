@@ -30,18 +30,18 @@ KEYS = 88
 LOWEST = 21
 """MIDI's number of a piano's lowest key; that of the highest is 108."""
 NOTE_LISTS = (".json", ".pickle", ".pkl")
-"""How files of lists of notes end."""
+"""Suffixes of files of lists of notes."""
 DRUMS = 9
 """General MIDI's channel of drums, counted from 0: its notes are not pitches."""
 SUSTAIN = 64
 """The controller of the sustain pedal, which is down from a value of 64 on."""
 MAX_QUARTERS = 20_000
-"""Quarter notes of a file at most, unless an option says otherwise: more come from a damaged time stamp."""
+"""Default of the most quarter notes of a file: more come from a damaged time stamp."""
 
 
 @dataclass(frozen=True)
 class Notes:
-    """Which keys sound when.
+    """The notes of a piece.
 
     Args:
         steps: Time steps.
@@ -67,10 +67,9 @@ def read_midi(
 ) -> Notes:
     """Read the notes of a MIDI file on a grid of so many steps per quarter note.
 
-    Steps are counted in the file's ticks, which are parts of a quarter note, so changes of tempo move nothing. A note
-    begins and ends at the nearest step and lasts at least one. All tracks and channels sound together, drums (channel
-    10) are left out, velocities are lost, and where a key is struck again at once it sounds on. The piece ends where
-    its last track or note does: silence at its beginning and end stays.
+    Tempo has no effect. A note begins and ends at the nearest step and lasts at least one. All tracks and channels
+    sound together, drums (channel 10) are left out, velocities are lost, and where a key is struck again at once it
+    sounds on. The piece ends where its last track or note does: silence at its beginning and end stays.
 
     Args:
         path: The file, of format 0 or 1.
@@ -80,10 +79,9 @@ def read_midi(
         max_gb: Gigabytes that its roll may take in float64, or 16 times the file's size.
 
     Raises:
-        UserError: It can't be read as MIDI, counts its time in frames, has no note, or one that no piano has.
+        UserError: It can't be read as MIDI, counts its time in frames, or has no note or one outside a piano's keys.
     """
-    mido = _mido()
-    file = _opened(mido, path)
+    file = _open(path)
     if file.ticks_per_beat <= 0:
         raise UserError(f"{path}: counts its time in frames of a film, not in beats; export it again")
     if file.type == 2:
@@ -147,7 +145,7 @@ def write_midi(path: Path, roll: NDArray[Any], resolution: int) -> None:
 
 
 def roll_sound(roll: NDArray[Any], resolution: int, sample_rate: int = 16000) -> NDArray[np.float32]:
-    """Return how a piano roll sounds at 120 quarter notes a minute: each note a few harmonics that die away.
+    """Return the sound of a piano roll at 120 quarter notes a minute: each note a few harmonics that die away.
 
     Successive steps of a key are one held note, as for :func:`write_midi`.
 
@@ -182,7 +180,7 @@ def roll_sound(roll: NDArray[Any], resolution: int, sample_rate: int = 16000) ->
 
 
 def read_note_lists(path: Path, split: Split, max_gb: float = MAX_GB) -> ArchiveSplit:
-    """Read one split of a pickle or JSON of notes, as the benchmark of Boulanger-Lewandowski et al. (2012) has them.
+    """Read one split of a pickle or JSON of notes, in the format of Boulanger-Lewandowski et al. (2012).
 
     It is a dict whose entries "train", "valid" and "test" are lists of sequences; a sequence is a list of steps, and a
     step a list of the MIDI notes that sound in it. Pickles, Python 2's too, are read as plain data.
@@ -193,31 +191,32 @@ def read_note_lists(path: Path, split: Split, max_gb: float = MAX_GB) -> Archive
         max_gb: Gigabytes that its rolls may take, or 16 times the file's size.
 
     Raises:
-        UserError: It can't be read, is made otherwise, or holds a note that no piano has.
+        UserError: It can't be read, has another structure, or holds a note outside a piano's keys.
     """
     word = "valid" if split == "val" else split
-    content = _loaded(path)
+    content = _load(path)
     if not isinstance(content, dict) or word not in content:
-        holds = (
-            ", ".join(map(reprlib.repr, content))[:200] if isinstance(content, dict) else f"a {type(content).__name__}"
-        )
+        is_dict = isinstance(content, dict)
+        holds = ", ".join(map(reprlib.repr, content))[:200] if is_dict else f"a {type(content).__name__}"
         raise UserError(f"{path}: has no {word!r}; expected 'train', 'valid' and 'test', it holds {holds or 'nothing'}")
+
+    def require_list(value: Any, place: str, of: str) -> None:
+        if not _is_list(value):
+            raise UserError(f"{path}: {word}{place} is {_shorten(value)}, expected a list of {of}")
+
     rolls = content[word]
-    if not _is_list(rolls):
-        raise UserError(f"{path}: {word} is {_shown(rolls)}, expected a list of sequences")
+    require_list(rolls, "", "sequences")
     require_size(path, KEYS * sum(len(roll) for roll in rolls if _is_list(roll)), max_gb)  # before they are walked
     places: list[tuple[int, int]] = []
     bounds = [0]
     for i, roll in enumerate(rolls):
-        if not _is_list(roll):
-            raise UserError(f"{path}: {word} {i} is {_shown(roll)}, expected a list of steps")
+        require_list(roll, f" {i}", "steps")
         for t, notes in enumerate(roll):
-            if not _is_list(notes):
-                raise UserError(f"{path}: {word} {i}, step {t} is {_shown(notes)}, expected a list of notes")
+            require_list(notes, f" {i}, step {t}", "notes")
             for note in notes:
                 if not isinstance(note, (int, np.integer)) or not LOWEST <= note < LOWEST + KEYS:
                     raise UserError(
-                        f"{path}: {word} {i}, step {t} holds note {_shown(note)}, but a piano's are {LOWEST} to "
+                        f"{path}: {word} {i}, step {t} holds note {_shorten(note)}, but a piano's are {LOWEST} to "
                         f"{LOWEST + KEYS - 1}; fix or remove it"
                     )
                 places.append((bounds[-1] + t, int(note) - LOWEST))
@@ -245,7 +244,8 @@ def _mido() -> ModuleType:
     return module
 
 
-def _opened(mido: ModuleType, path: Path) -> Any:
+def _open(path: Path) -> Any:
+    mido = _mido()
     with explained(path):
         content = path.read_bytes()
     with undamaged(f"{path}: can't be read as MIDI", "remove it or export it again"):
@@ -295,7 +295,7 @@ def _sounded(tracks: list[Any], sustain: bool) -> tuple[list[tuple[int, int, int
     return notes, end
 
 
-def _loaded(path: Path) -> Any:
+def _load(path: Path) -> Any:
     try:
         with explained(path, "--data.root"), path.open("rb") as file:
             return unpickle(file) if path.suffix.lower() != ".json" else json.load(file)
@@ -309,7 +309,7 @@ def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
-def _shown(value: Any) -> str:
-    """Return a value in few words."""
+def _shorten(value: Any) -> str:
+    """Return a value for a message."""
     words = reprlib.repr(value)
     return words if len(words) <= 40 and "\n" not in words else f"a {type(value).__name__}"
