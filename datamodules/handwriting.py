@@ -39,6 +39,7 @@ from vrnn_lightning.data import (
     smooth_rows,
     tracked,
 )
+from vrnn_lightning.data.folders import SPLIT_NAMES
 from vrnn_lightning.data.iam import LISTS, SECOND, FormList, read_form_lists
 from vrnn_lightning.data.ink import check_sketch
 from vrnn_lightning.errors import UserError
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Handwriting"]
 
-SPLIT_NAMES: dict[Split, str] = {"train": "train", "val": "valid", "test": "test"}
-"""An archive's name of each split."""
 SUFFIXES = {"iam": ".xml", "quickdraw": ".ndjson", "inkml": ".inkml"}
 LOOKED_FOR = (
     "an .npz archive with train_values (flat) or train (sketch-rnn), .ndjson files (QuickDraw), .inkml files, "
@@ -259,7 +258,7 @@ class Handwriting(RandomSplitDataModule):
 
     def _read(self, split: Split) -> ArchiveSplit:
         """Return the rows of a split as the files hold them."""
-        name = SPLIT_NAMES[split]
+        name = SPLIT_NAMES[split][0]
         if self._layout == "archive":
             flat = read_archive(self.root, split, 3, max_gb=self.max_gb)
             wrong = (flat.values != 0) & (flat.values != 1)
@@ -288,7 +287,7 @@ class Handwriting(RandomSplitDataModule):
         return dict(zip(self._drawings.names or [], self._drawings.lengths, strict=True))
 
     def _readers(self, files: dict[str, Path]) -> Iterator[Reader]:
-        """Yield the drawings of files, unread."""
+        """Yield the readers of the drawings of files."""
         if self._layout == "quickdraw":
             for file, path in files.items():
                 for name, number, line in tracked(list(quickdraw_lines(path, file)), f"reading {file}"):
@@ -307,14 +306,14 @@ class Handwriting(RandomSplitDataModule):
             with bad.tolerated():
                 rows[name] = read()
         bad.report(total, self.root, noun)
-        drawn = {name: x for name, x in rows.items() if len(x)}
-        if len(drawn) < len(rows):
-            empty = len(rows) - len(drawn)
+        kept = {name: x for name, x in rows.items() if len(x)}
+        if len(kept) < len(rows):
+            empty = len(rows) - len(kept)
             rank_zero_info(f"{self.root}: {empty} of {len(rows)} drawings ({word}) hold no line, left out")
-        ends = np.cumsum([0, *map(len, drawn.values())], dtype=np.int64)
-        values = np.concatenate(list(drawn.values())) if drawn else np.zeros((0, 3), dtype=np.float32)
+        ends = np.cumsum([0, *map(len, kept.values())], dtype=np.int64)
+        values = np.concatenate(list(kept.values())) if kept else np.zeros((0, 3), dtype=np.float32)
         bounds = np.stack([ends[:-1], ends[1:]], axis=1)
-        return ArchiveSplit(self.root, word, word, values, bounds, np.arange(len(drawn)), list(drawn))
+        return ArchiveSplit(self.root, word, word, values, bounds, np.arange(len(kept)), list(kept))
 
     @cached_property
     def _files(self) -> dict[str, Path]:
@@ -355,7 +354,7 @@ class _Stretched(AugmentedSequences):
 
     @cached_property
     def factors(self) -> torch.Tensor:
-        """What to multiply each sequence's features by, shape (sequences, 3)."""
+        """The factor of each feature of each sequence, shape (sequences, 3)."""
         generator = np.random.default_rng((self.seed, self.epoch))
         factors = generator.uniform(1 - self.amount, 1 + self.amount, (len(self), 2))
         return torch.from_numpy(np.insert(factors, 2, 1.0, axis=1)).float()

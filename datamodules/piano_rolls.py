@@ -156,7 +156,7 @@ class PianoRolls(SequenceDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scaler and the MIDI files of each split, by the digests of their contents."""
-        members = self._drawn() if self.root.is_dir() else self._members or {}
+        members = self._known_members() if self.root.is_dir() else self._members or {}
         return super().state_dict() | {"members": dict(members)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -179,9 +179,9 @@ class PianoRolls(SequenceDataModule):
             raise UserError(f"--data.root {self.root}: is a single MIDI file; give the folder that holds it and others")
         if suffix in NOTE_LISTS:
             return read_note_lists(self.root, split, self.max_gb)
-        found = read_archive(self.root, split, KEYS, max_gb=self.max_gb)
-        found.raise_if((found.values != 0) & (found.values != 1), "a roll holds 0 and 1: binarise it")
-        return found
+        rolls = read_archive(self.root, split, KEYS, max_gb=self.max_gb)
+        rolls.raise_if((rolls.values != 0) & (rolls.values != 1), "a roll holds 0 and 1: binarise it")
+        return rolls
 
     def _raise_if_idle(self) -> None:
         """Raise if an option would do nothing; only in training, as a checkpoint brings its own options."""
@@ -208,7 +208,7 @@ class PianoRolls(SequenceDataModule):
 
     def _members_of(self, split: Split) -> list[str]:
         """Return the files of a split that are in the folder."""
-        drawn, digests = self._drawn(), self._digests
+        members, digests = self._known_members(), self._digests
         if self._folders:
             names = self._in_folder(split)
             if not names:
@@ -216,20 +216,20 @@ class PianoRolls(SequenceDataModule):
                     f"--data.root {self.root}: its folders {' and '.join(self._folders)} split it, but no MIDI file is "
                     f"in {' or '.join(SPLIT_NAMES[split])}; put some there"
                 )
-            trained = {*drawn["train"], *drawn["val"]} if split == "test" else set()
+            trained = {*members["train"], *members["val"]} if split == "test" else set()
             for name in names:
                 if digests[name] in trained:
                     raise UserError(f"{self.root / name}: is a copy of a file outside the test split; remove it")
             return names
-        known = {digest for members in drawn.values() for digest in members}
+        known = {digest for part in members.values() for digest in part}
         unknown = [name for name in digests if digests[name] not in known]
-        if unknown and not set(digests.values()).intersection(drawn["test"]):
-            drawn, unknown = {**drawn, "test": [digests[name] for name in unknown]}, []
+        if unknown and not set(digests.values()).intersection(members["test"]):
+            members, unknown = {**members, "test": [digests[name] for name in unknown]}, []
         if unknown:
             self._warnings.warn(
                 f"{self.root}: {len(unknown)} files that are in no split of the checkpoint are left out"
             )
-        wanted = set(drawn[split])
+        wanted = set(members[split])
         names = [name for name in digests if digests[name] in wanted]
         if not names:
             raise UserError(
@@ -238,7 +238,7 @@ class PianoRolls(SequenceDataModule):
             )
         return names
 
-    def _drawn(self) -> dict[Split, list[str]]:
+    def _known_members(self) -> dict[Split, list[str]]:
         """Return the digests of each split's files: the checkpoint's with those in its folder, or drawn once."""
         digests = self._digests
         if self._folders:

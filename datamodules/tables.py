@@ -26,7 +26,7 @@ from vrnn_lightning.data import (
     read_columns,
 )
 from vrnn_lightning.data.folders import find_split, find_tables
-from vrnn_lightning.data.series import Rows, Series, SeriesWindows, format_time, parse_step
+from vrnn_lightning.data.series import Rows, Series, SeriesWindows, format_time, group_rows, parse_step
 from vrnn_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class Tables(SequenceDataModule):
         self._check_options()
         self._series_of: dict[str, list[Series]] = {}
         self._cuts: dict[str, list[float]] | None = None
-        self._drawn: dict[str, tuple[str, int]] = {}
+        self._split_of: dict[str, tuple[str, int]] = {}
         self._clock = ""
         self._warnings = WarningCache()
         self._predicted: SeriesWindows | None = None
@@ -249,14 +249,14 @@ class Tables(SequenceDataModule):
             return state
         series = self._series("train")
         if self.split_by == "id":
-            return state | {"drawn": self._drawn | {s.name: (self._draw(s), len(s.times)) for s in series}}
+            return state | {"drawn": self._split_of | {s.name: (self._draw(s), len(s.times)) for s in series}}
         cuts = {s.name: self._own_cuts(s) for s in series} if self._cuts is None else self._cuts
         return state | {"cuts": cuts, "clock": self._clock or series[0].clock}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the checkpoint's scaler and splits."""
         super().load_state_dict(state_dict)
-        self._drawn = state_dict.get("drawn", {})
+        self._split_of = state_dict.get("drawn", {})
         self._cuts, self._clock = state_dict.get("cuts"), state_dict.get("clock", "")
         self._splits.clear()  # setup's, which other cuts made
         self._predicted = None
@@ -296,8 +296,8 @@ class Tables(SequenceDataModule):
 
     def _draw(self, series: Series) -> str:
         """Return the split of a whole series: the checkpoint's, or a function of its name and the seed."""
-        if series.name in self._drawn:
-            return self._drawn[series.name][0]
+        if series.name in self._split_of:
+            return self._split_of[series.name][0]
         if self.id is None:
             self._raise_if_trained(series)
         draw = int.from_bytes(hashlib.sha256(f"{self.seed} {series.name}".encode()).digest()[:8]) / 2**64
@@ -307,7 +307,7 @@ class Tables(SequenceDataModule):
         """Raise if a file of the checkpoint has another path: its split would be another one."""
         own = (PurePosixPath(series.name).name, len(series.times))
         here = {s.name for s in self._series("train")}
-        for name, (split, steps) in self._drawn.items():
+        for name, (split, steps) in self._split_of.items():
             if split != "test" and name not in here and (PurePosixPath(name).name, steps) == own:
                 raise UserError(
                     f"{self.root}: {series.name} seems to be {name}, which the model was trained on; "
@@ -336,9 +336,10 @@ class Tables(SequenceDataModule):
         part = split if self.split_by == "files" else ""
         if part not in self._series_of:
             place = find_split(self.root, split) if part else self.root
-            rows = self._rows({name: self._table(path) for name, path in find_tables(place).items()})
+            tables = {name: self._table(path) for name, path in find_tables(place).items()}
+            rows = group_rows(tables, by_id=self.id is not None, sort=self.sort)
             prefix = f"{part}/" if part else ""
-            self._series_of[part] = [self._make_series(f"{prefix}{name}", found) for name, found in rows.items()]
+            self._series_of[part] = [self._make_series(f"{prefix}{name}", of) for name, of in rows.items()]
         return self._series_of[part]
 
     def _table(self, path: Path) -> Columns:
@@ -363,33 +364,6 @@ class Tables(SequenceDataModule):
             kind, fix = ("dates", "with a unit, as 1h") if table.dated else ("numbers", "without a unit")
             raise UserError(f"{path}: --data.step {self.step.word}: times are {kind}; give the step {fix}")
         return table
-
-    def _rows(self, tables: dict[str, Columns]) -> dict[str, Rows]:
-        """Return the rows of each series."""
-        first = next(iter(tables.values()))
-        for table in tables.values():
-            if table.dated != first.dated:
-                kinds = ("dates", "numbers") if table.dated else ("numbers", "dates")
-                raise UserError(
-                    f"{table.path}: times are {kinds[0]}, but in {first.path} they are {kinds[1]}; write them alike"
-                )
-        if self.id is None:
-            whole = {name: [(table, np.arange(len(table.rows)))] for name, table in tables.items()}
-            return {name: Rows.join("", pieces, sort=self.sort) for name, pieces in whole.items()}
-        pieces: dict[str, list[tuple[Columns, NDArray[np.int64]]]] = {}
-        for table in tables.values():
-            order = np.argsort(table.codes, kind="stable")
-            bounds = np.searchsorted(table.codes[order], np.arange(len(table.ids) + 1))
-            for word, start, end in zip(table.ids, bounds[:-1], bounds[1:], strict=True):
-                pieces.setdefault(word, []).append((table, order[start:end]))
-        shared = next((word for word in pieces if len(pieces[word]) > 1), None)
-        if self.time is None and shared is not None:
-            one, another = (table.path for table, _ in pieces[shared][:2])
-            raise UserError(
-                f"{another}: id {shared!r} is in {one} too, and without --data.time its rows have no order; name the "
-                "column of times, or give each file ids of its own"
-            )
-        return {word: Rows.join(word, found, sort=self.sort) for word, found in pieces.items()}
 
     def _make_series(self, name: str, rows: Rows) -> Series:
         """Return a series in the order of time, with rows of missing values where ``step`` asks for them."""

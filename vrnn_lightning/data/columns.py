@@ -1,4 +1,4 @@
-"""Columns of a table by name: csv files with what Python brings, parquet files with pyarrow."""
+"""Columns of a table by name: csv files, and parquet files with pyarrow."""
 
 from __future__ import annotations
 
@@ -191,7 +191,10 @@ def _parquet_chunks(path: Path, asked: list[tuple[str, str]], max_gb: float) -> 
         try:
             file = parquet.ParquetFile(source, **checked)
             names = list(_locate(path, list(file.schema_arrow.names), asked))
-            _require_parquet_size(path, file.metadata, len(names), max_gb)
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            count = max(file.metadata.num_rows, sum(group.num_rows for group in groups))
+            pages = max((group.total_byte_size for group in groups), default=0)
+            require_size(path, max(8 * count * (len(names) + 1), pages), max_gb)  # runs of one value take no room in it
             words = [field.name for field in file.schema_arrow if str(field.type).endswith("string")]
             if words:  # as indices into the words, of which one may be long and stand in every row
                 file = parquet.ParquetFile(source, read_dictionary=words, **checked)
@@ -202,14 +205,6 @@ def _parquet_chunks(path: Path, asked: list[tuple[str, str]], max_gb: float) -> 
                 yield rows, {name: _cells(batch.column(name), path, name) for name in names}
         except MemoryError as error:  # pyarrow's too, for the sizes that a damaged file declares
             raise UserError(f"{path}: can't be read as parquet ({error}); write it again") from None
-
-
-def _require_parquet_size(path: Path, metadata: Any, columns: int, max_gb: float) -> None:
-    """Compare what a file declares with the limit: runs of one value take no room in it."""
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    rows = max(metadata.num_rows, sum(group.num_rows for group in groups))
-    pages = max((group.total_byte_size for group in groups), default=0)
-    require_size(path, max(8 * rows * (columns + 1), pages), max_gb)
 
 
 def _cells(array: Any, path: Path, column: str) -> Cells:
@@ -266,10 +261,10 @@ def _numbers(cells: Cells, place: _Place) -> NDArray[np.float64]:
     with suppress(TypeError, ValueError):  # cells without a gap, the fast way
         if "_" not in "".join(cells):  # Python reads 1_000 as a thousand
             return np.array([float(cell) for cell in cells])
-    return np.array(_parsed(cells, place, _number, np.nan))
+    return np.array(_parse(cells, place, _number, np.nan))
 
 
-def _parsed(cells: Cells, place: _Place, parse: Callable[[str], Any], missing: Any) -> list[Any]:
+def _parse(cells: Cells, place: _Place, parse: Callable[[str], Any], missing: Any) -> list[Any]:
     """Return the values of text, and ``missing`` where a cell is empty."""
     values = []
     for i, cell in enumerate(cells):
@@ -313,13 +308,12 @@ def _times(cells: Cells, dated: bool | None, place: _Place) -> tuple[NDArray[Any
         times = cells.astype("datetime64[us]").astype(np.int64) if dated else cells
     else:
         dated = not _is_number(cells[0]) if dated is None else dated
-        times = np.array(_parsed(cells, place, _date, NO_DATE), dtype=np.int64) if dated else _ticks(cells, place)
-    for wrong, problem in (
-        (times == NO_DATE if dated else np.isnan(times), "is empty; each row needs its time"),
-        (np.isinf(times), "is infinite; expected a time"),
-    ):
-        if wrong.any():
-            raise place.error(int(wrong.argmax()), problem)
+        times = np.array(_parse(cells, place, _date, NO_DATE), dtype=np.int64) if dated else _ticks(cells, place)
+    empty = times == NO_DATE if dated else np.isnan(times)
+    if empty.any():
+        raise place.error(int(empty.argmax()), "is empty; each row needs its time")
+    if np.isinf(times).any():
+        raise place.error(int(np.isinf(times).argmax()), "is infinite; expected a time")
     return times, dated
 
 

@@ -27,8 +27,8 @@ def files_below(root: Path) -> list[Path]:
     def raise_error(error: OSError) -> NoReturn:
         raise UserError(f"{error.filename}: may not be read by you; give yourself the permission") from None
 
-    found = (Path(folder, file) for folder, _, files in os.walk(root, onerror=raise_error) for file in files)
-    return sorted(path for path in found if not path.name.startswith("."))
+    paths = (Path(folder, file) for folder, _, files in os.walk(root, onerror=raise_error) for file in files)
+    return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def _stem(name: str) -> str:

@@ -1,4 +1,7 @@
-"""Readers of pen strokes: IAM-OnDB's XML, InkML, QuickDraw's ndjson and sketch-rnn's archives."""
+"""Readers of pen strokes: IAM-OnDB's XML, InkML, QuickDraw's ndjson and sketch-rnn's archives.
+
+They return rows (dx, dy, lift), shape (steps, 3), y growing downward.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +45,6 @@ def read_iam(path: Path) -> NDArray[np.float32]:
     Args:
         path: The XML file, as ``lineStrokes/a01/a01-020/a01-020x-01.xml``.
 
-    Returns:
-        Rows (dx, dy, lift), shape (steps, 3), y growing downward.
-
     Raises:
         UserError: It can't be read, is damaged, declares a document type, or is not such a file.
     """
@@ -62,11 +62,9 @@ def _iam_point(path: Path, point: Element) -> tuple[float, float]:
     try:
         return float(point.attrib["x"]), float(point.attrib["y"])
     except (KeyError, ValueError):
-        line = point.attrib.pop(LINE)
-        given = " ".join(f'{key}="{value}"' for key, value in point.items())
-        raise UserError(
-            f"{path}: line {line}: <Point {given}> has no numbers x and y; fix or remove the file"
-        ) from None
+        line, given = point.attrib.pop(LINE), " ".join(f'{key}="{value}"' for key, value in point.items())
+        problem = f"line {line}: <Point {given}> has no numbers x and y"
+        raise UserError(f"{path}: {problem}; fix or remove the file") from None
 
 
 def read_inkml(path: Path) -> NDArray[np.float32]:
@@ -78,9 +76,6 @@ def read_inkml(path: Path) -> NDArray[np.float32]:
     Args:
         path: The file.
 
-    Returns:
-        Rows (dx, dy, lift), shape (steps, 3), y growing downward.
-
     Raises:
         UserError: It can't be read, is damaged, declares a document type or is not InkML, has several formats or one
             without X and Y, or a trace is continued elsewhere or holds something else than points.
@@ -90,12 +85,12 @@ def read_inkml(path: Path) -> NDArray[np.float32]:
     for element in _read_xml(path, "ink").iter():
         place = f"{path}: line {element.get(LINE)}"
         if element.tag == "traceFormat" and (given := _channels(element)):
-            names, known = ([name for name, _ in pairs] for pairs in (given, channels))
+            names, earlier = ([name for name, _ in pairs] for pairs in (given, channels))
             if "X" not in names or "Y" not in names:
                 raise UserError(
                     f"{place}: a traceFormat of the channels {', '.join(names)}, expected X and Y among them"
                 )
-            if known != names and (known or strokes):
+            if earlier != names and (earlier or strokes):
                 raise UserError(f"{place}: a second traceFormat, but one for the whole file is read; split the file")
             channels = given
         elif element.tag == "trace":
@@ -223,21 +218,16 @@ def read_quickdraw(path: Path, number: int, line: bytes) -> NDArray[np.float32]:
         number: The line's number, for messages.
         line: A JSON object.
 
-    Returns:
-        Rows (dx, dy, lift), shape (steps, 3), y growing downward.
-
     Raises:
         UserError: It is not such an object.
     """
     place = f"{path}: line {number}"
     try:
-        found = json.loads(line)
+        content = json.loads(line)
     except (RecursionError, ValueError) as error:
-        reason = str(error)[:200]
-        raise UserError(
-            f"{place}: is not a valid JSON object ({reason}); remove the line or copy the file again"
-        ) from None
-    drawing = found.get("drawing") if isinstance(found, dict) else None
+        problem = f"is not a valid JSON object ({str(error)[:200]})"
+        raise UserError(f"{place}: {problem}; remove the line or copy the file again") from None
+    drawing = content.get("drawing") if isinstance(content, dict) else None
     if not isinstance(drawing, list):
         raise UserError(f'{place}: has no list "drawing", as QuickDraw\'s files have; remove the line')
     return _rows(place, [_quickdraw_stroke(place, i, stroke) for i, stroke in enumerate(drawing)])
@@ -305,10 +295,10 @@ def _object_array(file: IO[bytes]) -> list[Any]:
     """Read an ``.npy`` file, with our own unpickler in the place of numpy's."""
     shape, fortran, dtype = npy_header(file)
     if dtype.hasobject:
-        found = unpickle(file)  # type: ignore[arg-type]  # a member of a zip reads like any binary file
-        if not isinstance(found, (np.ndarray, list)):
-            raise ValueError(f"a {type(found).__name__} in the place of an array")
-        return list(found)
+        array = unpickle(file)  # type: ignore[arg-type]  # a member of a zip reads like any binary file
+        if not isinstance(array, (np.ndarray, list)):
+            raise ValueError(f"a {type(array).__name__} in the place of an array")
+        return list(array)
     if dtype.kind not in "iuf" or len(shape) != 3:
         raise ValueError(f"an array of type {dtype} and shape {shape} in the place of drawings")
     content = file.read()

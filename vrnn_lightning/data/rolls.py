@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import numpy as np
 
 from vrnn_lightning.data.archives import ArchiveSplit
+from vrnn_lightning.data.folders import SPLIT_NAMES
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.data.unpickling import unpickle
 from vrnn_lightning.errors import UserError
@@ -124,7 +125,7 @@ def write_midi(path: Path, roll: NDArray[Any], resolution: int) -> None:
 
     Args:
         path: The file, which is overwritten.
-        roll: Shape (steps, 88); what is above one half sounds.
+        roll: Shape (steps, 88); values above one half sound.
         resolution: Steps per quarter note.
 
     Raises:
@@ -132,8 +133,7 @@ def write_midi(path: Path, roll: NDArray[Any], resolution: int) -> None:
     """
     mido = _mido()
     ticks = max(1, 480 // resolution)
-    silence = np.zeros((1, KEYS), dtype=np.int8)
-    change = np.diff((np.asarray(roll) > 0.5).astype(np.int8), axis=0, prepend=silence, append=silence)
+    change = _changes(roll)
     track, now = mido.MidiTrack(), 0
     for step in np.flatnonzero(change.any(1)).tolist():
         for key in sorted(np.flatnonzero(change[step]).tolist(), key=lambda key: change[step, key]):  # ends come first
@@ -144,13 +144,19 @@ def write_midi(path: Path, roll: NDArray[Any], resolution: int) -> None:
     mido.MidiFile(type=0, ticks_per_beat=ticks * resolution, tracks=[track]).save(path)
 
 
+def _changes(roll: NDArray[Any]) -> NDArray[Any]:
+    """Return 1 where a key is struck, -1 one step past its end, else 0, shape (steps + 1, 88)."""
+    silence = np.zeros((1, KEYS), dtype=np.int8)
+    return np.diff((np.asarray(roll) > 0.5).astype(np.int8), axis=0, prepend=silence, append=silence)
+
+
 def roll_sound(roll: NDArray[Any], resolution: int, sample_rate: int = 16000) -> NDArray[np.float32]:
     """Return the sound of a piano roll at 120 quarter notes a minute: each note a few harmonics that die away.
 
     Successive steps of a key are one held note, as for :func:`write_midi`.
 
     Args:
-        roll: Shape (steps, 88); what is above one half sounds.
+        roll: Shape (steps, 88); values above one half sound.
         resolution: Steps per quarter note.
         sample_rate: In Hz.
 
@@ -163,7 +169,7 @@ def roll_sound(roll: NDArray[Any], resolution: int, sample_rate: int = 16000) ->
     ((8000,), 440)
     """
     step = sample_rate / (2 * resolution)
-    change = np.diff((np.asarray(roll) > 0.5).astype(np.int8), axis=0, prepend=0, append=0)
+    change = _changes(roll)
     sound = np.zeros(round(len(roll) * step))
     for key in np.flatnonzero(change.any(0)).tolist():
         pitch = 440.0 * 2 ** ((key + LOWEST - 69) / 12)
@@ -193,7 +199,7 @@ def read_note_lists(path: Path, split: Split, max_gb: float = MAX_GB) -> Archive
     Raises:
         UserError: It can't be read, has another structure, or holds a note outside a piano's keys.
     """
-    word = "valid" if split == "val" else split
+    word = SPLIT_NAMES[split][0]
     content = _load(path)
     if not isinstance(content, dict) or word not in content:
         is_dict = isinstance(content, dict)

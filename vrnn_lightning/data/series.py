@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -20,7 +21,7 @@ from vrnn_lightning.errors import UserError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Rows", "Series", "SeriesWindows", "Step", "format_time", "parse_step"]
+__all__ = ["Rows", "Series", "SeriesWindows", "Step", "format_time", "group_rows", "parse_step"]
 
 UNITS = {"us": 1, "ms": 1e3, "s": 1e6, "min": 6e7, "h": 3.6e9, "d": 8.64e10, "w": 6.048e11}
 """Microseconds of the units that a step may have."""
@@ -39,11 +40,7 @@ class Step(NamedTuple):
 
 
 def parse_step(option: float | str) -> Step:
-    """Return the interval that ``--data.step`` gives: a number, or "15min" and the like.
-
-    Raises:
-        UserError: It is not positive, or its unit is unknown.
-    """
+    """Return the interval that ``--data.step`` gives: a number, or "15min" and the like."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*([a-z]*)\s*", str(option).lower())
     number, unit = match.groups() if match else ("", "")
     size = 0.0
@@ -55,11 +52,7 @@ def parse_step(option: float | str) -> Step:
 
 
 def format_time(time: Any, clock: str) -> str:
-    """Return a time for messages and names.
-
-    Args:
-        time: A number, or microseconds since 1970.
-        clock: The source of the times: "dates", "numbers" or "row order".
+    """Return a time for messages and names; that of the clock "dates" is in microseconds since 1970.
 
     >>> format_time(1467331200000000, "dates"), format_time(3, "row order")
     ('2016-07-01 00:00:00', '3')
@@ -71,35 +64,19 @@ def format_time(time: Any, clock: str) -> str:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one series, with their places in the files.
+    """Rows of one series, with their places in the files."""
 
-    Args:
-        id: The id, or "" where a file is a series.
-        clock: The source of the times: "dates", "numbers" or "row order".
-        paths: The files.
-        times: Shape (rows,).
-        numbers: Features, covariates and labels, shape (rows, columns).
-        files: The place in ``paths`` of each row's file, shape (rows,).
-        rows: The name of each row in messages, shape (rows,).
-    """
-
-    id: str
-    clock: str
+    id: str  # "" where a file is a series
+    clock: str  # "dates", "numbers" or "row order"
     paths: list[Path]
-    times: NDArray[Any]
-    numbers: NDArray[np.float64]
-    files: NDArray[np.int64]
-    rows: NDArray[np.int64]
+    times: NDArray[Any]  # shape (rows,)
+    numbers: NDArray[np.float64]  # features, covariates and labels, shape (rows, columns)
+    files: NDArray[np.int64]  # the place in paths of each row's file, shape (rows,)
+    rows: NDArray[np.int64]  # the name of each row in messages, shape (rows,)
 
     @classmethod
     def join(cls, id: str, pieces: list[tuple[Columns, NDArray[np.int64]]], *, sort: bool) -> Rows:
-        """Join rows of files, which are given by their places.
-
-        Args:
-            id: The series' id, or "".
-            pieces: Files with the places of the series' rows in each.
-            sort: Bring the rows into the order of time.
-        """
+        """Join rows of files, in the order of time if ``sort``; a piece is a file with the places of its rows."""
         rows = np.concatenate([table.rows[index] for table, index in pieces])
         numbers = np.concatenate([table.numbers[index] for table, index in pieces])
         files = np.repeat(np.arange(len(pieces)), [len(index) for _, index in pieces])
@@ -134,11 +111,7 @@ class Rows:
         raise UserError(f"{place}: time {time} comes after {last}; order the rows by time, or set --data.sort true")
 
     def grid(self, step: Step) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Return the times of a regular grid from the first row on, and the place of each row in it.
-
-        Raises:
-            UserError: A time is not on the grid, two share a place, or the grid is far denser than the rows.
-        """
+        """Return the times of a regular grid from the first row on, and the place of each row in it."""
         exact = (self.times - self.times[0]) / step.size
         place = np.rint(exact).astype(np.int64)
         off = np.abs(exact - place) > JITTER
@@ -158,40 +131,59 @@ class Rows:
         ), place
 
 
-@dataclass(frozen=True)
-class Series:
-    """One series in the order of time.
+def group_rows(tables: Mapping[str, Columns], *, by_id: bool, sort: bool) -> dict[str, Rows]:
+    """Return the rows of each series by its name.
 
     Args:
-        name: Its name in messages.
-        clock: The source of the times: "dates", "numbers" or "row order".
-        times: Shape (steps,).
-        values: NaN where they are missing, shape (steps, features).
-        inputs: Covariates, shape (steps, inputs).
-        faulty: True at steps that are known to be faulty, shape (steps,).
+        tables: The files by name.
+        by_id: A series is the rows of an id, in any file; else a file.
+        sort: Bring rows into the order of time.
+
+    Raises:
+        UserError: Times are dates in one file and numbers in another, or an id is in two files without times.
     """
+    first = next(iter(tables.values()))
+    for table in tables.values():
+        if table.dated != first.dated:
+            kinds = ("dates", "numbers") if table.dated else ("numbers", "dates")
+            raise UserError(
+                f"{table.path}: times are {kinds[0]}, but in {first.path} they are {kinds[1]}; write them alike"
+            )
+    if not by_id:
+        return {name: Rows.join("", [(table, np.arange(len(table.rows)))], sort=sort) for name, table in tables.items()}
+    pieces: dict[str, list[tuple[Columns, NDArray[np.int64]]]] = {}
+    for table in tables.values():
+        order = np.argsort(table.codes, kind="stable")
+        bounds = np.searchsorted(table.codes[order], np.arange(len(table.ids) + 1))
+        for word, start, end in zip(table.ids, bounds[:-1], bounds[1:], strict=True):
+            pieces.setdefault(word, []).append((table, order[start:end]))
+            if first.times is None and len(pieces[word]) > 1:
+                raise UserError(
+                    f"{table.path}: id {word!r} is in {pieces[word][0][0].path} too, and without --data.time its rows "
+                    "have no order; name the column of times, or give each file ids of its own"
+                )
+    return {word: Rows.join(word, parts, sort=sort) for word, parts in pieces.items()}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One series in the order of time."""
 
     name: str
-    clock: str
-    times: NDArray[Any]
-    values: NDArray[np.float64]
-    inputs: NDArray[np.float32]
-    faulty: NDArray[np.bool_]
+    clock: str  # "dates", "numbers" or "row order"
+    times: NDArray[Any]  # shape (steps,)
+    values: NDArray[np.float64]  # NaN where one is missing, shape (steps, features)
+    inputs: NDArray[np.float32]  # covariates, shape (steps, inputs)
+    faulty: NDArray[np.bool_]  # True at steps that are known to be faulty, shape (steps,)
 
 
 @dataclass(frozen=True)
 class SeriesWindows:
-    """Stretches of series as sequences.
-
-    Args:
-        series: The series.
-        bounds: Series, first step and one past the last of each stretch, shape (sequences, 3).
-        missing: Tell the model which values are missing.
-    """
+    """Stretches of series as sequences."""
 
     series: list[Series]
-    bounds: NDArray[np.int64]
-    missing: bool
+    bounds: NDArray[np.int64]  # series, first step and one past the last of each stretch, shape (sequences, 3)
+    missing: bool  # tell the model which values are missing
 
     @property
     def lengths(self) -> list[int]:
@@ -200,11 +192,9 @@ class SeriesWindows:
         return steps
 
     def __len__(self) -> int:
-        """Return the number of sequences."""
         return len(self.bounds)
 
     def __getitem__(self, index: int, /) -> SequenceSample:
-        """Return one sequence."""
         _, start, end = self.bounds[index].tolist()
         return self.window(index, 0, end - start)
 
