@@ -105,8 +105,8 @@ class Handwriting(RandomSplitDataModule):
         augment: In each epoch, stretch each training sequence by one random factor for dx and one for dy, uniform
             between 1 - ``augment`` and 1 + ``augment``. The scaler is that of the sequences as they are.
         batch_size: Sequences per batch and process.
-        max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
-            A file that takes no more than 16 times its own size is always read.
+        max_gb: Gigabytes that the content of a file may take, as a damaged or hostile one declares more than it holds;
+            16 times its own size is always allowed.
         download: Fetch Omniglot's strokes as an archive, where ``root`` does not exist yet.
         options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 

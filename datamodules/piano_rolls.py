@@ -72,8 +72,8 @@ class PianoRolls(SequenceDataModule):
         download: Fetch the JSB chorales in quarter notes (under 1 MB) as an archive, where ``root`` does not exist.
         batch_size: Sequences per batch and process.
         max_quarters: Longest MIDI file, in quarter notes: later times come from damage.
-        max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
-            A file that takes no more than 16 times its own size is always read.
+        max_gb: Gigabytes that the content of a file may take, as a damaged or hostile one declares more than it holds;
+            16 times its own size is always allowed.
         options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:

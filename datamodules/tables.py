@@ -79,8 +79,8 @@ class Tables(SequenceDataModule):
         missing: Allow missing values. False refuses them, and builds a model that doesn't ask.
         sort: Bring rows that are not in the order of time into it, instead of refusing them.
         delimiter: The character between the cells of a csv file.
-        max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
-            A file that takes no more than 16 times its own size is always read.
+        max_gb: Gigabytes that the content of a file may take, as a damaged or hostile one declares more than it holds;
+            16 times its own size is always allowed.
         options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:

@@ -63,14 +63,11 @@ class Columns:
     dated: bool
 
     def raise_if(self, wrong: NDArray[np.bool_], fix: str) -> None:
-        """Raise if numbers are wrong.
+        """Raise a UserError with the place of the first wrong number, if there is one.
 
         Args:
-            wrong: True at them, shape (rows, columns) or fewer columns from the left on.
-            fix: The rest of the message, after the place of the first of them.
-
-        Raises:
-            UserError: Any is true.
+            wrong: True at wrong numbers, shape (rows, columns) or fewer columns from the left on.
+            fix: The rest of the message.
         """
         if wrong.any():
             row, column = np.unravel_index(wrong.argmax(), wrong.shape)

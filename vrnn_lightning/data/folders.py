@@ -18,11 +18,7 @@ SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("valid
 
 
 def files_below(root: Path) -> list[Path]:
-    """Return all files below a folder but hidden ones, sorted.
-
-    Raises:
-        UserError: There is a folder that may not be read.
-    """
+    """Return all files below a folder but hidden ones, sorted; raise a UserError if a folder may not be read."""
 
     def raise_error(error: OSError) -> NoReturn:
         raise UserError(f"{error.filename}: may not be read by you; give yourself the permission") from None
@@ -42,11 +38,7 @@ def _is_table(path: Path) -> bool:
 
 
 def find_split(root: Path, split: Split) -> Path:
-    """Return the table, or the folder of tables, that is called as a split.
-
-    Raises:
-        UserError: There is none, or more than one.
-    """
+    """Return the table or folder that is called as a split; raise a UserError if there is none or more than one."""
     if not root.is_dir():
         raise UserError(f"--data.root {root}: --data.split files needs a folder with train, valid and test in it")
     named = sorted(p for p in root.iterdir() if (_stem(p.name) if _is_table(p) else p.name) in SPLIT_NAMES[split])

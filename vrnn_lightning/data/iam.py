@@ -1,4 +1,4 @@
-"""The lists of forms that split IAM-OnDB, the IAM On-Line Handwriting Database."""
+"""Lists of the forms of each split of IAM-OnDB, the IAM On-Line Handwriting Database."""
 
 from __future__ import annotations
 
@@ -30,14 +30,11 @@ class FormList(NamedTuple):
     forms: list[str]
 
     def find(self, files: Mapping[str, Path], root: Path) -> list[str]:
-        """Return the names of the forms' files, and warn of forms without one.
+        """Return the names of the forms' files; warn of forms without one, and raise a UserError if all are.
 
         Args:
             files: All files by name, as ``lineStrokes/a01/a01-020/a01-020x-01.xml`` for the form a01-020x.
             root: The folder, for messages.
-
-        Raises:
-            UserError: No form has a file.
         """
         names: dict[str, list[str]] = {}
         for name, path in files.items():

@@ -42,11 +42,8 @@ LINE = " line"
 def read_iam(path: Path) -> NDArray[np.float32]:
     """Read a line of the IAM On-Line Handwriting Database: a WhiteboardCaptureSession with a StrokeSet of Strokes.
 
-    Args:
-        path: The XML file, as ``lineStrokes/a01/a01-020/a01-020x-01.xml``.
-
     Raises:
-        UserError: It can't be read, is damaged, declares a document type, or is not such a file.
+        UserError: The XML file can't be read, is damaged, declares a document type, or is not such a file.
     """
     strokes = []
     for element in _read_xml(path, "WhiteboardCaptureSession").iter():
@@ -73,12 +70,9 @@ def read_inkml(path: Path) -> NDArray[np.float32]:
     Channels come in the order of ``traceFormat``, X and Y where there is none; values may be differences, marked with
     ``'`` and ``"``, or ``*`` for the same again.
 
-    Args:
-        path: The file.
-
     Raises:
-        UserError: It can't be read, is damaged, declares a document type or is not InkML, has several formats or one
-            without X and Y, or a trace is continued elsewhere or holds something else than points.
+        UserError: The file can't be read, is damaged, declares a document type or is not InkML, has several formats or
+            one without X and Y, or a trace is continued elsewhere or holds something else than points.
     """
     channels: list[tuple[str, float]] = []
     strokes: list[NDArray[np.float64]] = []
@@ -219,7 +213,7 @@ def read_quickdraw(path: Path, number: int, line: bytes) -> NDArray[np.float32]:
         line: A JSON object.
 
     Raises:
-        UserError: It is not such an object.
+        UserError: The line is not such an object.
     """
     place = f"{path}: line {number}"
     try:
@@ -308,11 +302,7 @@ def _object_array(file: IO[bytes]) -> list[Any]:
 
 
 def check_sketch(place: str, drawing: Any) -> NDArray[Any]:
-    """Return a drawing of sketch-rnn as an array.
-
-    Raises:
-        UserError: It is something else than numbers of shape (steps, 3), or a lift is neither 0 nor 1.
-    """
+    """Return a drawing of sketch-rnn as an array; raise a UserError unless it holds finite rows with lifts 0 or 1."""
     listed = drawing.tolist() if isinstance(drawing, np.ndarray) and drawing.dtype.hasobject else drawing
     if isinstance(listed, np.ndarray):
         rows = listed

@@ -93,14 +93,14 @@ def read_midi(
     def step(tick: int) -> int:
         return (2 * tick * resolution + beat) // (2 * beat)
 
-    sounded, end = _sounded(file.tracks, sustain)
-    spans = [(note, step(on), max(step(off), step(on) + 1)) for note, on, off in sounded]
+    notes, end = _collect_notes(file.tracks, sustain)
+    spans = [(note, step(on), max(step(off), step(on) + 1)) for note, on, off in notes]
     steps = max([step(end), *(last for _, _, last in spans)])
     if steps > max_quarters * resolution:
-        late = sum(on > max_quarters * beat for _, on, _ in sounded)
+        late = sum(on > max_quarters * beat for _, on, _ in notes)
         raise UserError(
             f"{path}: its {path.stat().st_size} bytes last {steps // resolution} quarter notes, {late} of "
-            f"{len(sounded)} notes begin after --data.max_quarters {max_quarters}. Fix: export the file again if it is "
+            f"{len(notes)} notes begin after --data.max_quarters {max_quarters}. Fix: export the file again if it is "
             "damaged, or raise --data.max_quarters"
         )
     require_size(path, 8 * KEYS * steps, max_gb)
@@ -121,15 +121,12 @@ def write_midi(path: Path, roll: NDArray[Any], resolution: int) -> None:
     """Write a piano roll as a MIDI file of 120 quarter notes a minute.
 
     Successive steps of a key become one held note: a roll does not tell whether it was struck again. Reading the file
-    at the same resolution gives the same roll.
+    at the same resolution gives the same roll. It needs mido.
 
     Args:
         path: The file, which is overwritten.
         roll: Shape (steps, 88); values above one half sound.
         resolution: Steps per quarter note.
-
-    Raises:
-        UserError: mido is not installed.
     """
     mido = _mido()
     ticks = max(1, 480 // resolution)
@@ -161,7 +158,7 @@ def roll_sound(roll: NDArray[Any], resolution: int, sample_rate: int = 16000) ->
         sample_rate: In Hz.
 
     Returns:
-        Amplitudes of at most 0.9, shape (samples,); all zero where nothing sounds.
+        Amplitudes of at most 0.9, shape (samples,).
 
     >>> roll = np.zeros((4, KEYS)); roll[:, 69 - LOWEST] = 1  # an A of 440 Hz for one quarter
     >>> sound = roll_sound(roll, resolution=4)
@@ -261,7 +258,7 @@ def _open(path: Path) -> Any:
             raise ValueError("it breaks off" if content else "it is empty") from None
 
 
-def _sounded(tracks: list[Any], sustain: bool) -> tuple[list[tuple[int, int, int]], int]:
+def _collect_notes(tracks: list[Any], sustain: bool) -> tuple[list[tuple[int, int, int]], int]:
     """Return each note with the ticks at which it begins and ends, and the tick at which the last track ends."""
     events: list[tuple[int, int, Any]] = []
     end = 0
@@ -275,7 +272,7 @@ def _sounded(tracks: list[Any], sustain: bool) -> tuple[list[tuple[int, int, int
     events.sort(key=lambda event: event[0])
 
     notes: list[tuple[int, int, int]] = []
-    begun: dict[tuple[int, int, int], list[int]] = {}  # by channel, track and note: a track's end of a note is its own
+    held: dict[tuple[int, int, int], list[int]] = {}  # by channel, track and note: a track's end of a note is its own
     released: dict[tuple[int, int, int], list[int]] = {}  # those that only the pedal holds
     down: set[int] = set()
     for tick, number, message in events:
@@ -291,13 +288,13 @@ def _sounded(tracks: list[Any], sustain: bool) -> tuple[list[tuple[int, int, int
         key = (channel, number, message.note)
         if message.type == "note_on" and message.velocity:
             notes += [(message.note, start, tick) for start in released.pop(key, [])]
-            begun.setdefault(key, []).append(tick)
+            held.setdefault(key, []).append(tick)
         elif sustain and channel in down:
-            released.setdefault(key, []).extend(begun.pop(key, []))
+            released.setdefault(key, []).extend(held.pop(key, []))
         else:
-            notes += [(message.note, start, tick) for start in begun.pop(key, [])]
-    for open_ones in (begun, released):
-        notes += [(note, start, end) for (_, _, note), starts in open_ones.items() for start in starts]
+            notes += [(message.note, start, tick) for start in held.pop(key, [])]
+    for open_notes in (held, released):
+        notes += [(note, start, end) for (_, _, note), starts in open_notes.items() for start in starts]
     return notes, end
 
 
