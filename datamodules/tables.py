@@ -121,15 +121,14 @@ class Tables(SequenceDataModule):
     ) -> None:
         super().__init__(num_features=len(columns), **options)
         self.root, self.max_gb = data_root(root), checked_limit(max_gb)
-        self.columns = _unique("columns", columns)
-        self.inputs = _unique("inputs", inputs or [])
+        self._check_columns(columns, inputs or [], anomaly)
+        self.columns, self.inputs = list(columns), list(inputs or [])
         self.num_inputs = len(self.inputs)
         self.missing = missing
         self.id, self.time, self.sort, self.delimiter = id, time, sort, delimiter
         self.split_by, self.val_share, self.test_share = split, val_share, test_share
         self.length, self.stride, self.context, self.anomaly = length, stride, context, anomaly
         self.step = None if step is None else parse_step(step)
-        self._check_columns()
         self._check_options()
         self._series_of: dict[str, list[Series]] = {}
         self._cuts: dict[str, list[float]] | None = None
@@ -138,15 +137,24 @@ class Tables(SequenceDataModule):
         self._warnings = WarningCache()
         self._predicted: SeriesWindows | None = None
 
-    def _check_columns(self) -> None:
-        if not self.columns:
+    @staticmethod
+    def _check_columns(columns: Sequence[str], inputs: Sequence[str], anomaly: str | None) -> None:
+        if not columns:
             raise UserError("--data.columns: is empty; name at least one, as in --data.columns '[temperature]'")
-        for name in self.inputs:
-            if name in self.columns:
-                raise UserError(f"--data.inputs {name!r}: is in --data.columns too; what is known need not be modelled")
-        for option, names in (("columns", self.columns), ("inputs", self.inputs)):
-            if self.anomaly in names:
-                raise UserError(f"--data.anomaly {self.anomaly!r}: is in --data.{option} too; the model may not see it")
+        reasons = {"inputs": "what is known need not be modelled", "anomaly": "the model may not see it"}
+        labels = [] if anomaly is None else [anomaly]
+        used: dict[str, str] = {}
+        for option, names in (("columns", columns), ("inputs", inputs), ("anomaly", labels)):
+            if isinstance(names, str):
+                raise UserError(
+                    f"--data.{option} {names!r}: must be a list of names, as in --data.{option} '[{names}]'"
+                )
+            for name in names:
+                if name in used:
+                    problem = f"is in --data.{used[name]} too; {reasons.get(option)}"
+                    problem = "is named twice" if used[name] == option else problem
+                    raise UserError(f"--data.{option} {name!r}: {problem}")
+                used[name] = option
 
     def _check_options(self) -> None:
         val, test, length, stride, context = self.val_share, self.test_share, self.length, self.stride, self.context
@@ -386,12 +394,3 @@ class Tables(SequenceDataModule):
         fix = "covariates (--data.inputs) must be known at each step: add the row"
         fix = fix if self.inputs else "add the row, or set --data.missing true"
         raise UserError(f"{rows.place(i)}: no row for {absent} comes after it, which --data.step asks for; {fix}")
-
-
-def _unique(option: str, names: Sequence[str]) -> list[str]:
-    if isinstance(names, str):
-        raise UserError(f"--data.{option} {names!r}: must be a list of names, as in --data.{option} '[{names}]'")
-    for name in names:
-        if list(names).count(name) > 1:
-            raise UserError(f"--data.{option} {name!r}: is named twice")
-    return list(names)
