@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import WarningCache
 
 from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data import (
@@ -25,26 +23,27 @@ from vrnn_lightning.data import (
     Split,
     checked_limit,
     data_root,
+    explained,
     fetch,
+    files_below,
     read_archive,
 )
+from vrnn_lightning.data.folders import SPLIT_NAMES
 from vrnn_lightning.data.rolls import KEYS, NOTE_LISTS, Notes, read_midi, read_note_lists
 from vrnn_lightning.errors import UserError
 
 __all__ = ["PianoRolls"]
 
 MIDI = (".mid", ".midi")
-FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
-"""What a folder of each split may be called."""
 FRACTION = 0.1
-"""Files for validation, and for the test, where nothing else is said."""
+"""Files for validation, and for the test, by default."""
 
 
 class PianoRolls(SequenceDataModule):
     """Piano rolls: 88 columns of 0 and 1, a row per time step; column c is the MIDI note 21 + c.
 
-    The values are discrete, so the scaler is the identity, and the emission to choose is ``Bernoulli``. What ``root``
-    may be:
+    The values are discrete, so the scaler is the identity, and the emission to choose is ``Bernoulli``. ``root`` is one
+    of
 
     - a flat archive (``.npz``): ``{split}_values`` (total steps, 88) and ``{split}_lengths`` (sequences,) for the
       splits train, valid and test;
@@ -52,35 +51,33 @@ class PianoRolls(SequenceDataModule):
       Vincent (ICML 2012, arXiv 1206.6392): under "train", "valid" and "test" a list of sequences, each a list of
       steps, each a list of MIDI notes. A pickle is read as plain data; nothing that it names is run;
     - a folder of MIDI files, searched with its sub-folders (needs ``pip install 'vrnn-lightning[music]'``); hidden
-      files are passed over. Each file is a sequence, all instruments but drums together; a note begins and ends at the
+      files are skipped. Each file is a sequence, all instruments but drums together; a note begins and ends at the
       nearest step, lasts at least one, and where a key is struck again at once it sounds on. Tempo does not matter.
-      Folders train, valid (or val) and test right below the root split the files; without them they are drawn.
+      Folders train, valid (or val) and test right below the root split the files; without them splits are drawn.
 
-    A checkpoint keeps which MIDI file was in which split, by what is in it: so no file that was trained on is ever
-    tested, under whatever name or folder, and copies of one file share a split. Files that the checkpoint does not know
-    are left out, unless none of its test files is there: then the folder is another corpus, and they are the test
-    split.
+    A checkpoint keeps the split of each MIDI file by its content: a file that was trained on is never tested, under
+    any name or folder, and copies of one file share a split. Files that the checkpoint does not know are left out,
+    unless none of its test files is there: then the folder is another corpus, and they are the test split.
 
     Args:
         root: The file or folder. It may lie elsewhere when a checkpoint is used again.
-        resolution: Steps per quarter note: how finely MIDI files are read, and how fast samples of the model play that
-            are written as MIDI.
+        resolution: Steps per quarter note, in which MIDI files are read, and samples of the model written as MIDI.
         sustain: Let notes of MIDI files sound for as long as the sustain pedal is down; else it is ignored.
         transpose: Shift each training sequence by up to so many semitones, up or down, redrawn every epoch from
             those shifts that leave every note of the sequence on the keyboard, each as likely.
         test: Fraction of the MIDI files that is drawn with ``seed`` for the test, at least one unless it is 0; ``None``
             is a tenth. Where the data bring their splits it must be ``None``.
         val: Fraction for validation of the files outside the test split.
-        skip_bad: Skip and count MIDI files that can't be used instead of stopping at the first.
-        download: Fetch the JSB chorales in quarter notes (under 1 MB) as an archive, where there is no ``root`` yet.
+        skip_bad: Skip and count invalid MIDI files instead of stopping at the first.
+        download: Fetch the JSB chorales in quarter notes (under 1 MB) as an archive, where ``root`` does not exist.
         batch_size: Sequences per batch and process.
         max_quarters: Longest MIDI file, in quarter notes: later times come from damage.
-        max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
-            A file that takes no more than 16 times its own size is always read.
+        max_gb: Gigabytes that the content of a file may take, as a damaged or hostile one declares more than it holds;
+            16 times its own size is always allowed.
         options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
 
     Raises:
-        UserError: An option outside its range, or one that the data at ``root`` have no use for. From ``setup`` on:
+        UserError: An option outside its range, or one without effect on the data at ``root``. From ``setup`` on:
             there is no such file or folder, it can't be read, or holds something else than 0 and 1 or keys of a piano.
 
     >>> PianoRolls("jsb.npz").num_features
@@ -89,10 +86,7 @@ class PianoRolls(SequenceDataModule):
 
     modality: ClassVar[Modality] = "roll"
     run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {
-        "skip_bad",
-        "download",
-        "max_quarters",
-        "max_gb",
+        *("skip_bad", "download", "max_quarters", "max_gb")
     }
 
     def __init__(
@@ -112,40 +106,33 @@ class PianoRolls(SequenceDataModule):
     ) -> None:
         super().__init__(num_features=KEYS, batch_size=batch_size, **options)
         self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
-        for option, value, most in (
-            ("resolution", resolution, 960),
-            ("transpose", transpose, KEYS - 1),
-            ("max_quarters", max_quarters, 10**9),
+        for option, value, least, most in (
+            ("resolution", resolution, 1, 960),
+            ("transpose", transpose, 0, KEYS - 1),
+            ("max_quarters", max_quarters, 1, 10**9),
         ):
-            least = 0 if option == "transpose" else 1
             if not least <= value <= most:
                 raise UserError(f"--data.{option} {value}: must lie between {least} and {most}")
         for option, fraction in (("test", test), ("val", val)):
             if fraction is not None and not 0 <= fraction < 1:
                 raise UserError(f"--data.{option} {fraction}: a fraction of the files must be at least 0 and below 1")
-        self.root = data_root(root)
-        self.max_gb = checked_limit(max_gb)
-        self.resolution = resolution
-        self.max_quarters = max_quarters
-        self.sustain = sustain
-        self.transpose = transpose
-        self.test = test
-        self.val = val
-        self.skip_bad = skip_bad
-        self.download = download
+        self.root, self.max_gb = data_root(root), checked_limit(max_gb)
+        self.resolution, self.sustain, self.max_quarters = resolution, sustain, max_quarters
+        self.transpose, self.test, self.val = transpose, test, val
+        self.skip_bad, self.download = skip_bad, download
         self._members: dict[Split, list[str]] | None = None
-        self._read: dict[str, Notes | UserError] = {}
-        self._warned: set[str] = set()
+        self._notes: dict[str, Notes] = {}
+        self._warnings = WarningCache()
 
     def prepare_data(self) -> None:
-        """Fetch the chorales, if that is asked for."""
+        """Fetch the chorales, if asked to."""
         if self.download:
             fetch("jsb", self.root)
 
     def setup(self, stage: str) -> None:
-        """Look at the data early, so that what is wrong with them is said before training starts."""
+        """Look at the data early, so that mistakes in them are reported before training starts."""
         if stage == "fit":
-            self._refuse_idle_options()
+            self._raise_if_idle()
             super().setup(stage)
         elif self.root.is_dir():
             self._names()  # splits may be a checkpoint's, which is loaded after setup
@@ -154,32 +141,29 @@ class PianoRolls(SequenceDataModule):
 
     def sequences(self, split: Split) -> Sequences:
         """Return the rolls of a split, each of shape (steps, 88)."""
-        found = self._rolls(split)
+        rolls = self._rolls(split)
         if split != "train" or not self.transpose:
-            return found
-        reach = [_reach(found[i]) for i in range(len(found))]
-        return _Transposed(sequences=found, seed=self.seed, most=self.transpose, reach=reach)
+            return rolls
+        reach = [_reach(rolls[i]) for i in range(len(rolls))]
+        return _Transposed(sequences=rolls, seed=self.seed, most=self.transpose, reach=reach)
 
     def lengths(self, split: Split) -> list[int]:
         """Return the steps of each roll of a split."""
-        found = self.split(split)
-        found = found.sequences if isinstance(found, _Transposed) else found
-        assert isinstance(found, (ArchiveSplit, _Songs))
-        return found.lengths
+        rolls = self.split(split)
+        rolls = rolls.sequences if isinstance(rolls, _Transposed) else rolls
+        assert isinstance(rolls, (ArchiveSplit, _Songs))
+        return rolls.lengths
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scaler and which MIDI files are in which split, by the digests of their contents."""
-        members = self._drawn() if self.root.is_dir() else self._members or {}
-        if self.root.is_dir() and self._folders:  # more may have come since the checkpoint that training continued from
-            here = {split: [self._digests[name] for name in self._in_folder(split)] for split in FOLDERS}
-            members = {split: list(dict.fromkeys([*members[split], *here[split]])) for split in FOLDERS}
+        """Return the scaler and the MIDI files of each split, by the digests of their contents."""
+        members = self._known_members() if self.root.is_dir() else self._members or {}
         return super().state_dict() | {"members": dict(members)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the checkpoint's splits: MIDI files that it does not know, it was not trained on."""
+        """Take the checkpoint's scaler and splits."""
         super().load_state_dict(state_dict)
         members = state_dict.get("members") or {}
-        self._members = {split: list(members.get(split, ())) for split in FOLDERS}
+        self._members = {split: list(members.get(split, ())) for split in SPLIT_NAMES}
         self._splits.clear()  # those that setup found were drawn again
 
     def _rolls(self, split: Split) -> ArchiveSplit | _Songs:
@@ -189,155 +173,128 @@ class PianoRolls(SequenceDataModule):
                 f"--data.root {self.root}: no such file or folder; --data.download true puts the JSB chorales there"
             )
         if self.root.is_dir():
-            return self._songs(split)
+            names = self._members_of(split)
+            return _Songs(names, [self._song(name) for name in names])
         if suffix in MIDI:
             raise UserError(f"--data.root {self.root}: is a single MIDI file; give the folder that holds it and others")
         if suffix in NOTE_LISTS:
             return read_note_lists(self.root, split, self.max_gb)
-        found = read_archive(self.root, split, KEYS, max_gb=self.max_gb)
-        found.raise_if((found.values != 0) & (found.values != 1), "a roll holds 0 and 1: binarise it")
-        return found
+        rolls = read_archive(self.root, split, KEYS, max_gb=self.max_gb)
+        rolls.raise_if((rolls.values != 0) & (rolls.values != 1), "a roll holds 0 and 1: binarise it")
+        return rolls
 
-    def _refuse_idle_options(self) -> None:
+    def _raise_if_idle(self) -> None:
         """Raise if an option would do nothing; only in training, as a checkpoint brings its own options."""
-        midi = self.root.is_dir()
-        if not midi:
-            idle, reason = {"sustain": self.sustain, "skip_bad": self.skip_bad}, "is not a folder of MIDI files"
+        if not self.root.exists():
+            return
+        idle, reason = {"test": self.test is not None, "val": self.val is not None}, "is not a folder of MIDI files"
+        if not self.root.is_dir():
+            idle |= {"sustain": self.sustain, "skip_bad": self.skip_bad}
+        elif self._folders:
+            reason = f"has folders that split it ({', '.join(self._folders)})"
         else:
-            idle, reason = {}, f"has folders that split it ({', '.join(self._folders)})"
-        if not midi or self._folders:
-            idle |= {"test": self.test is not None, "val": self.val is not None}
-        for option, asked in idle.items():
-            if asked and self.root.exists():
+            return
+        for option, is_given in idle.items():
+            if is_given:
                 raise UserError(f"--data.{option}: does nothing, {self.root} {reason}; leave the option out")
-
-    def _songs(self, split: Split) -> _Songs:
-        """Read the MIDI files of a split."""
-        names = self._members_of(split)
-        if not names:
-            count = len(set(self._digests.values()))
-            raise UserError(
-                f"--data.root {self.root}: the {split} split is empty: it has {count} different MIDI files; "
-                "add some, or change --data.test and --data.val"
-            )
-        return _Songs(names, [self._song(name) for name in names])
 
     def _song(self, name: str) -> Notes:
         """Read a MIDI file once."""
-        if name not in self._read:
-            try:
-                self._read[name] = read_midi(
-                    self.root / name, self.resolution, self.sustain, self.max_quarters, self.max_gb
-                )
-            except UserError as error:
-                self._read[name] = error
-        found = self._read[name]
-        if isinstance(found, UserError):
-            raise found
-        return found
+        if name not in self._notes:
+            self._notes[name] = read_midi(
+                self.root / name, self.resolution, self.sustain, self.max_quarters, self.max_gb
+            )
+        return self._notes[name]
 
     def _members_of(self, split: Split) -> list[str]:
         """Return the files of a split that are in the folder."""
-        drawn, digests = self._drawn(), self._digests
+        members, digests = self._known_members(), self._digests
         if self._folders:
             names = self._in_folder(split)
             if not names:
                 raise UserError(
                     f"--data.root {self.root}: its folders {' and '.join(self._folders)} split it, but no MIDI file is "
-                    f"in {' or '.join(FOLDERS[split])}; put some there"
+                    f"in {' or '.join(SPLIT_NAMES[split])}; put some there"
                 )
-            trained = {*drawn["train"], *drawn["val"]} if split == "test" else set()
+            trained = {*members["train"], *members["val"]} if split == "test" else set()
             for name in names:
                 if digests[name] in trained:
                     raise UserError(f"{self.root / name}: is a copy of a file outside the test split; remove it")
             return names
-        known = {digest for members in drawn.values() for digest in members}
+        known = {digest for part in members.values() for digest in part}
         unknown = [name for name in digests if digests[name] not in known]
-        if unknown and not set(digests.values()).intersection(drawn["test"]):
-            drawn, unknown = {**drawn, "test": [digests[name] for name in unknown]}, []
+        if unknown and not set(digests.values()).intersection(members["test"]):
+            members, unknown = {**members, "test": [digests[name] for name in unknown]}, []
         if unknown:
-            self._warn(f"{self.root}: {len(unknown)} files that are in no split of the checkpoint are left out")
-        wanted = set(drawn[split])
-        return [name for name in digests if digests[name] in wanted]
+            self._warnings.warn(
+                f"{self.root}: {len(unknown)} files that are in no split of the checkpoint are left out"
+            )
+        wanted = set(members[split])
+        names = [name for name in digests if digests[name] in wanted]
+        if not names:
+            raise UserError(
+                f"--data.root {self.root}: the {split} split is empty: it has {len(set(digests.values()))} different "
+                "MIDI files; add some, or change --data.test and --data.val"
+            )
+        return names
 
-    def _drawn(self) -> dict[Split, list[str]]:
-        """Return the digests of each split's files as the checkpoint has them, or draw them once."""
+    def _known_members(self) -> dict[Split, list[str]]:
+        """Return the digests of each split's files: the checkpoint's with those in its folder, or drawn once."""
+        digests = self._digests
+        if self._folders:
+            here = {split: [digests[name] for name in self._in_folder(split)] for split in SPLIT_NAMES}
+            known = self._members or {}
+            return {split: list(dict.fromkeys([*known.get(split, ()), *here[split]])) for split in SPLIT_NAMES}
         if self._members is None:
-            digests = self._digests
-            if self._folders:
-                self._members = {split: [digests[name] for name in self._in_folder(split)] for split in FOLDERS}
-            else:
-                generator = torch.Generator().manual_seed(self.seed)
-                test, rest = _taken(self.test, list(dict.fromkeys(digests.values())), generator)
-                val, train = _taken(self.val, rest, generator)
-                self._members = {"train": train, "val": val, "test": test}
+            generator = torch.Generator().manual_seed(self.seed)
+            test, rest = _draw(self.test, list(dict.fromkeys(digests.values())), generator)
+            val, train = _draw(self.val, rest, generator)
+            self._members = {"train": train, "val": val, "test": test}
         return self._members
 
     @cached_property
     def _folders(self) -> list[str]:
         """The folders that split the files, if there are any."""
-        return [name for names in FOLDERS.values() for name in names if (self.root / name).is_dir()]
+        return [name for names in SPLIT_NAMES.values() for name in names if (self.root / name).is_dir()]
 
     def _in_folder(self, split: Split) -> list[str]:
         """Return the files of a split that folders make."""
-        folders = [name for name in FOLDERS[split] if name in self._folders]
+        folders = [name for name in SPLIT_NAMES[split] if name in self._folders]
         if len(folders) > 1:
             raise UserError(f"--data.root {self.root}: has both {' and '.join(folders)}; rename one of them")
         return [name for name in self._digests if name.partition("/")[0] in folders]
 
     @cached_property
     def _digests(self) -> dict[str, str]:
-        """What tells MIDI files apart, by their paths below the root, in the order of these."""
+        """Digests of the MIDI files' contents, by their paths below the root, in the order of these."""
         names = self._names()
         if self._folders:
-            outside = [name for name in names if name.partition("/")[0] not in self._folders]
-            if outside:
-                self._warn(f"{self.root}: {len(outside)} files outside {', '.join(self._folders)} are left out")
-            names = [name for name in names if name not in set(outside)]
-        found: dict[str, str] = {}
+            inside = [name for name in names if name.partition("/")[0] in self._folders]
+            if len(inside) < len(names):
+                outside = len(names) - len(inside)
+                self._warnings.warn(f"{self.root}: {outside} files outside {', '.join(self._folders)} are left out")
+            names = inside
+        bad, digests = InvalidFiles(self.skip_bad), {}
         for name in names:
-            try:
-                found[name] = hashlib.sha256((self.root / name).read_bytes()).hexdigest()[:32]
-            except OSError:
-                found[name] = f"unreadable {name}"  # reading its notes will say why
-        return self._without_bad(found) if self.skip_bad else found
-
-    def _without_bad(self, digests: dict[str, str]) -> dict[str, str]:
-        """Leave out files that can't be used, before splits are drawn: so none is the whole of one."""
-        bad, good = InvalidFiles(skip=True), {}
-        for name, digest in digests.items():
-            with bad.tolerated():
-                self._song(name)
-                good[name] = digest
-        bad.report(len(digests), self.root)
-        return good
+            with bad.tolerated(), explained(self.root / name):
+                digest = hashlib.sha256((self.root / name).read_bytes()).hexdigest()[:32]
+                if self.skip_bad:  # before splits are drawn, so that no split is made of invalid files alone
+                    self._song(name)
+                digests[name] = digest
+        bad.report(len(names), self.root)
+        return digests
 
     def _names(self) -> list[str]:
         """Return the paths of all MIDI files below the root, with forward slashes, sorted."""
-
-        def raise_error(error: OSError) -> None:
-            raise UserError(f"{error.filename}: may not be read by you; give yourself the permission") from None
-
-        paths = (Path(folder, file) for folder, _, files in os.walk(self.root, onerror=raise_error) for file in files)
-        found = [path for path in paths if path.suffix.lower() in MIDI and not path.name.startswith(".")]
-        if not found:
+        paths = [path for path in files_below(self.root) if path.suffix.lower() in MIDI]
+        if not paths:
             raise UserError(f"--data.root {self.root}: no MIDI files in it; expected {' or '.join(MIDI)}")
-        return sorted(path.relative_to(self.root).as_posix() for path in found)
-
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            rank_zero_warn(message)
+        return sorted(path.relative_to(self.root).as_posix() for path in paths)
 
 
 @dataclass(frozen=True)
 class _Songs:
-    """MIDI files as rolls.
-
-    Args:
-        names: Their paths below the root.
-        notes: What they hold.
-    """
+    """MIDI files as rolls, by their paths below the root."""
 
     names: list[str]
     notes: list[Notes]
@@ -374,9 +331,7 @@ class _Transposed(AugmentedSequences):
         low, high = self.reach[index]
         random = np.random.default_rng((self.seed, self.epoch, index))
         shift = int(random.integers(-min(self.most, low), min(self.most, KEYS - 1 - high), endpoint=True))
-        return replace(
-            sequence, x=sequence.x.roll(shift, dims=1)
-        )  # nothing sounds beyond the reach, so nothing comes round
+        return replace(sequence, x=sequence.x.roll(shift, dims=1))  # silence beyond the reach: nothing comes round
 
 
 def _reach(roll: SequenceSample) -> tuple[int, int]:
@@ -385,7 +340,7 @@ def _reach(roll: SequenceSample) -> tuple[int, int]:
     return (keys[0], keys[-1]) if keys else (0, KEYS - 1)
 
 
-def _taken(fraction: float | None, digests: list[str], generator: torch.Generator) -> tuple[list[str], list[str]]:
+def _draw(fraction: float | None, digests: list[str], generator: torch.Generator) -> tuple[list[str], list[str]]:
     """Draw a fraction, at least one unless it is 0, and return it and the rest."""
     fraction = FRACTION if fraction is None else fraction
     count = max(1, round(fraction * len(digests))) if fraction > 0 else 0

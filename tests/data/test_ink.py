@@ -343,3 +343,11 @@ def test_a_hexadecimal_number_that_no_float_holds(tmp_path):
     path.write_text(f"<ink><trace>#{'F' * 5000} 0, 1 1</trace></ink>")
     with pytest.raises(UserError, match=r"a\.inkml: line 1: a number of 5000 digits"):
         read_inkml(path)
+
+
+def test_a_file_of_too_many_elements(tmp_path, monkeypatch):
+    """It would take far more memory than it has bytes."""
+    monkeypatch.setattr("vrnn_lightning.data.ink.MOST", 5)
+    with pytest.raises(UserError, match=r"a\.inkml: has more than 5 elements"):
+        read_inkml(write(tmp_path / "a.inkml", INKML.format("<a/>" * 5)))
+    assert read_inkml(write(tmp_path / "a.inkml", INKML.format("<a/>" * 4))).shape == (0, 3)

@@ -1,22 +1,22 @@
-"""Columns of a table by name: csv files with what Python brings, parquet files with pyarrow."""
+"""Columns of a table by name: csv files, and parquet files with pyarrow."""
 
 from __future__ import annotations
 
 import csv
 import difflib
 import gzip
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zlib import error as ZlibError
 
 import numpy as np
 
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import MAX_GB, PIECE, explained, read_cell, require_size
+from vrnn_lightning.files import MAX_GB, PIECE, explained, read_cell, require_size, undamaged
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -33,6 +33,8 @@ SHOWN = 30
 MISSING = {"", "nan", "na", "n/a", "null"}
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
+NO_DATE = np.iinfo(np.int64).min
+"""numpy's NaT as a number."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,12 @@ class Columns:
 
     Args:
         path: The file.
-        rows: What messages call each row, shape (rows,): its line in a csv file, whose header is row 1, else its place
+        rows: The names of the rows in messages, shape (rows,): lines of a csv file, whose header is row 1, else places
             from 0 on.
         names: The number columns.
         numbers: Their values, NaN where a cell is empty, shape (rows, columns).
-        ids: The id column's entries, each once, in the order of their first rows; none without such a column.
-        codes: Which of them each row has, shape (rows,).
+        ids: The distinct entries of the id column, in the order of their first rows; empty without such a column.
+        codes: The place of each row's entry in ``ids``, shape (rows,).
         times: Numbers, or microseconds since 1970 in UTC, shape (rows,); ``None`` without a time column.
         dated: True where times are dates.
     """
@@ -61,14 +63,11 @@ class Columns:
     dated: bool
 
     def raise_if(self, wrong: NDArray[np.bool_], fix: str) -> None:
-        """Raise if numbers are wrong.
+        """Raise a UserError with the place of the first wrong number, if there is one.
 
         Args:
-            wrong: True at them, shape (rows, columns) or fewer columns from the left on.
-            fix: The rest of the message, after where the first of them stands.
-
-        Raises:
-            UserError: Any is true.
+            wrong: True at wrong numbers, shape (rows, columns) or fewer columns from the left on.
+            fix: The rest of the message.
         """
         if wrong.any():
             row, column = np.unravel_index(wrong.argmax(), wrong.shape)
@@ -93,12 +92,11 @@ def read_columns(
         wanted: The number columns, by the option that asks for them, which messages name.
         id: The column that tells series apart, or ``None``.
         time: The column of times, or ``None``.
-        delimiter: What stands between cells of a csv file.
+        delimiter: The character between the cells of a csv file.
         max_gb: Gigabytes that its text or its columns may take, or 16 times the file's size.
 
     Raises:
-        UserError: The file can't be read, is damaged or has no rows, lacks a column, or a cell is not what its column
-            holds.
+        UserError: The file can't be read, is damaged or has no rows, lacks a column, or a cell does not fit its column.
     """
     asked = [(name, option) for option, names in wanted.items() for name in names]
     numbers = [name for name, _ in asked]
@@ -110,11 +108,9 @@ def read_columns(
         table = np.empty((len(rows), len(numbers)))
         for i, name in enumerate(numbers):
             table[:, i] = _numbers(cells[name], _Place(path, name, rows))
-        codes = np.zeros(0 if id is None else len(rows), dtype=np.int64)
+        codes, times = np.zeros(len(rows), dtype=np.int64), np.zeros(0)
         if id is not None:
-            words = _words(cells[id], _Place(path, id, rows))
-            codes[:] = [ids.setdefault(word, len(ids)) for word in words]
-        times = np.zeros(0)
+            codes[:] = [ids.setdefault(word, len(ids)) for word in _ids(cells[id], _Place(path, id, rows))]
         if time is not None:
             times, dated = _times(cells[time], dated, _Place(path, time, rows))
         parts.append((rows, table, codes, times))
@@ -142,31 +138,25 @@ Chunk = tuple["NDArray[np.int64]", dict[str, Cells]]
 
 
 def _chunks(path: Path, asked: list[tuple[str, str]], delimiter: str, max_gb: float) -> Iterator[Chunk]:
-    """Yield the numbers and the wanted cells of some rows at a time; what the file does wrong becomes one line."""
-    damaged = f"{path}: can't be read, it seems damaged; copy or write it again"
-    try:
+    """Yield the row numbers and the wanted cells of some rows at a time."""
+    kind = "parquet" if path.name.lower().endswith(".parquet") else "csv"
+    with explained(path), undamaged(f"{path}: can't be read as {kind}", "copy or write it again"):
         if path.stat().st_size == 0:
             raise UserError(f"{path}: is empty, it has not even a header; remove it")
-        if path.name.lower().endswith(".parquet"):
-            yield from _parquet_chunks(path, asked, max_gb)
-        else:
-            yield from _csv_chunks(path, asked, delimiter, max_gb)
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
-    except csv.Error as error:
-        raise UserError(f"{path}: can't be read as csv ({error}); write it again") from None
-    except (gzip.BadGzipFile, EOFError, ZlibError):
-        raise UserError(damaged) from None
-    except OSError as error:
-        with explained(path):
-            raise error from None
+        try:
+            if kind == "parquet":
+                yield from _parquet_chunks(path, asked, max_gb)
+            else:
+                yield from _csv_chunks(path, asked, delimiter, max_gb)
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
 
 
 def _csv_chunks(path: Path, asked: list[tuple[str, str]], delimiter: str, max_gb: float) -> Iterator[Chunk]:
-    with _text(path, max_gb) as file:
+    with _open_text(path, max_gb) as file:
         reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
         header = [read_cell(name).strip() for name in next(reader, [])]
-        places = _find(path, header, asked, delimiter)
+        places = _locate(path, header, asked, delimiter)
         numbered = ((reader.line_num, row) for row in reader if row)
         while chunk := list(islice(numbered, CHUNK)):
             for line, row in chunk:
@@ -177,7 +167,7 @@ def _csv_chunks(path: Path, asked: list[tuple[str, str]], delimiter: str, max_gb
             yield rows, {name: columns[place] for name, place in places.items()}
 
 
-def _text(path: Path, max_gb: float) -> TextIO:
+def _open_text(path: Path, max_gb: float) -> TextIO:
     if path.name.lower().endswith(".gz"):
         size = 0
         with gzip.open(path) as file:  # to its end, where the checksum is: one line may hold all of it
@@ -190,68 +180,59 @@ def _text(path: Path, max_gb: float) -> TextIO:
 
 def _parquet_chunks(path: Path, asked: list[tuple[str, str]], max_gb: float) -> Iterator[Chunk]:
     try:
-        import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise UserError(f"{path}: parquet needs pyarrow; pip install 'vrnn-lightning[tables]'") from None
-    start = 0
+    start, checked = 0, {"pre_buffer": False, "page_checksum_verification": True}
     with path.open("rb") as source:
         try:
-            file = parquet.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
-            header = list(file.schema_arrow.names)
-            names = list(_find(path, header, asked))
-            _require_parquet_size(path, file.metadata, len(names), max_gb)
+            file = parquet.ParquetFile(source, **checked)
+            names = list(_locate(path, list(file.schema_arrow.names), asked))
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            count = max(file.metadata.num_rows, sum(group.num_rows for group in groups))
+            pages = max((group.total_byte_size for group in groups), default=0)
+            require_size(path, max(8 * count * (len(names) + 1), pages), max_gb)  # runs of one value take no room in it
             words = [field.name for field in file.schema_arrow if str(field.type).endswith("string")]
             if words:  # as indices into the words, of which one may be long and stand in every row
-                file = parquet.ParquetFile(
-                    source, pre_buffer=False, page_checksum_verification=True, read_dictionary=words
-                )
+                file = parquet.ParquetFile(source, read_dictionary=words, **checked)
             # no threads: reading processes are forked from this one
             for batch in file.iter_batches(CHUNK, columns=names, use_threads=False):
                 rows = np.arange(start, start + len(batch))
                 start += len(batch)
-                yield rows, {name: _array(batch.column(name), _Place(path, name, rows)) for name in names}
-        except (pyarrow.ArrowException, OSError, MemoryError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path}: can't be read as parquet ({reason}); write it again") from None
+                yield rows, {name: _cells(batch.column(name), path, name) for name in names}
+        except MemoryError as error:  # pyarrow's too, for the sizes that a damaged file declares
+            raise UserError(f"{path}: can't be read as parquet ({error}); write it again") from None
 
 
-def _require_parquet_size(path: Path, metadata: Any, columns: int, max_gb: float) -> None:
-    """Compare what a file declares with the limit: runs of one value take no room in it."""
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    rows = max(metadata.num_rows, sum(group.num_rows for group in groups))
-    pages = max((group.total_byte_size for group in groups), default=0)
-    require_size(path, max(8 * rows * (columns + 1), pages), max_gb)
-
-
-def _array(array: Any, place: _Place) -> Cells:
+def _cells(array: Any, path: Path, column: str) -> Cells:
     """Return an arrow array as text or as a numpy array."""
     import pyarrow
     from pyarrow import types
 
     kind = array.type
+    numeric = (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean, types.is_null)
     if types.is_dictionary(kind) and str(kind.value_type).endswith("string"):
         words = array.dictionary.to_pylist()
         return [None if index is None else words[index] for index in array.indices.to_pylist()]
     if types.is_dictionary(kind):
         array, kind = array.dictionary_decode(), kind.value_type
-    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+    if str(kind).endswith(("string", "string_view")):
         return array.to_pylist()
+    if types.is_boolean(kind):
+        array = array.cast(pyarrow.uint8())
     if types.is_timestamp(kind) or types.is_date(kind):
-        return array.cast(pyarrow.timestamp("us"), safe=False).to_numpy(zero_copy_only=False)
-    if types.is_integer(kind) and array.null_count == 0:
-        return array.cast(pyarrow.int64()).to_numpy(zero_copy_only=False)
-    numeric = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
-    if numeric or types.is_boolean(kind) or types.is_null(kind):
-        bits = array.cast(pyarrow.uint8()) if types.is_boolean(kind) else array
-        return bits.cast(pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False)
-    raise UserError(f"{place.path}: column {place.column!r} is of type {kind}; expected numbers, text or dates")
+        array = array.cast(pyarrow.timestamp("us"), safe=False)
+    elif types.is_integer(kind) and array.null_count == 0:
+        array = array.cast(pyarrow.int64())
+    elif any(is_kind(kind) for is_kind in numeric):
+        array = array.cast(pyarrow.float64(), safe=False)
+    else:
+        raise UserError(f"{path}: column {column!r} is of type {kind}; expected numbers, text or dates")
+    return array.to_numpy(zero_copy_only=False)
 
 
-def _find(path: Path, header: list[str], asked: list[tuple[str, str]], delimiter: str = "") -> dict[str, int]:
-    """Return where the wanted columns stand."""
+def _locate(path: Path, header: list[str], asked: list[tuple[str, str]], delimiter: str = "") -> dict[str, int]:
+    """Return the places of the wanted columns."""
     for name, option in asked:
         count = header.count(name)
         if count == 1:
@@ -274,29 +255,42 @@ def _numbers(cells: Cells, place: _Place) -> NDArray[np.float64]:
         if cells.dtype.kind == "M":
             raise place.error(0, "is a date; expected a number")
         return cells.astype(np.float64)
-    try:
-        if "_" in "".join(cells):  # Python reads 1_000 as a thousand
-            raise ValueError
-        return np.array([float(cell) for cell in cells])
-    except (TypeError, ValueError):
-        return np.array([_number(cells, i, place) for i in range(len(cells))])
+    with suppress(TypeError, ValueError):  # cells without a gap, the fast way
+        if "_" not in "".join(cells):  # Python reads 1_000 as a thousand
+            return np.array([float(cell) for cell in cells])
+    return np.array(_parse(cells, place, _number, np.nan))
 
 
-def _number(cells: Sequence[str | None], index: int, place: _Place) -> float:
-    cell = (cells[index] or "").strip()
-    if cell.lower() in MISSING:
-        return np.nan
+def _parse(cells: Cells, place: _Place, parse: Callable[[str], Any], missing: Any) -> list[Any]:
+    """Return the values of text, and ``missing`` where a cell is empty."""
+    values = []
+    for i, cell in enumerate(cells):
+        word = (cell or "").strip()
+        try:
+            values.append(missing if word.lower() in MISSING else parse(word))
+        except ValueError as error:
+            raise place.error(i, f"{word!r} {error}") from None
+    return values
+
+
+def _number(word: str) -> float:
+    with suppress(ValueError):
+        if "_" not in word:
+            return float(word)
+    fix = "write a decimal point" if "," in word else "fix it, or leave the cell empty where nothing was measured"
+    raise ValueError(f"is not a number; {fix}")
+
+
+def _date(word: str) -> int:
+    """Return microseconds since 1970 in UTC."""
     try:
-        if "_" not in cell:
-            return float(cell)
-        raise ValueError
+        date = datetime.fromisoformat(word)
     except ValueError:
-        fix = "write a decimal point" if "," in cell else "fix it, or leave the cell empty where nothing was measured"
-        raise place.error(index, f"{cell!r} is not a number; {fix}") from None
+        raise ValueError("is not a time; write a number or an ISO date, 2016-07-01 13:00") from None
+    return (date.replace(tzinfo=date.tzinfo or UTC) - EPOCH) // MICROSECOND
 
 
-def _words(cells: Cells, place: _Place) -> list[str]:
-    """Return ids as text."""
+def _ids(cells: Cells, place: _Place) -> list[str]:
     listed = cells.tolist() if isinstance(cells, np.ndarray) else cells
     words = ["" if cell is None or cell != cell else read_cell(str(cell)).strip() for cell in listed]  # NaN != NaN
     if "" in words:
@@ -308,16 +302,15 @@ def _times(cells: Cells, dated: bool | None, place: _Place) -> tuple[NDArray[Any
     """Return numbers, or microseconds since 1970, and whether they are dates; the file's first cell decides."""
     if isinstance(cells, np.ndarray):
         dated = cells.dtype.kind == "M"
-        missing = np.isnat(cells) if dated else np.isnan(cells)
-        if missing.any():
-            raise place.error(int(missing.argmax()), "is empty; each row needs its time")
         times = cells.astype("datetime64[us]").astype(np.int64) if dated else cells
     else:
-        if dated is None:
-            dated = not _is_number(cells[0])
-        times = _dates(cells, place) if dated else _ticks(cells, place)
-    if not np.isfinite(times).all():
-        raise place.error(int((~np.isfinite(times)).argmax()), "is infinite; expected a time")
+        dated = not _is_number(cells[0]) if dated is None else dated
+        times = np.array(_parse(cells, place, _date, NO_DATE), dtype=np.int64) if dated else _ticks(cells, place)
+    empty = times == NO_DATE if dated else np.isnan(times)
+    if empty.any():
+        raise place.error(int(empty.argmax()), "is empty; each row needs its time")
+    if np.isinf(times).any():
+        raise place.error(int(np.isinf(times).argmax()), "is infinite; expected a time")
     return times, dated
 
 
@@ -329,29 +322,9 @@ def _is_number(cell: str | None) -> bool:
     return True
 
 
-def _ticks(cells: Sequence[str | None], place: _Place) -> NDArray[Any]:
+def _ticks(cells: Sequence[str], place: _Place) -> NDArray[Any]:
     """Return times that are numbers, whole ones exactly."""
-    try:
-        if "_" not in "".join(cell or "" for cell in cells):
-            return np.array([int(cell or "") for cell in cells], dtype=np.int64)
-        ticks = _numbers(cells, place)
-    except (OverflowError, ValueError):
-        ticks = _numbers(cells, place)
-    missing = np.isnan(ticks)
-    if missing.any():
-        raise place.error(int(missing.argmax()), "is empty; each row needs its time")
-    return ticks
-
-
-def _dates(cells: Sequence[str | None], place: _Place) -> NDArray[np.int64]:
-    dates = []
-    for i, cell in enumerate(cells):
-        word = (cell or "").strip()
-        if word.lower() in MISSING:
-            raise place.error(i, "is empty; each row needs its time")
-        try:
-            date = datetime.fromisoformat(word)
-        except ValueError:
-            raise place.error(i, f"{word!r} is not a time; write a number or an ISO date, 2016-07-01 13:00") from None
-        dates.append((date.replace(tzinfo=date.tzinfo or UTC) - EPOCH) // MICROSECOND)
-    return np.array(dates, dtype=np.int64)
+    with suppress(OverflowError, TypeError, ValueError):
+        if "_" not in "".join(cells):
+            return np.array([int(cell) for cell in cells], dtype=np.int64)
+    return _numbers(cells, place)

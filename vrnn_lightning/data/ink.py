@@ -1,14 +1,18 @@
-"""Reading what pens wrote: IAM-OnDB's XML, InkML, QuickDraw's ndjson and sketch-rnn's archives."""
+"""Readers of pen strokes: IAM-OnDB's XML, InkML, QuickDraw's ndjson and sketch-rnn's archives.
+
+They return rows (dx, dy, lift), shape (steps, 3), y growing downward.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
+from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
 import numpy as np
@@ -22,200 +26,136 @@ from vrnn_lightning.files import MAX_GB, explained, require_size, undamaged
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["files_below", "quickdraw_lines", "read_iam", "read_inkml", "read_quickdraw", "read_sketch_rnn"]
+__all__ = ["check_sketch", "quickdraw_lines", "read_iam", "read_inkml", "read_quickdraw", "read_sketch_rnn"]
 
 TOKEN = re.compile(r"\s*([!'\"]?)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|#[0-9A-Fa-f]+|[*?TF])")
-"""A value of an InkML point, with what tells whether it is a difference."""
+"""A value of an InkML point, with the mark of a difference."""
 LONGEST = 200
 """Digits that a hexadecimal number may have, so that a float holds it."""
 ORDERS = {"!": 0, "'": 1, '"': 2}
-
-
-def files_below(root: Path) -> list[Path]:
-    """Return all files below a folder but hidden ones, sorted.
-
-    Raises:
-        UserError: There is a folder that may not be read.
-    """
-
-    def raise_error(error: OSError) -> NoReturn:
-        raise UserError(f"{error.filename}: may not be read by you; give yourself the permission") from None
-
-    found = (Path(folder, file) for folder, _, files in os.walk(root, onerror=raise_error) for file in files)
-    return sorted(path for path in found if not path.name.startswith("."))
+MOST = 10_000_000
+"""Elements that an XML file may have: as many take about 4 GB."""
+LINE = " line"
+"""Key of an element's line among its attributes, none of which has a blank in its name."""
 
 
 def read_iam(path: Path) -> NDArray[np.float32]:
     """Read a line of the IAM On-Line Handwriting Database: a WhiteboardCaptureSession with a StrokeSet of Strokes.
 
-    Args:
-        path: The XML file, as ``lineStrokes/a01/a01-020/a01-020x-01.xml``.
-
-    Returns:
-        Rows (dx, dy, lift), shape (steps, 3), y growing downward.
-
     Raises:
-        UserError: It can't be read, is damaged, declares a document type, or is not such a file.
+        UserError: The XML file can't be read, is damaged, declares a document type, or is not such a file.
     """
-    strokes: list[list[tuple[float, float]]] = []
-    inside: list[str] = []
+    strokes = []
+    for element in _read_xml(path, "WhiteboardCaptureSession").iter():
+        points = element.findall("Point")
+        if element.tag == "Stroke":
+            strokes.append(np.array([_iam_point(path, point) for point in points]).reshape(-1, 2))
+        elif points:
+            raise UserError(f"{path}: line {points[0].get(LINE)}: a <Point> outside a <Stroke>; fix or remove the file")
+    return _rows(path, strokes)
 
-    def start(name: str, attributes: dict[str, str], line: int) -> None:
-        if not inside and name != "WhiteboardCaptureSession":
-            raise UserError(f"{path}: line {line}: begins with <{name}>, expected <WhiteboardCaptureSession>")
-        inside.append(name)
-        if name == "Stroke":
-            strokes.append([])
-        elif name == "Point":
-            if "Stroke" not in inside:
-                raise UserError(f"{path}: line {line}: a <Point> outside a <Stroke>; fix or remove the file")
-            try:
-                strokes[-1].append((float(attributes["x"]), float(attributes["y"])))
-            except (KeyError, ValueError):
-                given = " ".join(f'{key}="{value}"' for key, value in attributes.items())
-                raise UserError(
-                    f"{path}: line {line}: <Point {given}> has no numbers x and y; fix or remove the file"
-                ) from None
 
-    _parse_xml(path, start, lambda name, line: inside.pop())
-    return _rows(path, [np.array(stroke).reshape(-1, 2) for stroke in strokes])
+def _iam_point(path: Path, point: Element) -> tuple[float, float]:
+    try:
+        return float(point.attrib["x"]), float(point.attrib["y"])
+    except (KeyError, ValueError):
+        line, given = point.attrib.pop(LINE), " ".join(f'{key}="{value}"' for key, value in point.items())
+        problem = f"line {line}: <Point {given}> has no numbers x and y"
+        raise UserError(f"{path}: {problem}; fix or remove the file") from None
 
 
 def read_inkml(path: Path) -> NDArray[np.float32]:
-    """Read a file of the Ink Markup Language (W3C): each trace is a stroke, those of a lifted pen are passed over.
+    """Read a file of the Ink Markup Language (W3C): each trace is a stroke; those of a lifted pen are skipped.
 
     Channels come in the order of ``traceFormat``, X and Y where there is none; values may be differences, marked with
     ``'`` and ``"``, or ``*`` for the same again.
 
-    Args:
-        path: The file.
-
-    Returns:
-        Rows (dx, dy, lift), shape (steps, 3), y growing downward.
-
     Raises:
-        UserError: It can't be read, is damaged, declares a document type or is not InkML, has several formats or one
-            without X and Y, or a trace is continued elsewhere or holds something else than points.
+        UserError: The file can't be read, is damaged, declares a document type or is not InkML, has several formats or
+            one without X and Y, or a trace is continued elsewhere or holds something else than points.
     """
-    ink = _Ink(path)
-    _parse_xml(path, ink.start, ink.end, ink.text)
-    return _rows(path, ink.strokes)
-
-
-class _Ink:
-    """The traces of an InkML file as they come."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.strokes: list[NDArray[np.float64]] = []
-        self.channels: list[str] | None = None
-        self.down = {"X": 1.0, "Y": 1.0}
-        self._format: list[tuple[str, float]] | None = None
-        self._content: list[str] | None = None
-        self._inside = 0
-        self._optional = False
-
-    def start(self, name: str, attributes: dict[str, str], line: int) -> None:
-        if not self._inside and name != "ink":
-            raise self._error(line, f"begins with <{name}>, expected <ink>")
-        self._inside += 1
-        if name == "traceFormat":
-            self._format = []
-        elif name == "channel" and self._format is not None:
-            sign = -1.0 if attributes.get("orientation") == "-ve" else 1.0
-            self._format.append((attributes.get("name", "") + "?" * self._optional, sign))
-        elif name == "intermittentChannels":
-            self._optional = True
-        elif name == "trace":
-            if "continuation" in attributes:
-                raise self._error(line, "a trace with continuation, which is not read; join its parts to one trace")
-            self._content = [] if attributes.get("type", "penDown") == "penDown" else None
-
-    def text(self, content: str) -> None:
-        if self._content is not None:
-            self._content.append(content)
-
-    def end(self, name: str, line: int) -> None:
-        self._inside -= 1
-        if name == "intermittentChannels":
-            self._optional = False
-        elif name == "traceFormat" and self._format:
-            self._take_format(self._format, line)
-        elif name == "trace" and self._content is not None:
-            content, self._content = "".join(self._content), None
-            if content.strip():
-                self.strokes.append(self._points(content, line))
-        if name == "traceFormat":
-            self._format = None
-
-    def _take_format(self, found: list[tuple[str, float]], line: int) -> None:
-        channels, down = [name for name, _ in found], dict(found)
-        if "X" not in channels or "Y" not in channels:
-            raise self._error(line, f"a traceFormat of the channels {', '.join(channels)}, expected X and Y among them")
-        if self.channels not in (None, channels) or (self.strokes and self.channels is None):
-            raise self._error(line, "a second traceFormat, but one for the whole file is read; split the file")
-        self.channels, self.down = channels, {"X": down["X"], "Y": down["Y"]}
-
-    def _points(self, content: str, line: int) -> NDArray[np.float64]:
-        channels = self.channels or ["X", "Y"]
-        needed = [name for name in channels if not name.endswith("?")]
-        levels = [[0.0, 0.0, 0.0] for _ in channels]  # value, first and second difference of each channel
-        orders = [0] * len(channels)
-        points: list[list[float]] = []
-        for text in content.strip().strip(",").split(","):
-            tokens = self._tokens(text, line)
-            if not len(needed) <= len(tokens) <= len(channels):
-                raise self._error(
-                    line, f"a point of {len(tokens)} values, {text.strip()!r}, expected {', '.join(channels)}"
+    channels: list[tuple[str, float]] = []
+    strokes: list[NDArray[np.float64]] = []
+    for element in _read_xml(path, "ink").iter():
+        place = f"{path}: line {element.get(LINE)}"
+        if element.tag == "traceFormat" and (given := _channels(element)):
+            names, earlier = ([name for name, _ in pairs] for pairs in (given, channels))
+            if "X" not in names or "Y" not in names:
+                raise UserError(
+                    f"{place}: a traceFormat of the channels {', '.join(names)}, expected X and Y among them"
                 )
-            for i, (prefix, value) in enumerate(tokens):
-                orders[i] = ORDERS.get(prefix, orders[i])
-                self._advance(levels[i], orders[i], value, line, channels[i], first=not points)
-            points.append([levels[channels.index(axis)][0] * self.down[axis] for axis in ("X", "Y")])
-        return np.array(points)
-
-    def _tokens(self, text: str, line: int) -> list[tuple[str, str]]:
-        tokens, place = [], 0
-        text = text.rstrip()
-        while place < len(text):
-            found = TOKEN.match(text, place)
-            if found is None:
-                raise self._error(line, f"a trace that holds {text[place:].strip()[:20]!r} where a value is expected")
-            tokens.append((found[1], found[2]))
-            place = found.end()
-        return tokens
-
-    def _advance(self, level: list[float], order: int, word: str, line: int, channel: str, first: bool) -> None:
-        """Move a channel on to its next value."""
-        if channel not in ("X", "Y"):
-            return
-        if word in "?TF" or (first and (order or word == "*")):
-            raise self._error(line, f"{word!r} as the channel {channel} of a point; expected a number")
-        if word != "*":
-            digits, hexadecimal = word.lstrip("#"), word.startswith("#")
-            if hexadecimal and len(digits) > LONGEST:
-                raise self._error(line, f"a number of {len(digits)} digits; expected a coordinate")
-            level[order] = float(int(digits, 16)) if hexadecimal else float(word)
-        if order == 2:
-            level[1] += level[2]
-        if order:
-            level[0] += level[1]
-
-    def _error(self, line: int, problem: str) -> UserError:
-        return UserError(f"{self.path}: line {line}: {problem}")
+            if earlier != names and (earlier or strokes):
+                raise UserError(f"{place}: a second traceFormat, but one for the whole file is read; split the file")
+            channels = given
+        elif element.tag == "trace":
+            if "continuation" in element.attrib:
+                raise UserError(f"{place}: a trace with continuation, which is not read; join its parts to one trace")
+            text = (element.text or "").strip()
+            if text and element.get("type", "penDown") == "penDown":
+                strokes.append(_trace_points(place, text, channels or [("X", 1.0), ("Y", 1.0)]))
+    return _rows(path, strokes)
 
 
-def _parse_xml(
-    path: Path,
-    start: Callable[[str, dict[str, str], int], object],
-    end: Callable[[str, int], object],
-    text: Callable[[str], object] | None = None,
-) -> None:
-    """Read an XML file; elements are handed on by their names without a name space, with their line.
+def _channels(trace_format: Element) -> list[tuple[str, float]]:
+    """Return the names of a format's channels, optional ones with a ``?``, and -1 where one grows upward, else 1."""
+    optional = [channel for part in trace_format.iter("intermittentChannels") for channel in part.iter("channel")]
+    return [
+        (channel.get("name", "") + "?" * (channel in optional), -1.0 if channel.get("orientation") == "-ve" else 1.0)
+        for channel in trace_format.iter("channel")
+    ]
 
-    A document type is refused: it is where entities are declared that grow without bound or read other files.
+
+def _trace_points(place: str, trace: str, channels: list[tuple[str, float]]) -> NDArray[np.float64]:
+    names, signs = [name for name, _ in channels], dict(channels)
+    needed = sum(not name.endswith("?") for name in names)
+    levels = {axis: [0.0, 0.0, 0.0] for axis in ("X", "Y")}  # value, first and second difference
+    orders = dict.fromkeys(names, 0)
+    points: list[list[float]] = []
+    for text in trace.strip(",").split(","):
+        tokens = _tokens(place, text.rstrip())
+        if not needed <= len(tokens) <= len(names):
+            raise UserError(f"{place}: a point of {len(tokens)} values, {text.strip()!r}, expected {', '.join(names)}")
+        for name, (mark, word) in zip(names, tokens, strict=False):
+            orders[name] = ORDERS.get(mark, orders[name])
+            if name in levels:
+                if word in "?TF" or (not points and (orders[name] or word == "*")):
+                    raise UserError(f"{place}: {word!r} as the channel {name} of a point; expected a number")
+                _advance(levels[name], orders[name], word, place)
+        points.append([level[0] * signs[axis] for axis, level in levels.items()])
+    return np.array(points)
+
+
+def _tokens(place: str, text: str) -> list[tuple[str, str]]:
+    tokens, start = [], 0
+    while start < len(text):
+        match = TOKEN.match(text, start)
+        if match is None:
+            raise UserError(f"{place}: a trace that holds {text[start:].strip()[:20]!r} where a value is expected")
+        tokens.append((match[1], match[2]))
+        start = match.end()
+    return tokens
+
+
+def _advance(level: list[float], order: int, word: str, place: str) -> None:
+    """Move a channel to its next value."""
+    if word.startswith("#"):
+        if len(word) > 1 + LONGEST:
+            raise UserError(f"{place}: a number of {len(word) - 1} digits; expected a coordinate")
+        level[order] = float(int(word[1:], 16))
+    elif word != "*":
+        level[order] = float(word)
+    if order == 2:
+        level[1] += level[2]
+    if order:
+        level[0] += level[1]
+
+
+def _read_xml(path: Path, root: str) -> Element:
+    """Return the elements of an XML file by their names without a name space, each with its line.
+
+    A document type raises: it declares entities, which may grow without bound or read other files.
     """
-    parser = expat.ParserCreate(namespace_separator=" ")
+    parser, builder, count = expat.ParserCreate(namespace_separator=" "), TreeBuilder(), itertools.count(1)
     parser.buffer_text = True
 
     def doctype(*_: Any) -> NoReturn:
@@ -223,17 +163,16 @@ def _parse_xml(
             f"{path}: line {parser.CurrentLineNumber}: declares a document type, which is never read; remove it"
         )
 
-    def started(name: str, attributes: dict[str, str]) -> None:
-        start(name.rpartition(" ")[2], attributes, parser.CurrentLineNumber)
+    def start(name: str, attributes: dict[str, str]) -> None:
+        if next(count) > MOST:
+            raise UserError(f"{path}: has more than {MOST:,} elements. Fix: split the file, or remove it if damaged")
+        builder.start(name.rpartition(" ")[2], attributes | {LINE: str(parser.CurrentLineNumber)})
 
-    def ended(name: str) -> None:
-        end(name.rpartition(" ")[2], parser.CurrentLineNumber)
+    def end(name: str) -> None:
+        builder.end(name.rpartition(" ")[2])
 
-    parser.StartDoctypeDeclHandler = doctype
-    parser.EntityDeclHandler = doctype
-    parser.StartElementHandler = started
-    parser.EndElementHandler = ended
-    parser.CharacterDataHandler = text
+    parser.StartDoctypeDeclHandler = parser.EntityDeclHandler = doctype
+    parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = start, end, builder.data
     try:
         with explained(path), path.open("rb") as file:
             parser.ParseFile(file)
@@ -242,14 +181,18 @@ def _parse_xml(
         raise UserError(f"{path}: line {error.lineno}: is not valid XML ({reason}); copy the file again") from None
     except (LookupError, ValueError) as error:  # an encoding that Python does not know
         raise UserError(f"{path}: can't be decoded ({error}); save it as UTF-8") from None
+    tree: Element = builder.close()
+    if tree.tag != root:
+        raise UserError(f"{path}: line {tree.get(LINE)}: begins with <{tree.tag}>, expected <{root}>")
+    return tree
 
 
 def quickdraw_lines(path: Path, name: str) -> Iterator[tuple[str, int, bytes]]:
-    """Yield the drawings of a QuickDraw file, unread: what to call each, its line's number and the line.
+    """Yield the drawings of a QuickDraw file, unread: the name of each, its line's number and the line.
 
     Args:
         path: The ``.ndjson`` file, a JSON object per line.
-        name: What the file is called; a drawing's name is that and its ``key_id``, or its line where it has none.
+        name: The file's name; a drawing's name is that and its ``key_id``, or its line where it has none.
     """
     with explained(path):
         lines = path.read_bytes().split(b"\n")
@@ -269,21 +212,16 @@ def read_quickdraw(path: Path, number: int, line: bytes) -> NDArray[np.float32]:
         number: The line's number, for messages.
         line: A JSON object.
 
-    Returns:
-        Rows (dx, dy, lift), shape (steps, 3), y growing downward.
-
     Raises:
-        UserError: It is not such an object.
+        UserError: The line is not such an object.
     """
     place = f"{path}: line {number}"
     try:
-        found = json.loads(line)
+        content = json.loads(line)
     except (RecursionError, ValueError) as error:
-        reason = str(error)[:200]
-        raise UserError(
-            f"{place}: is not a valid JSON object ({reason}); remove the line or copy the file again"
-        ) from None
-    drawing = found.get("drawing") if isinstance(found, dict) else None
+        problem = f"is not a valid JSON object ({str(error)[:200]})"
+        raise UserError(f"{place}: {problem}; remove the line or copy the file again") from None
+    drawing = content.get("drawing") if isinstance(content, dict) else None
     if not isinstance(drawing, list):
         raise UserError(f'{place}: has no list "drawing", as QuickDraw\'s files have; remove the line')
     return _rows(place, [_quickdraw_stroke(place, i, stroke) for i, stroke in enumerate(drawing)])
@@ -311,10 +249,10 @@ def _rows(place: object, strokes: Iterable[NDArray[np.float64]]) -> NDArray[np.f
 
 
 def read_sketch_rnn(path: Path, word: str, max_gb: float = MAX_GB) -> list[Any]:
-    """Return the drawings of a split of a sketch-rnn archive, whatever they are.
+    """Return the drawings of a split of a sketch-rnn archive, unchecked.
 
-    Such a file holds object arrays called train, valid and test, which are pickles: nothing but plain data and numpy
-    arrays is read of them, and nothing that they name is run.
+    Such a file holds object arrays called train, valid and test, which are pickles: only plain data and numpy arrays
+    are read of them, and nothing that they name is run.
 
     Args:
         path: The ``.npz`` file.
@@ -342,26 +280,49 @@ def read_sketch_rnn(path: Path, word: str, max_gb: float = MAX_GB) -> list[Any]:
 
 def _nbytes(drawing: Any) -> int:
     """Return the bytes of a drawing, of which a few bytes of a pickle may name thousands."""
-    return (
-        int(drawing.nbytes)
-        if isinstance(drawing, np.ndarray)
-        else 24 * len(drawing)
-        if isinstance(drawing, list | tuple)
-        else 0
-    )
+    if isinstance(drawing, np.ndarray):
+        return int(drawing.nbytes)
+    return 24 * len(drawing) if isinstance(drawing, (list, tuple)) else 0
 
 
 def _object_array(file: IO[bytes]) -> list[Any]:
     """Read an ``.npy`` file, with our own unpickler in the place of numpy's."""
     shape, fortran, dtype = npy_header(file)
     if dtype.hasobject:
-        found = unpickle(file)  # type: ignore[arg-type]  # a member of a zip reads like any binary file
-        if not isinstance(found, (np.ndarray, list)):
-            raise ValueError(f"a {type(found).__name__} in the place of an array")
-        return list(found)
+        array = unpickle(file)  # type: ignore[arg-type]  # a member of a zip reads like any binary file
+        if not isinstance(array, (np.ndarray, list)):
+            raise ValueError(f"a {type(array).__name__} in the place of an array")
+        return list(array)
     if dtype.kind not in "iuf" or len(shape) != 3:
         raise ValueError(f"an array of type {dtype} and shape {shape} in the place of drawings")
     content = file.read()
     if len(content) != int(np.prod(shape)) * dtype.itemsize:
         raise ValueError("its bytes do not add up")
     return list(np.frombuffer(content, dtype=dtype).reshape(shape, order="F" if fortran else "C"))
+
+
+def check_sketch(place: str, drawing: Any) -> NDArray[Any]:
+    """Return a drawing of sketch-rnn as an array; raise a UserError unless it holds finite rows with lifts 0 or 1."""
+    listed = drawing.tolist() if isinstance(drawing, np.ndarray) and drawing.dtype.hasobject else drawing
+    if isinstance(listed, np.ndarray):
+        rows = listed
+    else:  # its rows first: a few bytes of a pickle may name lists of lists without end
+        is_valid = isinstance(listed, (list, tuple)) and all(map(_is_row, listed))
+        rows = np.array(listed) if is_valid else np.empty(0, dtype=object)
+    if rows.dtype.kind not in "iuf" or rows.dtype.itemsize > 8 or rows.ndim != 2 or rows.shape[1] != 3:
+        raise UserError(
+            f"{place}: is of type {rows.dtype} and shape {rows.shape}, expected numbers of shape (steps, 3)"
+        )
+    if not np.isfinite(rows).all():
+        raise UserError(f"{place}: holds values that are not finite; remove it or fix it")
+    wrong = (rows[:, 2] != 0) & (rows[:, 2] != 1)
+    if wrong.any():
+        step = int(wrong.argmax())
+        raise UserError(f"{place}: lift is {rows[step, 2]} at step {step}; expected rows (dx, dy, lift), lift 0 or 1")
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Return True for three numbers."""
+    is_flat = isinstance(row, (list, tuple)) or (isinstance(row, np.ndarray) and row.ndim == 1)
+    return is_flat and len(row) == 3 and all(isinstance(value, (int, float, np.number)) for value in row)

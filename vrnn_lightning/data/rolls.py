@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import numpy as np
 
 from vrnn_lightning.data.archives import ArchiveSplit
+from vrnn_lightning.data.folders import SPLIT_NAMES
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.data.unpickling import unpickle
 from vrnn_lightning.errors import UserError
@@ -30,18 +31,18 @@ KEYS = 88
 LOWEST = 21
 """MIDI's number of a piano's lowest key; that of the highest is 108."""
 NOTE_LISTS = (".json", ".pickle", ".pkl")
-"""How files of lists of notes end."""
+"""Suffixes of files of lists of notes."""
 DRUMS = 9
 """General MIDI's channel of drums, counted from 0: its notes are not pitches."""
 SUSTAIN = 64
 """The controller of the sustain pedal, which is down from a value of 64 on."""
 MAX_QUARTERS = 20_000
-"""Quarter notes of a file at most, unless an option says otherwise: more come from a damaged time stamp."""
+"""Default of the most quarter notes of a file: more come from a damaged time stamp."""
 
 
 @dataclass(frozen=True)
 class Notes:
-    """Which keys sound when.
+    """The notes of a piece.
 
     Args:
         steps: Time steps.
@@ -67,10 +68,9 @@ def read_midi(
 ) -> Notes:
     """Read the notes of a MIDI file on a grid of so many steps per quarter note.
 
-    Steps are counted in the file's ticks, which are parts of a quarter note, so changes of tempo move nothing. A note
-    begins and ends at the nearest step and lasts at least one. All tracks and channels sound together, drums (channel
-    10) are left out, velocities are lost, and where a key is struck again at once it sounds on. The piece ends where
-    its last track or note does: silence at its beginning and end stays.
+    Tempo has no effect. A note begins and ends at the nearest step and lasts at least one. All tracks and channels
+    sound together, drums (channel 10) are left out, velocities are lost, and where a key is struck again at once it
+    sounds on. The piece ends where its last track or note does: silence at its beginning and end stays.
 
     Args:
         path: The file, of format 0 or 1.
@@ -80,10 +80,9 @@ def read_midi(
         max_gb: Gigabytes that its roll may take in float64, or 16 times the file's size.
 
     Raises:
-        UserError: It can't be read as MIDI, counts its time in frames, has no note, or one that no piano has.
+        UserError: It can't be read as MIDI, counts its time in frames, or has no note or one outside a piano's keys.
     """
-    mido = _mido()
-    file = _opened(mido, path)
+    file = _open(path)
     if file.ticks_per_beat <= 0:
         raise UserError(f"{path}: counts its time in frames of a film, not in beats; export it again")
     if file.type == 2:
@@ -94,14 +93,14 @@ def read_midi(
     def step(tick: int) -> int:
         return (2 * tick * resolution + beat) // (2 * beat)
 
-    sounded, end = _sounded(file.tracks, sustain)
-    spans = [(note, step(on), max(step(off), step(on) + 1)) for note, on, off in sounded]
+    notes, end = _collect_notes(file.tracks, sustain)
+    spans = [(note, step(on), max(step(off), step(on) + 1)) for note, on, off in notes]
     steps = max([step(end), *(last for _, _, last in spans)])
     if steps > max_quarters * resolution:
-        late = sum(on > max_quarters * beat for _, on, _ in sounded)
+        late = sum(on > max_quarters * beat for _, on, _ in notes)
         raise UserError(
             f"{path}: its {path.stat().st_size} bytes last {steps // resolution} quarter notes, {late} of "
-            f"{len(sounded)} notes begin after --data.max_quarters {max_quarters}. Fix: export the file again if it is "
+            f"{len(notes)} notes begin after --data.max_quarters {max_quarters}. Fix: export the file again if it is "
             "damaged, or raise --data.max_quarters"
         )
     require_size(path, 8 * KEYS * steps, max_gb)
@@ -122,20 +121,16 @@ def write_midi(path: Path, roll: NDArray[Any], resolution: int) -> None:
     """Write a piano roll as a MIDI file of 120 quarter notes a minute.
 
     Successive steps of a key become one held note: a roll does not tell whether it was struck again. Reading the file
-    at the same resolution gives the same roll.
+    at the same resolution gives the same roll. It needs mido.
 
     Args:
         path: The file, which is overwritten.
-        roll: Shape (steps, 88); what is above one half sounds.
+        roll: Shape (steps, 88); values above one half sound.
         resolution: Steps per quarter note.
-
-    Raises:
-        UserError: mido is not installed.
     """
     mido = _mido()
     ticks = max(1, 480 // resolution)
-    silence = np.zeros((1, KEYS), dtype=np.int8)
-    change = np.diff((np.asarray(roll) > 0.5).astype(np.int8), axis=0, prepend=silence, append=silence)
+    change = _changes(roll)
     track, now = mido.MidiTrack(), 0
     for step in np.flatnonzero(change.any(1)).tolist():
         for key in sorted(np.flatnonzero(change[step]).tolist(), key=lambda key: change[step, key]):  # ends come first
@@ -146,18 +141,24 @@ def write_midi(path: Path, roll: NDArray[Any], resolution: int) -> None:
     mido.MidiFile(type=0, ticks_per_beat=ticks * resolution, tracks=[track]).save(path)
 
 
+def _changes(roll: NDArray[Any]) -> NDArray[Any]:
+    """Return 1 where a key is struck, -1 one step past its end, else 0, shape (steps + 1, 88)."""
+    silence = np.zeros((1, KEYS), dtype=np.int8)
+    return np.diff((np.asarray(roll) > 0.5).astype(np.int8), axis=0, prepend=silence, append=silence)
+
+
 def roll_sound(roll: NDArray[Any], resolution: int, sample_rate: int = 16000) -> NDArray[np.float32]:
-    """Return how a piano roll sounds at 120 quarter notes a minute: each note a few harmonics that die away.
+    """Return the sound of a piano roll at 120 quarter notes a minute: each note a few harmonics that die away.
 
     Successive steps of a key are one held note, as for :func:`write_midi`.
 
     Args:
-        roll: Shape (steps, 88); what is above one half sounds.
+        roll: Shape (steps, 88); values above one half sound.
         resolution: Steps per quarter note.
         sample_rate: In Hz.
 
     Returns:
-        Amplitudes of at most 0.9, shape (samples,); all zero where nothing sounds.
+        Amplitudes of at most 0.9, shape (samples,).
 
     >>> roll = np.zeros((4, KEYS)); roll[:, 69 - LOWEST] = 1  # an A of 440 Hz for one quarter
     >>> sound = roll_sound(roll, resolution=4)
@@ -165,7 +166,7 @@ def roll_sound(roll: NDArray[Any], resolution: int, sample_rate: int = 16000) ->
     ((8000,), 440)
     """
     step = sample_rate / (2 * resolution)
-    change = np.diff((np.asarray(roll) > 0.5).astype(np.int8), axis=0, prepend=0, append=0)
+    change = _changes(roll)
     sound = np.zeros(round(len(roll) * step))
     for key in np.flatnonzero(change.any(0)).tolist():
         pitch = 440.0 * 2 ** ((key + LOWEST - 69) / 12)
@@ -182,7 +183,7 @@ def roll_sound(roll: NDArray[Any], resolution: int, sample_rate: int = 16000) ->
 
 
 def read_note_lists(path: Path, split: Split, max_gb: float = MAX_GB) -> ArchiveSplit:
-    """Read one split of a pickle or JSON of notes, as the benchmark of Boulanger-Lewandowski et al. (2012) has them.
+    """Read one split of a pickle or JSON of notes, in the format of Boulanger-Lewandowski et al. (2012).
 
     It is a dict whose entries "train", "valid" and "test" are lists of sequences; a sequence is a list of steps, and a
     step a list of the MIDI notes that sound in it. Pickles, Python 2's too, are read as plain data.
@@ -193,31 +194,32 @@ def read_note_lists(path: Path, split: Split, max_gb: float = MAX_GB) -> Archive
         max_gb: Gigabytes that its rolls may take, or 16 times the file's size.
 
     Raises:
-        UserError: It can't be read, is made otherwise, or holds a note that no piano has.
+        UserError: It can't be read, has another structure, or holds a note outside a piano's keys.
     """
-    word = "valid" if split == "val" else split
-    content = _loaded(path)
+    word = SPLIT_NAMES[split][0]
+    content = _load(path)
     if not isinstance(content, dict) or word not in content:
-        holds = (
-            ", ".join(map(reprlib.repr, content))[:200] if isinstance(content, dict) else f"a {type(content).__name__}"
-        )
+        is_dict = isinstance(content, dict)
+        holds = ", ".join(map(reprlib.repr, content))[:200] if is_dict else f"a {type(content).__name__}"
         raise UserError(f"{path}: has no {word!r}; expected 'train', 'valid' and 'test', it holds {holds or 'nothing'}")
+
+    def require_list(value: Any, place: str, of: str) -> None:
+        if not _is_list(value):
+            raise UserError(f"{path}: {word}{place} is {_shorten(value)}, expected a list of {of}")
+
     rolls = content[word]
-    if not _is_list(rolls):
-        raise UserError(f"{path}: {word} is {_shown(rolls)}, expected a list of sequences")
+    require_list(rolls, "", "sequences")
     require_size(path, KEYS * sum(len(roll) for roll in rolls if _is_list(roll)), max_gb)  # before they are walked
     places: list[tuple[int, int]] = []
     bounds = [0]
     for i, roll in enumerate(rolls):
-        if not _is_list(roll):
-            raise UserError(f"{path}: {word} {i} is {_shown(roll)}, expected a list of steps")
+        require_list(roll, f" {i}", "steps")
         for t, notes in enumerate(roll):
-            if not _is_list(notes):
-                raise UserError(f"{path}: {word} {i}, step {t} is {_shown(notes)}, expected a list of notes")
+            require_list(notes, f" {i}, step {t}", "notes")
             for note in notes:
                 if not isinstance(note, (int, np.integer)) or not LOWEST <= note < LOWEST + KEYS:
                     raise UserError(
-                        f"{path}: {word} {i}, step {t} holds note {_shown(note)}, but a piano's are {LOWEST} to "
+                        f"{path}: {word} {i}, step {t} holds note {_shorten(note)}, but a piano's are {LOWEST} to "
                         f"{LOWEST + KEYS - 1}; fix or remove it"
                     )
                 places.append((bounds[-1] + t, int(note) - LOWEST))
@@ -245,7 +247,8 @@ def _mido() -> ModuleType:
     return module
 
 
-def _opened(mido: ModuleType, path: Path) -> Any:
+def _open(path: Path) -> Any:
+    mido = _mido()
     with explained(path):
         content = path.read_bytes()
     with undamaged(f"{path}: can't be read as MIDI", "remove it or export it again"):
@@ -255,7 +258,7 @@ def _opened(mido: ModuleType, path: Path) -> Any:
             raise ValueError("it breaks off" if content else "it is empty") from None
 
 
-def _sounded(tracks: list[Any], sustain: bool) -> tuple[list[tuple[int, int, int]], int]:
+def _collect_notes(tracks: list[Any], sustain: bool) -> tuple[list[tuple[int, int, int]], int]:
     """Return each note with the ticks at which it begins and ends, and the tick at which the last track ends."""
     events: list[tuple[int, int, Any]] = []
     end = 0
@@ -269,7 +272,7 @@ def _sounded(tracks: list[Any], sustain: bool) -> tuple[list[tuple[int, int, int
     events.sort(key=lambda event: event[0])
 
     notes: list[tuple[int, int, int]] = []
-    begun: dict[tuple[int, int, int], list[int]] = {}  # by channel, track and note: a track's end of a note is its own
+    held: dict[tuple[int, int, int], list[int]] = {}  # by channel, track and note: a track's end of a note is its own
     released: dict[tuple[int, int, int], list[int]] = {}  # those that only the pedal holds
     down: set[int] = set()
     for tick, number, message in events:
@@ -285,17 +288,17 @@ def _sounded(tracks: list[Any], sustain: bool) -> tuple[list[tuple[int, int, int
         key = (channel, number, message.note)
         if message.type == "note_on" and message.velocity:
             notes += [(message.note, start, tick) for start in released.pop(key, [])]
-            begun.setdefault(key, []).append(tick)
+            held.setdefault(key, []).append(tick)
         elif sustain and channel in down:
-            released.setdefault(key, []).extend(begun.pop(key, []))
+            released.setdefault(key, []).extend(held.pop(key, []))
         else:
-            notes += [(message.note, start, tick) for start in begun.pop(key, [])]
-    for open_ones in (begun, released):
-        notes += [(note, start, end) for (_, _, note), starts in open_ones.items() for start in starts]
+            notes += [(message.note, start, tick) for start in held.pop(key, [])]
+    for open_notes in (held, released):
+        notes += [(note, start, end) for (_, _, note), starts in open_notes.items() for start in starts]
     return notes, end
 
 
-def _loaded(path: Path) -> Any:
+def _load(path: Path) -> Any:
     try:
         with explained(path, "--data.root"), path.open("rb") as file:
             return unpickle(file) if path.suffix.lower() != ".json" else json.load(file)
@@ -309,7 +312,7 @@ def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
-def _shown(value: Any) -> str:
-    """Return a value in few words."""
+def _shorten(value: Any) -> str:
+    """Return a value for a message."""
     words = reprlib.repr(value)
     return words if len(words) <= 40 and "\n" not in words else f"a {type(value).__name__}"

@@ -18,40 +18,38 @@ __all__ = ["rows_to_strokes", "smooth_rows", "strokes_to_rows"]
 def strokes_to_rows(strokes: Sequence[NDArray[Any]]) -> NDArray[np.floating[Any]]:
     """Return the rows (dx, dy, lift) of a drawing, from its second point on.
 
-    A row is the offset from the last point, and lift is 1 where a stroke ends. The first point has none to be offset
-    from, so no row is made of it, as Chung et al. (2015) do: a row of zeros that every drawing begins with would be a
-    density without an upper bound. The pen is down there, so strokes of one point before the first line are left out.
+    A row is the offset from the last point, and lift is 1 where a stroke ends. The first point has no row, as in Chung
+    et al. (2015): a row of zeros at the start of every drawing would be a density without an upper bound. The pen is
+    down there, so strokes of one point before the first line are left out.
 
     Args:
-        strokes: What is drawn between two lifts: points (x, y), each of shape (points, 2), y growing downward.
+        strokes: Points (x, y) between two lifts, each of shape (points, 2), y growing downward.
 
     Returns:
-        Shape (points - 1, 3); none where the drawing has no line. In float32, or in float64 where that would turn an
-        offset into zero.
+        Shape (points - 1, 3), (0, 3) for a drawing without a line; in float64 where float32 turns an offset into zero.
 
     >>> strokes_to_rows([np.array([[5, 5], [7, 6]]), np.array([[1, 1]])]).tolist()
     [[2.0, 1.0, 1.0], [-6.0, -5.0, 1.0]]
     """
-    drawn = [np.asarray(stroke, dtype=np.float64) for stroke in strokes if len(stroke)]
-    first = next((i for i, stroke in enumerate(drawn) if len(stroke) > 1), len(drawn))
-    drawn = drawn[first:]
-    if not drawn:
+    lines = [np.asarray(stroke, dtype=np.float64) for stroke in strokes if len(stroke)]
+    lines = lines[next((i for i, line in enumerate(lines) if len(line) > 1), len(lines)) :]
+    if not lines:
         return np.zeros((0, 3), dtype=np.float32)
-    points = np.concatenate(drawn)
+    points = np.concatenate(lines)
     rows = np.zeros((len(points), 3))
-    with np.errstate(over="ignore", invalid="ignore"):  # who reads a file checks what came of it
+    with np.errstate(over="ignore", invalid="ignore"):  # readers of files check the result
         rows[1:, :2] = np.diff(points, axis=0)
-    rows[np.cumsum([len(stroke) for stroke in drawn]) - 1, 2] = 1
+    rows[np.cumsum([len(line) for line in lines]) - 1, 2] = 1
     return narrowed(rows[1:])
 
 
 def rows_to_strokes(rows: NDArray[Any], pen_starts_down: bool = False) -> list[NDArray[np.float64]]:
-    """Return what rows (dx, dy, lift) draw, beginning at the origin.
+    """Return the strokes of rows (dx, dy, lift), which begin at the origin.
 
     Args:
         rows: Shape (steps, 3); a lift above 0.5, as a model's probability may be, ends a stroke.
-        pen_starts_down: The origin is the first point of the first stroke, as in what :func:`strokes_to_rows` returns;
-            else the first row leads to it, with the pen in the air.
+        pen_starts_down: The origin is the first point of the first stroke, as for :func:`strokes_to_rows`; else the
+            first row leads to that point.
 
     Returns:
         Points (x, y) of each stroke, each of shape (points, 2).
@@ -68,8 +66,7 @@ def rows_to_strokes(rows: NDArray[Any], pen_starts_down: bool = False) -> list[N
 def smooth_rows(rows: NDArray[Any], width: int, pen_starts_down: bool = False) -> NDArray[np.floating[Any]]:
     """Return rows (dx, dy, lift) whose points are moving averages within their strokes.
 
-    A point becomes the mean of ``width`` points around it, of fewer near the ends of its stroke, so that these stay
-    where they are. No stroke's points enter another's.
+    A point becomes the mean of ``width`` points of its stroke around it, of fewer near the ends, which stay in place.
 
     Args:
         rows: Shape (steps, 3).

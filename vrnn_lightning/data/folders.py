@@ -1,0 +1,76 @@
+"""Files of a dataset: all below a folder, and the tables among them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NoReturn
+
+from vrnn_lightning.data.columns import TABLE_SUFFIXES
+from vrnn_lightning.data.sequences import Split
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import explained
+
+__all__ = ["SPLIT_NAMES", "files_below", "find_split", "find_tables"]
+
+SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
+"""Names that the files or folders of a split may have."""
+
+
+def files_below(root: Path) -> list[Path]:
+    """Return all files below a folder but hidden ones, sorted; raise a UserError if a folder may not be read."""
+
+    def raise_error(error: OSError) -> NoReturn:
+        raise UserError(f"{error.filename}: may not be read by you; give yourself the permission") from None
+
+    paths = (Path(folder, file) for folder, _, files in os.walk(root, onerror=raise_error) for file in files)
+    return sorted(path for path in paths if not path.name.startswith("."))
+
+
+def _stem(name: str) -> str:
+    """Return a file's name without the suffix of its format."""
+    suffix = next(s for s in TABLE_SUFFIXES if name.lower().endswith(s))
+    return name[: -len(suffix)]
+
+
+def _is_table(path: Path) -> bool:
+    return path.name.lower().endswith(TABLE_SUFFIXES) and not path.name.startswith(".")
+
+
+def find_split(root: Path, split: Split) -> Path:
+    """Return the table or folder that is called as a split; raise a UserError if there is none or more than one."""
+    if not root.is_dir():
+        raise UserError(f"--data.root {root}: --data.split files needs a folder with train, valid and test in it")
+    named = sorted(p for p in root.iterdir() if (_stem(p.name) if _is_table(p) else p.name) in SPLIT_NAMES[split])
+    named = [path for path in named if path.is_dir() or _is_table(path)]
+    if len(named) != 1:
+        wanted = SPLIT_NAMES[split][0]
+        problem = f"both {named[0].name} and {named[1].name}; remove one" if named else f"no {wanted}"
+        fix = "" if named else f"; expected a folder of that name, or {wanted}.csv, .csv.gz or .parquet"
+        raise UserError(f"{root}: holds {problem}{fix}, for --data.split files")
+    return named[0]
+
+
+def find_tables(place: Path) -> dict[str, Path]:
+    """Return the tables of a folder, or the one that a path names, by their paths without format, sorted.
+
+    Raises:
+        UserError: There is none, a folder can't be read, or two of them have the same name.
+    """
+    with explained(place, "--data.root"):
+        if not place.exists():
+            raise UserError(f"--data.root {place}: no such file or folder")
+        if not place.is_dir():
+            if not _is_table(place):
+                raise UserError(f"--data.root {place}: is not a table; expected {', '.join(TABLE_SUFFIXES)}")
+            return {_stem(place.name): place}
+        paths = [path for path in files_below(place) if _is_table(path)]
+    if not paths:
+        raise UserError(f"--data.root {place}: no table in it; expected {', '.join(TABLE_SUFFIXES)} files")
+    files: dict[str, Path] = {}
+    for path in paths:
+        name = _stem(path.relative_to(place).as_posix())
+        if name in files:
+            raise UserError(f"{path}: and {files[name]} seem to hold the same; remove one")
+        files[name] = path
+    return files
