@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 import torch
@@ -27,13 +26,6 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return _pool.take(math.prod(shape) * dtype.itemsize).view(dtype).view(*shape)
 
 
-class _Loan(weakref.ref[np.ndarray]):
-    """A reference to the array that a tensor was made of, and the block that the array lies on."""
-
-    __slots__ = ("block",)
-    block: np.ndarray
-
-
 class _Pool:
     """Blocks of memory, each lent to one tensor at a time.
 
@@ -43,7 +35,6 @@ class _Pool:
 
     def __init__(self) -> None:
         self._free: list[tuple[np.ndarray, int]] = []  # blocks, and how many were asked for when they came back
-        self._loans: dict[int, _Loan] = {}  # a weak reference must live to be called
         self._returned: deque[np.ndarray] = deque()
         self._asked = 0
         self._lock = threading.Lock()
@@ -67,15 +58,9 @@ class _Pool:
                 block = np.empty(-(-wanted // grain) * grain, np.uint8)
         start = -block.ctypes.data % ALIGNED
         array = block[start : start + size]
-        loan = _Loan(array, self._end)
-        loan.block = block
-        self._loans[id(loan)] = loan
+        # appended without the lock, which this thread may hold when an array ends
+        weakref.finalize(array, self._returned.append, block).atexit = False
         return torch.from_numpy(array)
-
-    def _end(self, loan: weakref.ref[np.ndarray]) -> None:
-        """Note that a block is free; without the lock, which this thread may hold."""
-        del self._loans[id(loan)]
-        self._returned.append(cast(_Loan, loan).block)
 
 
 _pool = _Pool()

@@ -11,7 +11,7 @@ from torch import Tensor
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import ParticleWeights, Resampling
 from vrnn_lightning.heads import Gaussian, Network, log_prob
-from vrnn_lightning.recurrence.state import Networks, State, as_state, repeat_rows
+from vrnn_lightning.recurrence.state import Networks, State, repeat_rows
 from vrnn_lightning.recurrence.step import FastStep, lay_features
 from vrnn_lightning.recurrence.tape import Tape, TapeStepper
 
@@ -83,7 +83,7 @@ class Stream:
     @property
     def state(self) -> State:
         """State after the last step, of samples * batch rows."""
-        return as_state([part.clone() for part in self._states], len(self.model.cells))
+        return State.from_layers([part.clone() for part in self._states], len(self.model.cells))
 
     @torch.no_grad()
     def step(
