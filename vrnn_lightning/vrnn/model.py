@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -49,14 +48,14 @@ class _Pass(NamedTuple):
 
     Args:
         batch: Padded sequences, without invalid values.
-        noise: The noise of the pass.
+        noise: The noise of the pass, or its normal numbers, shape (samples * batch, time, latent).
         masks: Dropout.
         samples: Trajectories per sequence.
         future: States of the recurrence that reads backwards, time first, for smoothing.
     """
 
     batch: SequenceBatch
-    noise: Noise
+    noise: Noise | Tensor
     masks: Masks | None
     samples: int
     future: Tensor | None
@@ -68,7 +67,8 @@ class _Pass(NamedTuple):
             last = min(first + size, steps)
             batch = self.batch if size >= steps else self.batch.window(first, last)
             future = None if self.future is None else self.future[first:last]
-            yield first, self._replace(batch=batch, noise=self.noise.window(first, last), future=future)
+            noise = cast(Noise, self.noise).window(first, last)
+            yield first, self._replace(batch=batch, noise=noise, future=future)
 
 
 class VRNN(Equations):
@@ -104,27 +104,28 @@ class VRNN(Equations):
             noise = drawn.over_time(self.latent_size, samples) if noise is None else noise
             masks = self.draw_masks(drawn) if masks is None else masks
         state = self.initial_state(samples * len(batch)) if state is None else state
-        return self._infer(batch, noise, state, masks, samples, self.backward_states(batch, masks))
+        return self._infer(_Pass(batch, noise, masks, samples, self.backward_states(batch, masks)), state)
 
     def _infer(
-        self,
-        batch: SequenceBatch,
-        noise: Tensor,
-        state: State,
-        masks: Masks | None,
-        samples: int,
-        future: Tensor | None,
-        resample: Resample | None = None,
-        frames: Frames | None = None,
+        self, window: _Pass, state: State, resample: Resample | None = None, frames: Frames | None = None
     ) -> Trace:
-        """Infer the latents of a batch without invalid values, and score it."""
+        """Infer the latents of a window, and score it."""
+        batch, noise, masks, samples, future = window
         if len(state.h) != samples * len(batch):
             raise UserError(f"a state of {len(state.h)} rows, but {samples} x {len(batch)} trajectories are inferred")
         self.require_state(state)
         self.apply_pruning()
-        data = self.network_inputs(batch, masks, future)
-        lengths, noise = repeat_rows(batch.lengths, samples), noise.transpose(0, 1).contiguous()
-        steps, state = infer(self, data, noise, state, lengths, masks, samples, resample)
+        drawn = noise if isinstance(noise, Tensor) else noise.over_time(self.latent_size, samples)
+        steps, state = infer(
+            self,
+            self.network_inputs(batch, masks, future),
+            drawn.transpose(0, 1).contiguous(),
+            state,
+            repeat_rows(batch.lengths, samples),
+            masks,
+            samples,
+            resample,
+        )
         frames = Frames.of_batch(batch, samples) if frames is None else frames
         return make_trace(self, steps, state, frames, compiled=self.compiled)
 
@@ -157,17 +158,15 @@ class VRNN(Equations):
         state = self.initial_state(samples * len(batch)) if state is None else state
         whole = _Pass(batch, noise, masks, samples, self.backward_states(batch, masks))
         windows: list[tuple[Tensor, ...]] = []
+
+        def run(window: _Pass, state: State) -> tuple[tuple[Tensor, ...], State]:
+            trace = self._infer(window, state)
+            return select(trace), trace.state
+
         for _, window in whole.windows(self._window_size(batch, MAX_WINDOW)):
-            terms, state = self._checkpointed(partial(self._collect_window, window, select), state)
+            terms, state = self._checkpointed(run, window, state)
             windows.append(terms)
         return [torch.cat(part, 1) if len(windows) > 1 else part[0] for part in zip(*windows, strict=True)], state
-
-    def _collect_window(
-        self, window: _Pass, select: Callable[[Trace], tuple[Tensor, ...]], state: State
-    ) -> tuple[tuple[Tensor, ...], State]:
-        batch, noise, masks, samples, future = window
-        trace = self._infer(batch, noise.over_time(self.latent_size, samples), state, masks, samples, future)
-        return select(trace), trace.state
 
     def trace(self, batch: SequenceBatch, noise: Noise) -> Trace:
         """Infer the latents of a batch and score it, a window at a time if there is no gradient.
@@ -250,31 +249,24 @@ class VRNN(Equations):
         effective = torch.full_like(total, samples)
         for first, window in whole.windows(self._window_size(batch, MAX_FILTER_WINDOW)):
             lengths = batch.lengths - first
-            run = partial(self._filter_window, window, lengths, resampling, beta)
-            estimate, state = self._checkpointed(run, log_weights, state)
+            particles = Particles(state, log_weights)
+            estimate, state = self._checkpointed(self._filter_window, window, lengths, resampling, beta, particles)
             total, log_weights = total + estimate.log_likelihood, estimate.log_weights
             effective_sum = effective_sum + estimate.effective_sum
             effective = torch.where(lengths > 0, estimate.effective, effective)
         return FilterResult(total, effective_sum / batch.lengths.clamp(min=1), effective, log_weights, state)
 
     def _filter_window(
-        self,
-        window: _Pass,
-        lengths: Tensor,
-        resampling: Resampling | None,
-        beta: float,
-        log_weights: Tensor,
-        state: State,
+        self, window: _Pass, lengths: Tensor, resampling: Resampling | None, beta: float, particles: Particles
     ) -> tuple[WindowEstimate, State]:
         """Weigh particles through a window; return the estimate of the window, and the state after it."""
-        batch, noise, masks, samples, future = window
+        batch, samples, log_weights = window.batch, window.samples, particles.log_weights
         weights, resample, frames = None, None, Frames.of_batch(batch, samples)
         if resampling is not None and samples > 1 and resampling.threshold > 0:
             weights = ParticleWeights(lengths, log_weights.detach(), resampling)
-            draws = noise.uniform_over_time(resampling.draws(samples)).unbind(1)
+            draws = cast(Noise, window.noise).uniform_over_time(resampling.draws(samples)).unbind(1)
             resample = self._resampler(frames, samples, weights, draws, beta)
-        drawn = noise.over_time(self.latent_size, samples)
-        trace = self._infer(batch, drawn, state, masks, samples, future, resample, frames)
+        trace = self._infer(window, particles.state, resample, frames)
         increments = (trace.log_px + beta * trace.log_ratio).t().unflatten(1, (samples, -1))
         gradient = resampling is not None and resampling.gradient
         return window_estimate(increments, log_weights, weights, batch.mask.t(), gradient), trace.state
