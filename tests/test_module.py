@@ -203,8 +203,9 @@ class Kinds(Callback):
         inner = pl_module.vrnn._infer
 
         def infer(window, *rest):
-            trace = inner(window, *rest)
-            self._keep_pass(window.batch, window.noise.over_time(pl_module.vrnn.latent_size), window.masks, trace)
+            trace, noise = inner(window, *rest), window.noise
+            noise = noise if isinstance(noise, torch.Tensor) else noise.over_time(pl_module.vrnn.latent_size)
+            self._keep_pass(window.batch, noise, window.masks, trace)
             return trace
 
         pl_module.vrnn._infer = infer

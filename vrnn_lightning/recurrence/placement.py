@@ -36,13 +36,7 @@ READ_AT_ONCE: dict[Purpose, tuple[str, ...]] = {
 
 
 class Line(NamedTuple):
-    """One line of a step.
-
-    Args:
-        value: What it computes.
-        part: The part of the model that computes it.
-        reads: The values that it depends on.
-    """
+    """One line of a step: the value that a part of the model computes, and the values that it reads."""
 
     value: str
     part: str
@@ -50,17 +44,11 @@ class Line(NamedTuple):
 
 
 class Partition(NamedTuple):
-    """Where the lines of a step are computed.
+    """Where the lines of a step are computed: before, inside or after the loop over its steps."""
 
-    Args:
-        before: For all steps at once, before the loop: what depends on given values alone.
-        inside: Step by step: what is read at each step, and what the state depends on.
-        after: For all steps at once, after the loop: the rest.
-    """
-
-    before: tuple[Line, ...]
-    inside: tuple[Line, ...]
-    after: tuple[Line, ...]
+    before: tuple[Line, ...]  # what depends on given values alone
+    inside: tuple[Line, ...]  # what is read at each step, and what the state depends on
+    after: tuple[Line, ...]  # the rest
 
     def __str__(self) -> str:
         lines = []

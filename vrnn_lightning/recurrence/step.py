@@ -49,24 +49,14 @@ class FastStep:
         masks: Dropout, of batch rows.
         samples: Rows per row of ``known``.
         temperature: Temperature of the emission, for generation.
-
-    Attributes:
-        states: h of each layer, then c of each layer.
-        h: h_{t-1} of the top layer as networks read it.
-        prior: Mean and spread of the prior, if it is inside and a network.
-        posterior: Mean and spread of the posterior.
-        z: The latent.
-        z_features: Its features.
-        emission: What the head of the emission reads, if that is inside.
-        x: The frame drawn.
     """
 
-    prior: Buffer | None = None
-    posterior: Buffer | None = None
+    prior: Buffer | None = None  # mean and spread, if it is inside and a network
+    posterior: Buffer | None = None  # mean and spread
     z: Buffer | None = None
     z_features: Buffer | None = None
-    emission: Buffer | None = None
-    x: Buffer | None = None
+    emission: Buffer | None = None  # what its head reads, if it is inside
+    x: Buffer | None = None  # the frame drawn
 
     def __init__(
         self,
@@ -253,22 +243,12 @@ class _CellSums:
 
     Those of a GRU are n_h, r, u, n_x: h_{t-1} adds to all but the last columns, the layer's input to all but the
     first. Those of an LSTM are i, f, g, o, and both add to all.
-
-    Args:
-        tape: The tape to add operations to.
-        cell: Its weights.
-        h: Its output.
-        c: Its cell state, of an LSTM.
-
-    Attributes:
-        bias: Of the sums that the layer's input adds to.
-        weight_h: Weight of h_{t-1}, in the order of the sums.
     """
 
     def __init__(self, tape: Tape, cell: nn.GRUCell | nn.LSTMCell, h: Buffer, c: Buffer | None) -> None:
         size = h.width
         self.cell, self.h, self.c, self.gates = cell, h, c, tape.buffer(4 * size)
-        self.bias: Tensor = cell.bias_ih + cell.bias_hh
+        self.bias: Tensor = cell.bias_ih + cell.bias_hh  # of the sums that the layer's input adds to
         if isinstance(cell, nn.LSTMCell):
             self.from_h = self.from_below = self.gates
             self.weight_h: Tensor = cell.weight_hh

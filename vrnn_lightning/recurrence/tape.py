@@ -127,21 +127,13 @@ class Tape:
 
 @dataclass
 class _Loop:
-    """A tape, what is asked of a run over it, and what the way back needs beside the tensors that autograd keeps.
-
-    Args:
-        tape: The tape.
-        outputs: Buffers of which gradients may come back.
-        last: Index of each state after its row's last real step.
-        inputs: What the tensors that autograd keeps are.
-        resampled: The rows that continue after a step, of the steps at which some do not.
-    """
+    """A run over a tape, with what the way back needs beside the tensors that autograd keeps."""
 
     tape: Tape
     outputs: list[Buffer]
-    last: tuple[Tensor, Tensor]
-    inputs: list[Buffer | ParameterRef]
-    resampled: dict[int, Tensor] = field(default_factory=dict)
+    last: tuple[Tensor, Tensor]  # index of each state after its row's last real step
+    inputs: list[Buffer | ParameterRef]  # what the tensors that autograd keeps are
+    resampled: dict[int, Tensor] = field(default_factory=dict)  # rows that continue after the steps where some do not
 
     @torch.no_grad()
     def forward(
@@ -246,11 +238,7 @@ class _LoopFunction(torch.autograd.Function):
 
 
 class TapeStepper:
-    """Takes the steps of a tape a few at a time, without a gradient: the next ones may depend on the last.
-
-    Args:
-        tape: The tape, with all of its operations. Its parameters are those of now.
-    """
+    """Takes the steps of a finished tape a few at a time, without a gradient: the next ones may depend on the last."""
 
     @torch.no_grad()
     def __init__(self, tape: Tape) -> None:

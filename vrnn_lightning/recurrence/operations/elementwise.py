@@ -11,12 +11,7 @@ __all__ = ["Cast", "Relu"]
 
 
 class Relu(Operation):
-    """``buffer = max(buffer, 0)`` in place, times a mask if there is one.
-
-    Args:
-        buffer: The argument, then the result.
-        mask: Dropout, shape (rows, width).
-    """
+    """``buffer = max(buffer, 0)`` in place, times a mask of shape (rows, width) if there is one."""
 
     def __init__(self, buffer: Buffer, mask: ParameterRef | None = None) -> None:
         self.buffer, self.mask = buffer, mask
@@ -51,7 +46,7 @@ class Cast(Operation):
     Args:
         source: It may have more steps than the target.
         target: The result.
-        mask: Dropout, shape (rows, width); only for a source whose gradient is always written, as that of a state.
+        mask: Shape (rows, width); only for a source whose gradient is always written, as that of a state.
     """
 
     def __init__(self, source: Buffer, target: Buffer, mask: ParameterRef | None = None) -> None:
