@@ -174,15 +174,7 @@ def readable_filter(
 def readable_generation(
     model: Equations, steps: int, state: State, inputs: Tensor | None = None, temperature: float = 1.0
 ) -> Generated:
-    """Generate: prior, latent, emission, frame, recurrence, and again.
-
-    Args:
-        model: The model.
-        steps: Frames to draw.
-        state: State before the first step; its batch size is the number of sequences.
-        inputs: Covariates, shape (batch, time, covariates), if the model reads any.
-        temperature: Temperature of the emission; below 1 for the more likely frames.
-    """
+    """Generate as :func:`vrnn_lightning.recurrence.generate` does, with its arguments."""
     drawn = []
     for t in range(steps):
         h, now = output(state), None if inputs is None else inputs[:, t]

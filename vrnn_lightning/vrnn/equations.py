@@ -17,13 +17,18 @@ from vrnn_lightning.nn import MLP
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import Masks, NetworkInputs, Prior, Purpose, State, partition
 
-__all__ = ["Equations", "StandardNormal"]
+__all__ = ["Equations", "StandardNormal", "gaussian"]
 
 
 def join(*values: Tensor | None) -> Tensor:
     """Return values side by side, without those that are absent."""
     there = [value for value in values if value is not None]
     return there[0] if len(there) == 1 else torch.cat(there, -1)
+
+
+def gaussian(mean: Tensor, std: Tensor) -> Factorised:
+    """Return a Gaussian of independent dimensions, from moments of shape (..., latent)."""
+    return Factorised(Normal(mean, std, validate_args=False))
 
 
 class StandardNormal(nn.Module):
@@ -40,7 +45,7 @@ class StandardNormal(nn.Module):
     def forward(self, features: Tensor) -> Factorised:
         """Return it with the batch shape of the features, shape (..., width)."""
         zeros = features.new_zeros(*features.shape[:-1], self.latent_size)
-        return Factorised(Normal(zeros, torch.ones_like(zeros), validate_args=False))
+        return gaussian(zeros, torch.ones_like(zeros))
 
 
 class Equations(nn.Module):
@@ -150,7 +155,7 @@ class Equations(nn.Module):
     def prior_dist(self, h: Tensor, inputs: Tensor | None = None) -> Factorised:
         r"""Return the prior :math:`p(z_t \mid x_{<t}, z_{<t})` (Chung et al. 2015, eq. 5)."""
         if self.prior is None:
-            return Factorised(Normal(h[..., :0], h[..., :0], validate_args=False))
+            return gaussian(h[..., :0], h[..., :0])
         return self.prior(join(h, inputs))
 
     def emission_dist(self, z_features: Tensor, h: Tensor, inputs: Tensor | None = None) -> Distribution:
@@ -215,8 +220,7 @@ class Equations(nn.Module):
         if not self.residual_posterior:
             return posterior
         prior = self.prior_dist(h, inputs) if prior is None else prior
-        base = posterior.base_dist
-        return Factorised(Normal(base.loc + prior.base_dist.loc, base.scale, validate_args=False))
+        return gaussian(posterior.base_dist.loc + prior.base_dist.loc, posterior.base_dist.scale)
 
     def describe_step(self, purpose: Purpose) -> str:
         """Return which lines of a step are computed before, inside and after the time loop.

@@ -34,8 +34,8 @@ from vrnn_lightning.recurrence import (
     log_ratio,
     repeat_rows,
 )
-from vrnn_lightning.vrnn.equations import Equations
-from vrnn_lightning.vrnn.trace import Frames, Trace, gaussian, latent_dists, make_trace
+from vrnn_lightning.vrnn.equations import Equations, gaussian
+from vrnn_lightning.vrnn.trace import Frames, Trace, latent_dists, make_trace
 
 __all__ = ["VRNN"]
 
@@ -116,16 +116,9 @@ class VRNN(Equations):
         self.require_state(state)
         self.apply_pruning()
         drawn = noise if isinstance(noise, Tensor) else noise.over_time(self.latent_size, samples)
-        steps, state = infer(
-            self,
-            self.network_inputs(batch, masks, future),
-            drawn.transpose(0, 1).contiguous(),
-            state,
-            repeat_rows(batch.lengths, samples),
-            masks,
-            samples,
-            resample,
-        )
+        data, lengths = self.network_inputs(batch, masks, future), repeat_rows(batch.lengths, samples)
+        noise = drawn.transpose(0, 1).contiguous()
+        steps, state = infer(self, data, noise, state, lengths, masks, samples, resample)
         frames = Frames.of_batch(batch, samples) if frames is None else frames
         return make_trace(self, steps, state, frames, compiled=self.compiled)
 
@@ -184,15 +177,11 @@ class VRNN(Equations):
             return cast(Trace, self(batch, noise.over_time(self.latent_size)))
 
         def select(trace: Trace) -> tuple[Tensor, ...]:
-            if trace.posterior is None or trace.prior is None:
-                return trace.log_px, trace.z
-            q, p = trace.posterior.base_dist, trace.prior.base_dist
-            return trace.log_px, trace.z, trace.kl, q.loc, q.scale, p.loc, p.scale
+            dists = [dist.base_dist for dist in (trace.posterior, trace.prior) if dist is not None]
+            return trace.log_px, trace.kl, trace.z, *(moment for dist in dists for moment in (dist.loc, dist.scale))
 
-        (log_px, z, *latent), state = self.collect(batch, noise, select, masks=self.draw_masks(noise))
-        kl, posterior, prior = z, None, None
-        if latent:
-            kl, posterior, prior = latent[0], gaussian(*latent[1:3]), gaussian(*latent[3:])
+        (log_px, kl, z, *moments), state = self.collect(batch, noise, select, masks=self.draw_masks(noise))
+        posterior, prior = (gaussian(*moments[:2]), gaussian(*moments[2:])) if moments else (None, None)
         return Trace(log_px, kl, batch.mask, None, self.decoder.head, posterior, prior, z, state)
 
     def _window_size(self, batch: SequenceBatch, most: int) -> int:
@@ -321,11 +310,10 @@ class VRNN(Equations):
         if len(state.h) == 0:
             raise UserError("state: has no rows; give at least one")
         self.apply_pruning()
-        if self.num_inputs:
-            needed = (len(state.h), steps, self.num_inputs)
-            if inputs is None or tuple(inputs.shape) != needed:
-                given = "none" if inputs is None else f"shape {tuple(inputs.shape)}"
-                raise UserError(f"inputs: the model reads covariates of shape {needed}, but got {given}")
+        needed = (len(state.h), steps, self.num_inputs)
+        if self.num_inputs and (inputs is None or tuple(inputs.shape) != needed):
+            given = "none" if inputs is None else f"shape {tuple(inputs.shape)}"
+            raise UserError(f"inputs: the model reads covariates of shape {needed}, but got {given}")
         return generate(self, steps, state, inputs if self.num_inputs else None, temperature)
 
     def stream(

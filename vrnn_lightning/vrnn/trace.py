@@ -9,14 +9,14 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Normal, kl_divergence
+from torch.distributions import Distribution, kl_divergence
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.heads import Factorised, Head, log_prob
 from vrnn_lightning.recurrence import InferenceSteps, State, log_ratio, repeat_rows
-from vrnn_lightning.vrnn.equations import Equations
+from vrnn_lightning.vrnn.equations import Equations, gaussian
 
-__all__ = ["Frames", "Trace", "gaussian", "latent_dists", "make_trace"]
+__all__ = ["Frames", "Trace", "latent_dists", "make_trace"]
 
 
 @dataclass
@@ -62,25 +62,13 @@ class Trace:
         return torch.where(self.mask, log_ratio(self.prior, self.posterior, self.z), 0.0)
 
 
-def gaussian(mean: Tensor, std: Tensor) -> Factorised:
-    """Return a Gaussian of independent dimensions, from moments of shape (..., latent)."""
-    return Factorised(Normal(mean, std, validate_args=False))
-
-
 class Frames(NamedTuple):
-    """The frames that a loop is scored on, a row for each trajectory, time first.
+    """The frames of a batch, a row for each trajectory, time first."""
 
-    Args:
-        x: Shape (time, rows, features).
-        mask: True at real steps, shape (time, rows).
-        observed: True at measured values, shape (time, rows, features); ``None`` for all.
-        inputs: Covariates, shape (time, rows, covariates), if the model reads any.
-    """
-
-    x: Tensor
-    mask: Tensor
-    observed: Tensor | None
-    inputs: Tensor | None
+    x: Tensor  # shape (time, rows, features)
+    mask: Tensor  # true at real steps, shape (time, rows)
+    observed: Tensor | None  # true at measured values, shape (time, rows, features); None for all
+    inputs: Tensor | None  # covariates, shape (time, rows, covariates), if the model reads any
 
     @classmethod
     def of_batch(cls, batch: SequenceBatch, samples: int) -> Frames:
@@ -104,23 +92,14 @@ def latent_dists(
 
 
 def make_trace(model: Equations, steps: InferenceSteps, state: State, frames: Frames, *, compiled: bool) -> Trace:
-    """Return the trace of what the loop computed.
-
-    Args:
-        model: The model.
-        steps: What the loop computed, time first.
-        state: The state after it.
-        frames: What it read.
-        compiled: Score with :func:`torch.compile`.
-    """
+    """Return the trace of all steps of a loop, scored on frames with or without :func:`torch.compile`."""
     terms = (_compiled_score() if compiled else _score)(model, steps, frames)
-    features, log_px, *latent = (part.transpose(0, 1) for part in (*terms, *(steps.posterior or ()), steps.h))
-    head, hidden, mask = model.decoder.head, latent.pop(), frames.mask.t()
+    features, log_px, *latent = (part.transpose(0, 1) for part in (*terms, *(steps.posterior or ())))
+    head, hidden, mask = model.decoder.head, steps.h.transpose(0, 1), frames.mask.t()
     if steps.posterior is None or steps.z is None:
         none = hidden[..., :0]
         return Trace(log_px, none, mask, features, head, None, None, none, state, hidden)
-    kl, prior_mean, prior_std, mean, std = latent
-    posterior, prior = gaussian(mean, std), gaussian(prior_mean, prior_std)
+    kl, posterior, prior = latent[0], gaussian(*latent[3:]), gaussian(*latent[1:3])
     return Trace(log_px, kl, mask, features, head, posterior, prior, steps.z.transpose(0, 1), state, hidden)
 
 

@@ -45,10 +45,7 @@ class GRU(_Cell):
 
     .. math:: r, u = \sigma(\cdot), \quad n = \tanh(n_x + r \odot n_h), \quad h_t = (1 - u) \odot n + u \odot h_{t-1}
 
-    Args:
-        gates: The sums n_h, r, u, n_x, width 4 * hidden, changed in place.
-        h: The state, with one more step.
-        new: n.
+    The sums are n_h, r, u, n_x, and ``new`` is n.
     """
 
     def __init__(self, gates: Buffer, h: Buffer, new: Buffer) -> None:
@@ -86,12 +83,11 @@ class LSTM(_Cell):
 
     .. math:: c_t = f \odot c_{t-1} + i \odot g, \quad h_t = o \odot \tanh c_t
 
+    The sums are i, f, g, o, and ``new`` is g.
+
     Args:
-        gates: The sums i, f, g, o, width 4 * hidden, changed in place.
-        h: The output, with one more step.
         c: The cell state, with one more step.
-        new: g.
-        squashed: The tanh of c.
+        squashed: Its tanh.
     """
 
     def __init__(self, gates: Buffer, h: Buffer, c: Buffer, new: Buffer, squashed: Buffer) -> None:
