@@ -209,16 +209,14 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         if self.current_epoch == self._first_epoch:
             self._check(batch)
         noise = self._noise(batch, batch_idx, self.current_epoch)
-        value, log_px, kl, ahead = self.objective(
-            self.vrnn, batch, noise, self.beta, self._total, self._carried_into(batch)
-        )
+        carried = self._carried_into(batch)
+        value, log_px, kl, ahead = self.objective(self.vrnn, batch, noise, self.beta, self._total, carried)
         self._carried = None if batch.reset is None else ahead.reset_rows(torch.zeros_like(batch.reset))
         steps, sequences = batch.lengths.sum(), (batch.lengths > 0).sum()
         samples = len(log_px) // len(batch)
         parts = (value, log_px.sum() / samples, kl.sum() / samples, steps, sequences)
-        total, reconstruction, all_kl, all_steps, all_sequences = self._total(
-            torch.stack([p.detach().to(self.bound.kl.dtype) for p in parts])
-        )
+        stacked = torch.stack([part.detach().to(self.bound.kl.dtype) for part in parts])
+        total, reconstruction, all_kl, all_steps, all_sequences = self._total(stacked)
         loss: Tensor = -value * self.trainer.world_size / all_sequences.clamp(min=1).to(value)
         self._stop_unless_finite(total, "the loss", batch)
         self.log("train/beta", self.beta, prog_bar=True)

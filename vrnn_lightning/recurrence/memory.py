@@ -16,11 +16,11 @@ __all__ = ["empty"]
 
 SMALL = 2**16  # bytes; below, malloc has memory that was touched before
 ALIGNED = 64  # bytes: a cache line, and the widest vector register
-PATIENCE = 256  # buffers asked for until one that nobody wants is given back
+PATIENCE = 256  # requests after which a block that none of them took is given back
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialised tensor, on a CPU perhaps on memory that no other tensor lies on any more."""
+    """Return an uninitialised tensor; on a CPU a large one may reuse the memory of a deleted tensor."""
     if device.type != "cpu" or math.prod(shape) * dtype.itemsize < SMALL:
         return torch.empty(*shape, dtype=dtype, device=device)
     return _pool.take(math.prod(shape) * dtype.itemsize).view(dtype).view(*shape)

@@ -65,6 +65,7 @@ class Networks(Protocol):
     cells: nn.ModuleList
     backward_rnn: nn.GRU | nn.LSTM | None
     residual_posterior: bool
+    num_inputs: int
 
     def standardize_input(self, x: Tensor, valid: Tensor | None = None) -> Tensor: ...
     def prior_dist(self, h: Tensor, inputs: Tensor | None = None) -> Factorised: ...

@@ -140,8 +140,8 @@ class FastStep:
             order = GIVEN[self.purpose]
             start = sum(self.widths[name] for name in order[: order.index(names[0])])
             width = sum(self.widths[name] for name in names)
-            whole = width == self._known.shape[-1]
-            self._known_columns[key] = self._known if whole else self._known[..., start : start + width]
+            is_whole = width == self._known.shape[-1]
+            self._known_columns[key] = self._known if is_whole else self._known[..., start : start + width]
         return self._known_columns[key]
 
     def _mask(self, mask: Tensor, dtype: torch.dtype) -> ParameterRef:
@@ -173,18 +173,22 @@ class FastStep:
         assert model.phi_z is not None
         self.z = z = tape.buffer(next(model.phi_z.linears()).in_features, tape.wide)
         if self.posterior is not None:
-            assert self.noise is not None
+            noise = tape.constant(cast(Tensor, self.noise))
             moved_by = self.prior if model.residual_posterior else None
             floor = cast("Network[Gaussian]", model.encoder).head.min_std
-            tape.add(GaussianSample(self.posterior, tape.constant(self.noise), z, floor, moved_by))
+            tape.add(GaussianSample(self.posterior, noise, z, floor, moved_by))
         elif self.prior is not None:
-            noise = tape.buffer(z.width, tape.wide)
-            tape.add(StandardNormal(noise))
-            tape.add(GaussianSample(self.prior, noise, z, cast("Network[Gaussian]", model.prior).head.min_std))
+            self._draw(self.prior, z, cast("Network[Gaussian]", model.prior).head.min_std)
         else:
             prior = model.prior_dist
             reads = [self.h, tape.constant(self._known)] if self._known.shape[-1] else [self.h]
             tape.add(Call(lambda h, inputs=None: prior(h, inputs).sample(), reads, z))
+
+    def _draw(self, raw: Buffer, target: Buffer, floor: float, std: float = 1.0) -> None:
+        """Add a draw from a Gaussian with noise of a standard deviation."""
+        noise = self.tape.buffer(target.width, target.dtype)
+        self.tape.add(StandardNormal(noise, std))
+        self.tape.add(GaussianSample(raw, noise, target, floor))
 
     def _lay_z_features(self) -> None:
         tape, masks, into = self.tape, self.masks, None
@@ -210,9 +214,7 @@ class FastStep:
         if type(head) is Gaussian and head.covariance == "diagonal":
             require_temperature(temperature)
             raw = tape.cast(_lay_linear(tape, self.emission, head.linear), wide)
-            noise = tape.buffer(self.x.width, wide)
-            tape.add(StandardNormal(noise, math.sqrt(temperature)))
-            tape.add(GaussianSample(raw, noise, self.x, head.min_std))
+            self._draw(raw, self.x, head.min_std, math.sqrt(temperature))
         else:
             tape.add(Call(lambda features: head.draw(features, temperature), [self.emission], self.x))
 

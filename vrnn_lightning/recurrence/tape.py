@@ -142,7 +142,7 @@ class _Loop:
         """Take all steps; return outputs and last states, and the pass."""
         tape = self.tape
         values = tape.new_pass(inputs)
-        begins, forwards = _bound(tape, values)
+        begins, forwards = _bind(tape, values)
         for begin in begins:
             begin()
         for t in range(tape.steps):
@@ -199,7 +199,7 @@ class _Loop:
         return values.grad(key)[0].clone() if key in self.tape.states else None
 
 
-def _bound(tape: Tape, values: Pass) -> tuple[list[Any], list[Any]]:
+def _bind(tape: Tape, values: Pass) -> tuple[list[Any], list[Any]]:
     """Return the methods ``begin`` and ``forward`` of a pass' own operations."""
     operations = [copy.copy(operation) for operation in tape.operations]
     for operation in operations:
@@ -243,7 +243,7 @@ class TapeStepper:
     @torch.no_grad()
     def __init__(self, tape: Tape) -> None:
         self.values = tape.new_pass(tape.inputs)
-        self._begins, self._forwards = _bound(tape, self.values)
+        self._begins, self._forwards = _bind(tape, self.values)
         self._states = [self.values.steps(state) for state in tape.states]
 
     @torch.no_grad()

@@ -242,8 +242,8 @@ class Equations(nn.Module):
             if (given is None) != (own is None):
                 raise UserError(f"state: {name} is {'missing' if given is None else 'for an LSTM, and the cell a GRU'}")
             if given is not None and own is not None and (given.shape != own.shape or given.dtype != own.dtype):
-                found, needed = (f"{tuple(part.shape)} in {part.dtype}" for part in (given, own))
-                raise UserError(f"state: {name} of shape {found}, the model's is {needed}")
+                got, needed = (f"{tuple(part.shape)} in {part.dtype}" for part in (given, own))
+                raise UserError(f"state: {name} of shape {got}, the model's is {needed}")
 
     def apply_pruning(self) -> None:
         """Compute pruned weights, as the call of a module would: the fast loop reads weights and calls nothing."""

@@ -100,9 +100,9 @@ class VRNN(Equations):
         """
         batch = self.mask_invalid(batch)
         if noise is None or (masks is None and self.training and self.dropout):
-            drawn = Noise(batch)
-            noise = drawn.over_time(self.latent_size, samples) if noise is None else noise
-            masks = self.draw_masks(drawn) if masks is None else masks
+            source = Noise(batch)
+            noise = source.over_time(self.latent_size, samples) if noise is None else noise
+            masks = self.draw_masks(source) if masks is None else masks
         state = self.initial_state(samples * len(batch)) if state is None else state
         return self._infer(_Pass(batch, noise, masks, samples, self.backward_states(batch, masks)), state)
 
@@ -115,9 +115,9 @@ class VRNN(Equations):
             raise UserError(f"a state of {len(state.h)} rows, but {samples} x {len(batch)} trajectories are inferred")
         self.require_state(state)
         self.apply_pruning()
-        drawn = noise if isinstance(noise, Tensor) else noise.over_time(self.latent_size, samples)
+        normal = noise if isinstance(noise, Tensor) else noise.over_time(self.latent_size, samples)
         data, lengths = self.network_inputs(batch, masks, future), repeat_rows(batch.lengths, samples)
-        noise = drawn.transpose(0, 1).contiguous()
+        noise = normal.transpose(0, 1).contiguous()
         steps, state = infer(self, data, noise, state, lengths, masks, samples, resample)
         frames = Frames.of_batch(batch, samples) if frames is None else frames
         return make_trace(self, steps, state, frames, compiled=self.compiled)
@@ -342,4 +342,4 @@ class VRNN(Equations):
             raise UserError(f"state: {len(state.h)} rows, not {samples * batch_size} (samples * batch_size)")
         self.require_state(state)
         self.apply_pruning()
-        return Stream(self, state, samples, self.num_inputs, resampling)
+        return Stream(self, state, samples, resampling)

@@ -103,9 +103,9 @@ class Pass:
 class Operation:
     """One operation of a step.
 
-    An instance describes the operation: which buffers and parameters it reads and writes. Each pass works on a copy of
-    it, so that whatever a method below keeps in an attribute belongs to that pass alone. Methods that a subclass does
-    not define cost nothing.
+    An instance describes the buffers and parameters that the operation reads and writes. Each pass works on a copy of
+    it, so attributes that a method below sets belong to that pass alone. Methods that a subclass does not define cost
+    nothing.
 
     Forwards a pass calls ``bind``, ``begin`` and, for each step, ``forward``. On the way back it calls ``plan``, for
     each block of steps ``prepare``, for each step of the block ``backward``, and at the end ``finish``.
