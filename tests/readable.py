@@ -16,7 +16,8 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.filtering import FilterResult, Resampling, particle_filter
 from vrnn_lightning.heads import log_prob, tempered
 from vrnn_lightning.recurrence.generation import Generated
-from vrnn_lightning.recurrence.state import Masks, Networks, State, log_ratio, output, repeat_rows
+from vrnn_lightning.recurrence.state import Masks, State, log_ratio, output, repeat_rows
+from vrnn_lightning.vrnn import Equations
 
 __all__ = ["StepTerms", "readable_filter", "readable_generation", "readable_loop", "readable_step"]
 
@@ -40,7 +41,7 @@ class StepTerms(NamedTuple):
 
 
 def readable_loop(
-    model: Networks, batch: SequenceBatch, noise: Tensor, state: State, masks: Masks | None = None
+    model: Equations, batch: SequenceBatch, noise: Tensor, state: State, masks: Masks | None = None
 ) -> StepTerms:
     r"""Do all of a VRNN's work step by step (Chung et al. 2015, eq. 5 to 11).
 
@@ -50,7 +51,7 @@ def readable_loop(
         recurrence   (x_t, z_t, h_{t-1}) -> h_t
 
     Args:
-        model: The networks.
+        model: The model.
         batch: Finite everywhere.
         noise: Standard normal noise, shape (batch, time, latent).
         state: State before the first step.
@@ -67,7 +68,7 @@ def readable_loop(
 
 
 def readable_step(
-    model: Networks,
+    model: Equations,
     batch: SequenceBatch,
     t: int,
     state: State,
@@ -78,7 +79,7 @@ def readable_step(
     """Take step t: prior, posterior, latent, likelihood, recurrence.
 
     Args:
-        model: The networks.
+        model: The model.
         batch: Finite everywhere.
         t: The step.
         state: State before it.
@@ -109,7 +110,7 @@ def _next_where(is_real: Tensor, new: State, old: State) -> State:
     return State(_where(is_real, new.h, old.h), c)
 
 
-def readable_future(model: Networks, batch: SequenceBatch, masks: Masks | None = None) -> Tensor | None:
+def readable_future(model: Equations, batch: SequenceBatch, masks: Masks | None = None) -> Tensor | None:
     """Return the states of the recurrence that reads backwards, shape (batch, time, hidden), if there is one."""
     rnn = model.backward_rnn
     if rnn is None:
@@ -131,7 +132,7 @@ def readable_future(model: Networks, batch: SequenceBatch, masks: Masks | None =
 
 
 def readable_filter(
-    model: Networks,
+    model: Equations,
     batch: SequenceBatch,
     noise: Tensor,
     draws: Tensor,
@@ -143,7 +144,7 @@ def readable_filter(
     """Run the particle filter on readable steps, with a graph through all of it; not for smoothing.
 
     Args:
-        model: The networks.
+        model: The model.
         batch: Finite everywhere.
         noise: Standard normal noise, shape (samples * batch, time, latent).
         draws: Numbers in [0, 1), shape (batch, time, numbers per resampling).
@@ -171,17 +172,9 @@ def readable_filter(
 
 @torch.no_grad()
 def readable_generation(
-    model: Networks, steps: int, state: State, inputs: Tensor | None = None, temperature: float = 1.0
+    model: Equations, steps: int, state: State, inputs: Tensor | None = None, temperature: float = 1.0
 ) -> Generated:
-    """Generate: prior, latent, emission, frame, recurrence, and again.
-
-    Args:
-        model: The networks.
-        steps: Frames to draw.
-        state: State before the first step; its batch size is the number of sequences.
-        inputs: Covariates, shape (batch, time, covariates), if the model reads any.
-        temperature: Temperature of the emission; below 1 for the more likely frames.
-    """
+    """Generate as :func:`vrnn_lightning.recurrence.generate` does, with its arguments."""
     drawn = []
     for t in range(steps):
         h, now = output(state), None if inputs is None else inputs[:, t]

@@ -202,9 +202,10 @@ class Kinds(Callback):
     def on_fit_start(self, trainer, pl_module):
         inner = pl_module.vrnn._infer
 
-        def infer(batch, noise, state, masks, *rest):
-            trace = inner(batch, noise, state, masks, *rest)
-            self._keep_pass(batch, noise, masks, trace)
+        def infer(window, *rest):
+            trace, noise = inner(window, *rest), window.noise
+            noise = noise if isinstance(noise, torch.Tensor) else noise.over_time(pl_module.vrnn.latent_size)
+            self._keep_pass(window.batch, noise, window.masks, trace)
             return trace
 
         pl_module.vrnn._infer = infer

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, is_dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,6 +24,7 @@ from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.exporting import Exported
 from vrnn_lightning.filtering import Particles
+from vrnn_lightning.hyperparameters import make_storable
 from vrnn_lightning.inference import Inference
 from vrnn_lightning.metrics import ActiveUnits, Bound, Estimate
 from vrnn_lightning.noise import Noise
@@ -84,11 +82,9 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         network = {option.name: option.default for option in defaults if option.name != "num_features"} | network
         self.vrnn = build_vrnn(num_features, **network)
         self.save_hyperparameters(logger=False)
-        _make_storable(self.hparams)
+        make_storable(self.hparams)
         self.objective = objective()
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.lr_interval = lr_interval
+        self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
         self.beta = 1.0
         """Weight of the KL in training; a callback may set it."""
         self.is_tracing = True
@@ -113,12 +109,9 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         return Scaler(self.scale_mean, self.scale_std)
 
     def init_from(self, state_dict: dict[str, Tensor]) -> None:
-        """Start from the weights of another training: its VRNN, and nothing else of it.
+        """Start from the weights of another run: its VRNN, with the centring of its inputs.
 
-        The scaler is that of the data to come, which it brings to the units that the weights know: mean 0 and standard
-        deviation 1 where data are scaled at all. ``input_mean``, ``input_std`` and the emission's bias are kept and not
-        taken from the new data: phi_x's weights were learned behind that centring, so that with another one, the same
-        scaled frame would mean another thing to them. They are part of the function that was learned.
+        The scaler remains that of the new data. It brings them to the units that the weights know.
 
         Args:
             state_dict: A checkpoint's ``state_dict``.
@@ -136,24 +129,23 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         self.is_initialized.fill_(True)
 
     def setup(self, stage: str) -> None:
-        """Raise if the data or the precision do not fit the model.
-
-        Raises:
-            UserError: The data's width is not the model's, or the precision leaves the densities no room.
-        """
+        """Raise if the data's width is not the model's, or if the precision is too narrow for densities."""
         make_resumable(self.trainer)
         precision, strategy = self.trainer.precision, self.trainer.strategy
         if precision in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
             raise UserError(f"--trainer.precision {precision}: too narrow for densities; use bf16-mixed")
         if isinstance(strategy, FSDPStrategy) and strategy.mixed_precision is None and str(precision).endswith("mixed"):
-            strategy.mixed_precision = _wide()
+            from torch.distributed.fsdp import MixedPrecision  # not in every build of torch
+
+            strategy.mixed_precision = MixedPrecision()  # parameters and reductions stay wide; only autocast narrows
         if precision == "64-true":
             self.double()  # Lightning does so after it has restored a checkpoint, whose weights would be rounded
-        width = getattr(self._data, "num_features", self.vrnn.num_features)
-        if width != self.vrnn.num_features:
+        own = self.vrnn.num_features
+        width = getattr(self._data, "num_features", own)
+        if width != own:
             raise UserError(
-                f"{type(self._data).__name__} has {width} features per step, but the model was made for "
-                f"{self.vrnn.num_features}; use the data it was trained on or train a new model"
+                f"{type(self._data).__name__} has {width} features per step, but the model was made for {own}; "
+                "use the data it was trained on or train a new model"
             )
 
     @property
@@ -161,7 +153,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         return getattr(self.trainer, "datamodule", None)
 
     def on_fit_start(self) -> None:
-        """Take the data's scaler, and before the very first training what phi_x and the emission start from."""
+        """Store the data's scaler and, before the first run, what phi_x and the emission start from."""
         if self._loaded is not None:
             match_optimizer_states(self._loaded, [_parameter_names(self, o) for o in self.trainer.optimizers])
             self._loaded = None
@@ -178,33 +170,31 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
 
     on_test_start = on_predict_start = on_validation_start
 
-    def _take_scaler(self, replace: bool) -> None:
+    def _take_scaler(self, *, replace: bool) -> None:
         if not hasattr(self._data, "scaler"):
             return
         scaler: Scaler = self._data.scaler
-        same = all(
-            torch.allclose(own, other.to(own).expand_as(own), rtol=1e-4, atol=1e-6)
-            for own, other in ((self.scale_mean, scaler.mean), (self.scale_std, scaler.std))
-        )
-        if not replace and not same:
-            raise UserError("the data were scaled otherwise than in training; give the checkpoint as ckpt_path, too")
-        self.scale_mean.copy_(scaler.mean)
-        self.scale_std.copy_(scaler.std)
+        for own, other in ((self.scale_mean, scaler.mean), (self.scale_std, scaler.std)):
+            if not replace and not torch.allclose(own, other.to(own).expand_as(own), rtol=1e-4, atol=1e-6):
+                raise UserError(
+                    "the data were scaled otherwise than in training; give the checkpoint as ckpt_path, too"
+                )
+            own.copy_(other)
 
     def summon_full_params(self) -> AbstractContextManager[None]:
-        """Return a context for code that reads or writes parameters outside a step; every process has to enter it.
-
-        Under FSDP a process holds a share of each parameter, and all of them only within a step or this context.
-        """
+        """Return a context that every process enters to read or write parameters outside a step, for FSDP's shares."""
         sharded: Any = self.trainer.model
         if sharded is self or not hasattr(sharded, "summon_full_params"):
             return nullcontext()
         return cast(AbstractContextManager[None], sharded.summon_full_params(sharded))
 
     def on_train_start(self) -> None:
-        """Remember the epoch in which every batch is checked."""
-        self._first_epoch = self.current_epoch
-        self._carried = None
+        """Remember the epoch in which every batch is checked, and restore the state of streams."""
+        self._first_epoch, self._carried = self.current_epoch, None
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None and all(len(x) == self.trainer.world_size for part in resumed for x in part):
+            own = [[x[self.global_rank].to(self.device) for x in part] for part in resumed]
+            self._carried = StreamState(*(Particles(State(*states), log_weights) for log_weights, *states in own))
 
     def on_train_epoch_end(self) -> None:
         """Drop the state of streams: the next epoch starts from zero."""
@@ -219,16 +209,14 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         if self.current_epoch == self._first_epoch:
             self._check(batch)
         noise = self._noise(batch, batch_idx, self.current_epoch)
-        value, log_px, kl, ahead = self.objective(
-            self.vrnn, batch, noise, self.beta, self._total, self._carried_into(batch)
-        )
+        carried = self._carried_into(batch)
+        value, log_px, kl, ahead = self.objective(self.vrnn, batch, noise, self.beta, self._total, carried)
         self._carried = None if batch.reset is None else ahead.reset_rows(torch.zeros_like(batch.reset))
         steps, sequences = batch.lengths.sum(), (batch.lengths > 0).sum()
         samples = len(log_px) // len(batch)
         parts = (value, log_px.sum() / samples, kl.sum() / samples, steps, sequences)
-        total, reconstruction, all_kl, all_steps, all_sequences = self._total(
-            torch.stack([p.detach().to(self.bound.kl.dtype) for p in parts])
-        )
+        stacked = torch.stack([part.detach().to(self.bound.kl.dtype) for part in parts])
+        total, reconstruction, all_kl, all_steps, all_sequences = self._total(stacked)
         loss: Tensor = -value * self.trainer.world_size / all_sequences.clamp(min=1).to(value)
         self._stop_unless_finite(total, "the loss", batch)
         self.log("train/beta", self.beta, prog_bar=True)
@@ -244,17 +232,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
 
     def _carried_into(self, batch: SequenceBatch) -> StreamState | None:
         """Return the state of streams before a window, reset where a sequence begins; ``None`` for whole sequences."""
-        if batch.reset is None:
-            return None
-        if batch.reset.all():  # nothing continues
-            self._carried = self._resumed = None
-            return None
-        if self._carried is None and self._resumed is not None:
-            parts = [[x.to(batch.x.device) for x in part] for part in self._resumed]
-            if all(len(x) == self.trainer.world_size for part in parts for x in part):
-                self._carried = _unflatten([[x[self.global_rank] for x in part] for part in parts])
-        self._resumed = None
-        if self._carried is None:
+        if batch.reset is None or batch.reset.all() or self._carried is None:
             return None
         if len(self._carried.trajectories.log_weights[0]) != len(batch):
             raise UserError(f"{type(self._data).__name__}: streams must have as many rows in every batch of an epoch")
@@ -278,38 +256,39 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         return x
 
     def _noise(self, batch: SequenceBatch, batch_idx: int, epoch: int = -1) -> Noise:
-        """Return what a pass over a batch draws from: the run's seed, the epoch and each sequence's name decide it.
+        """Return the noise of a pass over a batch, which the run's seed, the epoch and each sequence's name decide.
 
-        So no resume, batch size, order, padding or number of processes changes it. Evaluation (epoch -1) draws the
-        same in every epoch: its figures differ by the model alone.
+        No resume, batch size, order or number of processes changes it. Evaluation (epoch -1) always draws the same.
         """
         return Noise.named(batch, self.noise_seed, epoch, unnamed=(batch_idx, self.global_rank))
 
-    def _stop_unless_finite(self, value: Tensor, what: str, batch: SequenceBatch | None) -> None:
+    def _stop_unless_finite(self, value: Tensor, what: str, batch: SequenceBatch | None = None) -> None:
         if torch.isfinite(value):
             return
         written = {getattr(callback, "best_model_path", "") for callback in self.trainer.checkpoint_callbacks} - {""}
-        kept = max(written, key=lambda path: Path(path).stat().st_mtime, default="")
-        names = [name for name in (batch.names or []) if name] if batch is not None else []
+        kept = max(written, key=lambda path: Path(path).stat().st_mtime, default=None)
+        names = [name for name in getattr(batch, "names", None) or [] if name]
         shown = f" on {', '.join(names[:8])}{', …' if len(names) > 8 else ''}" if names else ""
+        last = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
         raise UserError(
-            f"{what} is {value.item()} at step {self.global_step}{shown}; "
-            + (f"the last good checkpoint is {kept}; " if kept else "no checkpoint was written yet; ")
-            + "try a lower learning rate, --trainer.gradient_clip_val or a larger min_std"
+            f"{what} is {value.item()} at step {self.global_step}{shown}; {last}; try a lower learning rate, "
+            "--trainer.gradient_clip_val or a larger min_std"
         )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the gradient's norm before clipping, and stop where it is not finite."""
-        norm = self._gradient_norm()
+        if self._clip_shards is None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        else:
+            norm = self._clip_shards(math.inf)
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # a loss scaler skips such steps itself
-            self._stop_unless_finite(norm, "the gradient's norm", None)
+            self._stop_unless_finite(norm, "the gradient's norm")
         self.log("train/grad_norm", norm)
 
-    def _gradient_norm(self) -> Tensor:
-        over_shards = getattr(self.trainer.model, "clip_grad_norm_", None)  # FSDP's: no process holds the gradient
-        if over_shards is not None:
-            return cast(Tensor, over_shards(math.inf))
-        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+    @property
+    def _clip_shards(self) -> Callable[[float], Tensor] | None:
+        """FSDP's clipping, which returns the norm: no process holds the whole gradient."""
+        return getattr(self.trainer.model, "clip_grad_norm_", None)
 
     def configure_gradient_clipping(
         self,
@@ -317,12 +296,11 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer's options say; by norm under FSDP too, which Lightning's own refuses."""
-        over_shards = getattr(self.trainer.model, "clip_grad_norm_", None)
-        if over_shards is None or not gradient_clip_val or gradient_clip_algorithm == "value":
+        """Clip as the trainer's options say; by norm under FSDP too, which Lightning refuses."""
+        if self._clip_shards is None or not gradient_clip_val or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
-            over_shards(gradient_clip_val)
+            self._clip_shards(gradient_clip_val)
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> Any:
         """Add a batch to the validation totals, and return its trace."""
@@ -344,8 +322,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         trace = self.trace(batch, batch_idx)
         valid = batch.valid_mask
         log_scale = (valid * self.scale_std.log()).sum()
-        known = getattr(self._data, "exact_log_likelihood", None)
-        exact = known(batch) if known is not None else None
+        exact = getattr(self._data, "exact_log_likelihood", lambda batch: None)(batch)
         self.bound.update(trace.log_px, trace.kl, batch.lengths, valid.sum(), log_scale, exact)
         if trace.posterior is not None:
             self.active.update(trace.posterior.mean, batch.mask)
@@ -353,12 +330,11 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation figures, and the bound that is trained on."""
-        elbo = self._report("val")
+        value = self._report("val")
         if isinstance(self.objective, ImportanceBound):
-            self.log("val/objective", self.val_objective_metric.compute()[""].float(), sync_dist=True)
+            value = self.val_objective_metric.compute()[""].float()
             self.val_objective_metric.reset()
-        else:
-            self.log("val/objective", elbo, sync_dist=True)
+        self.log("val/objective", value, sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
         """Log the test figures."""
@@ -366,6 +342,7 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
 
     def _report(self, stage: str) -> Tensor:
         figures = {f"{stage}/{name}": value.float() for name, value in self.bound.compute().items()}
+        elbo = figures[f"{stage}/elbo"]
         if self.vrnn.decoder.head.likelihood == "mixed":
             del figures[f"{stage}/bits_per_dim"]  # a density and a mass have no common bit
         if self.vrnn.latent_size:
@@ -373,11 +350,9 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         self.bound.reset()
         self.active.reset()
         self.log_dict(figures, sync_dist=True)  # the totals are reduced already; this only tells Lightning so
-        if not math.isfinite(figures[f"{stage}/elbo"]) and not self.trainer.sanity_checking:
-            raise UserError(
-                f"{stage}/elbo is {figures[f'{stage}/elbo'].item()}: the data or the model holds such values"
-            )
-        return figures[f"{stage}/elbo"]
+        if not math.isfinite(elbo) and not self.trainer.sanity_checking:
+            raise UserError(f"{stage}/elbo is {elbo.item()}: the data or the model holds such values")
+        return elbo
 
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> Trace | tuple[()]:
         """Return the trace of a batch, or nothing where a callback makes something else of it."""
@@ -405,8 +380,11 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         checkpoint["noise_seed"] = self.noise_seed
         if "optimizer_states" in checkpoint and self._trainer is not None:
             checkpoint[OPTIMIZED] = [_parameter_names(self, optimizer) for optimizer in self.trainer.optimizers]
-        if self._carried is not None:  # the streams' states; every process has its own
-            checkpoint["carried"] = [self._gathered(part) for part in _flatten(self._carried)]
+        if self._carried is not None:  # as lists of tensors, which load without running pickled code
+            is_alone = self._trainer is None or self.trainer.world_size == 1
+            gather = (lambda x: x[None]) if is_alone else self.all_gather  # to shape (processes, ...)
+            parts = [(part.log_weights, *part.state) for part in self._carried if part is not None]
+            checkpoint["carried"] = [[gather(x) for x in part if x is not None] for part in parts]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the seed of the noise and what streams carry."""
@@ -415,57 +393,8 @@ class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # 
         self._resumed = checkpoint.get("carried")
         self._loaded = checkpoint if OPTIMIZED in checkpoint else None
 
-    def _gathered(self, part: list[Tensor]) -> list[Tensor]:
-        """Return what each process has of some tensors, shape (processes, ...)."""
-        one = self._trainer is None or self.trainer.world_size == 1
-        return [x[None] if one else cast(Tensor, self.all_gather(x)) for x in part]
-
 
 def _parameter_names(module: LightningModule, optimizer: Optimizer) -> list[str]:
     """Return the names of an optimiser's parameters, in its order."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return [names.get(id(parameter), "") for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _flatten(carried: StreamState) -> list[list[Tensor]]:
-    """Return what is carried as lists of tensors, which load without running pickled code."""
-    return [[part.log_weights, *(x for x in part.state if x is not None)] for part in carried if part is not None]
-
-
-def _unflatten(parts: list[list[Tensor]]) -> StreamState:
-    return StreamState(*(Particles(State(*states), log_weights) for log_weights, *states in parts))
-
-
-def _wide() -> Any:
-    """Return what keeps FSDP's parameters, buffers and reductions as they are, so that autocast alone narrows."""
-    from torch.distributed.fsdp import MixedPrecision  # not in every build of torch
-
-    return MixedPrecision()
-
-
-def _make_storable(hparams: Any) -> None:
-    """Replace classes, partials and dataclasses by the options that make them, which load without running pickled code.
-
-    An optimiser or scheduler made by any other function is left out: only training needs it, and gives it again.
-    """
-    for name, value in list(hparams.items()):
-        if is_dataclass(value) and not isinstance(value, type):
-            hparams[name] = asdict(value)
-        elif callable(value):
-            made, options = (value.func, dict(value.keywords)) if isinstance(value, partial) else (value, {})
-            if isinstance(value, partial) and not isinstance(made, type):  # the command line's partial names it last
-                made = value.args[-1] if value.args else made
-            if isinstance(made, type):
-                hparams[name] = {"class_path": _path(made), "init_args": options}
-            elif name in ("optimizer", "lr_scheduler"):
-                del hparams[name]
-            else:
-                raise UserError(f"{name}: a checkpoint can only hold a class or functools.partial(class, option=value)")
-    hparams.setdefault("_instantiator", "lightning.pytorch.cli.instantiate_module")
-
-
-def _path(cls: type) -> str:
-    """Return where a class can be imported from: the package that shows it, as the command line names it."""
-    package = cls.__module__.rpartition(".")[0]
-    public = getattr(sys.modules.get(package), cls.__name__, None) is cls
-    return f"{package if public else cls.__module__}.{cls.__qualname__}"

@@ -170,9 +170,9 @@ def closed(q: Any, p: Any) -> torch.Tensor:
 def unmasked(of_likelihood: bool) -> Patch:
     """Let padding count in one of the two terms."""
 
-    def score(right, model, steps, x, mask, observed, inputs):
-        masked = right(model, steps, x, mask, observed, inputs)
-        counted = right(model, steps, x, torch.ones_like(mask), observed, inputs)
+    def score(right, model, steps, frames):
+        masked = right(model, steps, frames)
+        counted = right(model, steps, frames._replace(mask=torch.ones_like(frames.mask)))
         return tuple((counted if (i == 1) == of_likelihood and i in (1, 2) else masked)[i] for i in range(len(masked)))
 
     return around(trace, "_score", score)
@@ -189,17 +189,17 @@ def shifted(values: int) -> Patch:
 
 
 def reads_next_h(right, *args, **options):
-    steps = right(*args, **options)
-    return steps._replace(h=torch.cat([steps.h[1:], steps.state.h[None, :, -1]]))
+    steps, state = right(*args, **options)
+    return steps._replace(h=torch.cat([steps.h[1:], state.h[None, :, -1]])), state
 
 
 def squeezed(right, *args, **options):
-    steps = right(*args, **options)
-    return steps._replace(posterior=tuple(moment.squeeze() for moment in steps.posterior))
+    steps, state = right(*args, **options)
+    return steps._replace(posterior=tuple(moment.squeeze() for moment in steps.posterior)), state
 
 
 def generates_from_next_h(right, self):
-    self._lay_cells()
+    self._lay_state()
     weight = self.tape.parameter(self._weights["emission"]["h"].t())
     self.tape.add(MatMul(self.states[-1].next_step(), weight, self._sums["emission"]))
     right(self)
@@ -260,8 +260,8 @@ def floorless(right, self, raw):
     return mean, std - self.min_std
 
 
-def scored_centred(right, model, steps, x, *rest):
-    return right(model, steps, model.standardize_input(x), *rest)
+def scored_centred(right, model, steps, frames):
+    return right(model, steps, frames._replace(x=model.standardize_input(frames.x)))
 
 
 def means_of_means(right, self, log_px, kl, lengths, *rest):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_objectives
@@ -104,15 +106,22 @@ def test_a_choice_can_not_be_weighed_by_what_is_not_kept():
 def test_recomputed_windows_leave_nothing_behind(monkeypatch):
     """While a loss, and with it the whole graph, lives on, no window keeps what it held on its way back."""
     monkeypatch.setattr(memory, "SMALL", 0)
-    lent = []
+    lent, loans = [], []
+
+    def finalize(*args):
+        loans.append(weakref.finalize(*args))
+        return loans[-1]
+
+    monkeypatch.setattr(memory, "weakref", SimpleNamespace(finalize=finalize))
     for steps in (20, 80):
         monkeypatch.setattr(memory, "_pool", memory._Pool())
+        loans.clear()
         model, batch = test_recurrence.make_model(), test_recurrence.make_batch([steps] * 3)
         model.checkpoint_every = 10
         found = evaluated(ELBO(), model, batch)
         found.value.backward()
-        lent.append(len(memory._pool._loans))
-    assert memory._pool._asked
+        lent.append(sum(loan.alive for loan in loans))
+    assert memory._pool._asked == len(loans) > 0
     assert lent[1] <= lent[0] + 8
 
 

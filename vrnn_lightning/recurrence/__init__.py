@@ -6,9 +6,9 @@ sequences, and :class:`Stream` follows them frame by frame. All three run one la
 """
 
 from vrnn_lightning.recurrence.generation import Generated, generate
-from vrnn_lightning.recurrence.inference import InferenceSteps, NetworkInputs, Resample, StepView, infer
+from vrnn_lightning.recurrence.inference import InferenceSteps, NetworkInputs, Resample, infer
+from vrnn_lightning.recurrence.placement import Partition, Purpose, partition
 from vrnn_lightning.recurrence.state import Masks, Networks, Prior, State, log_ratio, output, repeat_rows
-from vrnn_lightning.recurrence.step import Partition, Purpose, partition
 from vrnn_lightning.recurrence.streaming import Stream
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "Purpose",
     "Resample",
     "State",
-    "StepView",
     "Stream",
     "generate",
     "infer",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vrnn_lightning.heads import tempered
-from vrnn_lightning.recurrence.state import Networks, State, as_state
+from vrnn_lightning.recurrence.state import Networks, State
 from vrnn_lightning.recurrence.step import FastStep
 from vrnn_lightning.recurrence.tape import Tape, TapeStepper
 
@@ -68,5 +68,5 @@ def generate(
     means = [tempered(model.decoder.head(part), temperature).mean for part in features.split(chunk)]
     latents = z[0] if z else x[..., :0]
     frames, mean, latents = (part.transpose(0, 1).contiguous() for part in (x, torch.cat(means), latents))
-    last = as_state([stepper.values.steps(part)[0].clone() for part in step.states], len(model.cells))
+    last = State.from_layers([stepper.values.steps(part)[0].clone() for part in step.states], len(model.cells))
     return Generated(frames, mean, latents, last)

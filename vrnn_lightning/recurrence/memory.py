@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 import torch
@@ -17,21 +16,14 @@ __all__ = ["empty"]
 
 SMALL = 2**16  # bytes; below, malloc has memory that was touched before
 ALIGNED = 64  # bytes: a cache line, and the widest vector register
-PATIENCE = 256  # buffers asked for until one that nobody wants is given back
+PATIENCE = 256  # requests after which a block that none of them took is given back
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an uninitialised tensor, on a CPU perhaps on memory that no other tensor lies on any more."""
+    """Return an uninitialised tensor; on a CPU a large one may reuse the memory of a deleted tensor."""
     if device.type != "cpu" or math.prod(shape) * dtype.itemsize < SMALL:
         return torch.empty(*shape, dtype=dtype, device=device)
     return _pool.take(math.prod(shape) * dtype.itemsize).view(dtype).view(*shape)
-
-
-class _Loan(weakref.ref[np.ndarray]):
-    """A reference to the array that a tensor was made of, and the block that the array lies on."""
-
-    __slots__ = ("block",)
-    block: np.ndarray
 
 
 class _Pool:
@@ -43,7 +35,6 @@ class _Pool:
 
     def __init__(self) -> None:
         self._free: list[tuple[np.ndarray, int]] = []  # blocks, and how many were asked for when they came back
-        self._loans: dict[int, _Loan] = {}  # a weak reference must live to be called
         self._returned: deque[np.ndarray] = deque()
         self._asked = 0
         self._lock = threading.Lock()
@@ -67,15 +58,9 @@ class _Pool:
                 block = np.empty(-(-wanted // grain) * grain, np.uint8)
         start = -block.ctypes.data % ALIGNED
         array = block[start : start + size]
-        loan = _Loan(array, self._end)
-        loan.block = block
-        self._loans[id(loan)] = loan
+        # appended without the lock, which this thread may hold when an array ends
+        weakref.finalize(array, self._returned.append, block).atexit = False
         return torch.from_numpy(array)
-
-    def _end(self, loan: weakref.ref[np.ndarray]) -> None:
-        """Note that a block is free; without the lock, which this thread may hold."""
-        del self._loans[id(loan)]
-        self._returned.append(cast(_Loan, loan).block)
 
 
 _pool = _Pool()

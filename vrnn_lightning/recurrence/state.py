@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from vrnn_lightning.heads import Factorised, Gaussian, Head, Network
 from vrnn_lightning.nn import MLP
 
-__all__ = ["Masks", "Networks", "Prior", "State", "as_state", "log_ratio", "output", "repeat_rows"]
+__all__ = ["Masks", "Networks", "Prior", "State", "log_ratio", "output", "repeat_rows"]
+
+Prior = Callable[[Tensor], Factorised]
+"""Maps h_{t-1} and covariates, shape (..., width), to p(z_t | x_<t, z_<t), event shape (latent,)."""
 
 
 class State(NamedTuple):
@@ -25,6 +27,12 @@ class State(NamedTuple):
 
     h: Tensor
     c: Tensor | None = None
+
+    @classmethod
+    def from_layers(cls, parts: Sequence[Tensor], count: int) -> State:
+        """Return the state of h of each of ``count`` layers, then c of each layer, each (batch, hidden)."""
+        h, c = parts[:count], parts[count:]
+        return cls(torch.stack(tuple(h), 1), torch.stack(tuple(c), 1) if c else None)
 
     def layers(self) -> tuple[Tensor, ...]:
         """Return h of each layer, then c of each layer, each (batch, hidden)."""
@@ -46,15 +54,8 @@ class Masks(NamedTuple):
     h: Tensor
 
 
-class Prior(Protocol):
-    """Maps h_{t-1} and covariates to p(z_t | x_<t, z_<t)."""
-
-    def __call__(self, features: Tensor, /) -> Factorised:
-        """Return the prior with batch shape (...) and event shape (latent,)."""
-
-
 class Networks(Protocol):
-    """The networks of a VRNN and its equations, see :class:`~vrnn_lightning.vrnn.Equations`."""
+    """What the time loops read of a model, see :class:`~vrnn_lightning.vrnn.Equations`."""
 
     phi_x: MLP
     phi_z: MLP | None
@@ -64,14 +65,10 @@ class Networks(Protocol):
     cells: nn.ModuleList
     backward_rnn: nn.GRU | nn.LSTM | None
     residual_posterior: bool
+    num_inputs: int
 
     def standardize_input(self, x: Tensor, valid: Tensor | None = None) -> Tensor: ...
-    def extract_x(self, x: Tensor, valid: Tensor | None = None, masks: Masks | None = None) -> Tensor: ...
-    def extract_z(self, z: Tensor, masks: Masks | None = None) -> Tensor: ...
     def prior_dist(self, h: Tensor, inputs: Tensor | None = None) -> Factorised: ...
-    def posterior_dist(self, x_features: Tensor, h: Tensor, *rest: Any, **named: Any) -> Factorised: ...
-    def emission_dist(self, z_features: Tensor, h: Tensor, inputs: Tensor | None = None) -> Distribution: ...
-    def next_state(self, x_features: Tensor, z_features: Tensor, state: State, *rest: Any) -> tuple[Tensor, State]: ...
 
 
 def output(state: State, masks: Masks | None = None) -> Tensor:
@@ -89,9 +86,3 @@ def log_ratio(prior: Factorised, posterior: Factorised, z: Tensor) -> Tensor:
     """Return log p(z) - log q(z) in nats, shape (...), of latents of shape (..., latent)."""
     ratio: Tensor = prior.log_prob(z) - posterior.log_prob(z)
     return ratio
-
-
-def as_state(states: Sequence[Tensor], layers: int) -> State:
-    """Return the state of h of each layer, then c of each layer, each (batch, hidden)."""
-    c = states[layers:]
-    return State(torch.stack(tuple(states[:layers]), 1), torch.stack(tuple(c), 1) if c else None)

@@ -11,7 +11,7 @@ from torch import Tensor
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import ParticleWeights, Resampling
 from vrnn_lightning.heads import Gaussian, Network, log_prob
-from vrnn_lightning.recurrence.state import Networks, State, as_state, repeat_rows
+from vrnn_lightning.recurrence.state import Networks, State, repeat_rows
 from vrnn_lightning.recurrence.step import FastStep, lay_features
 from vrnn_lightning.recurrence.tape import Tape, TapeStepper
 
@@ -33,20 +33,16 @@ class Stream:
         model: The networks; the encoder must not read later steps.
         state: State before the first step, of samples * batch rows.
         samples: Particles per sequence, K: row ``k * batch + i`` is particle k of sequence i.
-        inputs: Width of the covariates.
         resampling: When particles are resampled; ``None`` never.
 
     Raises:
         UserError: The model smooths.
     """
 
-    def __init__(
-        self, model: Networks, state: State, samples: int = 1, inputs: int = 0, resampling: Resampling | None = None
-    ) -> None:
+    def __init__(self, model: Networks, state: State, samples: int = 1, resampling: Resampling | None = None) -> None:
         if model.backward_rnn is not None:
             raise UserError("a smoothing model reads each sequence from its end: it can't follow one as it comes")
-        self.model, self.samples, self.inputs, self.resampling = model, samples, inputs, resampling
-        self.batch = len(state.h) // samples
+        self.model, self.samples, self.batch = model, samples, len(state.h) // samples
         with torch.inference_mode(False), torch.no_grad():  # steps may be taken in either mode
             self._lay(state)
         even = state.h.new_full((samples, self.batch), -math.log(samples))
@@ -61,13 +57,12 @@ class Stream:
         self._before = TapeStepper(before)
         self._x, self._x_features = (self._before.values.steps(buffer)[0] for buffer in (x, x_features))
         width = model.phi_x.out_features
-        known = state.h.new_zeros(1, self.batch, width + self.inputs, dtype=tape.narrow)
+        known = state.h.new_zeros(1, self.batch, width + model.num_inputs, dtype=tape.narrow)
         self._known_x, self._known_inputs = known[0, :, :width], known[0, :, width:]
         latent = 0 if model.phi_z is None else next(model.phi_z.linears()).in_features
         self._noise = state.h.new_zeros(rows, latent)
-        step = FastStep(
-            model, tape, state, "stream", known, {"inputs": self.inputs}, self._noise[None], samples=self.samples
-        )
+        widths, noise = {"inputs": model.num_inputs}, self._noise[None]
+        step = FastStep(model, tape, state, "stream", known, widths, noise, samples=self.samples)
         self._step = TapeStepper(tape)
         self._states = [self._step.values.steps(part)[0] for part in step.states]
         self._h, self._z, self._posterior, self._prior, self._emission = (
@@ -83,23 +78,19 @@ class Stream:
     @property
     def state(self) -> State:
         """State after the last step, of samples * batch rows."""
-        return as_state([part.clone() for part in self._states], len(self.model.cells))
+        return State.from_layers([part.clone() for part in self._states], len(self.model.cells))
 
     @torch.no_grad()
     def step(
         self, x: Tensor, observed: Tensor | None = None, inputs: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        """Take the next frame of each sequence.
+        """Take the next frame of each sequence; return an estimate of log p(x_t | x_<t) in nats, shape (batch,).
 
         Args:
             x: Frames, shape (batch, features).
             observed: True at measured values, shape (batch, features); everywhere if not given.
             inputs: Covariates, shape (batch, covariates), if the model reads any.
-            noise: Standard normal noise, shape (samples * batch, latent); torch's generator decides if not
-                given.
-
-        Returns:
-            An estimate of log p(x_t | x_<t) in nats, shape (batch,).
+            noise: Standard normal noise, shape (samples * batch, latent); drawn if not given.
 
         Raises:
             UserError: Something is missing or has another shape.
@@ -109,8 +100,8 @@ class Stream:
         valid = torch.ones_like(x, dtype=torch.bool) if observed is None else observed
         self._require("observed", valid, *x.shape)
         x = x.to(like) if observed is None else x.to(like).masked_fill(~valid, 0.0)
-        if self.inputs:
-            self._require("inputs", inputs, self.batch, self.inputs)
+        if self.model.num_inputs:
+            self._require("inputs", inputs, self.batch, self.model.num_inputs)
             self._known_inputs.copy_(cast("Tensor", inputs))
         if noise is None:
             self._noise.normal_()
@@ -122,9 +113,8 @@ class Stream:
         self._known_x.copy_(self._x_features)
         h = None if self._posterior is None or self._prior is not None else cast("Tensor", self._h).clone()
         self._step.step()
-        emission = self.model.decoder.head(self._emission)
-        spread = repeat_rows(x, self.samples)
-        increments = log_prob(emission, spread, None if observed is None else repeat_rows(valid, self.samples))
+        seen = None if observed is None else repeat_rows(observed, self.samples)
+        increments = log_prob(self.model.decoder.head(self._emission), repeat_rows(x, self.samples), seen)
         increments = increments.to(self.log_weights) + self._log_ratio(h)
         nats, rows = self._weights.follow(increments.unflatten(0, (self.samples, self.batch)))
         if rows is not None:
@@ -135,13 +125,11 @@ class Stream:
         """Return log p(z_t | .) - log q(z_t | .) of the step's latents, shape (rows,)."""
         if self._posterior is None:
             return 0.0
-        z, (_, std) = (
-            cast("Tensor", self._z),
-            cast("Network[Gaussian]", self.model.encoder).head.moments(self._posterior),
-        )
+        z = cast("Tensor", self._z)
+        _, std = cast("Network[Gaussian]", self.model.encoder).head.moments(self._posterior)
         if self._prior is None:
             assert h is not None
-            inputs = repeat_rows(self._known_inputs, self.samples).to(h) if self.inputs else None
+            inputs = repeat_rows(self._known_inputs, self.samples).to(h) if self.model.num_inputs else None
             log_p: Tensor = self.model.prior_dist(h, inputs).log_prob(z) + z.shape[-1] * 0.5 * math.log(2 * math.pi)
         else:
             mean_0, std_0 = cast("Network[Gaussian]", self.model.prior).head.moments(self._prior)
@@ -151,5 +139,5 @@ class Stream:
     @staticmethod
     def _require(name: str, given: Tensor | None, *shape: int) -> None:
         if given is None or given.shape != shape:
-            found = "none" if given is None else f"shape {tuple(given.shape)}"
-            raise UserError(f"{name}: a step takes shape {shape}, but got {found}")
+            got = "none" if given is None else f"shape {tuple(given.shape)}"
+            raise UserError(f"{name}: a step takes shape {shape}, but got {got}")

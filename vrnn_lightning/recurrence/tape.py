@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -60,9 +61,8 @@ class Tape:
 
     def buffer(self, width: int, dtype: torch.dtype | None = None) -> Buffer:
         """Return a new buffer, in the type of products or in another one."""
-        buffer = Buffer(width, dtype or self.narrow)
-        self.buffers.append(buffer)
-        return buffer
+        self.buffers.append(Buffer(width, dtype or self.narrow))
+        return self.buffers[-1]
 
     def constant(self, value: Tensor) -> Buffer:
         """Return the buffer of numbers that are given and have no gradient, shape (steps, rows, width)."""
@@ -119,21 +119,21 @@ class Tape:
         last = lengths.clamp(max=self.steps), torch.arange(self.rows, device=self.device)
         loop = _Loop(self, list(outputs), last, list(inputs))
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.values()):
-            found = cast("tuple[Tensor, ...]", _LoopFunction.apply(loop, resample, *inputs.values()))
+            tensors = cast("tuple[Tensor, ...]", _LoopFunction.apply(loop, resample, *inputs.values()))
         else:
-            found = loop.forward(inputs, resample)[0]
-        return list(found[: len(outputs)]), list(found[len(outputs) :])
+            tensors = loop.forward(inputs, resample)[0]
+        return list(tensors[: len(outputs)]), list(tensors[len(outputs) :])
 
 
+@dataclass
 class _Loop:
-    """A tape, what is asked of a run over it, and what the way back needs beside the tensors that autograd keeps."""
+    """A run over a tape, with what the way back needs beside the tensors that autograd keeps."""
 
-    def __init__(
-        self, tape: Tape, outputs: list[Buffer], last: tuple[Tensor, Tensor], inputs: list[Buffer | ParameterRef]
-    ) -> None:
-        self.tape, self.outputs, self.last, self.inputs = tape, outputs, last, inputs
-        self.resampled: dict[int, Tensor] = {}
-        """The rows that continue after a step, of the steps at which some do not."""
+    tape: Tape
+    outputs: list[Buffer]
+    last: tuple[Tensor, Tensor]  # index of each state after its row's last real step
+    inputs: list[Buffer | ParameterRef]  # what the tensors that autograd keeps are
+    resampled: dict[int, Tensor] = field(default_factory=dict)  # rows that continue after the steps where some do not
 
     @torch.no_grad()
     def forward(
@@ -142,12 +142,9 @@ class _Loop:
         """Take all steps; return outputs and last states, and the pass."""
         tape = self.tape
         values = tape.new_pass(inputs)
-        operations = [copy.copy(operation) for operation in tape.operations]
-        for operation in operations:
-            operation.bind(values)
-        for operation in operations:
-            operation.begin()
-        forwards = _methods(operations, "forward")
+        begins, forwards = _bind(tape, values)
+        for begin in begins:
+            begin()
         for t in range(tape.steps):
             for forward in forwards:
                 forward(t)
@@ -157,8 +154,8 @@ class _Loop:
                 for state in tape.states:
                     after = values.steps(state)[t + 1]
                     after.copy_(after.index_select(0, rows))
-        found = [values.value(buffer)[: tape.steps] for buffer in self.outputs]
-        return (*found, *(values.value(state)[self.last] for state in tape.states)), values
+        outputs = [values.value(buffer)[: tape.steps] for buffer in self.outputs]
+        return (*outputs, *(values.value(state)[self.last] for state in tape.states)), values
 
     @torch.no_grad()
     def backward(self, values: Pass, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -198,8 +195,16 @@ class _Loop:
 
     def _grad(self, values: Pass, key: Buffer | ParameterRef) -> Tensor | None:
         if isinstance(key, ParameterRef):
-            return values.parameter_grad(key)
+            return values.parameter_grads.get(key)
         return values.grad(key)[0].clone() if key in self.tape.states else None
+
+
+def _bind(tape: Tape, values: Pass) -> tuple[list[Any], list[Any]]:
+    """Return the methods ``begin`` and ``forward`` of a pass' own operations."""
+    operations = [copy.copy(operation) for operation in tape.operations]
+    for operation in operations:
+        operation.bind(values)
+    return _methods(operations, "begin"), _methods(operations, "forward")
 
 
 def _methods(operations: Sequence[Operation], name: str) -> list[Any]:
@@ -214,10 +219,10 @@ class _LoopFunction(torch.autograd.Function):
     def forward(ctx: Any, loop: _Loop, resample: Resample | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.loop = loop
-        found, values = loop.forward(dict(zip(loop.inputs, tensors, strict=True)), resample)
+        outputs, values = loop.forward(dict(zip(loop.inputs, tensors, strict=True)), resample)
         buffers = (values.value(buffer) for buffer in loop.tape.buffers)
         ctx.save_for_backward(*tensors, *buffers)  # autograd notices changes in place, and checkpointing frees them
-        return found
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # as documented
@@ -233,20 +238,12 @@ class _LoopFunction(torch.autograd.Function):
 
 
 class TapeStepper:
-    """Takes the steps of a tape a few at a time, without a gradient: the next ones may depend on the last.
-
-    Args:
-        tape: The tape, with all of its operations. Its parameters are those of now.
-    """
+    """Takes the steps of a finished tape a few at a time, without a gradient: the next ones may depend on the last."""
 
     @torch.no_grad()
     def __init__(self, tape: Tape) -> None:
-        self.tape = tape
         self.values = tape.new_pass(tape.inputs)
-        operations = [copy.copy(operation) for operation in tape.operations]
-        for operation in operations:
-            operation.bind(self.values)
-        self._begins, self._forwards = _methods(operations, "begin"), _methods(operations, "forward")
+        self._begins, self._forwards = _bind(tape, self.values)
         self._states = [self.values.steps(state) for state in tape.states]
 
     @torch.no_grad()

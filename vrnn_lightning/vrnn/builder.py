@@ -84,19 +84,8 @@ def build_vrnn(
         encoder_network = Network(x_width + future_width + hidden_size, encoder, Gaussian, latent_size)
     decoder_network = Network(z_width + h_width, decoder, emission, num_features)
     cells = (kind(hidden_size if i else x_width + z_width, hidden_size) for i in range(layers))
-    return VRNN(
-        x_network,
-        z_network,
-        prior_network,
-        encoder_network,
-        decoder_network,
-        nn.ModuleList(cells),
-        backward_rnn,
-        residual_posterior=residual_posterior,
-        dropout=dropout,
-        num_inputs=num_inputs,
-        missing=missing,
-    )
+    parts = (x_network, z_network, prior_network, encoder_network, decoder_network, nn.ModuleList(cells), backward_rnn)
+    return VRNN(*parts, residual_posterior=residual_posterior, dropout=dropout, num_inputs=num_inputs, missing=missing)
 
 
 def _require_options(positive: dict[str, int], natural: dict[str, int], cell: str, dropout: float) -> None:

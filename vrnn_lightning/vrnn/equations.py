@@ -17,13 +17,18 @@ from vrnn_lightning.nn import MLP
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import Masks, NetworkInputs, Prior, Purpose, State, partition
 
-__all__ = ["Equations", "StandardNormal"]
+__all__ = ["Equations", "StandardNormal", "gaussian"]
 
 
 def join(*values: Tensor | None) -> Tensor:
     """Return values side by side, without those that are absent."""
     there = [value for value in values if value is not None]
     return there[0] if len(there) == 1 else torch.cat(there, -1)
+
+
+def gaussian(mean: Tensor, std: Tensor) -> Factorised:
+    """Return a Gaussian of independent dimensions, from moments of shape (..., latent)."""
+    return Factorised(Normal(mean, std, validate_args=False))
 
 
 class StandardNormal(nn.Module):
@@ -40,7 +45,7 @@ class StandardNormal(nn.Module):
     def forward(self, features: Tensor) -> Factorised:
         """Return it with the batch shape of the features, shape (..., width)."""
         zeros = features.new_zeros(*features.shape[:-1], self.latent_size)
-        return Factorised(Normal(zeros, torch.ones_like(zeros), validate_args=False))
+        return gaussian(zeros, torch.ones_like(zeros))
 
 
 class Equations(nn.Module):
@@ -64,6 +69,10 @@ class Equations(nn.Module):
         emission = model.emission_dist(z_features, h)
         h, state = model.next_state(x_features, z_features, state)
 
+    The methods read ``h``, h_{t-1} of the top layer, shape (..., hidden); ``x_features`` and ``z_features``, shape
+    (..., width), the latter of width 0 without a latent; each with its dropout applied; and ``inputs``, the covariates
+    of step t, shape (..., covariates), if the model reads any.
+
     Args:
         phi_x: The feature extractor of x_t.
         phi_z: The feature extractor of z_t; ``None`` without a latent, as ``prior`` and ``encoder``.
@@ -73,9 +82,8 @@ class Equations(nn.Module):
         cells: The layers of the recurrence, ``GRUCell`` or ``LSTMCell``; the networks read the top one.
         backward_rnn: The recurrence that reads backwards, for a smoothing posterior.
         residual_posterior: The encoder's mean is added to the prior's (Res_q in Fraccaro et al. 2016).
-        dropout: Probability of dropping a unit of phi_x, phi_z or h where networks, or the layer above, read it; the
-            same units at every step of a sequence (Gal & Ghahramani 2016, arXiv 1512.05287).
-        num_inputs: Covariates per step; every network and the recurrence read them.
+        dropout: Probability of dropping a unit of phi_x, phi_z or h, see :func:`build_vrnn`.
+        num_inputs: Covariates per step.
         missing: phi_x also reads which values were measured.
     """
 
@@ -101,17 +109,10 @@ class Equations(nn.Module):
         self.num_features = decoder.head.num_features
         self.latent_size = 0 if encoder is None else encoder.head.num_features
         self.hidden_size = cast(nn.GRUCell, cells[0]).hidden_size
-        self.residual_posterior = residual_posterior
-        self.dropout = dropout
-        self.num_inputs = num_inputs
-        self.missing = missing
-        self.phi_x = phi_x
-        self.phi_z = phi_z
-        self.prior = prior
-        self.backward_rnn = backward_rnn
-        self.encoder = encoder
-        self.decoder = decoder
-        self.cells = cells
+        self.residual_posterior, self.dropout = residual_posterior, dropout
+        self.num_inputs, self.missing = num_inputs, missing
+        self.phi_x, self.phi_z, self.prior, self.backward_rnn = phi_x, phi_z, prior, backward_rnn
+        self.encoder, self.decoder, self.cells = encoder, decoder, cells
         self.checkpoint_every: int | None = None
         """In training keep only the states between windows of so many steps, and infer each window again on the way
         back (Chen et al. 2016, arXiv 1604.06174); ``None`` keeps all. It changes no value: an option of the run."""
@@ -142,49 +143,27 @@ class Equations(nn.Module):
         return torch.cat([centred, torch.ones_like(centred) if valid is None else valid.to(centred)], -1)
 
     def extract_x(self, x: Tensor, valid: Tensor | None = None, masks: Masks | None = None) -> Tensor:
-        """Return the features of frames, shape (..., width), with their dropout applied.
-
-        Args:
-            x: Frames, shape (..., features).
-            valid: True at real, measured values, shape (..., features); ``None`` for all.
-            masks: Dropout.
-        """
+        """Return the features of frames, with their dropout applied; see :meth:`standardize_input`."""
         features: Tensor = self.phi_x(self.standardize_input(x, valid))
         return features if masks is None else features * masks.phi_x
 
     def extract_z(self, z: Tensor, masks: Masks | None = None) -> Tensor:
-        """Return the features of latents, shape (..., width), with their dropout applied.
-
-        Args:
-            z: Latents, shape (..., latent).
-            masks: Dropout.
-        """
+        """Return the features of latents, shape (..., latent), with their dropout applied."""
         features = z if self.phi_z is None else self.phi_z(z)
         return features if masks is None else features * masks.phi_z
 
     def prior_dist(self, h: Tensor, inputs: Tensor | None = None) -> Factorised:
-        r"""Return the prior :math:`p(z_t \mid x_{<t}, z_{<t})` (Chung et al. 2015, eq. 5).
-
-        Args:
-            h: h_{t-1} of the top layer, shape (..., hidden), with its dropout applied.
-            inputs: Covariates of step t, shape (..., covariates), if the model reads any.
-        """
+        r"""Return the prior :math:`p(z_t \mid x_{<t}, z_{<t})` (Chung et al. 2015, eq. 5)."""
         if self.prior is None:
-            return Factorised(Normal(h[..., :0], h[..., :0], validate_args=False))
+            return gaussian(h[..., :0], h[..., :0])
         return self.prior(join(h, inputs))
 
     def emission_dist(self, z_features: Tensor, h: Tensor, inputs: Tensor | None = None) -> Distribution:
-        r"""Return the emission :math:`p(x_t \mid z_{\le t}, x_{<t})` (Chung et al. 2015, eq. 6).
-
-        Args:
-            z_features: Features of z_t, shape (..., width), with their dropout applied; of width 0 without a latent.
-            h: h_{t-1} of the top layer, shape (..., hidden), with its dropout applied.
-            inputs: Covariates of step t, shape (..., covariates), if the model reads any.
-        """
+        r"""Return the emission :math:`p(x_t \mid z_{\le t}, x_{<t})` (Chung et al. 2015, eq. 6)."""
         return cast(Distribution, self.decoder.head(self.emission_features(z_features, h, inputs)))
 
     def emission_features(self, z_features: Tensor | None, h: Tensor, inputs: Tensor | None = None) -> Tensor:
-        """Return what the head of the emission reads, shape (..., width); arguments as of :meth:`emission_dist`."""
+        """Return what the head of the emission reads, shape (..., width)."""
         return cast(Tensor, self.decoder.body(join(z_features, h, inputs)))
 
     def next_state(
@@ -198,10 +177,10 @@ class Equations(nn.Module):
         r"""Return the recurrence :math:`h_t = f(\varphi_x(x_t), \varphi_z(z_t), h_{t-1})` (Chung et al. 2015, eq. 7).
 
         Args:
-            x_features: Features of x_t, shape (batch, width), with their dropout applied.
-            z_features: Features of z_t, shape (batch, width), with their dropout applied; of width 0 without a latent.
+            x_features: Features of x_t, shape (batch, width).
+            z_features: Features of z_t, shape (batch, width).
             state: State before the step.
-            inputs: Covariates of step t, shape (batch, covariates), if the model reads any.
+            inputs: Covariates, shape (batch, covariates).
             masks: Dropout of what networks and upper layers read of h.
 
         Returns:
@@ -229,10 +208,10 @@ class Equations(nn.Module):
         r"""Return the posterior :math:`q(z_t \mid x_{\le t}, z_{<t})` (Chung et al. 2015, eq. 9).
 
         Args:
-            x_features: Features of x_t, shape (..., width), with their dropout applied.
-            h: h_{t-1} of the top layer, shape (..., hidden), with its dropout applied.
+            x_features: Features of x_t.
+            h: h_{t-1}.
             prior: The prior, if it is known, for a residual posterior.
-            inputs: Covariates of step t, shape (..., covariates), if the model reads any.
+            inputs: Covariates.
             future: State of the recurrence that reads backwards, shape (..., hidden), for smoothing.
         """
         if self.encoder is None:
@@ -241,8 +220,7 @@ class Equations(nn.Module):
         if not self.residual_posterior:
             return posterior
         prior = self.prior_dist(h, inputs) if prior is None else prior
-        base = posterior.base_dist
-        return Factorised(Normal(base.loc + prior.base_dist.loc, base.scale, validate_args=False))
+        return gaussian(posterior.base_dist.loc + prior.base_dist.loc, posterior.base_dist.scale)
 
     def describe_step(self, purpose: Purpose) -> str:
         """Return which lines of a step are computed before, inside and after the time loop.
@@ -258,18 +236,14 @@ class Equations(nn.Module):
         return State(zeros, zeros if isinstance(self.cells[0], nn.LSTMCell) else None)
 
     def require_state(self, state: State) -> None:
-        """Raise if a state is not one of this model.
-
-        Raises:
-            UserError: It has another shape or type.
-        """
+        """Raise if a state has another shape or type than this model's."""
         like = self.initial_state(len(state.h))
         for name, given, own in zip("hc", state, like, strict=True):
             if (given is None) != (own is None):
                 raise UserError(f"state: {name} is {'missing' if given is None else 'for an LSTM, and the cell a GRU'}")
             if given is not None and own is not None and (given.shape != own.shape or given.dtype != own.dtype):
-                found, needed = (f"{tuple(part.shape)} in {part.dtype}" for part in (given, own))
-                raise UserError(f"state: {name} of shape {found}, the model's is {needed}")
+                got, needed = (f"{tuple(part.shape)} in {part.dtype}" for part in (given, own))
+                raise UserError(f"state: {name} of shape {got}, the model's is {needed}")
 
     def apply_pruning(self) -> None:
         """Compute pruned weights, as the call of a module would: the fast loop reads weights and calls nothing."""
@@ -282,29 +256,26 @@ class Equations(nn.Module):
         """Draw the dropout of a pass; ``None`` in evaluation, or where the probability is 0."""
         if not self.training or not self.dropout:
             return None
-        widths = [self.phi_x.out_features, self.phi_z.out_features if self.phi_z is not None else 0]
-        hidden = (len(self.cells), self.hidden_size)
-        kept = noise.uniform(sum(widths) + hidden[0] * hidden[1]) >= self.dropout
-        scaled = kept.to(self.input_mean) / (1 - self.dropout)
-        phi_x, phi_z, h = scaled.split([*widths, hidden[0] * hidden[1]], -1)
-        return Masks(phi_x, phi_z, h.unflatten(-1, hidden))
+        z_width = 0 if self.phi_z is None else self.phi_z.out_features
+        widths = [self.phi_x.out_features, z_width, len(self.cells) * self.hidden_size]
+        kept = noise.uniform(sum(widths)) >= self.dropout
+        phi_x, phi_z, h = (kept.to(self.input_mean) / (1 - self.dropout)).split(widths, -1)
+        return Masks(phi_x, phi_z, h.unflatten(-1, (-1, self.hidden_size)))
 
     def mask_invalid(self, batch: SequenceBatch) -> SequenceBatch:
-        """Return a batch with zeros at padding and at missing values, whatever was there.
+        """Return a batch with zeros at padding and at missing values.
 
         Raises:
             UserError: The batch has no steps, or not the covariates that the model reads.
         """
         if 0 in batch.x.shape[:2]:
             raise UserError("a batch of no sequences or no time steps: pad it to one")
-        inputs = None
-        if self.num_inputs:
-            width = 0 if batch.inputs is None else batch.inputs.shape[-1]
-            if batch.inputs is None or width != self.num_inputs:
-                raise UserError(
-                    f"the batch has {width} covariates (inputs) per step, the model reads {self.num_inputs}"
-                )
-            inputs = batch.inputs.to(batch.x).masked_fill(~batch.mask[..., None], 0.0)
+        inputs = batch.inputs if self.num_inputs else None
+        width = 0 if inputs is None else inputs.shape[-1]
+        if width != self.num_inputs:
+            raise UserError(f"the batch has {width} covariates (inputs) per step, the model reads {self.num_inputs}")
+        if inputs is not None:
+            inputs = inputs.to(batch.x).masked_fill(~batch.mask[..., None], 0.0)
         return replace(batch, x=batch.x.masked_fill(~batch.valid_mask, 0.0), inputs=inputs)
 
     def network_inputs(self, batch: SequenceBatch, masks: Masks | None, future: Tensor | None) -> NetworkInputs:
@@ -314,11 +285,7 @@ class Equations(nn.Module):
         return NetworkInputs(x_features, None if batch.inputs is None else batch.inputs.transpose(0, 1), future)
 
     def backward_states(self, batch: SequenceBatch, masks: Masks | None) -> Tensor | None:
-        """Return the states of the recurrence that reads each sequence from its end, for smoothing.
-
-        Args:
-            batch: A batch without invalid values.
-            masks: Dropout.
+        """Return the states of the recurrence that reads each sequence of a clean batch from its end, for smoothing.
 
         Returns:
             Shape (time, batch, hidden), or ``None`` for a model that does not smooth.

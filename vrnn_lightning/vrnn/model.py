@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,23 +12,30 @@ from torch.utils.checkpoint import checkpoint
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.filtering import FilterResult, Particles, ParticleWeights, Resampling, window_estimate
-from vrnn_lightning.heads import Factorised, Gaussian, Network, log_prob
+from vrnn_lightning.filtering import (
+    FilterResult,
+    Particles,
+    ParticleWeights,
+    Resampling,
+    WindowEstimate,
+    window_estimate,
+)
+from vrnn_lightning.heads import log_prob
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import (
     Generated,
+    InferenceSteps,
     Masks,
     Resample,
     State,
-    StepView,
     Stream,
     generate,
     infer,
     log_ratio,
     repeat_rows,
 )
-from vrnn_lightning.vrnn.equations import Equations
-from vrnn_lightning.vrnn.trace import Trace, gaussian, make_trace
+from vrnn_lightning.vrnn.equations import Equations, gaussian
+from vrnn_lightning.vrnn.trace import Frames, Trace, latent_dists, make_trace
 
 __all__ = ["VRNN"]
 
@@ -42,23 +48,27 @@ class _Pass(NamedTuple):
 
     Args:
         batch: Padded sequences, without invalid values.
-        noise: The noise of the pass.
+        noise: The noise of the pass, or its normal numbers, shape (samples * batch, time, latent).
         masks: Dropout.
         samples: Trajectories per sequence.
         future: States of the recurrence that reads backwards, time first, for smoothing.
     """
 
     batch: SequenceBatch
-    noise: Noise
+    noise: Noise | Tensor
     masks: Masks | None
     samples: int
     future: Tensor | None
 
-    def window(self, first: int, last: int) -> _Pass:
-        """Return the pass over some steps."""
-        future = None if self.future is None else self.future[first:last]
-        batch = self.batch if last - first >= self.batch.x.shape[1] else self.batch.window(first, last)
-        return self._replace(batch=batch, noise=self.noise.window(first, last), future=future)
+    def windows(self, size: int) -> Iterator[tuple[int, _Pass]]:
+        """Yield the first step of each window of ``size`` steps, and the pass over it."""
+        steps = self.batch.x.shape[1]
+        for first in range(0, steps, size):
+            last = min(first + size, steps)
+            batch = self.batch if size >= steps else self.batch.window(first, last)
+            future = None if self.future is None else self.future[first:last]
+            noise = cast(Noise, self.noise).window(first, last)
+            yield first, self._replace(batch=batch, noise=noise, future=future)
 
 
 class VRNN(Equations):
@@ -89,37 +99,28 @@ class VRNN(Equations):
             UserError: The batch has no steps, or not the covariates that the model reads.
         """
         batch = self.mask_invalid(batch)
-        fresh = Noise(batch) if noise is None or (masks is None and self.training and self.dropout) else None
-        noise = fresh.over_time(self.latent_size, samples) if noise is None and fresh is not None else noise
-        masks = self.draw_masks(fresh) if masks is None and fresh is not None else masks
+        if noise is None or (masks is None and self.training and self.dropout):
+            source = Noise(batch)
+            noise = source.over_time(self.latent_size, samples) if noise is None else noise
+            masks = self.draw_masks(source) if masks is None else masks
         state = self.initial_state(samples * len(batch)) if state is None else state
-        assert noise is not None
-        return self._infer(batch, noise, state, masks, samples, self.backward_states(batch, masks))
+        return self._infer(_Pass(batch, noise, masks, samples, self.backward_states(batch, masks)), state)
 
     def _infer(
-        self,
-        batch: SequenceBatch,
-        noise: Tensor,
-        state: State,
-        masks: Masks | None,
-        samples: int,
-        future: Tensor | None,
-        resample: Resample | None = None,
+        self, window: _Pass, state: State, resample: Resample | None = None, frames: Frames | None = None
     ) -> Trace:
-        """Infer the latents of a batch without invalid values, and score it."""
+        """Infer the latents of a window, and score it."""
+        batch, noise, masks, samples, future = window
         if len(state.h) != samples * len(batch):
             raise UserError(f"a state of {len(state.h)} rows, but {samples} x {len(batch)} trajectories are inferred")
         self.require_state(state)
         self.apply_pruning()
-        data = self.network_inputs(batch, masks, future)
-        lengths, noise = repeat_rows(batch.lengths, samples), noise.transpose(0, 1).contiguous()
-        steps = infer(self, data, noise, state, lengths, masks, samples, resample)
-        observed = None if batch.observed is None else batch.valid_mask
-        x, mask, seen, inputs = (
-            None if part is None else repeat_rows(part, samples)
-            for part in (batch.x, batch.mask, observed, batch.inputs)
-        )
-        return make_trace(self, steps, cast(Tensor, x), cast(Tensor, mask), seen, inputs, self.compiled)
+        normal = noise if isinstance(noise, Tensor) else noise.over_time(self.latent_size, samples)
+        data, lengths = self.network_inputs(batch, masks, future), repeat_rows(batch.lengths, samples)
+        noise = normal.transpose(0, 1).contiguous()
+        steps, state = infer(self, data, noise, state, lengths, masks, samples, resample)
+        frames = Frames.of_batch(batch, samples) if frames is None else frames
+        return make_trace(self, steps, state, frames, compiled=self.compiled)
 
     def collect(
         self,
@@ -149,23 +150,16 @@ class VRNN(Equations):
         batch = self.mask_invalid(batch)
         state = self.initial_state(samples * len(batch)) if state is None else state
         whole = _Pass(batch, noise, masks, samples, self.backward_states(batch, masks))
-        terms: list[tuple[Tensor, ...]] = []
-        for first, last in self._windows(batch, MAX_WINDOW):
-            parts = self._checkpointed(
-                partial(self._collect_window, whole.window(first, last), select), *_tensors(state)
-            )
-            count = len(parts) - len(_tensors(state))
-            terms.append(parts[:count])
-            state = State(*parts[count:])
-        return [torch.cat(part, 1) if len(terms) > 1 else part[0] for part in zip(*terms, strict=True)], state
+        windows: list[tuple[Tensor, ...]] = []
 
-    def _collect_window(
-        self, window: _Pass, select: Callable[[Trace], tuple[Tensor, ...]], *states: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Return terms of a window, and the state after it."""
-        noise = window.noise.over_time(self.latent_size, window.samples)
-        trace = self._infer(window.batch, noise, State(*states), window.masks, window.samples, window.future)
-        return (*select(trace), *_tensors(trace.state))
+        def run(window: _Pass, state: State) -> tuple[tuple[Tensor, ...], State]:
+            trace = self._infer(window, state)
+            return select(trace), trace.state
+
+        for _, window in whole.windows(self._window_size(batch, MAX_WINDOW)):
+            terms, state = self._checkpointed(run, window, state)
+            windows.append(terms)
+        return [torch.cat(part, 1) if len(windows) > 1 else part[0] for part in zip(*windows, strict=True)], state
 
     def trace(self, batch: SequenceBatch, noise: Noise) -> Trace:
         """Infer the latents of a batch and score it, a window at a time if there is no gradient.
@@ -183,29 +177,21 @@ class VRNN(Equations):
             return cast(Trace, self(batch, noise.over_time(self.latent_size)))
 
         def select(trace: Trace) -> tuple[Tensor, ...]:
-            if trace.posterior is None or trace.prior is None:
-                return trace.log_px, trace.z
-            q, p = trace.posterior.base_dist, trace.prior.base_dist
-            return trace.log_px, trace.z, trace.kl, q.loc, q.scale, p.loc, p.scale
+            dists = [dist.base_dist for dist in (trace.posterior, trace.prior) if dist is not None]
+            return trace.log_px, trace.kl, trace.z, *(moment for dist in dists for moment in (dist.loc, dist.scale))
 
-        (log_px, z, *latent), state = self.collect(batch, noise, select, masks=self.draw_masks(noise))
-        kl, posterior, prior = z, None, None
-        if latent:
-            kl, posterior, prior = latent[0], gaussian(*latent[1:3]), gaussian(*latent[3:])
+        (log_px, kl, z, *moments), state = self.collect(batch, noise, select, masks=self.draw_masks(noise))
+        posterior, prior = (gaussian(*moments[:2]), gaussian(*moments[2:])) if moments else (None, None)
         return Trace(log_px, kl, batch.mask, None, self.decoder.head, posterior, prior, z, state)
 
-    def _windows(self, batch: SequenceBatch, most: int) -> Iterator[tuple[int, int]]:
-        """Yield the first step of each window, and the one after its last."""
-        steps = batch.x.shape[1]
-        size = (self.checkpoint_every or steps) if torch.is_grad_enabled() else most
-        for first in range(0, steps, size):
-            yield first, min(first + size, steps)
+    def _window_size(self, batch: SequenceBatch, most: int) -> int:
+        return (self.checkpoint_every or batch.x.shape[1]) if torch.is_grad_enabled() else most
 
-    def _checkpointed(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
+    def _checkpointed(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function; with :attr:`checkpoint_every` keep only its arguments, and call it again on the way back."""
         if self.checkpoint_every is None or not torch.is_grad_enabled():
-            return function(*tensors)
-        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+            return function(*args)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
     def filter(
         self,
@@ -250,64 +236,44 @@ class VRNN(Equations):
         whole = _Pass(batch, noise, masks, samples, self.backward_states(batch, masks))
         total = effective_sum = log_weights.new_zeros(len(batch))
         effective = torch.full_like(total, samples)
-        for first, last in self._windows(batch, MAX_FILTER_WINDOW):
+        for first, window in whole.windows(self._window_size(batch, MAX_FILTER_WINDOW)):
             lengths = batch.lengths - first
-            run = partial(self._filter_window, whole.window(first, last), lengths, resampling, beta)
-            gained, log_weights, added, now, *states = self._checkpointed(run, log_weights, *_tensors(state))
-            total, effective_sum = total + gained, effective_sum + added
-            effective = torch.where(lengths > 0, now, effective)
-            state = State(*states)
+            particles = Particles(state, log_weights)
+            estimate, state = self._checkpointed(self._filter_window, window, lengths, resampling, beta, particles)
+            total, log_weights = total + estimate.log_likelihood, estimate.log_weights
+            effective_sum = effective_sum + estimate.effective_sum
+            effective = torch.where(lengths > 0, estimate.effective, effective)
         return FilterResult(total, effective_sum / batch.lengths.clamp(min=1), effective, log_weights, state)
 
     def _filter_window(
-        self,
-        window: _Pass,
-        lengths: Tensor,
-        resampling: Resampling | None,
-        beta: float,
-        log_weights: Tensor,
-        *states: Tensor,
-    ) -> tuple[Tensor, ...]:
+        self, window: _Pass, lengths: Tensor, resampling: Resampling | None, beta: float, particles: Particles
+    ) -> tuple[WindowEstimate, State]:
         """Weigh particles through a window; return the estimate of the window, and the state after it."""
-        batch, noise, masks, samples, future = window
-        weights, resample = None, None
+        batch, samples, log_weights = window.batch, window.samples, particles.log_weights
+        weights, resample, frames = None, None, Frames.of_batch(batch, samples)
         if resampling is not None and samples > 1 and resampling.threshold > 0:
             weights = ParticleWeights(lengths, log_weights.detach(), resampling)
-            draws = noise.uniform_over_time(resampling.draws(samples)).unbind(1)
-            resample = self._resampler(batch, samples, weights, draws, beta)
-        trace = self._infer(
-            batch, noise.over_time(self.latent_size, samples), State(*states), masks, samples, future, resample
-        )
+            draws = cast(Noise, window.noise).uniform_over_time(resampling.draws(samples)).unbind(1)
+            resample = self._resampler(frames, samples, weights, draws, beta)
+        trace = self._infer(window, particles.state, resample, frames)
         increments = (trace.log_px + beta * trace.log_ratio).t().unflatten(1, (samples, -1))
         gradient = resampling is not None and resampling.gradient
-        estimate = window_estimate(increments, log_weights, weights, batch.mask.t(), gradient)
-        return (*estimate, *_tensors(trace.state))
+        return window_estimate(increments, log_weights, weights, batch.mask.t(), gradient), trace.state
 
     def _resampler(
-        self, batch: SequenceBatch, samples: int, weights: ParticleWeights, draws: tuple[Tensor, ...], beta: float
+        self, frames: Frames, samples: int, weights: ParticleWeights, draws: tuple[Tensor, ...], beta: float
     ) -> Resample:
         """Return what weighs the particles after each step, and resamples them."""
-        x, observed, inputs = (
-            None if part is None else repeat_rows(part, samples).unbind(1)
-            for part in (batch.x, None if batch.observed is None else batch.valid_mask, batch.inputs)
-        )
-        assert x is not None
 
-        def resample(t: int, step: StepView) -> Tensor | None:
-            emission = self.decoder.head(step.emission)
-            increments = log_prob(emission, x[t], None if observed is None else observed[t])
-            if step.posterior is not None and step.z is not None:
-                prior = self._step_prior(step, None if inputs is None else inputs[t])
-                posterior = gaussian(*cast("Network[Gaussian]", self.encoder).head.moments(step.posterior))
-                increments = increments + beta * log_ratio(prior, posterior, step.z)
+        def resample(t: int, step: InferenceSteps) -> Tensor | None:
+            observed, inputs = (None if part is None else part[t] for part in (frames.observed, frames.inputs))
+            increments = log_prob(self.decoder.head(step.emission), frames.x[t], observed)
+            latent = latent_dists(self, step, inputs)
+            if latent is not None and step.z is not None:
+                increments = increments + beta * log_ratio(*latent, step.z)
             return weights.advance(t, increments.unflatten(0, (samples, -1)), draws[t].t())
 
         return resample
-
-    def _step_prior(self, step: StepView, inputs: Tensor | None) -> Factorised:
-        if step.prior is None:
-            return self.prior_dist(step.h, inputs)
-        return gaussian(*cast("Network[Gaussian]", self.prior).head.moments(step.prior))
 
     def new_particles(self, batch_size: int, samples: int) -> Particles:
         """Return ``samples`` even particles in the zero state for each of ``batch_size`` sequences."""
@@ -344,11 +310,10 @@ class VRNN(Equations):
         if len(state.h) == 0:
             raise UserError("state: has no rows; give at least one")
         self.apply_pruning()
-        if self.num_inputs:
-            needed = (len(state.h), steps, self.num_inputs)
-            if inputs is None or tuple(inputs.shape) != needed:
-                given = "none" if inputs is None else f"shape {tuple(inputs.shape)}"
-                raise UserError(f"inputs: the model reads covariates of shape {needed}, but got {given}")
+        needed = (len(state.h), steps, self.num_inputs)
+        if self.num_inputs and (inputs is None or tuple(inputs.shape) != needed):
+            given = "none" if inputs is None else f"shape {tuple(inputs.shape)}"
+            raise UserError(f"inputs: the model reads covariates of shape {needed}, but got {given}")
         return generate(self, steps, state, inputs if self.num_inputs else None, temperature)
 
     def stream(
@@ -377,8 +342,4 @@ class VRNN(Equations):
             raise UserError(f"state: {len(state.h)} rows, not {samples * batch_size} (samples * batch_size)")
         self.require_state(state)
         self.apply_pruning()
-        return Stream(self, state, samples, self.num_inputs, resampling)
-
-
-def _tensors(state: State) -> tuple[Tensor, ...]:
-    return tuple(part for part in state if part is not None)
+        return Stream(self, state, samples, resampling)

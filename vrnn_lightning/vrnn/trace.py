@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Normal, kl_divergence
+from torch.distributions import Distribution, kl_divergence
 
+from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.heads import Factorised, Head, log_prob
-from vrnn_lightning.recurrence import InferenceSteps, State, log_ratio
-from vrnn_lightning.vrnn.equations import Equations
+from vrnn_lightning.recurrence import InferenceSteps, State, log_ratio, repeat_rows
+from vrnn_lightning.vrnn.equations import Equations, gaussian
 
-__all__ = ["Trace", "gaussian", "make_trace"]
+__all__ = ["Frames", "Trace", "latent_dists", "make_trace"]
 
 
 @dataclass
@@ -61,48 +62,48 @@ class Trace:
         return torch.where(self.mask, log_ratio(self.prior, self.posterior, self.z), 0.0)
 
 
-def gaussian(mean: Tensor, std: Tensor) -> Factorised:
-    """Return a Gaussian of independent dimensions, from moments of shape (..., latent)."""
-    return Factorised(Normal(mean, std, validate_args=False))
+class Frames(NamedTuple):
+    """The frames of a batch, a row for each trajectory, time first."""
+
+    x: Tensor  # shape (time, rows, features)
+    mask: Tensor  # true at real steps, shape (time, rows)
+    observed: Tensor | None  # true at measured values, shape (time, rows, features); None for all
+    inputs: Tensor | None  # covariates, shape (time, rows, covariates), if the model reads any
+
+    @classmethod
+    def of_batch(cls, batch: SequenceBatch, samples: int) -> Frames:
+        """Return the frames of a batch, for some trajectories per sequence."""
+        observed = None if batch.observed is None else batch.valid_mask
+        x, mask, *rest = (
+            None if part is None else repeat_rows(part, samples).transpose(0, 1)
+            for part in (batch.x, batch.mask, observed, batch.inputs)
+        )
+        return cls(cast(Tensor, x), cast(Tensor, mask), *rest)
 
 
-def make_trace(
-    model: Equations,
-    steps: InferenceSteps,
-    x: Tensor,
-    mask: Tensor,
-    observed: Tensor | None,
-    inputs: Tensor | None,
-    compiled: bool,
-) -> Trace:
-    """Return the trace of what the loop computed.
+def latent_dists(
+    model: Equations, steps: InferenceSteps, inputs: Tensor | None
+) -> tuple[Factorised, Factorised] | None:
+    """Return prior and posterior of steps, batch shape (..., rows); ``None`` without a latent."""
+    if steps.posterior is None:
+        return None
+    prior = model.prior_dist(steps.h, inputs) if steps.prior is None else gaussian(*steps.prior)
+    return prior, gaussian(*steps.posterior)
 
-    Args:
-        model: The model.
-        steps: What the loop computed, time first.
-        x: Frames, shape (rows, time, features).
-        mask: True at real steps, shape (rows, time).
-        observed: True at measured values, shape (rows, time, features).
-        inputs: Covariates, shape (rows, time, covariates), if the model reads any.
-        compiled: Score with :func:`torch.compile`.
-    """
-    score = _compiled_score() if compiled else _score
-    seen, covariates = (None if part is None else part.transpose(0, 1) for part in (observed, inputs))
-    found = score(model, steps, x.transpose(0, 1), mask.t(), seen, covariates)
-    features, log_px, *latent = (part.transpose(0, 1) for part in (*found, *(steps.posterior or ()), steps.h))
-    head, hidden = model.decoder.head, latent.pop()
+
+def make_trace(model: Equations, steps: InferenceSteps, state: State, frames: Frames, *, compiled: bool) -> Trace:
+    """Return the trace of all steps of a loop, scored on frames with or without :func:`torch.compile`."""
+    terms = (_compiled_score() if compiled else _score)(model, steps, frames)
+    features, log_px, *latent = (part.transpose(0, 1) for part in (*terms, *(steps.posterior or ())))
+    head, hidden, mask = model.decoder.head, steps.h.transpose(0, 1), frames.mask.t()
     if steps.posterior is None or steps.z is None:
         none = hidden[..., :0]
-        return Trace(log_px, none, mask, features, head, None, None, none, steps.state, hidden)
-    kl, prior_mean, prior_std, mean, std = latent
-    posterior, prior = gaussian(mean, std), gaussian(prior_mean, prior_std)
-    z = steps.z.transpose(0, 1)
-    return Trace(log_px, kl, mask, features, head, posterior, prior, z, steps.state, hidden)
+        return Trace(log_px, none, mask, features, head, None, None, none, state, hidden)
+    kl, posterior, prior = latent[0], gaussian(*latent[3:]), gaussian(*latent[1:3])
+    return Trace(log_px, kl, mask, features, head, posterior, prior, steps.z.transpose(0, 1), state, hidden)
 
 
-def _score(
-    model: Equations, steps: InferenceSteps, x: Tensor, mask: Tensor, observed: Tensor | None, inputs: Tensor | None
-) -> tuple[Tensor, ...]:
+def _score(model: Equations, steps: InferenceSteps, frames: Frames) -> tuple[Tensor, ...]:
     """Score what the loop computed, for all steps at once and time first.
 
     Returns:
@@ -111,16 +112,13 @@ def _score(
     """
     features = steps.emission
     if features is None:
-        features = model.emission_features(steps.z_features, steps.h, inputs)
-    log_px = torch.where(mask, log_prob(model.decoder.head(features), x, observed), 0.0)
-    if steps.posterior is None:
+        features = model.emission_features(steps.z_features, steps.h, frames.inputs)
+    log_px = torch.where(frames.mask, log_prob(model.decoder.head(features), frames.x, frames.observed), 0.0)
+    latent = latent_dists(model, steps, frames.inputs)
+    if latent is None:
         return features, log_px
-    posterior = Normal(*steps.posterior, validate_args=False)
-    if steps.prior is None:
-        prior = model.prior_dist(steps.h, inputs).base_dist
-    else:
-        prior = Normal(*steps.prior, validate_args=False)
-    kl = torch.where(mask[..., None], kl_divergence(posterior, prior), 0.0)
+    prior, posterior = (part.base_dist for part in latent)
+    kl = torch.where(frames.mask[..., None], kl_divergence(posterior, prior), 0.0)
     return features, log_px, kl, prior.loc, prior.scale
 
 

@@ -2,7 +2,7 @@
 
 from vrnn_lightning.recurrence.operations.base import Operation, Pass
 from vrnn_lightning.recurrence.operations.cells import GRU, LSTM
-from vrnn_lightning.recurrence.operations.elementwise import Cast, Relu, Scale
+from vrnn_lightning.recurrence.operations.elementwise import Cast, Relu
 from vrnn_lightning.recurrence.operations.linear import Affine, MatMul
 from vrnn_lightning.recurrence.operations.sampling import Call, GaussianSample, StandardNormal
 
@@ -17,6 +17,5 @@ __all__ = [
     "Operation",
     "Pass",
     "Relu",
-    "Scale",
     "StandardNormal",
 ]

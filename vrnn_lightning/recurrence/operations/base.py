@@ -28,7 +28,8 @@ class Pass:
         self._grads: dict[Buffer, Tensor] = {}
         self._grad_steps: dict[Buffer, Steps] = {}
         self._written: set[Buffer] = set()
-        self._parameter_grads: dict[ParameterRef, Tensor] = {}
+        self.parameter_grads: dict[ParameterRef, Tensor] = {}
+        """The gradient of each parameter that an operation added to."""
 
     def value(self, buffer: Buffer) -> Tensor:
         """Return a buffer's values, shape (steps, rows, width)."""
@@ -85,20 +86,16 @@ class Pass:
         grad[count:].zero_()
         self._written.add(buffer)
 
-    def parameter_grad(self, ref: ParameterRef) -> Tensor | None:
-        """Return the gradient of a parameter, or ``None`` if no operation added to it."""
-        return self._parameter_grads.get(ref)
-
     def add_grad(self, ref: ParameterRef, grad: Tensor) -> None:
         """Add to the gradient of a parameter, which may keep ``grad`` itself."""
-        own = self._parameter_grads.get(ref)
-        self._parameter_grads[ref] = grad if own is None else own.add_(grad)
+        own = self.parameter_grads.get(ref)
+        self.parameter_grads[ref] = grad if own is None else own.add_(grad)
 
     def add_grad_product(self, ref: ParameterRef, left: Tensor, right: Tensor) -> None:
         """Add ``left @ right``, which has as many rows as the leading dimensions of a parameter, to its gradient."""
-        own = self._parameter_grads.get(ref)
+        own = self.parameter_grads.get(ref)
         if own is None:
-            self._parameter_grads[ref] = torch.mm(left, right).view(self.parameter(ref).shape)
+            self.parameter_grads[ref] = torch.mm(left, right).view(self.parameter(ref).shape)
         else:
             own.view(left.shape[0], -1).addmm_(left, right)
 
@@ -106,9 +103,9 @@ class Pass:
 class Operation:
     """One operation of a step.
 
-    An instance describes the operation: which buffers and parameters it reads and writes. Each pass works on a copy of
-    it, so that whatever a method below keeps in an attribute belongs to that pass alone. Methods that a subclass does
-    not define cost nothing.
+    An instance describes the buffers and parameters that the operation reads and writes. Each pass works on a copy of
+    it, so attributes that a method below sets belong to that pass alone. Methods that a subclass does not define cost
+    nothing.
 
     Forwards a pass calls ``bind``, ``begin`` and, for each step, ``forward``. On the way back it calls ``plan``, for
     each block of steps ``prepare``, for each step of the block ``backward``, and at the end ``finish``.

@@ -14,48 +14,58 @@ __all__ = ["GRU", "LSTM"]
 ops: Any = torch.ops.aten
 
 
-class GRU(Operation):
+class _Cell(Operation):
+    """A step of a cell. Its gradients are those of its states times factors, which are computed for many steps at once.
+
+    Args:
+        gates: The sums, four of width hidden, changed in place.
+        h: The output, with one more step.
+        new: The tanh of one of the sums, apart from them, as tanh of columns beside others takes three times as long.
+        first: The first of the two adjacent sums that go through one sigmoid.
+    """
+
+    def __init__(self, gates: Buffer, h: Buffer, new: Buffer, first: int) -> None:
+        self.gates, self.h, self.new, size = gates, h, new, h.width
+        self.parts = [gates.columns(k * size, (k + 1) * size) for k in range(4)]
+        self.both = gates.columns(first * size, (first + 2) * size)
+
+    def bind(self, values: Pass) -> None:
+        self.sums = list(zip(*(values.steps(part) for part in (self.both, *self.parts)), strict=True))
+        self.states, self.news = values.steps(self.h), values.steps(self.new)
+
+    def plan(self, values: Pass) -> None:
+        self.part_values = [values.value(part) for part in (*self.parts, self.new)]
+        self.grads = [values.grad(part) for part in self.parts]
+        self.gate_grads = values.grad(self.gates).unflatten(-1, (4, -1))
+        self.h_grad_steps = values.grad_steps(self.h)
+
+
+class GRU(_Cell):
     r"""A step of a gated recurrent unit (Cho et al. 2014, as in torch.nn.GRUCell) from its sums.
 
     .. math:: r, u = \sigma(\cdot), \quad n = \tanh(n_x + r \odot n_h), \quad h_t = (1 - u) \odot n + u \odot h_{t-1}
 
-    Every gradient is that of :math:`h_t` times a factor that the values decide. The factors of a block of steps are
-    computed at once, and a step back multiplies.
-
-    Args:
-        gates: The sums n_h, r, u, n_x, width 4 * hidden, changed in place.
-        h: The state, with one more step.
-        new: n, apart from the gates, as tanh of columns beside others takes three times as long.
+    The sums are n_h, r, u, n_x, and ``new`` is n.
     """
 
     def __init__(self, gates: Buffer, h: Buffer, new: Buffer) -> None:
-        size = h.width
-        self.gates, self.h, self.new = gates, h, new
-        self.new_h, self.reset = gates.columns(0, size), gates.columns(size, 2 * size)
-        self.update, self.new_x = gates.columns(2 * size, 3 * size), gates.columns(3 * size, 4 * size)
-        self.both = gates.columns(size, 3 * size)
-
-    def bind(self, values: Pass) -> None:
-        self.states, self.news, self.boths = values.steps(self.h), values.steps(self.new), values.steps(self.both)
-        self.resets, self.updates = values.steps(self.reset), values.steps(self.update)
-        self.news_h, self.news_x = values.steps(self.new_h), values.steps(self.new_x)
+        super().__init__(gates, h, new, first=1)
 
     def forward(self, t: int) -> None:
-        self.boths[t].sigmoid_()
-        new = torch.addcmul(self.news_x[t], self.resets[t], self.news_h[t], out=self.news[t]).tanh_()
-        torch.lerp(new, self.states[t], self.updates[t], out=self.states[t + 1])
+        both, new_h, reset, update, new_x = self.sums[t]
+        both.sigmoid_()
+        new = torch.addcmul(new_x, reset, new_h, out=self.news[t]).tanh_()
+        torch.lerp(new, self.states[t], update, out=self.states[t + 1])
 
     def plan(self, values: Pass) -> None:
-        self.values = [values.value(part) for part in (self.new_h, self.reset, self.update, self.new, self.h)]
-        self.grads = [values.grad(part) for part in (self.new_h, self.reset, self.update, self.new_x)]
-        self.gate_grads, self.h_grads = values.grad(self.gates).unflatten(-1, (4, -1)), values.grad(self.h)
-        self.h_grad_steps, self.updates = values.grad_steps(self.h), values.steps(self.update)
+        super().plan(values)
+        self.hs, self.h_grads, self.updates = values.value(self.h), values.grad(self.h), values.steps(self.parts[2])
 
     def prepare(self, start: int, end: int) -> None:
-        new_h, reset, update, new, h = (value[start:end] for value in self.values)
+        new_h, reset, update, _, new = (value[start:end] for value in self.part_values)
         new_h_grad, reset_grad, update_grad, new_grad = (grad[start:end] for grad in self.grads)
         ops.tanh_backward.grad_input(1 - update, new, grad_input=new_grad)
-        ops.sigmoid_backward.grad_input(h - new, update, grad_input=update_grad)
+        ops.sigmoid_backward.grad_input(self.hs[start:end] - new, update, grad_input=update_grad)
         ops.sigmoid_backward.grad_input(new_h, reset, grad_input=reset_grad)
         reset_grad.mul_(new_grad)
         torch.mul(new_grad, reset, out=new_h_grad)
@@ -68,29 +78,25 @@ class GRU(Operation):
         self.h_grad_steps[t].addcmul_(self.h_grad_steps[t + 1], self.updates[t])
 
 
-class LSTM(Operation):
+class LSTM(_Cell):
     r"""A step of a long short-term memory (Hochreiter & Schmidhuber 1997, as in torch.nn.LSTMCell) from its sums.
 
     .. math:: c_t = f \odot c_{t-1} + i \odot g, \quad h_t = o \odot \tanh c_t
 
+    The sums are i, f, g, o, and ``new`` is g.
+
     Args:
-        gates: The sums i, f, g, o, width 4 * hidden, changed in place.
-        h: The output, with one more step.
         c: The cell state, with one more step.
-        new: g, apart from the gates.
-        squashed: tanh c_t.
+        squashed: Its tanh.
     """
 
     def __init__(self, gates: Buffer, h: Buffer, c: Buffer, new: Buffer, squashed: Buffer) -> None:
-        size = h.width
-        self.gates, self.h, self.c, self.new, self.squashed = gates, h, c, new, squashed
-        self.parts = [gates.columns(k * size, (k + 1) * size) for k in range(4)]
-        self.both = gates.columns(0, 2 * size)
+        super().__init__(gates, h, new, first=0)
+        self.c, self.squashed = c, squashed
 
     def bind(self, values: Pass) -> None:
-        self.sums = list(zip(*(values.steps(part) for part in (self.both, *self.parts)), strict=True))
-        self.states, self.cells = values.steps(self.h), values.steps(self.c)
-        self.news, self.tanhs = values.steps(self.new), values.steps(self.squashed)
+        super().bind(values)
+        self.cells, self.tanhs = values.steps(self.c), values.steps(self.squashed)
 
     def forward(self, t: int) -> None:
         both, write, forget, sums, output = self.sums[t]
@@ -103,14 +109,13 @@ class LSTM(Operation):
         torch.mul(output, squashed, out=self.states[t + 1])
 
     def plan(self, values: Pass) -> None:
-        self.values = [values.value(part) for part in (*self.parts, self.new, self.squashed, self.c)]
-        self.grads = [values.grad(part) for part in self.parts]
-        self.gate_grads = values.grad(self.gates).unflatten(-1, (4, -1))
-        self.c_grads, self.forgets = values.grad(self.c), values.steps(self.parts[1])
-        self.h_grad_steps, self.c_grad_steps = values.grad_steps(self.h), values.grad_steps(self.c)
+        super().plan(values)
+        self.part_values += [values.value(self.squashed), values.value(self.c)]
+        self.c_grads, self.c_grad_steps = values.grad(self.c), values.grad_steps(self.c)
+        self.forgets = values.steps(self.parts[1])
 
     def prepare(self, start: int, end: int) -> None:
-        write, forget, _, output, new, squashed, c = (value[start:end] for value in self.values)
+        write, forget, _, output, new, squashed, c = (value[start:end] for value in self.part_values)
         write_grad, forget_grad, new_grad, output_grad = (grad[start:end] for grad in self.grads)
         self.through = ops.tanh_backward(output, squashed).unbind(0)
         ops.sigmoid_backward.grad_input(new, write, grad_input=write_grad)

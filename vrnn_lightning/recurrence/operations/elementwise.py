@@ -7,16 +7,11 @@ import torch
 from vrnn_lightning.recurrence.buffers import Buffer, ParameterRef
 from vrnn_lightning.recurrence.operations.base import Operation, Pass
 
-__all__ = ["Cast", "Relu", "Scale"]
+__all__ = ["Cast", "Relu"]
 
 
 class Relu(Operation):
-    """``buffer = max(buffer, 0)`` in place, times a mask if there is one.
-
-    Args:
-        buffer: The argument, then the result.
-        mask: Dropout, shape (rows, width).
-    """
+    """``buffer = max(buffer, 0)`` in place, times a mask of shape (rows, width) if there is one."""
 
     def __init__(self, buffer: Buffer, mask: ParameterRef | None = None) -> None:
         self.buffer, self.mask = buffer, mask
@@ -45,56 +40,37 @@ class Relu(Operation):
         self.grads[t].mul_(self.slopes[t - self.start])
 
 
-class Scale(Operation):
-    """``target = source * mask``.
-
-    Args:
-        source: A state; it may have more steps than the target.
-        mask: Dropout, shape (rows, width).
-        target: What networks read.
-    """
-
-    def __init__(self, source: Buffer, mask: ParameterRef, target: Buffer) -> None:
-        self.source, self.mask, self.target = source, mask, target
-
-    def bind(self, values: Pass) -> None:
-        self.inputs, self.results = values.steps(self.source), values.steps(self.target)
-        self.kept = values.parameter(self.mask)
-
-    def forward(self, t: int) -> None:
-        torch.mul(self.inputs[t], self.kept, out=self.results[t])
-
-    def plan(self, values: Pass) -> None:
-        self.into, self.grads = values.grad_steps(self.source), values.grad_steps(self.target)
-        self.kept = values.parameter(self.mask)
-
-    def backward(self, t: int) -> None:
-        self.into[t].addcmul_(self.grads[t], self.kept)
-
-
 class Cast(Operation):
-    """``target = source`` in the target's own type, or a copy in the same type.
+    """``target = source`` in the target's own type, times a mask if there is one.
 
     Args:
         source: It may have more steps than the target.
         target: The result.
+        mask: Shape (rows, width); only for a source whose gradient is always written, as that of a state.
     """
 
-    def __init__(self, source: Buffer, target: Buffer) -> None:
-        self.source, self.target = source, target
+    def __init__(self, source: Buffer, target: Buffer, mask: ParameterRef | None = None) -> None:
+        self.source, self.target, self.mask = source, target, mask
 
     def bind(self, values: Pass) -> None:
         self.inputs, self.results = values.steps(self.source), values.steps(self.target)
+        self.kept = None if self.mask is None else values.parameter(self.mask)
 
     def forward(self, t: int) -> None:
-        self.results[t].copy_(self.inputs[t])
+        if self.kept is None:
+            self.results[t].copy_(self.inputs[t])
+        else:
+            torch.mul(self.inputs[t], self.kept, out=self.results[t])
 
     def plan(self, values: Pass) -> None:
         self.adds = values.claim(self.source)
         self.into, self.grads = values.grad_steps(self.source), values.grad_steps(self.target)
+        self.kept = None if self.mask is None else values.parameter(self.mask)
 
     def backward(self, t: int) -> None:
-        if self.adds:
+        if self.kept is not None:
+            self.into[t].addcmul_(self.grads[t], self.kept)
+        elif self.adds:
             self.into[t].add_(self.grads[t])
         else:
             self.into[t].copy_(self.grads[t])

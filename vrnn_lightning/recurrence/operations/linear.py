@@ -16,7 +16,7 @@ class Affine(Operation):
     Args:
         target: The result; it may have K times the rows of ``known``.
         bias: Shape (out,).
-        known: Shape (steps, batch, in), or ``None``.
+        known: Shape (steps, batch, in).
         weight: Shape (in, out).
     """
 

@@ -21,12 +21,14 @@ softplus: Any = F.softplus  # its stub lacks out=
 class GaussianSample(Operation):
     r"""``z = mean + (softplus(spread) + floor) * noise``, the reparameterised draw of a Gaussian.
 
+    Gradients of ``raw``, ``z`` and ``prior`` are always written.
+
     Args:
-        raw: Mean and spread, width 2 * latent; the mean may be moved in place. Its gradient is always written.
+        raw: Mean and spread, width 2 * latent; the mean may be moved in place.
         noise: Standard normal, width latent.
-        z: The draw. Its gradient is always written.
+        z: The draw.
         floor: Smallest standard deviation.
-        prior: Mean and spread of the prior, whose mean is added to that of ``raw``. Its gradient is always written.
+        prior: Mean and spread of the prior, whose mean is added to that of ``raw``.
     """
 
     def __init__(self, raw: Buffer, noise: Buffer, z: Buffer, floor: float, prior: Buffer | None = None) -> None:
@@ -68,12 +70,7 @@ class GaussianSample(Operation):
 
 
 class StandardNormal(Operation):
-    """Normal numbers of mean 0 from torch's generator, without a gradient.
-
-    Args:
-        target: The draw.
-        std: Their standard deviation.
-    """
+    """``target = std * noise``, normal numbers from torch's generator, without a gradient."""
 
     def __init__(self, target: Buffer, std: float = 1.0) -> None:
         self.target, self.std = target, std
@@ -86,13 +83,7 @@ class StandardNormal(Operation):
 
 
 class Call(Operation):
-    """``target = function(*sources)``, without a gradient.
-
-    Args:
-        function: Maps the values of a step, each (rows, width), to those of the target.
-        sources: What it reads.
-        target: The result.
-    """
+    """``target = function(*sources)`` of a step's values, each (rows, width), without a gradient."""
 
     def __init__(self, function: Callable[..., Tensor], sources: Sequence[Buffer], target: Buffer) -> None:
         self.function, self.sources, self.target = function, sources, target
