@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vrnn_lightning.callbacks.archives import FOLDER
-from vrnn_lightning.callbacks.pictures import draw_rows, on_paper, save_animation, strokes_svg
+from vrnn_lightning.callbacks.pictures import draw_rows
+from vrnn_lightning.callbacks.strokes import on_paper, save_animation, strokes_svg
 from vrnn_lightning.data.rolls import KEYS, roll_sound, write_midi
 from vrnn_lightning.files import csv_line, replacing
 
@@ -45,18 +46,17 @@ class Media:
         self._features = [str(name) for name in getattr(data, "columns", None) or []]
         self._pen_starts_down = bool(getattr(data, "pen_starts_down", False))
 
-    def ready(self, rows: Shown) -> Shown:
+    def to_display(self, rows: Shown) -> Shown:
         """Return sequences in data units as they are drawn; where data miss a value, sound and pen rest."""
+        return {name: [self._to_display(name, x) for x in sequences] for name, sequences in rows.items()}
 
-        def of(name: str, x: Tensor) -> Tensor:
-            x = x.detach().cpu() / self._loudest
-            if name in DATA and self.modality in ("audio", "strokes"):
-                x = x.nan_to_num(0.0)
-            if self._width is not None:  # an image that was read in other pieces: the rows that are complete
-                x = x.flatten()[: x.numel() // self._width * self._width].view(-1, self._width)
-            return on_paper(x) if self.modality == "strokes" and self._pen_starts_down else x
-
-        return {name: [of(name, x) for x in sequences] for name, sequences in rows.items()}
+    def _to_display(self, name: str, x: Tensor) -> Tensor:
+        x = x.detach().cpu() / self._loudest
+        if name in DATA and self.modality in ("audio", "strokes"):
+            x = x.nan_to_num(0.0)
+        if self._width is not None:  # an image that was read in other pieces: the rows that are complete
+            x = x.flatten()[: x.numel() // self._width * self._width].view(-1, self._width)
+        return on_paper(x) if self.modality == "strokes" and self._pen_starts_down else x
 
     @property
     def sounds(self) -> bool:
@@ -68,11 +68,11 @@ class Media:
         return 1 if self._width is None else max(1, self._width // features)
 
     def draw(self, rows: Shown, titles: list[str] | None = None, shared: bool = False) -> Figure:
-        """Draw what :meth:`ready` returned, a row per name and a column per sequence, as :func:`draw_rows` does."""
+        """Draw the result of :meth:`to_display`, a row per name and a column per sequence, as :func:`draw_rows`."""
         return draw_rows(rows, self.modality, self.sample_rate, titles, shared, self._features)
 
     def write(self, rows: Shown, folder: Path, stem: str) -> dict[str, dict[str, list[Path]]]:
-        """Write what :meth:`ready` returned, each sequence as files of its own.
+        """Write what :meth:`to_display` returned, each sequence as files of its own.
 
         Audio becomes wav; strokes become svg in which they are drawn one by one, and sampled ones gif; piano rolls
         become wav, and MIDI where mido is installed. What data miss is silent; a sequence of the model's that holds

@@ -140,7 +140,7 @@ class Samples(Callback):
     def _exhibit(self, exhibition: MediaLogger, module: VRNNLightningModule, last: bool) -> None:
         batch = cast(SequenceBatch, self._batch)
         trace, drawn, rows = self._rows(module, batch)
-        shown = exhibition.media.ready(rows)
+        shown = exhibition.media.to_display(rows)
         if self._shown_at != exhibition.step:  # else the last validation did
             exhibition.picture("samples", exhibition.media.draw(shown, batch.names))
             exhibition.sequences(shown)
@@ -206,7 +206,7 @@ class Samples(Callback):
             given = None if inputs is None else inputs[:1].expand(len(SHIFTS), -1, -1)
             moved[f"z{d}"] = list(module.decode(z, given))
         titles = [f"{shift:+g} std" if shift else "as inferred" for shift in SHIFTS]
-        exhibition.picture("traversal", media.draw(media.ready(moved), titles, shared=True))
+        exhibition.picture("traversal", media.draw(media.to_display(moved), titles, shared=True))
 
         between = {}
         for a in range(0, min(2 * PAIRS, len(batch) - 1), 2):
@@ -217,4 +217,4 @@ class Samples(Callback):
             between[f"{a} to {a + 1}"] = list(module.decode(z, given))
         if between:
             titles = [f"{100 * place:g} %" for place in PLACES]
-            exhibition.picture("interpolation", media.draw(media.ready(between), titles, shared=True))
+            exhibition.picture("interpolation", media.draw(media.to_display(between), titles, shared=True))

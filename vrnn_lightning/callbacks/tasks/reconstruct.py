@@ -13,12 +13,7 @@ __all__ = ["Reconstruct"]
 
 
 class Reconstruct(Task):
-    """The emission's mean at each step, with the latents inferred from the sequence.
-
-    Args:
-        seed: Seed of the latents.
-        shown: Sequences in the picture.
-    """
+    """The emission's mean at each step, with the latents inferred from the sequence."""
 
     name = "reconstruct"
 
