@@ -51,12 +51,11 @@ def described(batch: SequenceBatch) -> dict[str, np.ndarray]:
 
 
 def write_archive(path: Path, parts: list[dict[str, np.ndarray]], split: str, **more: np.ndarray) -> None:
-    """Join the parts' arrays end to end and write them, whole or not at all.
+    """Join arrays end to end and write them, whole or not at all.
 
     Args:
         path: The file.
-        parts: Arrays by name, of the same names in each part, with one row for each sequence. "index", which is not
-            written, is the order of the sequences.
+        parts: Arrays by name, with one row for each sequence; "index", which is not written, is their order.
         split: Prefix of the names.
         more: Further arrays, whose rows are not sequences.
 

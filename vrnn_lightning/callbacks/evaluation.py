@@ -126,14 +126,11 @@ class Evaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Bound the sequences of a batch, if this is not a validation within training."""
-        if trainer.state.fn != "fit":
-            self._add(trainer, cast(VRNNLightningModule, pl_module), outputs, batch, batch_idx)
-
-    on_test_batch_end = on_validation_batch_end
-
-    def _add(self, trainer: Trainer, module: VRNNLightningModule, trace: Trace, batch: SequenceBatch, i: int) -> None:
+        if trainer.state.fn == "fit":
+            return
+        module, trace = cast(VRNNLightningModule, pl_module), cast(Trace, outputs)
         with module.summon_full_params():
-            bounds = self._bounds(module, batch, i)
+            bounds = self._bounds(module, batch, batch_idx)
         figures = {"elbo": trace.log_px.sum(1) - trace.kl.sum((1, 2)), **bounds}
         known = getattr(getattr(trainer, "datamodule", None), "exact_log_likelihood", None)
         exact = known(batch) if known is not None else None
@@ -148,6 +145,8 @@ class Evaluation(Callback):
         self._kl.append(trace.kl.double().sum((0, 1)).cpu())
         columns = {name: values.double().cpu()[real].numpy() for name, values in figures.items()}
         self._parts.append(columns | described(batch))
+
+    on_test_batch_end = on_validation_batch_end
 
     def _bounds(self, module: VRNNLightningModule, batch: SequenceBatch, batch_idx: int) -> dict[str, Tensor]:
         """Return each sequence's bounds in nats, and effective samples: of trajectories, and summed over steps."""
@@ -181,9 +180,8 @@ class Evaluation(Callback):
         pl_module.log_dict({f"{stage}/{name}": value.float() for name, value in shown.items()}, sync_dist=True)
         steps = torch.tensor(sum(int(part["lengths"].sum()) for part in self._parts), device=pl_module.device)
         kl = torch.stack(self._kl).sum(0).to(pl_module.device)
-        self.kl_per_dim = (
-            trainer.strategy.reduce(kl, reduce_op="sum") / trainer.strategy.reduce(steps, reduce_op="sum")
-        ).cpu()
+        all_kl, all_steps = (trainer.strategy.reduce(x, reduce_op="sum") for x in (kl, steps))
+        self.kl_per_dim = (all_kl / all_steps).cpu()
         assert self.path is not None
         if getattr(trainer, "fast_dev_run", False):  # leaves nothing behind
             self.path = None

@@ -13,7 +13,7 @@ __all__ = ["Loop"]
 
 
 class Loop(Callback):
-    """How the time loop runs, which is no part of the model or of a checkpoint.
+    """Options of the time loop, which neither a model nor a checkpoint holds.
 
     Args:
         checkpoint_every: Steps of a window: in training keep only the states between windows, and infer each window

@@ -14,16 +14,7 @@ MAX_COLUMNS = 64  # side by side they are 20,000 pixels wide
 
 
 def require_at_least(group: str, options: Mapping[str, Any], least: Mapping[str, float]) -> None:
-    """Raise if an option is below its least value, or is not finite; ``None`` stands for a default.
-
-    Args:
-        group: The options' group on the command line.
-        options: Their values by name.
-        least: Their least values by name.
-
-    Raises:
-        UserError: One is.
-    """
+    """Raise if an option of a group is below its least value or infinite; ``None`` stands for a default."""
     for name, low in least.items():
         value = options.get(name)
         if value is not None and not low <= value < math.inf:
@@ -31,10 +22,6 @@ def require_at_least(group: str, options: Mapping[str, Any], least: Mapping[str,
 
 
 def require_columns(option: str, count: int) -> None:
-    """Raise if a picture has no room for a number of sequences.
-
-    Raises:
-        UserError: It has not.
-    """
+    """Raise if a picture has no room for a number of sequences."""
     if count > MAX_COLUMNS:
         raise UserError(f"{option} {count}: a picture has room for {MAX_COLUMNS} sequences")

@@ -71,15 +71,22 @@ def _with_task_options(init: Callable[..., None]) -> Callable[..., None]:
             options[option] = parameter.replace(annotation=parameter.annotation | None, default=None)
             default = "" if parameter.default is None else f" Default {parameter.default}."
             lines.setdefault(option, {}).setdefault(texts[option] + default, []).append(name)
+
+    def build(
+        self: Any, *args: Any, **given: Any
+    ) -> None:  # Sphinx compares the defaults of a signature and its source
+        init(self, *args, **given)
+
     signature = inspect.signature(init, eval_str=True)
     *own, _ = signature.parameters.values()
-    vars(init)["__signature__"] = signature.replace(parameters=[*own, *options.values()])
+    vars(build)["__signature__"] = signature.replace(parameters=[*own, *options.values()])
+    build.__name__ = "__init__"
     described = (
         f"{option}: {' '.join(' '.join([', '.join(tasks) + ':', *text.split()]) for text, tasks in texts.items())}"
         for option, texts in lines.items()
     )
-    init.__doc__ = "\n    ".join(["Args:", *described])
-    return init
+    build.__doc__ = "\n    ".join(["\nArgs:", *described])
+    return build
 
 
 class Predictions(Callback):
@@ -159,13 +166,7 @@ class Predictions(Callback):
         self.task.prepare(cast(VRNNLightningModule, pl_module), partial(_gather, trainer))
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: SequenceBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: SequenceBatch, *_: Any, **__: Any
     ) -> None:
         """Add the results of a batch to the archive's parts."""
         module, writer = cast(VRNNLightningModule, pl_module), cast(ArchiveWriter, self._writer)

@@ -78,12 +78,7 @@ class Samples(Callback):
         self._batch = self._shown_at = None
 
     def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: SequenceBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, batch: SequenceBatch, *_: Any, **__: Any
     ) -> None:
         """Keep the first sequences that have steps."""
         if self._batch is None and self._shows(trainer) and (batch.lengths > 0).any():

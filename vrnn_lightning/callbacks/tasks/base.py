@@ -178,11 +178,7 @@ class Task(ABC):
         return names if len(names) == width else [f"x{i}" for i in range(width)]
 
     def table(self, piece: dict[str, NDArray[Any]]) -> tuple[list[str], NDArray[Any]]:
-        """Return the header and the cells of a sequence in the table, one line for each step.
-
-        Args:
-            piece: Arrays of the archive of one sequence.
-        """
+        """Return header and cells of a sequence in the table, a line for each step, from its arrays of the archive."""
         draws = piece["values"].reshape(len(piece["lengths"]), -1, piece["values"].shape[1])
         columns = self.columns(draws.shape[2])
         if not self.judges:
@@ -193,13 +189,7 @@ class Task(ABC):
         return header, np.stack(parts, -1).reshape(draws.shape[1], -1)
 
     def picture(self, shown: Sequence[Prediction], media: Media, rows: Shown) -> Figure:
-        """Draw the first sequences.
-
-        Args:
-            shown: Their results.
-            media: How the modality is shown.
-            rows: Their rows by name, ready to be shown.
-        """
+        """Draw the results of the first sequences, with their rows by name as ``media`` displays them."""
         titles = [piece.title for piece in shown]
         fans = [piece.fan for piece in shown if piece.fan is not None]
         if fans and media.modality == "series" and not is_binary(rows["real"]):

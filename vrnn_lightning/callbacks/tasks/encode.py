@@ -1,4 +1,4 @@
-"""Codes: the means of the posteriors."""
+"""Codes and reconstructions: the latents that are inferred from a sequence, and the emission's means for them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vrnn_lightning.vrnn import Trace
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Encode"]
+__all__ = ["Encode", "Reconstruct"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -46,3 +46,15 @@ class Encode(Task):
         names = [f"z{d}" for d in range(values[0].shape[1])]
         titles = [piece.title for piece in shown]
         return draw_heat(values, names, "posterior mean", rows["real"], media.modality, media.sample_rate, titles)
+
+
+class Reconstruct(Task):
+    """The emission's mean at each step, with the latents inferred from the sequence."""
+
+    name = "reconstruct"
+
+    def make(self, module: Module, batch: SequenceBatch, real: list[int], outputs: Any) -> Iterator[Prediction]:
+        if real:
+            seen = "reconstructed" if module.vrnn.latent_size else "predicted"
+            for i, mean in zip(real, module.reconstruct(batch.rows(real), seed=self.seed), strict=True):
+                yield self.predict(batch, i, mean, {"real": self.truth(module, batch, i), seen: mean})

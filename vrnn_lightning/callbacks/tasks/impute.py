@@ -24,7 +24,7 @@ class Impute(Task):
 
     Args:
         samples: Draws.
-        particles: Particles, at least as many; ``None`` for four times the samples.
+        particles: Particles, at least as many as samples; ``None`` for four times the samples.
         lag: Steps after a gap that its imputation reads.
         hide: Share of the steps to hide and to compare with the draws.
         gap: Steps in a row that are hidden together.
