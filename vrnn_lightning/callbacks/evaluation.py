@@ -28,7 +28,7 @@ def importance_weighted(
 ) -> tuple[Tensor, Tensor]:
     """Return the importance-weighted bound of each sequence and the effective samples of its weights, each (batch,).
 
-    Memory is bounded by ``rows``, whatever the number of samples and the length of the sequences.
+    Memory is bounded by ``rows``, for any number of samples and any length of the sequences.
 
     Args:
         model: The model.
@@ -154,7 +154,7 @@ class Evaluation(Callback):
         samples = self.samples if model.latent_size else 1
         size = max(1, self.rows // samples)
         order = batch.lengths.argsort(stable=True).tolist()  # less padding
-        found = []
+        parts = []
         for start in range(0, len(batch), size):
             part = batch.rows(order[start : start + size])
             place = (batch_idx, start, module.global_rank)
@@ -162,9 +162,9 @@ class Evaluation(Callback):
             iwae, of_trajectories = importance_weighted(model, part, samples, draws[0], self.rows)
             fivo = model.filter(part, samples, self.resampling, draws[1])
             of_steps = fivo.effective_samples * part.lengths
-            found.append(torch.stack([iwae, fivo.log_likelihood, of_trajectories, of_steps]))
+            parts.append(torch.stack([iwae, fivo.log_likelihood, of_trajectories, of_steps]))
         names = ("iwae", "fivo", "iwae_effective_samples", "fivo_effective_samples")[: 4 if model.latent_size else 2]
-        return dict(zip(names, torch.cat(found, 1)[:, torch.tensor(order).argsort()], strict=False))
+        return dict(zip(names, torch.cat(parts, 1)[:, torch.tensor(order).argsort()], strict=False))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report, if this is not a validation within training."""

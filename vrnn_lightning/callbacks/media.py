@@ -16,7 +16,7 @@ from vrnn_lightning.callbacks.archives import FOLDER
 from vrnn_lightning.callbacks.pictures import draw_rows
 from vrnn_lightning.callbacks.strokes import on_paper, save_animation, strokes_svg
 from vrnn_lightning.data.rolls import KEYS, roll_sound, write_midi
-from vrnn_lightning.files import csv_line, replacing
+from vrnn_lightning.files import csv_line, replacing, write_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ class Media:
         return on_paper(x) if self.modality == "strokes" and self._pen_starts_down else x
 
     @property
-    def sounds(self) -> bool:
+    def has_sound(self) -> bool:
         """Whether sequences can be listened to."""
         return self.modality == "roll" or (self.modality == "audio" and self.sample_rate is not None)
 
@@ -125,7 +125,7 @@ class Media:
 
 
 def _has_mido() -> bool:
-    """Return whether MIDI can be written, with a warning where it can't."""
+    """Return whether MIDI can be written, and warn if it can't."""
     has_mido = importlib.util.find_spec("mido") is not None
     if not has_mido:
         rank_zero_warn("piano rolls are written as pictures and sound; for MIDI pip install 'vrnn-lightning[music]'")
@@ -163,10 +163,9 @@ class MediaLogger:
 
     def picture(self, key: str, figure: Figure) -> None:
         """Show a figure as ``<step>_<key>.png``, or ``<step>.png`` for the samples themselves."""
-        whole = key == "samples"
-        path = self.folder / f"{self.stem}{'' if whole else f'_{key}'}.png"
+        suffix, key = ("", key) if key == "samples" else (f"_{key}", f"samples/{key}")
+        path = self.folder / f"{self.stem}{suffix}.png"
         save_picture(figure, path)
-        key = key if whole else f"samples/{key}"
         for logger in self.loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image(key, [str(path)])
@@ -198,8 +197,7 @@ class MediaLogger:
         named = [[cell.name if isinstance(cell, Path) else cell for cell in line] for line in lines]
         path = self.folder / f"{self.stem}_{key}.csv"
         text = "".join(map(csv_line, [columns, *named]))
-        with replacing(path, FOLDER) as temporary:
-            temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+        write_files({path: text.encode("utf-8", "backslashreplace")}, FOLDER)
         for logger in self.loggers:
             if hasattr(logger, "log_media_table"):
                 logger.log_media_table(f"samples/{key}", columns, lines)

@@ -62,30 +62,27 @@ class Draws:
 
 def _with_task_options(init: Callable[..., None]) -> Callable[..., None]:
     """Add the options of all tasks to a signature; ``None``, their default there, stands for the task's own default."""
-    options: dict[str, inspect.Parameter] = {}
-    lines: dict[str, dict[str, list[str]]] = {}  # by option and text, the tasks that describe it so
+    flags: dict[str, inspect.Parameter] = {}
+    tasks: dict[str, dict[str, list[str]]] = {}  # those that describe an option with a text
     for name, task in TASKS.items():
         docs = "\n".join(inspect.cleandoc(base.__doc__ or "") for base in reversed(task.__mro__))
         texts = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", docs, re.MULTILINE))
         for option, parameter in inspect.signature(task, eval_str=True).parameters.items():
-            options[option] = parameter.replace(annotation=parameter.annotation | None, default=None)
+            flags[option] = parameter.replace(annotation=parameter.annotation | None, default=None)
             default = "" if parameter.default is None else f" Default {parameter.default}."
-            lines.setdefault(option, {}).setdefault(texts[option] + default, []).append(name)
+            tasks.setdefault(option, {}).setdefault(texts.get(option, "") + default, []).append(name)
 
-    def build(
-        self: Any, *args: Any, **given: Any
-    ) -> None:  # Sphinx compares the defaults of a signature and its source
-        init(self, *args, **given)
+    def build(self: Any, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
 
     signature = inspect.signature(init, eval_str=True)
     *own, _ = signature.parameters.values()
-    vars(build)["__signature__"] = signature.replace(parameters=[*own, *options.values()])
-    build.__name__ = "__init__"
-    described = (
-        f"{option}: {' '.join(' '.join([', '.join(tasks) + ':', *text.split()]) for text, tasks in texts.items())}"
-        for option, texts in lines.items()
-    )
-    build.__doc__ = "\n    ".join(["\nArgs:", *described])
+    vars(build)["__signature__"] = signature.replace(parameters=[*own, *flags.values()])
+    build.__name__ = init.__name__
+    build.__doc__ = "\nArgs:"
+    for option, described in tasks.items():
+        line = " ".join(f"{', '.join(names)}: {text}" for text, names in described.items())
+        build.__doc__ += f"\n    {option}: {' '.join(line.split())}"
     return build
 
 

@@ -138,11 +138,11 @@ class Samples(Callback):
             return
         if trace.posterior is not None:
             _log_latent(logger, module, batch, trace, shown["real"])
-        columns = ["kind", "name", "elbo", *["picture"] * logger.shows_tables, *["sound"] * logger.media.sounds]
+        columns = ["kind", "name", "elbo", *["picture"] * logger.shows_tables, *["sound"] * logger.media.has_sound]
         lines: list[list[Any]] = []
         of_drawn = SequenceBatch(drawn, batch.lengths, inputs=batch.inputs)
-        for kind, found in (("real", trace), ("sampled", module.vrnn(of_drawn))):
-            nats = ((found.log_px.sum(1) - found.kl.sum((1, 2))) / batch.lengths).tolist()
+        for kind, one in (("real", trace), ("sampled", module.vrnn(of_drawn))):
+            nats = ((one.log_px.sum(1) - one.kl.sum((1, 2))) / batch.lengths).tolist()
             for i, elbo in enumerate(nats):
                 name = batch.names[i] if batch.names and kind == "real" else f"{kind} {i}"
                 lines.append([kind, name, round(elbo, 6), *_files(logger, kind, i, shown[kind][i])])
@@ -156,7 +156,7 @@ def _files(logger: MediaLogger, kind: str, i: int, sequence: Tensor) -> list[Pat
     if logger.shows_tables:
         files.append(path.with_suffix(".png"))
         save_picture(logger.media.draw({kind: [sequence]}), path.with_suffix(".png"))
-    if logger.media.sounds:
+    if logger.media.has_sound:
         sound = path.with_suffix(".wav")
         files.append(sound if sound.is_file() else None)  # a sequence that holds NaN has none
     return files
