@@ -769,8 +769,8 @@ def test_a_refused_prediction_leaves_no_folder(tmp_path):
         ({"task": "sample", "shown": 1000}, "prediction.shown 1000: a picture has room for 64 sequences"),
         ({"task": "sample", "prefix": 3}, "prediction.prefix 3: is not an option of the task sample, but of forecast"),
         ({"task": "encode", "seed": 3}, "prediction.seed 3: is not an option of the task encode"),
-        ({"task": "forecast"}, "prediction.steps: how far"),
-        ({"task": "forecast", "prefix": 0}, "prediction.prefix 0: an empty prefix"),
+        ({"task": "forecast"}, "prediction.steps: the forecast has no length. Fix: give"),
+        ({"task": "forecast", "prefix": 0}, "prediction.prefix 0: is an empty prefix"),
         ({"task": "forecast", "prefix": 3, "samples": 0}, "prediction.samples 0"),
         ({"task": "forecast", "prefix": 3, "steps": 0}, "prediction.steps 0"),
         ({"task": "forecast", "prefix": 3, "season": 0}, "prediction.season 0"),
@@ -800,7 +800,11 @@ def test_bad_options(options, line):
         (Ramps, {"task": "forecast", "prefix": 8, "steps": 5, "stride": 1}, "prefix 8: no test sequence"),
         (Ramps, {"task": "forecast", "prefix": 3, "season": 13}, "season 13: is longer than the past of every"),
         (lambda: Ramps(nothing=True), {"task": "forecast", "steps": 2}, "forecast: no test sequence has an observed"),
-        (Ramps, {"task": "impute", "samples": 2, "hide": 0.1, "gap": 12}, "gap 12: leaves nothing of .* has 12 steps"),
+        (
+            Ramps,
+            {"task": "impute", "samples": 2, "hide": 0.1, "gap": 12},
+            "gap 12: leaves nothing to impute from of .* has 12 steps",
+        ),
         (lambda: Ramps(nothing=True), {"task": "impute"}, "impute: no test sequence has an observed value"),
     ],
 )

@@ -124,7 +124,7 @@ def test_a_sequence_of_nan_is_drawn_and_not_heard(tmp_path, modality, features, 
     """What a model makes of NaN is not a silence; where data miss a value, it is."""
     media = Media(SimpleNamespace(modality=modality, sample_rate=100))
     lost = torch.full((3, features), torch.nan)
-    rows = media.ready({"real": [lost], "sampled": [lost, torch.zeros(3, features)]})
+    rows = media.to_display({"real": [lost], "sampled": [lost, torch.zeros(3, features)]})
     media.draw(rows).savefig(tmp_path / "x.png")
     found = media.write(rows, tmp_path, "x")
     assert [path.name for path in found[suffix]["sampled"]] == [f"x_sampled_1.{suffix}"]
@@ -134,7 +134,7 @@ def test_a_sequence_of_nan_is_drawn_and_not_heard(tmp_path, modality, features, 
 def test_what_is_missing_of_a_roll_is_shown_and_silent(tmp_path):
     roll = torch.zeros(4, 88)
     roll[1:3] = torch.nan
-    rows = Media(SimpleNamespace(modality="roll")).ready({"given": [roll]})
+    rows = Media(SimpleNamespace(modality="roll")).to_display({"given": [roll]})
     assert rows["given"][0].isnan().sum() == 2 * 88
     found = Media(SimpleNamespace(modality="roll")).write(rows, tmp_path, "x")
     assert [path.name for path in found["wav"]["given"]] == ["x_given_0.wav"]

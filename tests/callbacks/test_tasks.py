@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jsonargparse import ArgumentParser
 
 from vrnn_lightning import UserError
 from vrnn_lightning.callbacks import Predictions
@@ -34,13 +35,20 @@ class LengthsToAPower(Task):
 
 
 def test_every_name_is_a_task_and_every_option_an_option_of_the_command_line():
+    """With a help text that names the task and its default."""
     assert set(TASKS) == set(TaskName.__args__)
     flags = inspect.signature(Predictions).parameters
+    parser = ArgumentParser()
+    parser.add_class_arguments(Predictions, "prediction")
+    described = " ".join(parser.format_help().rpartition("--prediction CONFIG")[2].split())
     for name, task in TASKS.items():
         assert task.name == name
         for option, parameter in inspect.signature(task).parameters.items():
             assert parameter.kind == parameter.KEYWORD_ONLY
             assert option in flags, f"{name} {option}"
+            text = described.partition(f"--prediction.{option} ")[2].partition(" --prediction.")[0]
+            assert f"{name}: " in text or f"{name}, " in text, f"{name} {option}"
+            assert parameter.default is None or f"Default {parameter.default}. " in text, f"{name} {option}"
 
 
 def test_an_option_of_another_task_names_its_owners():

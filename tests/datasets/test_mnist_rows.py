@@ -153,7 +153,7 @@ def test_pictures_show_whole_images_of_pixels(folder_of_idx):
         samples, media = Samples(count=1, max_steps=rows), Media(data)
         *_, found = samples._rows(model, samples._first(batch, media))
         assert [[len(x) for x in xs] for xs in found.values()] == 3 * [[shown]]
-        assert [[x.shape for x in xs] for xs in media.ready(found).values()] == 3 * [[(shown // 28, 28)]]
+        assert [[x.shape for x in xs] for xs in media.to_display(found).values()] == 3 * [[(shown // 28, 28)]]
 
 
 def test_dynamic_pixels_have_the_grey_value_as_their_mean(folder_of_idx):

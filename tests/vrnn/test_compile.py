@@ -55,4 +55,4 @@ def test_without_a_compiler_a_line_says_so(lightning, tiny, monkeypatch, tmp_pat
     assert said.code == 1
     line = said.err.strip().splitlines()[-1]
     assert line.startswith("error: loop.compile: torch.compile does not work here")
-    assert "leave the option away" in line
+    assert "leave the option out" in line

@@ -1,4 +1,4 @@
-"""Callbacks: KL annealing, diagnostics, pictures and predictions of what was learned; they work with every logger."""
+"""Callbacks: KL annealing, diagnostics, evaluation, pictures and predictions; they work with every logger."""
 
 from vrnn_lightning.callbacks.annealing import (
     ConstantKLWeight,

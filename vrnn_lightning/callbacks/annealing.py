@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -29,8 +31,7 @@ __all__ = [
 class KLAnnealing(Callback, ABC):
     """Sets ``module.beta`` before each training step.
 
-    Beta is in force in training alone: reported ELBOs and the choice of the best checkpoint never see it. Where it is a
-    function of the optimiser steps taken so far it needs no state of its own: a resumed run continues with the weight
+    Reported ELBOs and the choice of the best checkpoint do not depend on beta. A resumed run continues with the weight
     of its step.
     """
 
@@ -43,15 +44,11 @@ class KLAnnealing(Callback, ABC):
         return True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raise if there is a second annealer: they would overwrite each other's weight.
-
-        Raises:
-            UserError: Two annealers are among the trainer's callbacks.
-        """
+        """Raise if the trainer has two annealers, which would overwrite each other's weight."""
         callbacks: list[Callback] = getattr(trainer, "callbacks", [])  # set by a connector, which types don't see
         annealers = [type(callback).__name__ for callback in callbacks if isinstance(callback, KLAnnealing)]
         if len(annealers) > 1:
-            raise UserError(f"trainer.callbacks: {' and '.join(annealers)} would both set beta; keep one")
+            raise UserError(f"trainer.callbacks: {' and '.join(annealers)} would both set beta. Fix: keep one")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: SequenceBatch, batch_idx: int
@@ -86,56 +83,44 @@ class _Ramp(KLAnnealing):
     """A weight that goes from ``start`` to ``end``.
 
     Args:
-        steps: Optimiser steps until the weight is ``end``.
-        start: Weight at the first step.
-        end: Weight from ``steps`` on.
+        steps: Optimiser steps until the weight is ``end``; all cycles together.
+        start: Weight at the first step, and at the start of each cycle.
+        end: Weight from ``steps`` on, and at the end of each cycle.
     """
+
+    schedule: Callable[..., float]
+    """The weight as a function of the step, ``steps``, ``start`` and ``end``."""
 
     def __init__(self, steps: int, start: float = 0.0, end: float = 1.0) -> None:
         _check(steps=steps, start=start, end=end)
         self.steps, self.start, self.end = steps, start, end
 
+    def beta(self, step: int) -> float:
+        """Return the weight after ``step`` optimiser steps."""
+        return self.schedule(step, self.steps, self.start, self.end)
+
     def settled(self, step: int) -> bool:
-        """Return whether the weight is ``end`` for good."""
+        """Return whether the weight stays at ``end``."""
         return step >= self.steps
 
 
 class LinearKLAnnealing(_Ramp):
-    """A straight line from ``start`` to ``end`` (Bowman et al. 2016).
+    """A straight line from ``start`` at the first step to ``end`` at step ``steps`` (Bowman et al. 2016)."""
 
-    Args:
-        steps: Optimiser steps until the weight is ``end``.
-        start: Weight at the first step.
-        end: Weight from ``steps`` on.
-    """
-
-    def beta(self, step: int) -> float:
-        """Return the weight after ``step`` optimiser steps."""
-        return schedules.linear(step, self.steps, self.start, self.end)
+    schedule = staticmethod(schedules.linear)
 
 
 class CosineKLAnnealing(_Ramp):
-    """Half a cosine wave from ``start`` to ``end``, flat at both ends.
+    """Half a cosine wave from ``start`` at the first step to ``end`` at step ``steps``, flat at both ends."""
 
-    Args:
-        steps: Optimiser steps until the weight is ``end``.
-        start: Weight at the first step.
-        end: Weight from ``steps`` on.
-    """
-
-    def beta(self, step: int) -> float:
-        """Return the weight after ``step`` optimiser steps."""
-        return schedules.cosine(step, self.steps, self.start, self.end)
+    schedule = staticmethod(schedules.cosine)
 
 
 class SigmoidKLAnnealing(_Ramp):
-    """A logistic curve from ``start`` to ``end`` (Bowman et al. 2016).
+    """A logistic curve from ``start`` at the first step to ``end`` at step ``steps`` (Bowman et al. 2016).
 
     Args:
-        steps: Optimiser steps until the weight is ``end``.
-        start: Weight at the first step.
-        end: Weight from ``steps`` on.
-        steepness: Slope of the logistic curve; the larger, the more it resembles a switch at half of ``steps``.
+        steepness: Slope of the logistic curve; a large one resembles a switch at half of ``steps``.
     """
 
     def __init__(self, steps: int, start: float = 0.0, end: float = 1.0, steepness: float = 10.0) -> None:
@@ -143,19 +128,13 @@ class SigmoidKLAnnealing(_Ramp):
         if not steepness > 0:
             raise UserError(f"KL annealing: steepness {steepness} must be positive")
         self.steepness = steepness
-
-    def beta(self, step: int) -> float:
-        """Return the weight after ``step`` optimiser steps."""
-        return schedules.sigmoid(step, self.steps, self.start, self.end, self.steepness)
+        self.schedule = partial(schedules.sigmoid, steepness=steepness)
 
 
 class CyclicalKLAnnealing(_Ramp):
-    """Several linear rises, each from ``start`` (Fu et al. 2019).
+    """Several linear rises from ``start`` to ``end``, which take ``steps`` steps together (Fu et al. 2019).
 
     Args:
-        steps: Optimiser steps that all cycles take together; from then on the weight is ``end``.
-        start: Weight at the start of each cycle.
-        end: Weight at the end of each cycle.
         cycles: Number of cycles.
         ramp: Share of a cycle spent rising, in (0, 1]; the rest of it stays at ``end``.
     """
@@ -167,32 +146,29 @@ class CyclicalKLAnnealing(_Ramp):
         if not 0 < ramp <= 1:
             raise UserError(f"KL annealing: ramp {ramp} must lie in (0, 1]")
         self.cycles, self.ramp = cycles, ramp
-
-    def beta(self, step: int) -> float:
-        """Return the weight after ``step`` optimiser steps."""
-        return schedules.cyclical(step, self.steps, self.start, self.end, self.cycles, self.ramp)
+        self.schedule = partial(schedules.cyclical, cycles=cycles, ramp=ramp)
 
 
 class ControlVAE(KLAnnealing):
     r"""Steers the weight so that the KL comes to a target (Shao et al. 2020, arXiv 2004.05988, eq. 8 and algorithm 1).
 
-    A non-linear PI controller reads the KL of each optimiser step and gives the weight of the next one,
+    A non-linear PI controller computes the next optimiser step's weight from the KL of each step,
 
     .. math:: \beta_{t+1} = \frac{K_p}{1 + e^{e_t}} - K_i \sum_{j \le t} e_j + \beta_{\min}, \qquad
         e_t = \mathrm{target} - \mathrm{KL}_t,
 
-    clamped to [beta_min, beta_max]: a KL below the target lowers it, one above raises it. The sum takes no error that
-    would press the weight beyond a bound (anti-windup). The first step's weight is ``beta_min``.
+    clamped to [beta_min, beta_max]: a KL below the target lowers it, a KL above raises it. The sum leaves out errors
+    that would press the weight beyond a bound (anti-windup). The first step's weight is ``beta_min``.
 
     Args:
-        target: KL in nats per time step, as ``train/kl`` counts it.
+        target: KL in nats per time step, as in ``train/kl``.
         kp: Proportional gain, the most that one step's error adds.
-        ki: Integral gain: how far an error of one nat moves the weight in one step. A large one swings.
+        ki: Integral gain, the change of the weight in one step for an error of one nat. A large one oscillates.
         beta_min: Least weight.
-        beta_max: Largest weight. A target below the KL that the ELBO itself comes to needs one above 1.
+        beta_max: Largest weight. A target below the KL of a training without this callback needs one above 1.
 
     Raises:
-        UserError: A target or range that no controller can have, or, in a fit, a model without a latent.
+        UserError: The target or a bound is out of range, or, in a fit, the model has no latent.
     """
 
     def __init__(
@@ -211,15 +187,15 @@ class ControlVAE(KLAnnealing):
         self._kls: list[Tensor] = []
 
     def beta(self, step: int) -> float:
-        """Return the weight that the KLs seen so far ask for, whatever the step."""
+        """Return the weight, which depends on the KLs so far and not on the step."""
         return self.weight
 
     def settled(self, step: int) -> bool:
-        """Return whether there is no lower weight to go to."""
+        """Return whether the weight is at its lower bound."""
         return self.integral <= 0
 
     def observe(self, kl: float) -> None:
-        """Take the KL of an optimiser step, in nats per time step."""
+        """Update the weight with the KL of an optimiser step, in nats per time step."""
         error = self.target - kl
         proportional = self.kp * (1 - math.tanh(error / 2)) / 2  # kp / (1 + exp(error)), which would overflow
         total = self.integral - self.ki * error
@@ -230,24 +206,19 @@ class ControlVAE(KLAnnealing):
         self.weight = min(max(proportional + self.integral + self.beta_min, self.beta_min), self.beta_max)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raise if there is a second annealer, or the model has no KL to steer.
-
-        Raises:
-            UserError: There is one, or it has none.
-        """
+        """Raise if the trainer has a second annealer, or the model has no KL."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not cast(VRNNLightningModule, pl_module).vrnn.latent_size:
-            raise UserError("ControlVAE: a model of latent_size 0 has no KL to steer; leave the callback out")
+            raise UserError("ControlVAE: a model of latent_size 0 has no KL. Fix: leave the callback out")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from the steps that a checkpoint has behind it."""
-        self._step = trainer.global_step
-        self._kls = []
+        """Count from the steps of the checkpoint."""
+        self._step, self._kls = trainer.global_step, []
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: SequenceBatch, batch_idx: int
     ) -> None:
-        """Steer once per optimiser step, by the mean over the batches it was accumulated from."""
+        """Update the weight once per optimiser step, with the mean over its accumulated batches."""
         kl = cast(VRNNLightningModule, pl_module).batch_kl
         if kl is not None:
             self._kls.append(kl)
@@ -262,6 +233,6 @@ class ControlVAE(KLAnnealing):
         return {"integral": self.integral, "weight": self.weight}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Go on steering from a checkpoint."""
+        """Continue from a checkpoint."""
         require_types(state_dict, self, integral=(int, float), weight=(int, float))
         self.integral, self.weight = state_dict["integral"], state_dict["weight"]

@@ -1,4 +1,4 @@
-"""Writing flat archives: arrays by name in one .npz file, never pickled, whole or not at all."""
+"""Flat archives: arrays by name in one .npz file, never pickled, whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 import zipfile
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -50,14 +51,13 @@ def described(batch: SequenceBatch) -> dict[str, np.ndarray]:
 
 
 def write_archive(path: Path, parts: list[dict[str, np.ndarray]], split: str, **more: np.ndarray) -> None:
-    """Join the parts' arrays end to end and write them, whole or not at all.
+    """Join arrays end to end and write them, whole or not at all.
 
     Args:
         path: The file.
-        parts: Arrays by name, each part of the same names, with one row for each sequence. "index", which is not
-            written, says which sequence of the split each one is: they are written in this order.
-        split: Goes before the names.
-        more: Arrays that are not sequences of parts.
+        parts: Arrays by name, with one row for each sequence; "index", which is not written, is their order.
+        split: Prefix of the names.
+        more: Further arrays, whose rows are not sequences.
 
     Raises:
         UserError: The disk is full, or the folder can't be written to.
@@ -70,16 +70,44 @@ def write_archive(path: Path, parts: list[dict[str, np.ndarray]], split: str, **
         np.savez(file, **named)  # type: ignore[arg-type]  # the stub takes them for allow_pickle
 
 
+@dataclass
+class _Column:
+    """The parts of an array: the bytes of each sequence's rows, end to end in a file."""
+
+    file: IO[bytes]
+    empty: np.ndarray  # of its type and width
+    rows: array[int] = field(default_factory=lambda: array("q"))
+    sizes: array[int] = field(default_factory=lambda: array("q"))  # bytes of a row: names differ
+
+    def add(self, values: np.ndarray) -> None:
+        if values.dtype.itemsize > self.empty.dtype.itemsize:
+            self.empty = values[:0]
+        self.file.write(np.ascontiguousarray(values).tobytes())
+        self.rows.append(len(values))
+        self.sizes.append(values.dtype.itemsize)
+
+    def read(self, order: np.ndarray) -> Iterator[np.ndarray]:
+        width = int(np.prod(self.empty.shape[1:]))
+        ends = np.cumsum(np.array(self.rows) * np.array(self.sizes) * width)
+        is_text = self.empty.dtype.kind == "U"
+        for i in order.tolist():
+            nbytes = self.rows[i] * self.sizes[i] * width
+            self.file.seek(int(ends[i]) - nbytes)
+            kind = np.dtype(f"<U{self.sizes[i] // 4}") if is_text else self.empty.dtype
+            values = np.frombuffer(self.file.read(nbytes), kind).reshape(self.rows[i], *self.empty.shape[1:])
+            yield values.astype(self.empty.dtype, copy=False)
+
+
 class ArchiveWriter:
     """Writes the archive of a corpus that comes sequence by sequence in any order, in memory that does not grow.
 
-    What comes lies in a hidden folder beside the archive, a file for each array; :meth:`finish` joins the files in the
-    order of the sequences. In memory are 8 bytes for each sequence, and 16 for each array of it. While the files are
-    joined, the disk holds everything twice.
+    The arrays lie in a hidden folder beside the archive, in a file each; :meth:`finish` joins the files in the order of
+    the sequences. Memory holds 8 bytes for each sequence, and 16 for each array of it. While the files are joined, the
+    disk holds everything twice.
 
     Args:
         path: The archive.
-        split: Goes before the names of its arrays.
+        split: Prefix of the names of its arrays.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -96,10 +124,7 @@ class ArchiveWriter:
         self.path, self.split = path, split
         self._folder = path.with_name(f".{path.name}.parts")
         self._index = array("q")
-        self._files: dict[str, IO[bytes]] = {}
-        self._empty: dict[str, np.ndarray] = {}  # of each array's type and width
-        self._rows: dict[str, array[int]] = {}
-        self._sizes: dict[str, array[int]] = {}  # bytes of a row: names differ
+        self._columns: dict[str, _Column] = {}
         with explained(path, FOLDER):
             shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
             self._folder.mkdir(parents=True)
@@ -113,61 +138,36 @@ class ArchiveWriter:
 
         Args:
             index: Its place among the sequences.
-            arrays: By name, the same names for each sequence, and the same type and shape but for the number of rows.
+            arrays: Its arrays by name, of the same names, types and widths for each sequence.
 
         Raises:
             UserError: The disk is full, or the folder can't be written to.
         """
         with explained(self.path, FOLDER):
             for name, values in arrays.items():
-                if name not in self._files:
-                    self._files[name] = (self._folder / name).open("w+b")
-                    self._rows[name], self._sizes[name] = array("q"), array("q")
-                    self._empty[name] = values[:0]
-                if values.dtype.itemsize > self._empty[name].dtype.itemsize:
-                    self._empty[name] = values[:0]
-                self._files[name].write(np.ascontiguousarray(values).tobytes())
-                self._rows[name].append(len(values))
-                self._sizes[name].append(values.dtype.itemsize)
+                if name not in self._columns:
+                    self._columns[name] = _Column((self._folder / name).open("w+b"), values[:0])
+                self._columns[name].add(values)
         self._index.append(index)
 
     def sequences(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
-        """Yield arrays of each sequence, in the order of the sequences.
-
-        Args:
-            names: Of the arrays.
-        """
+        """Yield the named arrays of each sequence, in the order of the sequences."""
         order = np.argsort(np.array(self._index), kind="stable")
-        starts = {name: np.concatenate([[0], np.cumsum(self._nbytes(name))]) for name in names}
-        for i in order.tolist():
-            found = {}
-            for name in names:
-                empty, file = self._empty[name], self._files[name]
-                kind = np.dtype(f"<U{self._sizes[name][i] // 4}") if empty.dtype.kind == "U" else empty.dtype
-                file.seek(int(starts[name][i]))
-                raw = file.read(int(starts[name][i + 1] - starts[name][i]))
-                shape = (self._rows[name][i], *empty.shape[1:])
-                found[name] = np.frombuffer(raw, kind).reshape(shape).astype(empty.dtype, copy=False)
-            yield found
-
-    def _nbytes(self, name: str) -> np.ndarray:
-        width = int(np.prod(self._empty[name].shape[1:]))
-        nbytes: np.ndarray = np.array(self._rows[name]) * np.array(self._sizes[name]) * width
-        return nbytes
+        for pieces in zip(*(self._columns[name].read(order) for name in names), strict=True):
+            yield dict(zip(names, pieces, strict=True))
 
     def finish(self) -> None:
-        """Write the archive and let go of the parts.
+        """Write the archive and delete the parts.
 
         Raises:
             UserError: The disk is full, or the folder can't be written to.
         """
         try:
             with replacing(self.path, FOLDER) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
-                for name, empty in self._empty.items():
+                for name, column in self._columns.items():
                     with archive.open(f"{self.split}_{name}.npy", "w", force_zip64=True) as file:
-                        header = np.lib.format.header_data_from_array_1_0(empty)
-                        header["shape"] = (sum(self._rows[name]), *empty.shape[1:])
-                        header["fortran_order"] = False
+                        header = np.lib.format.header_data_from_array_1_0(column.empty)
+                        header |= {"shape": (sum(column.rows), *column.empty.shape[1:]), "fortran_order": False}
                         np.lib.format.write_array_header_1_0(file, header)
                         for sequence in self.sequences(name):
                             file.write(sequence[name].tobytes())
@@ -176,9 +176,9 @@ class ArchiveWriter:
 
     def discard(self) -> None:
         """Delete the parts."""
-        for file in self._files.values():
+        for column in self._columns.values():
             try:
-                file.close()
-            except OSError:  # what it still held has no room either
-                file.close()
+                column.file.close()
+            except OSError:  # there was no room for the rest
+                column.file.close()
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What goes wrong without an error, warned of in plain words, and the gradient's norm in each network."""
+"""Warnings of failures that raise no error, and the gradient's norm in each network."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.annealing import KLAnnealing
+from vrnn_lightning.callbacks.options import require_at_least
 from vrnn_lightning.checkpoints import require_types
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
@@ -24,42 +25,34 @@ __all__ = ["Diagnostics", "GradientNorms"]
 log = logging.getLogger(__name__)
 
 SPIKES = 3
+LEAST = {"min_kl": 0, "patience": 1, "max_ratio": 0, "window": 2 * SPIKES}
 
 
 class Diagnostics(Callback):
-    """Warns, once for each, when the latent collapses and when the gradient explodes, and says what to try.
+    """Warns once of a collapsed latent, and once of an exploding gradient, with a list of fixes.
 
-    The latent has collapsed where ``val/kl`` lies below ``min_kl`` in ``patience`` validations in a row, counted from
-    where the KL's weight has come to its end: under an annealing that still moves a small KL means little. The
-    gradient explodes where ``train/grad_norm`` is more than ``max_ratio`` times the median of the steps before it, in
-    three of the last ``window`` steps; an outlier is nothing, and in the first ``window / 2`` steps, where norms
-    settle, nothing is judged.
+    The latent has collapsed if ``val/kl`` lies below ``min_kl`` in ``patience`` validations in a row after the end of
+    the KL's annealing. The gradient explodes if ``train/grad_norm`` is more than ``max_ratio`` times the median of the
+    steps before it, in three of the last ``window`` steps; the first ``window / 2`` steps are not judged.
 
-    It reads the figures that are logged anyway and changes no number of the training. Warnings go through Python's
-    ``logging``, by default to stderr, from one process.
+    It reads logged figures and does not change the training. Warnings go through Python's ``logging``, by default to
+    stderr, from one process.
 
     Args:
-        min_kl: Nats per time step below which the latent counts as collapsed; 0 never warns of it.
+        min_kl: Nats per time step below which the latent counts as collapsed; 0 for no such warning.
         patience: Validations in a row.
-        max_ratio: Gradient norm over its running median that counts as exploded; 0 never warns of it.
-        window: Optimiser steps that the median and the count look back on.
+        max_ratio: Gradient norm over its running median that counts as exploded; 0 for no such warning.
+        window: Optimiser steps of the median and the count.
 
     Raises:
         UserError: An option out of range.
     """
 
     def __init__(self, min_kl: float = 0.01, patience: int = 5, max_ratio: float = 50.0, window: int = 200) -> None:
-        for option, value, least in (
-            ("min_kl", min_kl, 0),
-            ("patience", patience, 1),
-            ("max_ratio", max_ratio, 0),
-            ("window", window, 2 * SPIKES),
-        ):
-            if not least <= value < math.inf:
-                raise UserError(f"diagnostics.{option} {value}: must be at least {least}")
+        self.min_kl, self.patience, self.max_ratio, self.window = min_kl, patience, max_ratio, window
+        require_at_least("diagnostics", vars(self), LEAST)
         if 0 < max_ratio <= 1:
             raise UserError(f"diagnostics.max_ratio {max_ratio}: must be larger than 1, or 0 to switch it off")
-        self.min_kl, self.patience, self.max_ratio, self.window = min_kl, patience, max_ratio, window
         self.low = 0
         self.norms: deque[float] = deque(maxlen=window)
         self.spikes: list[int] = []
@@ -67,29 +60,29 @@ class Diagnostics(Callback):
         self._step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was seen and said."""
+        """Return the figures so far and the warnings given."""
         return {"low": self.low, "norms": list(self.norms), "spikes": list(self.spikes), "warned": sorted(self.warned)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint; what was said is not said again."""
+        """Continue from a checkpoint, without repeated warnings."""
         require_types(state_dict, self, low=int, spikes=list, norms=list, warned=(list, set))
         self.low, self.spikes = state_dict["low"], [int(step) for step in state_dict["spikes"]]
         self.norms = deque(map(float, state_dict["norms"]), self.window)
         self.warned = set(map(str, state_dict["warned"]))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from the steps that a checkpoint has behind it."""
+        """Count from the steps of the checkpoint."""
         self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: SequenceBatch, batch_idx: int
     ) -> None:
-        """Hold the gradient's norm against those before it."""
+        """Compare the gradient's norm with those before it."""
         if trainer.global_step == self._step or not self.max_ratio or "gradient" in self.warned:
             return
         self._step = trainer.global_step
         norm = trainer.callback_metrics["train/grad_norm"].item()  # the module has waited for it already
-        if not math.isfinite(norm) or norm == 0:  # a loss scaler skips the one; the other is a batch of no steps
+        if not math.isfinite(norm) or norm == 0:  # skipped by a loss scaler, or a batch without steps
             return
         usual = median(self.norms) if 2 * len(self.norms) >= self.window else math.inf
         self.norms.append(norm)
@@ -101,7 +94,7 @@ class Diagnostics(Callback):
             self._warn(trainer, "gradient", self._explosion(trainer, norm, usual))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hold the KL against its threshold."""
+        """Compare the KL with its threshold."""
         module = cast(VRNNLightningModule, pl_module)
         if trainer.state.fn != "fit" or trainer.sanity_checking or not module.vrnn.latent_size:
             return
@@ -129,10 +122,9 @@ class Diagnostics(Callback):
         )
 
     def _explosion(self, trainer: Trainer, norm: float, usual: float) -> str:
-        limit, now = float(f"{2 * usual:.2g}"), trainer.gradient_clip_val
-        clip = (
-            "" if now and now <= limit else f", --trainer.gradient_clip_val {limit:g}{f' (now {now:g})' if now else ''}"
-        )
+        limit, value = float(f"{2 * usual:.2g}"), trainer.gradient_clip_val
+        now = f" (now {value:g})" if value else ""
+        clip = "" if value and value <= limit else f", --trainer.gradient_clip_val {limit:g}{now}"
         return (
             f"warning: the gradient explodes: train/grad_norm is {norm:.2g} at step {self._step}, and in "
             f"{len(self.spikes)} of the last {self.window} steps it was more than {self.max_ratio:g} times its running "
@@ -144,17 +136,14 @@ class Diagnostics(Callback):
 class GradientNorms(Callback):
     r"""Logs ``train/grad_norm/NAME`` for each network that is trained: prior, encoder, decoder, phi_x, phi_z, cells.
 
-    They are Euclidean norms of parts of the gradient that ``train/grad_norm`` is the norm of, after accumulation and
-    unscaling and before clipping,
+    They are Euclidean norms of parts of the gradient, after accumulation and unscaling and before clipping, at the
+    steps that the trainer logs (``--trainer.log_every_n_steps``):
 
-    .. math:: \texttt{train/grad\_norm}^2 = \sum_\mathrm{networks} \texttt{train/grad\_norm/NAME}^2,
-
-    and so tell which network a spike comes from, and which is hardly trained. They are computed in the steps that the
-    trainer logs (``--trainer.log_every_n_steps``), and in no other.
+    .. math:: \texttt{train/grad\_norm}^2 = \sum_\mathrm{networks} \texttt{train/grad\_norm/NAME}^2.
     """
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Log the norms, where this step is logged."""
+        """Log the norms, if this step is logged."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
         if every and (trainer.global_step + 1) % every == 0:
             norms = gradient_norms(cast(VRNNLightningModule, pl_module))
@@ -162,10 +151,7 @@ class GradientNorms(Callback):
 
 
 def gradient_norms(module: VRNNLightningModule) -> dict[str, Tensor]:
-    """Return the norm of each network's gradient, by the name that the network has in ``module.vrnn``.
-
-    Under FSDP every process has to call it: each holds a share of every gradient.
-    """
+    """Return the norm of each network's gradient, by its name in ``module.vrnn``; every process takes part."""
     gradients: dict[str, list[Tensor]] = {}
     for path, parameter in module.named_parameters():
         name = path.removeprefix("vrnn.").partition(".")[0]

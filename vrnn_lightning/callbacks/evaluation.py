@@ -1,4 +1,4 @@
-"""What a test reports beyond the ELBO: tighter bounds on the likelihood, with standard errors over sequences."""
+"""The callback of ``lightning test`` that reports tighter bounds than the ELBO, with standard errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.archives import archive_path, described, write_archive
-from vrnn_lightning.errors import UserError
+from vrnn_lightning.callbacks.options import require_at_least
 from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.metrics import Estimate
 from vrnn_lightning.module import VRNNLightningModule
@@ -28,30 +28,30 @@ def importance_weighted(
 ) -> tuple[Tensor, Tensor]:
     """Return the importance-weighted bound of each sequence and the effective samples of its weights, each (batch,).
 
-    Memory is bounded by ``rows``, whatever the number of samples and the length of the sequences.
+    Memory is bounded by ``rows``, for any number of samples and any length of the sequences.
 
     Args:
         model: The model.
         batch: Padded sequences.
         samples: K.
-        noise: What to draw from.
+        noise: Source of the draws.
         rows: Trajectories at a time, more where the batch itself holds more.
     """
     largest = max(1, rows // len(batch))
-    chunks = [min(largest, samples - done) for done in range(0, samples, largest)]
-    starts = [sum(chunks[:i]) for i in range(len(chunks))]
-    found = [
-        (model.filter(batch, chunk, None, noise.samples_from(start)), chunk)
-        for chunk, start in zip(chunks, starts, strict=True)
-    ]
-    sums = torch.stack([f.log_likelihood + math.log(chunk) for f, chunk in found])
-    squares = 2 * sums - torch.stack([f.final_effective_samples for f, _ in found]).log()
-    total = sums.logsumexp(0)
+    sums, effective = [], []
+    for start in range(0, samples, largest):
+        chunk = min(largest, samples - start)
+        filtered = model.filter(batch, chunk, None, noise.samples_from(start))
+        sums.append(filtered.log_likelihood + math.log(chunk))
+        effective.append(filtered.final_effective_samples)
+    log_sums = torch.stack(sums)
+    squares = 2 * log_sums - torch.stack(effective).log()
+    total = log_sums.logsumexp(0)
     return total - math.log(samples), (2 * total - squares.logsumexp(0)).exp()
 
 
 ENDINGS = ("", "_stderr", "_per_sequence", "_per_sequence_stderr")
-SHOWN = {  # what the module reports of the ELBO is not said twice
+SHOWN = {  # without the figures of the ELBO that the module reports
     "elbo": ("_stderr", "_per_sequence_stderr"),
     "iwae": ENDINGS,
     "fivo": ENDINGS,
@@ -77,18 +77,18 @@ class Evaluation(Callback):
         resampling, mean over steps.
 
     It also writes each sequence's figures to ``evaluation.npz`` in the run's folder (``test_names``, ``test_lengths``,
-    ``test_elbo``, ``test_iwae``, ``test_fivo`` in nats per sequence, ``test_kl_per_dim`` in nats per step), which is
-    what a paired comparison of two models needs.
+    ``test_elbo``, ``test_iwae``, ``test_fivo`` in nats per sequence, ``test_kl_per_dim`` in nats per step), for paired
+    comparisons of two models.
 
     Args:
         samples: Trajectories per sequence, K.
-        rows: Trajectories at a time, of which only the current step is held. The particle filter holds at least all
-            of one sequence; otherwise memory does not grow with K. It changes no figure but by its draws.
-        resampling: Of the particle filter: "multinomial" or "systematic".
+        rows: Trajectories at a time, of which memory holds the current step; the particle filter holds at least all
+            trajectories of one sequence.
+        resampling: Resampling of the particle filter: "multinomial" or "systematic".
         threshold: Resample where the effective sample size is below this share of the particles.
 
     Raises:
-        UserError: An option outside its range.
+        UserError: An option is outside its range.
     """
 
     def __init__(
@@ -98,11 +98,8 @@ class Evaluation(Callback):
         resampling: Literal["multinomial", "systematic"] = "systematic",
         threshold: float = 0.5,
     ) -> None:
-        for option, value in (("samples", samples), ("rows", rows)):
-            if value < 1:
-                raise UserError(f"evaluation.{option} {value}: must be at least 1")
-        self.samples = samples
-        self.rows = rows
+        self.samples, self.rows = samples, rows
+        require_at_least("evaluation", vars(self), {"samples": 1, "rows": 1})
         self.resampling = Resampling(resampling, threshold)
         self.kl_per_dim: Tensor | None = None
         """Nats per step of each latent dimension, after an evaluation."""
@@ -111,14 +108,11 @@ class Evaluation(Callback):
         self._parts: list[dict[str, np.ndarray]] = []
         self._kl: list[Tensor] = []
 
-    def _begin(self, trainer: Trainer) -> None:
-        self.path = archive_path(trainer, "evaluation")
-        self._estimates, self._parts, self._kl = {}, [], []
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from nothing, if this is not a validation within training."""
+        """Forget an earlier evaluation, if this is not a validation within training."""
         if trainer.state.fn != "fit":
-            self._begin(trainer)
+            self.path = archive_path(trainer, "evaluation")
+            self._estimates, self._parts, self._kl = {}, [], []
 
     on_test_start = on_validation_start
 
@@ -132,14 +126,11 @@ class Evaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Bound the sequences of a batch, if this is not a validation within training."""
-        if trainer.state.fn != "fit":
-            self._add(trainer, cast(VRNNLightningModule, pl_module), outputs, batch, batch_idx)
-
-    on_test_batch_end = on_validation_batch_end
-
-    def _add(self, trainer: Trainer, module: VRNNLightningModule, trace: Trace, batch: SequenceBatch, i: int) -> None:
+        if trainer.state.fn == "fit":
+            return
+        module, trace = cast(VRNNLightningModule, pl_module), cast(Trace, outputs)
         with module.summon_full_params():
-            bounds = self._bounds(module, batch, i)
+            bounds = self._bounds(module, batch, batch_idx)
         figures = {"elbo": trace.log_px.sum(1) - trace.kl.sum((1, 2)), **bounds}
         known = getattr(getattr(trainer, "datamodule", None), "exact_log_likelihood", None)
         exact = known(batch) if known is not None else None
@@ -155,13 +146,15 @@ class Evaluation(Callback):
         columns = {name: values.double().cpu()[real].numpy() for name, values in figures.items()}
         self._parts.append(columns | described(batch))
 
+    on_test_batch_end = on_validation_batch_end
+
     def _bounds(self, module: VRNNLightningModule, batch: SequenceBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Return the bounds of each sequence in nats, and effective samples: of a trajectory, and summed over steps."""
+        """Return each sequence's bounds in nats, and effective samples: of trajectories, and summed over steps."""
         model = module.vrnn
         samples = self.samples if model.latent_size else 1
         size = max(1, self.rows // samples)
-        order = batch.lengths.argsort(stable=True).tolist()  # sequences of like length waste no steps
-        found = []
+        order = batch.lengths.argsort(stable=True).tolist()  # less padding
+        parts = []
         for start in range(0, len(batch), size):
             part = batch.rows(order[start : start + size])
             place = (batch_idx, start, module.global_rank)
@@ -169,20 +162,15 @@ class Evaluation(Callback):
             iwae, of_trajectories = importance_weighted(model, part, samples, draws[0], self.rows)
             fivo = model.filter(part, samples, self.resampling, draws[1])
             of_steps = fivo.effective_samples * part.lengths
-            found.append(torch.stack([iwae, fivo.log_likelihood, of_trajectories, of_steps]))
+            parts.append(torch.stack([iwae, fivo.log_likelihood, of_trajectories, of_steps]))
         names = ("iwae", "fivo", "iwae_effective_samples", "fivo_effective_samples")[: 4 if model.latent_size else 2]
-        return dict(zip(names, torch.cat(found, 1)[:, torch.tensor(order).argsort()], strict=False))
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report."""
-        self._report(trainer, pl_module, "test")
+        return dict(zip(names, torch.cat(parts, 1)[:, torch.tensor(order).argsort()], strict=False))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report, if this is not a validation within training."""
-        if trainer.state.fn == "validate":
-            self._report(trainer, pl_module, "val")
-
-    def _report(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.state.fn == "fit":
+            return
+        stage = "val" if trainer.state.fn == "validate" else "test"
         shown: dict[str, Tensor] = {}
         for name, estimate in sorted(self._estimates.items()):  # every process in the same order
             figures = estimate.compute()
@@ -192,11 +180,12 @@ class Evaluation(Callback):
         pl_module.log_dict({f"{stage}/{name}": value.float() for name, value in shown.items()}, sync_dist=True)
         steps = torch.tensor(sum(int(part["lengths"].sum()) for part in self._parts), device=pl_module.device)
         kl = torch.stack(self._kl).sum(0).to(pl_module.device)
-        self.kl_per_dim = (
-            trainer.strategy.reduce(kl, reduce_op="sum") / trainer.strategy.reduce(steps, reduce_op="sum")
-        ).cpu()
+        all_kl, all_steps = (trainer.strategy.reduce(x, reduce_op="sum") for x in (kl, steps))
+        self.kl_per_dim = (all_kl / all_steps).cpu()
         assert self.path is not None
         if getattr(trainer, "fast_dev_run", False):  # leaves nothing behind
             self.path = None
             return
         write_archive(self.path, self._parts, stage, kl_per_dim=self.kl_per_dim.numpy())
+
+    on_test_epoch_end = on_validation_epoch_end

@@ -1,10 +1,11 @@
-"""Options of a run that change how the time loop is run, and no value."""
+"""Options of the time loop that change speed and memory and no value."""
 
 from __future__ import annotations
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from vrnn_lightning.callbacks.options import require_at_least
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 
@@ -12,24 +13,22 @@ __all__ = ["Loop"]
 
 
 class Loop(Callback):
-    """How the time loop is run. None of it belongs to the model, and a checkpoint never decides it.
+    """Options of the time loop, which neither a model nor a checkpoint holds.
 
     Args:
-        checkpoint_every: In training keep only the states between windows of so many steps, and infer each window again
-            on the way back: about a third more time, and for sequences of T steps memory is least near the square root
-            of T (Chen et al. 2016, arXiv 1604.06174). ``None`` keeps everything.
-        compile: Compile what is outside the loop (decoder, emission, KL) with torch.compile, which needs a C++ compiler
-            and takes a minute. Worth it for a mixture of many frames' width; a Gaussian gains nothing on a CPU.
+        checkpoint_every: Steps of a window: in training keep only the states between windows, and infer each window
+            again in the backward pass, in about a third more time; memory is least near the square root of the
+            sequences' steps (Chen et al. 2016, arXiv 1604.06174). ``None`` keeps everything.
+        compile: Compile decoder, emission and KL with torch.compile, which needs a C++ compiler and takes a minute. It
+            speeds up a mixture of many frames' width, and not a Gaussian on a CPU.
 
     Raises:
-        UserError: Fewer than one step, or nothing here that compiles.
+        UserError: A window has no step, or torch.compile does not work here.
     """
 
     def __init__(self, checkpoint_every: int | None = None, compile: bool = False) -> None:
-        if checkpoint_every is not None and checkpoint_every < 1:
-            raise UserError(f"loop.checkpoint_every {checkpoint_every}: must be at least 1")
-        self.checkpoint_every = checkpoint_every
-        self.compile = compile
+        self.checkpoint_every, self.compile = checkpoint_every, compile
+        require_at_least("loop", vars(self), {"checkpoint_every": 1})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Set the options on the model."""
@@ -41,17 +40,13 @@ class Loop(Callback):
 
 
 def require_compiler(device: torch.device) -> None:
-    """Compile a line, so that a machine without a compiler fails before the run.
-
-    Raises:
-        UserError: It does not compile.
-    """
+    """Raise before the run if torch.compile does not work here."""
     line = torch.compile(lambda x: x.exp() + 1, options={"fx_graph_cache": False})
     try:
         line(torch.zeros(8, device=device))
     except (RuntimeError, OSError, ImportError) as error:
         why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
         raise UserError(
-            f"loop.compile: torch.compile does not work here ({why}); install a C++ compiler such as g++, "
-            "or leave the option away"
+            f"loop.compile: torch.compile does not work here ({why}). Fix: install a C++ compiler such as g++, "
+            "or leave the option out"
         ) from error

@@ -1,4 +1,4 @@
-"""Sequences as something to look at and to listen to: files as the modality asks, and what loggers can show of them."""
+"""Sequences as pictures, sounds and animations, in files and in loggers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vrnn_lightning.callbacks.archives import FOLDER
-from vrnn_lightning.callbacks.pictures import draw_rows, on_paper, save_animation, strokes_svg
+from vrnn_lightning.callbacks.pictures import draw_rows
+from vrnn_lightning.callbacks.strokes import on_paper, save_animation, strokes_svg
 from vrnn_lightning.data.rolls import KEYS, roll_sound, write_midi
-from vrnn_lightning.files import csv_line, replacing
+from vrnn_lightning.files import csv_line, replacing, write_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,11 +30,11 @@ Shown = dict[str, list[Tensor]]
 
 
 class Media:
-    """How the sequences of a datamodule are shown.
+    """The display of a datamodule's sequences.
 
     Args:
-        data: The datamodule: its ``modality`` and, where it has them, ``sample_rate``, ``full_scale``, ``image_width``,
-            ``resolution``, ``columns`` and ``pen_starts_down`` decide.
+        data: The datamodule, of which ``modality``, ``sample_rate``, ``full_scale``, ``image_width``, ``resolution``,
+            ``columns`` and ``pen_starts_down`` are read where it has them.
     """
 
     def __init__(self, data: Any) -> None:
@@ -45,43 +46,37 @@ class Media:
         self._features = [str(name) for name in getattr(data, "columns", None) or []]
         self._pen_starts_down = bool(getattr(data, "pen_starts_down", False))
 
-    def ready(self, rows: Shown) -> Shown:
-        """Return sequences in data units as they are drawn; where data miss a value, sound and pen rest."""
+    def to_display(self, rows: Shown) -> Shown:
+        """Return sequences in data units as they are drawn; sound and pen rest at missing values of data."""
+        return {name: [self._to_display(name, x) for x in sequences] for name, sequences in rows.items()}
 
-        def of(name: str, x: Tensor) -> Tensor:
-            x = x.detach().cpu() / self._loudest
-            if name in DATA and self.modality in ("audio", "strokes"):
-                x = x.nan_to_num(0.0)
-            if self._width is not None:  # an image that was read in other pieces: the rows that are complete
-                x = x.flatten()[: x.numel() // self._width * self._width].view(-1, self._width)
-            return on_paper(x) if self.modality == "strokes" and self._pen_starts_down else x
-
-        return {name: [of(name, x) for x in sequences] for name, sequences in rows.items()}
+    def _to_display(self, name: str, x: Tensor) -> Tensor:
+        x = x.detach().cpu() / self._loudest
+        if name in DATA and self.modality in ("audio", "strokes"):
+            x = x.nan_to_num(0.0)
+        if self._width is not None:  # pieces of an image: its complete rows
+            x = x.flatten()[: x.numel() // self._width * self._width].view(-1, self._width)
+        return on_paper(x) if self.modality == "strokes" and self._pen_starts_down else x
 
     @property
-    def sounds(self) -> bool:
+    def has_sound(self) -> bool:
         """Whether sequences can be listened to."""
         return self.modality == "roll" or (self.modality == "audio" and self.sample_rate is not None)
 
     def pieces(self, features: int) -> int:
-        """Return into how many steps a row of an image was cut; 1 for anything else."""
+        """Return the number of steps of an image's row; 1 for other modalities."""
         return 1 if self._width is None else max(1, self._width // features)
 
     def draw(self, rows: Shown, titles: list[str] | None = None, shared: bool = False) -> Figure:
-        """Draw what :meth:`ready` returned, a row per name and a column per sequence, as :func:`draw_rows` does."""
+        """Draw the result of :meth:`to_display`, a row per name and a column per sequence, as :func:`draw_rows`."""
         return draw_rows(rows, self.modality, self.sample_rate, titles, shared, self._features)
 
     def write(self, rows: Shown, folder: Path, stem: str) -> dict[str, dict[str, list[Path]]]:
-        """Write what :meth:`ready` returned, each sequence as files of its own.
+        """Write the result of :meth:`to_display`, each sequence as files ``<stem>_<row>_<i>.<suffix>``.
 
         Audio becomes wav; strokes become svg in which they are drawn one by one, and sampled ones gif; piano rolls
-        become wav, and MIDI where mido is installed. What data miss is silent; a sequence of the model's that holds
-        NaN becomes no file.
-
-        Args:
-            rows: The sequences.
-            folder: Where to write.
-            stem: How the files' names begin: ``<stem>_<row>_<i>.wav``.
+        become wav, and MIDI where mido is installed. Missing values of data are silent; a sequence of the model that
+        holds NaN becomes no file.
 
         Returns:
             The files by suffix and row.
@@ -89,7 +84,7 @@ class Media:
         Raises:
             UserError: The disk is full, or the folder can't be written to.
         """
-        found: dict[str, dict[str, list[Path]]] = {}
+        files: dict[str, dict[str, list[Path]]] = {}
         for name, sequences in rows.items():
             for i, shown in enumerate(sequences):
                 x = shown.nan_to_num(0.0) if name in DATA else shown
@@ -97,12 +92,12 @@ class Media:
                     path = folder / f"{stem}_{name}_{i}.{suffix}"
                     with replacing(path, FOLDER) as temporary:
                         self._write_one(x, temporary, suffix)
-                    found.setdefault(suffix, {}).setdefault(name, []).append(path)
-        return found
+                    files.setdefault(suffix, {}).setdefault(name, []).append(path)
+        return files
 
     def _suffixes(self, name: str, x: Tensor) -> list[str]:
-        """Return the kinds of files that a sequence becomes."""
-        if not torch.isfinite(x).all():  # of a model that has lost its numbers
+        """Return the suffixes of a sequence's files."""
+        if not torch.isfinite(x).all():
             return []
         if self.modality == "audio" and self.sample_rate:
             return ["wav"]
@@ -112,21 +107,16 @@ class Media:
             return ["wav", "mid"] if _has_mido() else ["wav"]
         return []
 
-    @property
-    def sound_rate(self) -> int:
-        """Samples per second of the sounds that are written."""
-        return ROLL_RATE if self.modality == "roll" else int(self.sample_rate or 1)
-
     def _write_one(self, x: Tensor, path: Path, suffix: str) -> None:
         if suffix == "mid":
             write_midi(path, x.numpy(), self._resolution)
         elif suffix == "wav":
             import soundfile
 
-            roll = self.modality == "roll"
-            wave = roll_sound(x.numpy(), self._resolution, ROLL_RATE) if roll else x.flatten().clamp(-1, 1).float()
+            is_roll = self.modality == "roll"
+            wave = roll_sound(x.numpy(), self._resolution, ROLL_RATE) if is_roll else x.flatten().clamp(-1, 1).float()
             content = io.BytesIO()  # libsndfile's own word for a full disk is not an OSError
-            soundfile.write(content, wave, self.sound_rate, format="WAV")
+            soundfile.write(content, wave, ROLL_RATE if is_roll else int(self.sample_rate or 1), format="WAV")
             path.write_bytes(content.getvalue())
         elif suffix == "gif":
             save_animation(x, path)
@@ -135,11 +125,11 @@ class Media:
 
 
 def _has_mido() -> bool:
-    """Return whether MIDI can be written; where it can't, say so once."""
-    there = importlib.util.find_spec("mido") is not None
-    if not there:
+    """Return whether MIDI can be written, and warn if it can't."""
+    has_mido = importlib.util.find_spec("mido") is not None
+    if not has_mido:
         rank_zero_warn("piano rolls are written as pictures and sound; for MIDI pip install 'vrnn-lightning[music]'")
-    return there
+    return has_mido
 
 
 def save_picture(figure: Figure, path: Path) -> None:
@@ -153,12 +143,12 @@ def save_picture(figure: Figure, path: Path) -> None:
 
 
 class MediaLogger:
-    """What a run shows while it trains: every piece is a file in the run's folder, and in the loggers that can show it.
+    """Shows sequences of a run as files in its folder, and in the loggers that can show them.
 
     Args:
-        trainer: Knows the loggers.
-        folder: For the files.
-        media: How sequences are shown.
+        trainer: The trainer, for its loggers.
+        folder: Folder of the files.
+        media: Display of the sequences.
     """
 
     def __init__(self, trainer: Trainer, folder: Path, media: Media) -> None:
@@ -168,35 +158,32 @@ class MediaLogger:
 
     @property
     def shows_tables(self) -> bool:
-        """Whether a logger shows what the files in a table hold."""
+        """Whether a logger shows the content of files in a table."""
         return any(hasattr(logger, "log_media_table") for logger in self.loggers)
 
     def picture(self, key: str, figure: Figure) -> None:
         """Show a figure as ``<step>_<key>.png``, or ``<step>.png`` for the samples themselves."""
-        whole = key == "samples"
-        path = self.folder / f"{self.stem}{'' if whole else f'_{key}'}.png"
+        suffix, key = ("", key) if key == "samples" else (f"_{key}", f"samples/{key}")
+        path = self.folder / f"{self.stem}{suffix}.png"
         save_picture(figure, path)
-        key = key if whole else f"samples/{key}"
         for logger in self.loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image(key, [str(path)])
             elif hasattr(logger.experiment, "add_figure"):
                 logger.experiment.add_figure(key, figure, self.step)
 
-    def sequences(self, rows: Shown) -> dict[str, dict[str, list[Path]]]:
-        """Write sequences as the modality asks, and let loggers play what sounds or moves."""
-        found = self.media.write(rows, self.folder, self.stem)
-        for row, paths in found.get("wav", {}).items():
-            for logger in self.loggers:
+    def sequences(self, rows: Shown) -> None:
+        """Write sequences as the modality asks, and let loggers play sounds and animations."""
+        files = self.media.write(rows, self.folder, self.stem)
+        for logger in self.loggers:
+            for row, paths in files.get("wav", {}).items():
                 if hasattr(logger, "log_audio"):
                     logger.log_audio(f"samples/{row}", [str(path) for path in paths])
                 elif hasattr(logger.experiment, "add_audio"):
                     self._add_audio(logger.experiment, row, paths)
-        for row, paths in found.get("gif", {}).items():
-            for logger in self.loggers:
+            for row, paths in files.get("gif", {}).items():
                 if hasattr(logger, "log_video"):
                     logger.log_video(f"samples/{row}", [str(path) for path in paths], format=["gif"] * len(paths))
-        return found
 
     def _add_audio(self, experiment: Any, row: str, paths: list[Path]) -> None:
         import soundfile
@@ -206,12 +193,11 @@ class MediaLogger:
             experiment.add_audio(f"samples/{row}_{i}", wave[None], self.step, rate)
 
     def table(self, key: str, columns: list[str], lines: list[list[Any]]) -> None:
-        """Show a table as ``<step>_<key>.csv``; a cell that is a file is shown as what it holds where a logger can."""
+        """Show a table as ``<step>_<key>.csv``, and the content of a cell's file where a logger can."""
         named = [[cell.name if isinstance(cell, Path) else cell for cell in line] for line in lines]
         path = self.folder / f"{self.stem}_{key}.csv"
         text = "".join(map(csv_line, [columns, *named]))
-        with replacing(path, FOLDER) as temporary:
-            temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+        write_files({path: text.encode("utf-8", "backslashreplace")}, FOLDER)
         for logger in self.loggers:
             if hasattr(logger, "log_media_table"):
                 logger.log_media_table(f"samples/{key}", columns, lines)

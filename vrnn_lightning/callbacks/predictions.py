@@ -1,11 +1,11 @@
-"""What a prediction leaves behind: samples, reconstructions, forecasts, imputations, scores or encodings, as files."""
+"""The callback of ``lightning predict``: it runs a task on the test sequences and writes the results as files."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,8 @@ from vrnn_lightning import metrics
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.archives import FOLDER, ArchiveWriter, archive_path
 from vrnn_lightning.callbacks.media import Media, Shown, save_picture
+from vrnn_lightning.callbacks.options import require_at_least, require_columns
 from vrnn_lightning.callbacks.tasks import TASKS, Prediction, Task
-from vrnn_lightning.callbacks.tasks.base import require_options
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import csv_line, replacing
 from vrnn_lightning.module import VRNNLightningModule
@@ -30,16 +30,18 @@ __all__ = ["Draws", "Predictions"]
 
 TaskName = Literal["encode", "sample", "reconstruct", "forecast", "impute", "score"]
 GROUP = 64  # sequences drawn at a time
-NO_OPTIONS = ("self", "task", "options", "overwrite", "__class__")
+LEAST = {"lag": 0, "shown": 0, "seed": 0} | dict.fromkeys(
+    ("count", "steps", "samples", "particles", "gap", "season", "stride"), 1
+)
 
 
 class Draws:
-    """Batches that say how many sequences to draw, in groups that depend neither on the batch size nor on processes.
+    """Empty batches, one row for each sequence to draw, in groups that do not depend on batch size or processes.
 
     Args:
-        count: Of all processes together.
-        num_features: Of a frame.
-        trainer: Knows which process this is.
+        count: Sequences of all processes together.
+        num_features: Features of a frame.
+        trainer: The trainer, for the number of this process.
     """
 
     def __init__(self, count: int, num_features: int, trainer: Trainer) -> None:
@@ -58,134 +60,117 @@ class Draws:
             yield SequenceBatch(frames, lengths, names=[f"sample {i}" for i in index.tolist()], index=index)
 
 
+def _with_task_options(init: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of all tasks to a signature; ``None``, their default there, stands for the task's own default."""
+    flags: dict[str, inspect.Parameter] = {}
+    tasks: dict[str, dict[str, list[str]]] = {}  # those that describe an option with a text
+    for name, task in TASKS.items():
+        docs = "\n".join(inspect.cleandoc(base.__doc__ or "") for base in reversed(task.__mro__))
+        texts = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", docs, re.MULTILINE))
+        for option, parameter in inspect.signature(task, eval_str=True).parameters.items():
+            flags[option] = parameter.replace(annotation=parameter.annotation | None, default=None)
+            default = "" if parameter.default is None else f" Default {parameter.default}."
+            tasks.setdefault(option, {}).setdefault(texts.get(option, "") + default, []).append(name)
+
+    def build(self: Any, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+
+    signature = inspect.signature(init, eval_str=True)
+    *own, _ = signature.parameters.values()
+    vars(build)["__signature__"] = signature.replace(parameters=[*own, *flags.values()])
+    build.__name__ = init.__name__
+    build.__doc__ = "\nArgs:"
+    for option, described in tasks.items():
+        line = " ".join(f"{', '.join(names)}: {text}" for text, names in described.items())
+        build.__doc__ += f"\n    {option}: {' '.join(line.split())}"
+    return build
+
+
 class Predictions(Callback):
-    """Writes what ``lightning predict`` makes of the test sequences, in data units, into the run's folder.
+    """Writes the results of a task for the test sequences, in data units, into the run's folder.
 
-    Each task is a class of :mod:`vrnn_lightning.callbacks.tasks`, which says what its archive holds. It is written to
-    ``predictions/TASK/test.npz``, codes to ``encodings.npz``.
+    Each task is a class of :mod:`vrnn_lightning.callbacks.tasks`; its options are options of this callback, too. The
+    archive is ``predictions/TASK/test.npz``, and ``encodings.npz`` of the task ``encode``.
 
-    Every archive is a flat one: ``test_values``, ``test_lengths`` and ``test_names``. In tables a name that a
-    spreadsheet would run as a formula begins with an apostrophe, which ``Tables`` removes. Beside the archive lie
-    ``test.csv`` (of series, and of scores: a line for each step, with mean and quantiles where there are draws),
-    ``figures.json`` where the truth is known, and, of the first ``shown`` sequences, ``test.png`` (a fan chart of draws
-    of a series, nats below the sequences, a heat map of encodings) and files as the modality asks: wav of audio, svg
-    and gif of pen strokes, wav and MIDI of piano rolls (the latter where mido is installed). Each of several processes
-    writes ``test_0.npz`` and so on. Archives and tables of a process are written all and whole, or none, from parts on
-    the disk: memory does not grow with the corpus. With ``overwrite`` they take the place of all that an earlier
-    prediction of the task left; without it, the earlier answer is an error.
-
-    Draws depend on ``seed`` and on a sequence's name alone: neither on the batch size nor on the number of
-    processes. Those of ``sample`` depend on ``seed``, ``count`` and ``steps``.
-
-    A task of your own is a subclass of :class:`~vrnn_lightning.callbacks.tasks.Task`, named by its class path.
+    Every archive is flat: ``test_values``, ``test_lengths`` and ``test_names``. In tables a name that a spreadsheet
+    would run as a formula begins with an apostrophe, which ``Tables`` removes. Beside the archive lie ``test.csv`` (of
+    series, and of scores: a line for each step, with mean and quantiles where there are draws), ``figures.json`` where
+    the truth is known, and, of the first ``shown`` sequences, ``test.png`` (a fan chart of draws of a series, nats
+    below the sequences, a heat map of encodings) and files as the modality asks: wav of audio, svg and gif of pen
+    strokes, wav and MIDI of piano rolls (the latter where mido is installed). Each of several processes writes
+    ``test_0.npz`` and so on. A process writes all of its archives and tables or none; they are joined from parts on
+    the disk, so memory does not grow with the corpus.
 
     Args:
-        task: What to make: a name from above, or the class path of a task of your own.
-        count: Sequences that ``sample`` draws; default 16.
-        steps: Length of a sample, default 100; how far a forecast goes, by default to the sequence's end.
-        prefix: Steps that a forecast is given; -24 for all but the last 24; default: the whole sequence.
-        stride: Steps from one origin to the next: forecasts of ``steps`` steps begin at ``prefix``, ``prefix + stride``
-            and so on, as long as the sequence holds what comes of them; each knows all steps before it. By default
-            there is one origin.
-        samples: Paths of a forecast or draws of an imputation, default 100; particles that score, default 1.
-        particles: That impute, default 4 times the samples.
-        lag: Steps behind a gap from which it is imputed, default 32.
-        hide: Share of the steps that ``impute`` hides, so that it can be judged; default 0.
-        gap: Steps in a row that are hidden together; default 1.
-        quantile: Of the validation steps' scores, 0.01 for example: steps of the test that score below it are flagged.
-            A datamodule that knows faulty steps (``anomalies``) has precision, recall and AUROC reported.
-        season: Steps of a season, for the seasonal naive forecast that a forecast is compared with; default 1.
-        temperature: Of the emission in ``sample`` and ``forecast``, default 1.
-        seed: Of the draws; default 0.
-        shown: Sequences in the picture, and as files of their own; default 4, at most 64, 0 for none.
-        options: Further options of a task of your own, by name.
-        overwrite: Replace the answer of an earlier prediction of the task.
+        task: Name of the task, or the class path of a subclass of :class:`~vrnn_lightning.callbacks.tasks.Task`.
+        options: Options of a task of your own that no other task has, by name.
+        overwrite: Replace the answer of an earlier prediction of the task, which is an error otherwise.
 
     Raises:
-        UserError: An option outside its range, or of another task.
+        UserError: An option is outside its range, or belongs to another task.
     """
 
+    @_with_task_options
     def __init__(
         self,
         task: TaskName | type[Task] = "encode",
-        count: int | None = None,
-        steps: int | None = None,
-        prefix: int | None = None,
-        stride: int | None = None,
-        samples: int | None = None,
-        particles: int | None = None,
-        lag: int | None = None,
-        hide: float | None = None,
-        gap: int | None = None,
-        quantile: float | None = None,
-        season: int | None = None,
-        temperature: float | None = None,
-        seed: int | None = None,
-        shown: int | None = None,
+        *,
         options: dict[str, Any] | None = None,
         overwrite: bool = False,
+        **flags: Any,
     ) -> None:
-        given = {key: value for key, value in locals().items() if key not in NO_OPTIONS}
-        self.task = _made(task, {key: value for key, value in given.items() if value is not None} | (options or {}))
+        self.task = _build_task(task, {k: value for k, value in flags.items() if value is not None} | (options or {}))
         self.overwrite = overwrite
         self.data: Any = None
-        """The datamodule, where the trainer knows none: it says how to show a sequence."""
+        """The datamodule, where the trainer has none: it decides how a sequence is shown."""
         self.path: Path | None = None
         self.figures: dict[str, dict[str, float]] = {}
-        """What :class:`~vrnn_lightning.metrics.DrawScores` says, where the truth is known, of draws and a baseline."""
+        """:class:`~vrnn_lightning.metrics.DrawScores` of draws and of a baseline, if the truth is known."""
         self.skipped = 0
         self._writer: ArchiveWriter | None = None
-        self._made: list[Path] = []  # folders that were not there before
+        self._new_folders: list[Path] = []
         self._shown: list[Prediction] = []
-        self._lead_times: dict[str, dict[str, Tensor]] = {}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Settle the archive's name; every process takes part.
+        """Open the archive; every process takes part.
 
         Raises:
             UserError: The folder can't be written to, or the model can't do the task.
         """
         module, task = cast(VRNNLightningModule, pl_module), self.task
         self.path = archive_path(trainer, "encodings" if task.name == "encode" else f"predictions/{task.name}/test")
-        earlier = sorted(self.path.parent.glob("encodings*.npz" if task.name == "encode" else "test*.npz"))
+        earlier = sorted(self.path.parent.glob(f"{_stem(task)}*.npz"))
         if earlier and not self.overwrite and not getattr(trainer, "fast_dev_run", False):
             raise UserError(f"{earlier[0]}: is an earlier answer. Fix: give --prediction.overwrite true to replace it")
         task.check(module)
-        lost = torch.tensor(sum(not weights.isfinite().all() for weights in module.parameters()))
-        if trainer.strategy.reduce(lost.to(module.device), reduce_op="sum"):
+        invalid = torch.tensor(sum(not weights.isfinite().all() for weights in module.parameters()))
+        if trainer.strategy.reduce(invalid.to(module.device), reduce_op="sum"):
             raise UserError(
-                f"prediction.task {task.name}: weights of this model are not numbers, its training diverged; give an "
-                "earlier checkpoint as --ckpt_path"
+                f"prediction.task {task.name}: weights of this model are not numbers, its training diverged. Fix: give "
+                "an earlier checkpoint as --ckpt_path"
             )
         module.is_tracing = task.needs_trace
         self.data = getattr(trainer, "datamodule", None) or self.data
         task.start(self.data)
-        self._shown, self.skipped, self.figures, self._lead_times = [], 0, {}, {}
+        self._shown, self.skipped, self.figures = [], 0, {}
         task.scores = {name: metrics.DrawScores().to(module.device) for name in task.judges}
         missing = [folder for folder in self.path.parents if not folder.exists()]
-        self._made = trainer.strategy.broadcast(missing)  # before any process makes one
+        self._new_folders = trainer.strategy.broadcast(missing)  # before any process makes one
         self._writer = ArchiveWriter(self.path, "test")
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do what the task needs before the first batch; every process takes part."""
-        self.task.prepare(cast(VRNNLightningModule, pl_module), partial(_gathered, trainer))
+        """Prepare the task; every process takes part."""
+        self.task.prepare(cast(VRNNLightningModule, pl_module), partial(_gather, trainer))
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: SequenceBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: SequenceBatch, *_: Any, **__: Any
     ) -> None:
-        """Make what is asked for of a batch and put it on the disk."""
-        module = cast(VRNNLightningModule, pl_module)
-        assert self._writer is not None
+        """Add the results of a batch to the archive's parts."""
+        module, writer = cast(VRNNLightningModule, pl_module), cast(ArchiveWriter, self._writer)
         real: list[int] = (batch.lengths > 0).nonzero().flatten().tolist()
         with module.summon_full_params():
             for piece in self.task.make(module, batch, real, outputs):
-                self._writer.add(piece.place, **piece.arrays)
+                writer.add(piece.place, **piece.arrays)
                 if trainer.is_global_zero and len(self._shown) < self.task.shown:
                     self._shown.append(piece)
 
@@ -196,106 +181,72 @@ class Predictions(Callback):
             UserError: There is nothing to write, or it can't be written.
         """
         cast(VRNNLightningModule, pl_module).is_tracing = True
-        writer, task = self._writer, self.task
-        assert writer is not None
-        assert self.path is not None
+        writer, task = cast(ArchiveWriter, self._writer), self.task
         totals = torch.tensor([len(writer), task.skipped], device=pl_module.device)
         written, self.skipped = cast(Tensor, trainer.strategy.reduce(totals, reduce_op="sum")).tolist()
         if not written:
             raise UserError(task.why_nothing())
-        self._judge(trainer)
+        lead_times = self._judge(partial(_gather, trainer))
         if getattr(trainer, "fast_dev_run", False):  # leaves nothing behind
             self._tidy()
             self.path = None
             return
         with ExitStack() as stack:  # all files or none
-            if trainer.is_global_zero:
-                if self._lead_times:
-                    self._write_lead_times(self._replacing("lead_times.csv", stack))
-                if self.figures:
-                    figures_text = json.dumps(self.figures, indent=1) + "\n"
-                    self._replacing("figures.json", stack).write_text(figures_text, encoding="utf-8")
+
+            def replacement(name: str) -> Path:
+                return stack.enter_context(replacing(writer.path.with_name(name), FOLDER))
+
+            if trainer.is_global_zero and lead_times:
+                _write_lead_times(lead_times, replacement("lead_times.csv"))
+            if trainer.is_global_zero and self.figures:
+                figures_text = json.dumps(self.figures, indent=1) + "\n"
+                replacement("figures.json").write_text(figures_text, encoding="utf-8")
             if len(writer):
                 if task.has_table:
-                    self._write_table(writer, self._replacing(self.path.with_suffix(".csv").name, stack))
+                    _write_table(task, writer, replacement(writer.path.with_suffix(".csv").name))
                 writer.finish()
-            self._clear(trainer)
+            self._remove_earlier(writer, trainer)
         self._tidy()
         if self._shown:
-            self._show(self.path.with_suffix(".png"))
+            self._show(writer.path.with_suffix(".png"))
 
-    def _judge(self, trainer: Trainer) -> None:
-        """Compute the figures, of all processes."""
-        task, gather = self.task, partial(_gathered, trainer)
+    def _judge(self, gather: Callable[[list[Any]], list[Any]]) -> dict[str, dict[str, Tensor]]:
+        """Compute the figures, and return those of each step ahead where two forecasts are compared."""
+        task = self.task
         task.finish(gather)
         ahead = max(gather([judge.steps for judge in task.scores.values()]), default=0)
         for judge in task.scores.values():
             judge.grow(ahead)
         figures = {name: judge.compute() for name, judge in task.scores.items()}
-        if len(task.judges) > 1 and figures[task.judges[0]]:  # one forecast beside another
-            self._lead_times = {name: judge.by_step() for name, judge in task.scores.items()}
-        self.figures = {name: {key: x.item() for key, x in found.items()} for name, found in figures.items() if found}
+        is_compared = len(task.judges) > 1 and figures[task.judges[0]]
+        lead_times = {name: judge.by_step() for name, judge in task.scores.items()} if is_compared else {}
+        self.figures = {name: {key: x.item() for key, x in each.items()} for name, each in figures.items() if each}
         self.figures |= task.figures(gather)
+        return lead_times
 
-    def _replacing(self, name: str, stack: ExitStack) -> Path:
-        """Return the temporary file of one beside the archive, which it replaces when the stack is unwound."""
-        assert self.path is not None
-        return stack.enter_context(replacing(self.path.with_name(name), FOLDER))
-
-    def _clear(self, trainer: Trainer) -> None:
-        """Remove what an earlier prediction of this task left, with more files or of another number of processes."""
-        assert self.path is not None
-        assert self._writer is not None
-        stem, pair = "encodings" if self.task.name == "encode" else "test", ("npz", "csv")
-        written = {self.path.name} if len(self._writer) else set()  # the others that are new are not there yet
+    def _remove_earlier(self, writer: ArchiveWriter, trainer: Trainer) -> None:
+        """Remove files of an earlier prediction of this task, which may have more files or processes."""
+        folder, stem, suffixes = writer.path.parent, _stem(self.task), ("npz", "csv")
         if trainer.is_global_zero:
-            written |= {f"{stem}_{rank}.{suffix}" for rank in range(1, trainer.world_size) for suffix in pair}
+            of_others = {f"{stem}_{rank}.{suffix}" for rank in range(1, trainer.world_size) for suffix in suffixes}
             figures = "" if stem == "encodings" else r"|figures\.json|lead_times\.csv"
             ours = re.compile(rf"{stem}(_\w+)?\.(npz|csv|png|wav|mid|svg|gif){figures}")
-            found = {path.name for path in self.path.parent.iterdir() if ours.fullmatch(path.name)}
+            earlier = {path.name for path in folder.iterdir() if ours.fullmatch(path.name)} - of_others
         else:
-            found = {f"{self.path.stem}.{suffix}" for suffix in pair}
-        for name in found - written:
-            self.path.with_name(name).unlink(missing_ok=True)
+            earlier = {f"{writer.path.stem}.{suffix}" for suffix in suffixes}
+        for name in earlier - ({writer.path.name} if len(writer) else set()):  # the other new files come later
+            (folder / name).unlink(missing_ok=True)
 
     def _tidy(self) -> None:
-        """Delete the parts, and folders that were made for nothing."""
+        """Delete the parts, and new folders that hold nothing."""
         if self._writer is not None:
             self._writer.discard()
             self._writer = None
-        for folder in self._made:
+        for folder in self._new_folders:
             try:
                 folder.rmdir()
             except OSError:  # it holds something
                 break
-
-    def _write_lead_times(self, path: Path) -> None:
-        """Write a line for each forecast and step ahead."""
-        with path.open("w", newline="", encoding="utf-8") as file:
-            file.write(csv_line(["forecast", "ahead", *next(iter(self._lead_times.values()))]))
-            for name, figures in self._lead_times.items():
-                for ahead, cells in enumerate(zip(*(x.tolist() for x in figures.values()), strict=True), 1):
-                    known = ["" if np.isnan(cell) else f"{cell:.7g}" for cell in cells]
-                    file.write(csv_line([name, ahead, *known]))
-
-    def _write_table(self, writer: ArchiveWriter, path: Path) -> None:
-        """Write a line for each step, sequence after sequence."""
-        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            for k, piece in enumerate(writer.sequences("values", "lengths", "names", *self.task.table_arrays)):
-                header, cells = self.task.table(piece)
-                if k == 0:
-                    begin = ["origin"] if "start" in piece else []
-                    file.write(csv_line(["sequence", "step", *begin, *header]))
-                name = csv_line([str(piece["names"][0]), ""]).rpartition(",")[0]
-                first, origin = 0, ""
-                if "start" in piece:
-                    first = int(piece["start"][0])
-                    origin = f"{first},"
-                form = ",".join(["%.7g"] * cells.shape[1])
-                numbers = [form % tuple(line) for line in cells.tolist()]
-                if np.isnan(cells).any():
-                    numbers = [line.replace("nan", "") for line in numbers]
-                file.writelines(f"{name},{t},{origin}{line}\n" for t, line in enumerate(numbers, first))
 
     def _show(self, path: Path) -> None:
         """Draw the first sequences, and write them as the modality asks."""
@@ -304,7 +255,7 @@ class Predictions(Callback):
         for piece in self._shown:
             for name, x in piece.rows.items():
                 rows.setdefault(name, []).append(x)
-        rows = media.ready(rows)
+        rows = media.to_display(rows)
         if self.task.writes_media:
             media.write(rows, path.parent, path.stem)
         save_picture(self.task.picture(self._shown, media, rows), path)
@@ -316,28 +267,62 @@ class Predictions(Callback):
         self._tidy()
 
 
-def _made(task: str | type[Task], given: dict[str, Any]) -> Task:
-    """Return a task with its options.
+def _build_task(task: str | type[Task], options: Mapping[str, Any]) -> Task:
+    """Build a task.
 
     Raises:
-        UserError: The task is unknown, or an option is outside its range or of another task.
+        UserError: The task is unknown, or an option is outside its range or belongs to another task.
     """
     if isinstance(task, str) and task not in TASKS:
         raise UserError(f"prediction.task {task}: choose {', '.join(TASKS)}")
-    made = TASKS[task] if isinstance(task, str) else task
-    for key, value in given.items():
-        if key not in inspect.signature(made).parameters:
+    cls = TASKS[task] if isinstance(task, str) else task
+    for key, value in options.items():
+        if key not in inspect.signature(cls).parameters:
             owners = [name for name, other in TASKS.items() if key in inspect.signature(other).parameters]
             hint = f", but of {' or '.join(owners)}" if owners else ""
-            raise UserError(f"prediction.{key} {value}: is not an option of the task {made.name}{hint}")
-    require_options(given)
-    return made(**given)
+            raise UserError(f"prediction.{key} {value}: is not an option of the task {cls.name}{hint}")
+    require_at_least("prediction", options, LEAST)
+    require_columns("prediction.shown", options.get("shown", 0))
+    if not 0 < options.get("temperature", 1.0) < float("inf"):
+        raise UserError(f"prediction.temperature {options['temperature']}: must be a number above 0")
+    return cls(**options)
 
 
-def _gathered(trainer: Trainer, mine: list[Any]) -> list[Any]:
-    """Return what all processes have."""
+def _stem(task: Task) -> str:
+    return "encodings" if task.name == "encode" else "test"
+
+
+def _gather(trainer: Trainer, mine: list[Any]) -> list[Any]:
+    """Return the items of all processes."""
     if trainer.world_size == 1:
         return mine
     shares: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(shares, mine)
     return [item for share in shares for item in share]
+
+
+def _write_lead_times(lead_times: dict[str, dict[str, Tensor]], path: Path) -> None:
+    """Write a line for each forecast and step ahead."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.write(csv_line(["forecast", "ahead", *next(iter(lead_times.values()))]))
+        for name, figures in lead_times.items():
+            for ahead, cells in enumerate(zip(*(x.tolist() for x in figures.values()), strict=True), 1):
+                file.write(csv_line([name, ahead, *("" if np.isnan(cell) else f"{cell:.7g}" for cell in cells)]))
+
+
+def _write_table(task: Task, writer: ArchiveWriter, path: Path) -> None:
+    """Write a line for each step, sequence after sequence."""
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        for k, piece in enumerate(writer.sequences("values", "lengths", "names", *task.table_arrays)):
+            header, cells = task.table(piece)
+            has_origin = "start" in piece
+            if k == 0:
+                file.write(csv_line(["sequence", "step", *["origin"] * has_origin, *header]))
+            name = csv_line([str(piece["names"][0]), ""]).rpartition(",")[0]
+            first = int(piece["start"][0]) if has_origin else 0
+            origin = f"{first}," if has_origin else ""
+            form = ",".join(["%.7g"] * cells.shape[1])
+            numbers = [form % tuple(line) for line in cells.tolist()]
+            if np.isnan(cells).any():
+                numbers = [line.replace("nan", "") for line in numbers]
+            file.writelines(f"{name},{t},{origin}{line}\n" for t, line in enumerate(numbers, first))

@@ -1,7 +1,8 @@
-"""What a run shows while it trains: real, reconstructed and sampled sequences, and what the latent holds of them."""
+"""The callback that shows sequences while a model trains: real, reconstructed and sampled ones, and their latents."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.archives import run_folder
-from vrnn_lightning.callbacks.media import Media, MediaLogger, Shown, save_picture
+from vrnn_lightning.callbacks.media import Media, MediaLogger, save_picture
+from vrnn_lightning.callbacks.options import require_at_least, require_columns
 from vrnn_lightning.callbacks.pictures import draw_heat
 from vrnn_lightning.checkpoints import require_types
-from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.vrnn import Trace
 
@@ -22,15 +23,15 @@ __all__ = ["Samples"]
 DIMENSIONS, SHIFTS = 3, (-2.0, -1.0, 0.0, 1.0, 2.0)  # of a traversal
 PAIRS, PLACES = 2, (0.0, 0.25, 0.5, 0.75, 1.0)  # of an interpolation
 MOST = 16  # latent dimensions in a heat map
-MOST_SHOWN = 64  # side by side they are 20,000 pixels wide
+LEAST = {"every_n_validations": 0, "count": 1, "max_steps": 1}
 
 
 class Samples(Callback):
-    """Shows what the model makes of validation sequences, in ``samples/`` of the run's folder.
+    """Shows validation sequences, reconstructions and samples as files in ``samples/`` of the run's folder.
 
     After a validation it writes one picture with a row each of real sequences, of their reconstructions (the
     emission's mean with the latents inferred) and of sequences drawn from the model, and files as the modality asks:
-    wav of audio; of pen strokes svg, and gif of those drawn from the model, in which the pen draws; of piano rolls wav
+    wav of audio; svg of pen strokes, and gif of those drawn from the model, in which the pen draws; wav of piano rolls
     and, where mido is installed (``pip install 'vrnn-lightning[music]'``), MIDI.
 
     At the training's end it also writes
@@ -38,76 +39,59 @@ class Samples(Callback):
     ``…_latent.png``
         the KL of each latent dimension over time, in nats, the largest on top, below the sequences.
     ``…_traversal.png``
-        what the first sequence becomes where one latent dimension is moved by so many of its standard deviations at
-        every step, for the three of the largest KL.
+        the first sequence with one latent dimension moved by a number of its standard deviations at every step, for
+        the three of the largest KL.
     ``…_interpolation.png``
-        what lies between the latents of two sequences.
+        sequences between the latents of two sequences.
     ``…_table.csv``
-        what is shown of each sequence, real or drawn from the model, with its ELBO in nats per step (scaled units, as
+        files of each sequence, real or drawn from the model, with its ELBO in nats per step (scaled units, as
         ``val/elbo``).
 
     Loggers that can show pictures, tables, or play audio get the same. The draws have a random stream of their own:
     training is the same with and without this callback.
 
     Args:
-        every_n_validations: Show after every so many validations, and at the end; 0 never.
+        every_n_validations: Validations from one picture to the next; 0 for none.
         count: Sequences per row, at most 64.
-        max_steps: Show no more than the first so many steps of a sequence, or rows of an image.
+        max_steps: Steps of a sequence, or rows of an image, that are shown at most.
     """
 
     def __init__(self, every_n_validations: int = 1, count: int = 4, max_steps: int = 400) -> None:
-        for option, value, least in (
-            ("every_n_validations", every_n_validations, 0),
-            ("count", count, 1),
-            ("max_steps", max_steps, 1),
-        ):
-            if value < least:
-                raise UserError(f"samples.{option} {value}: must be at least {least}")
-        if count > MOST_SHOWN:
-            raise UserError(f"samples.count {count}: a picture has room for {MOST_SHOWN} sequences")
-        self.every_n_validations = every_n_validations
-        self.count = count
-        self.max_steps = max_steps
+        self.every_n_validations, self.count, self.max_steps = every_n_validations, count, max_steps
+        require_at_least("samples", vars(self), LEAST)
+        require_columns("samples.count", count)
         self.validations = 0
         self._batch: SequenceBatch | None = None
         self._shown_at: int | None = None
 
     def state_dict(self) -> dict[str, int]:
-        """Return how many validations there were."""
+        """Return the number of validations."""
         return {"validations": self.validations}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on counting from a checkpoint."""
+        """Continue from a checkpoint."""
         require_types(state_dict, self, validations=int)
         self.validations = state_dict["validations"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what another fit has shown."""
+        """Forget another fit."""
         self._batch = self._shown_at = None
 
     def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: SequenceBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, batch: SequenceBatch, *_: Any, **__: Any
     ) -> None:
         """Keep the first sequences that have steps."""
         if self._batch is None and self._shows(trainer) and (batch.lengths > 0).any():
-            self._batch = self._first(batch, Media(getattr(trainer, "datamodule", None)))
-
-    def _first(self, batch: SequenceBatch, media: Media) -> SequenceBatch:
-        """Return the beginnings of a batch's first sequences that have steps."""
-        chosen = (batch.lengths > 0).nonzero().flatten()[: self.count].tolist()
-        return batch.rows(chosen).window(0, self.max_steps * media.pieces(batch.x.shape[2]))
+            first = (batch.lengths > 0).nonzero().flatten()[: self.count].tolist()
+            steps = self.max_steps * Media(getattr(trainer, "datamodule", None)).pieces(batch.x.shape[2])
+            self._batch = batch.rows(first).window(0, steps)
 
     def _shows(self, trainer: Trainer) -> bool:
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
         return fitting and bool(self.every_n_validations) and not getattr(trainer, "fast_dev_run", False)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look for the first sequences again."""
+        """Forget the sequences of another validation."""
         self._batch = None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,105 +100,105 @@ class Samples(Callback):
             return
         self.validations += 1
         if self.validations % self.every_n_validations == 0:
-            self._show(trainer, cast(VRNNLightningModule, pl_module), last=False)
+            self._show(trainer, cast(VRNNLightningModule, pl_module), is_last=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show what has come of it, and what the latent holds."""
+        """Draw, write and log sequences and latents, on one process."""
         if self._shows(trainer):
-            self._show(trainer, cast(VRNNLightningModule, pl_module), last=True)
+            self._show(trainer, cast(VRNNLightningModule, pl_module), is_last=True)
 
-    def _show(self, trainer: Trainer, module: VRNNLightningModule, last: bool) -> None:
+    def _show(self, trainer: Trainer, module: VRNNLightningModule, *, is_last: bool) -> None:
         folder = run_folder(trainer) / "samples"
         training = module.training
         devices = [module.device] if module.device.type == "cuda" else []
         with module.summon_full_params():  # collective calls, which every process makes
             if trainer.is_global_zero and self._batch is not None:
+                logger = MediaLogger(trainer, folder, Media(getattr(trainer, "datamodule", None)))
                 module.eval()
                 with torch.random.fork_rng(devices), torch.no_grad():
                     torch.manual_seed(0)
-                    self._exhibit(
-                        MediaLogger(trainer, folder, Media(getattr(trainer, "datamodule", None))), module, last
-                    )
+                    self._log(logger, module, self._batch, is_last=is_last)
                 module.train(training)
 
-    def _exhibit(self, exhibition: MediaLogger, module: VRNNLightningModule, last: bool) -> None:
-        batch = cast(SequenceBatch, self._batch)
-        trace, drawn, rows = self._rows(module, batch)
-        shown = exhibition.media.ready(rows)
-        if self._shown_at != exhibition.step:  # else the last validation did
-            exhibition.picture("samples", exhibition.media.draw(shown, batch.names))
-            exhibition.sequences(shown)
-        self._shown_at = exhibition.step
-        if not last:
-            return
-        if trace.posterior is not None:
-            self._exhibit_latent(exhibition, module, batch, trace, shown["real"])
-        of_drawn = SequenceBatch(drawn, batch.lengths, inputs=batch.inputs)
-        sounds = exhibition.media.sounds
-        lines: list[list[Any]] = []
-        for kind, found in (("real", trace), ("sampled", module.vrnn(of_drawn))):
-            nats = ((found.log_px.sum(1) - found.kl.sum((1, 2))) / batch.lengths).tolist()
-            for i, elbo in enumerate(nats):
-                name = batch.names[i] if batch.names and kind == "real" else f"{kind} {i}"
-                line: list[Any] = [kind, name, round(elbo, 6)]
-                if exhibition.shows_tables:
-                    line.append(exhibition.folder / f"{exhibition.stem}_{kind}_{i}.png")
-                    save_picture(exhibition.media.draw({kind: [shown[kind][i]]}), line[-1])
-                if sounds:
-                    path = exhibition.folder / f"{exhibition.stem}_{kind}_{i}.wav"
-                    line.append(path if path.is_file() else None)  # what holds NaN has none
-                lines.append(line)
-        columns = ["kind", "name", "elbo", *["picture"] * exhibition.shows_tables, *["sound"] * sounds]
-        exhibition.table("table", columns, lines)
-
-    def _rows(self, module: VRNNLightningModule, batch: SequenceBatch) -> tuple[Trace, Tensor, Shown]:
-        """Return a pass over the sequences, others drawn from the model, and the picture's rows in data units."""
+    def _log(self, logger: MediaLogger, module: VRNNLightningModule, batch: SequenceBatch, *, is_last: bool) -> None:
         trace = module.vrnn(batch)
         drawn = module.vrnn.generate(batch.x.shape[1], len(batch), inputs=batch.inputs).x
         unscale = module.scaler.unscale
-        seen = "reconstructed" if module.vrnn.latent_size else "predicted"
-        real = unscale(batch.x).masked_fill(~batch.valid_mask, torch.nan)
-        frames = (("real", real), (seen, unscale(trace.emission.mean)), ("sampled", unscale(drawn)))
-        lengths = batch.lengths.tolist()
-        return trace, drawn, {name: [x[:n] for x, n in zip(part, lengths, strict=True)] for name, part in frames}
+        frames = {
+            "real": unscale(batch.x).masked_fill(~batch.valid_mask, torch.nan),
+            "reconstructed" if module.vrnn.latent_size else "predicted": unscale(trace.emission.mean),
+            "sampled": unscale(drawn),
+        }
+        shown = logger.media.to_display({name: _without_padding(x, batch) for name, x in frames.items()})
+        if self._shown_at != logger.step:  # else the last validation did
+            logger.picture("samples", logger.media.draw(shown, batch.names))
+            logger.sequences(shown)
+        self._shown_at = logger.step
+        if not is_last:
+            return
+        if trace.posterior is not None:
+            _log_latent(logger, module, batch, trace, shown["real"])
+        columns = ["kind", "name", "elbo", *["picture"] * logger.shows_tables, *["sound"] * logger.media.has_sound]
+        lines: list[list[Any]] = []
+        of_drawn = SequenceBatch(drawn, batch.lengths, inputs=batch.inputs)
+        for kind, one in (("real", trace), ("sampled", module.vrnn(of_drawn))):
+            nats = ((one.log_px.sum(1) - one.kl.sum((1, 2))) / batch.lengths).tolist()
+            for i, elbo in enumerate(nats):
+                name = batch.names[i] if batch.names and kind == "real" else f"{kind} {i}"
+                lines.append([kind, name, round(elbo, 6), *_files(logger, kind, i, shown[kind][i])])
+        logger.table("table", columns, lines)
 
-    def _exhibit_latent(
-        self,
-        exhibition: MediaLogger,
-        module: VRNNLightningModule,
-        batch: SequenceBatch,
-        trace: Trace,
-        real: list[Tensor],
-    ) -> None:
-        assert trace.posterior is not None
-        media, lengths = exhibition.media, batch.lengths.tolist()
-        order = trace.kl.sum((0, 1)).argsort(descending=True)
-        kl = [x[:n, order[:MOST]] for x, n in zip(trace.kl, lengths, strict=True)]
-        names = [f"z{d}" for d in order[:MOST].tolist()]
-        figure = draw_heat(kl, names, "KL, nats", real, media.modality, media.sample_rate, batch.names)
-        exhibition.picture("latent", figure)
 
-        means, mask = trace.posterior.mean, batch.mask[..., None]
-        spread = (
-            means[mask.squeeze(-1)].var(0, unbiased=False) + trace.posterior.variance[mask.squeeze(-1)].mean(0)
-        ).sqrt()
-        inputs = None if batch.inputs is None else batch.inputs[:, : lengths[0]]
-        moved = {}
-        for d in order[:DIMENSIONS].tolist():
-            z = means[:1, : lengths[0]].repeat(len(SHIFTS), 1, 1)
-            z[:, :, d] += spread[d] * z.new_tensor(SHIFTS)[:, None]
-            given = None if inputs is None else inputs[:1].expand(len(SHIFTS), -1, -1)
-            moved[f"z{d}"] = list(module.decode(z, given))
-        titles = [f"{shift:+g} std" if shift else "as inferred" for shift in SHIFTS]
-        exhibition.picture("traversal", media.draw(media.ready(moved), titles, shared=True))
+def _files(logger: MediaLogger, kind: str, i: int, sequence: Tensor) -> list[Path | None]:
+    """Return the files of a sequence in the table, after its picture is drawn."""
+    files: list[Path | None] = []
+    path = logger.folder / f"{logger.stem}_{kind}_{i}"
+    if logger.shows_tables:
+        files.append(path.with_suffix(".png"))
+        save_picture(logger.media.draw({kind: [sequence]}), path.with_suffix(".png"))
+    if logger.media.has_sound:
+        sound = path.with_suffix(".wav")
+        files.append(sound if sound.is_file() else None)  # a sequence that holds NaN has none
+    return files
 
-        between = {}
-        for a in range(0, min(2 * PAIRS, len(batch) - 1), 2):
-            steps = min(lengths[a : a + 2])
-            share = means.new_tensor(PLACES)[:, None, None]
-            z = (1 - share) * means[a, :steps] + share * means[a + 1, :steps]
-            given = None if batch.inputs is None else batch.inputs[a : a + 1, :steps].expand(len(PLACES), -1, -1)
-            between[f"{a} to {a + 1}"] = list(module.decode(z, given))
-        if between:
-            titles = [f"{100 * place:g} %" for place in PLACES]
-            exhibition.picture("interpolation", media.draw(media.ready(between), titles, shared=True))
+
+def _log_latent(
+    logger: MediaLogger, module: VRNNLightningModule, batch: SequenceBatch, trace: Trace, real: list[Tensor]
+) -> None:
+    """Show the KL of latent dimensions, a traversal and an interpolation."""
+    assert trace.posterior is not None
+    media, lengths = logger.media, batch.lengths.tolist()
+    order = trace.kl.sum((0, 1)).argsort(descending=True)
+    kl = _without_padding(trace.kl[:, :, order[:MOST]], batch)
+    names = [f"z{d}" for d in order[:MOST].tolist()]
+    logger.picture("latent", draw_heat(kl, names, "KL, nats", real, media.modality, media.sample_rate, batch.names))
+
+    means = trace.posterior.mean
+    spread = (means[batch.mask].var(0, unbiased=False) + trace.posterior.variance[batch.mask].mean(0)).sqrt()
+    moved = {}
+    for d in order[:DIMENSIONS].tolist():
+        z = means[:1, : lengths[0]].repeat(len(SHIFTS), 1, 1)
+        z[:, :, d] += spread[d] * z.new_tensor(SHIFTS)[:, None]
+        moved[f"z{d}"] = _decode(module, z, batch, 0)
+    titles = [f"{shift:+g} std" if shift else "as inferred" for shift in SHIFTS]
+    logger.picture("traversal", media.draw(media.to_display(moved), titles, shared=True))
+
+    between = {}
+    for a in range(0, min(2 * PAIRS, len(batch) - 1), 2):
+        steps = min(lengths[a : a + 2])
+        share = means.new_tensor(PLACES)[:, None, None]
+        z = (1 - share) * means[a, :steps] + share * means[a + 1, :steps]
+        between[f"{a} to {a + 1}"] = _decode(module, z, batch, a)
+    if between:
+        titles = [f"{100 * place:g} %" for place in PLACES]
+        logger.picture("interpolation", media.draw(media.to_display(between), titles, shared=True))
+
+
+def _decode(module: VRNNLightningModule, z: Tensor, batch: SequenceBatch, row: int) -> list[Tensor]:
+    """Decode latents, shape (sequences, time, latent), with the covariates of a row of a batch."""
+    inputs = None if batch.inputs is None else batch.inputs[row : row + 1, : z.shape[1]].expand(len(z), -1, -1)
+    return list(module.decode(z, inputs))
+
+
+def _without_padding(x: Tensor, batch: SequenceBatch) -> list[Tensor]:
+    return [row[:length] for row, length in zip(x, batch.lengths.tolist(), strict=True)]

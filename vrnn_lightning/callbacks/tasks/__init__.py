@@ -1,11 +1,10 @@
-"""What ``lightning predict`` makes of the test sequences: one class for each task."""
+"""The tasks of ``lightning predict``."""
 
 from vrnn_lightning.callbacks.tasks.base import Prediction, Task
-from vrnn_lightning.callbacks.tasks.encode import Encode
+from vrnn_lightning.callbacks.tasks.encode import Encode, Reconstruct
 from vrnn_lightning.callbacks.tasks.forecast import Forecast
 from vrnn_lightning.callbacks.tasks.generate import Generate
 from vrnn_lightning.callbacks.tasks.impute import Impute
-from vrnn_lightning.callbacks.tasks.reconstruct import Reconstruct
 from vrnn_lightning.callbacks.tasks.score import Score
 
 __all__ = ["TASKS", "Encode", "Forecast", "Generate", "Impute", "Prediction", "Reconstruct", "Score", "Task"]

@@ -1,10 +1,12 @@
-"""What all tasks share: options, seeds, names, the rows of the table and the picture."""
+"""The base class of the tasks of ``lightning predict``: options, seeds, table and picture."""
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -15,31 +17,26 @@ from torch import Tensor
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.media import Media, Shown
 from vrnn_lightning.callbacks.pictures import Fan, draw_fans, is_binary
-from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule as Module
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Gather", "Prediction", "Task", "numbers", "require_options"]
+__all__ = ["Gather", "Prediction", "Task", "first_rows", "numbers"]
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # the ends of the central 90 % and 50 % intervals, and the median
-MOST_SHOWN = 64  # side by side they are 20,000 pixels wide
-ROWS = 3  # draws of a sequence that a picture shows
-LEAST = {"count": 1, "samples": 1, "particles": 1, "lag": 0, "gap": 1, "season": 1, "stride": 1, "shown": 0, "seed": 0}
-LEAST |= {"steps": 1}
 Gather = Callable[[list[Any]], list[Any]]
 """Returns the items of all processes."""
 
 
 class Prediction(NamedTuple):
-    """What a task made of one sequence.
+    """The result of a task for one sequence.
 
     Args:
-        place: Which sequence of the split it is.
-        arrays: What the archive holds of it.
-        rows: What a picture shows of it: sequences in data units, each of shape (time, features).
-        fan: What a fan chart shows of its draws.
+        place: Index of the sequence in its split.
+        arrays: Its arrays in the archive.
+        rows: Its sequences in the picture, in data units, each of shape (time, features).
+        fan: Its draws in a fan chart.
         faulty: True at steps that are known to be faulty, shape (time,), if that is known.
     """
 
@@ -49,42 +46,48 @@ class Prediction(NamedTuple):
     fan: Fan | None = None
     faulty: Tensor | None = None
 
+    @property
+    def title(self) -> str:
+        """Name of the sequence."""
+        return str(self.arrays["names"][0])
 
+
+@dataclass(kw_only=True, eq=False)
 class Task(ABC):
-    """A task; a subclass says in :meth:`make` what becomes of a sequence.
+    """A task of ``lightning predict``; a subclass defines :meth:`make`.
 
     Its keyword arguments are options of the command line, with the same names and ranges in every task.
 
     Args:
-        seed: Seed of the draws.
-        shown: Sequences in the picture.
+        seed: Seed of the draws, which depend on it and on a sequence's name alone.
+        shown: Sequences in the picture, and as files of their own; at most 64, 0 for none.
     """
 
     name: ClassVar[str]
-    """What ``--prediction.task`` calls it."""
+    """Its name in ``--prediction.task``."""
     needs_data: ClassVar[bool] = True
     """Whether it reads test sequences."""
     needs_trace: ClassVar[bool] = False
     """Whether :meth:`make` reads the trace of a batch."""
     judges: ClassVar[tuple[str, ...]] = ()
-    """Names of what is compared with the truth, by :class:`~vrnn_lightning.metrics.DrawScores`."""
+    """Names of the draws that :class:`~vrnn_lightning.metrics.DrawScores` compares with the truth."""
     table_arrays: ClassVar[tuple[str, ...]] = ()
     """Arrays of the archive that the table needs besides values, lengths and names."""
     writes_media: ClassVar[bool] = True
     """Whether the first sequences are also written as the modality asks."""
+    count = 0
+    """Sequences to make, of a task that needs no data."""
 
-    def __init__(self, *, seed: int = 0, shown: int = 4) -> None:
-        self.seed, self.shown = seed, shown
-        self.count = 0
-        """Sequences to make, of a task that needs no data."""
-        self.data: Any = None
-        """The datamodule."""
-        self.skipped = 0
-        """Sequences of which nothing could be made."""
-        self.longest = 0
-        """Steps of the longest sequence."""
-        self.scores: dict[str, Any] = {}
-        """A metric for each of :attr:`judges`."""
+    seed: int = 0
+    shown: int = 4
+    data: Any = field(default=None, init=False)
+    """The datamodule."""
+    skipped: int = field(default=0, init=False)
+    """Sequences without a result."""
+    longest: int = field(default=0, init=False)
+    """Steps of the longest sequence."""
+    scores: dict[str, Any] = field(default_factory=dict, init=False)
+    """A metric for each of :attr:`judges`."""
 
     def check(self, module: Module) -> None:  # noqa: B027  # not every task needs it
         """Raise if the model can't do the task."""
@@ -94,17 +97,17 @@ class Task(ABC):
         self.data, self.skipped, self.longest = data, 0, 0
 
     def prepare(self, module: Module, gather: Gather) -> None:  # noqa: B027  # not every task needs it
-        """Do what comes before the first batch, in every process."""
+        """Prepare the first batch, in every process."""
 
     @abstractmethod
     def make(self, module: Module, batch: SequenceBatch, real: list[int], outputs: Any) -> Iterator[Prediction]:
-        """Yield what the task makes of a batch.
+        """Yield the results of a batch.
 
         Args:
             module: The model.
             batch: Padded sequences.
             real: The rows that have a step.
-            outputs: What ``predict_step`` returned: the trace, if the task needs it.
+            outputs: The result of ``predict_step``: the trace, if the task needs it.
         """
 
     def finish(self, gather: Gather) -> None:  # noqa: B027  # not every task needs it
@@ -119,21 +122,19 @@ class Task(ABC):
         return []
 
     def why_nothing(self) -> str:
-        """Return the message where no sequence had anything to work on."""
+        """Return the message of the error where no sequence has a result."""
         return f"prediction.task {self.name}: no test sequence has an observed value to start from"
-
-    # ---- what a subclass uses
 
     def predict(
         self, batch: SequenceBatch, i: int, values: Tensor, rows: dict[str, Tensor], **more: NDArray[Any]
     ) -> Prediction:
-        """Return what was made of a sequence.
+        """Return the result for a sequence.
 
         Args:
             batch: Its batch.
             i: Its row.
             values: Of shape (time, features), or draws with one dimension before.
-            rows: What a picture shows.
+            rows: Its sequences in the picture.
             more: Further arrays of the archive.
         """
         draws = values[None] if values.ndim == 2 else values
@@ -161,11 +162,9 @@ class Task(ABC):
         length = int(batch.lengths[i])
         return module.scaler.unscale(batch.x[i, :length]).masked_fill(~batch.valid_mask[i, :length], torch.nan)
 
-    # ---- table and picture
-
     @property
     def modality(self) -> str:
-        """What the sequences are, as the datamodule says."""
+        """The kind of the sequences, as the datamodule says."""
         return str(getattr(self.data, "modality", "series"))
 
     @property
@@ -179,11 +178,7 @@ class Task(ABC):
         return names if len(names) == width else [f"x{i}" for i in range(width)]
 
     def table(self, piece: dict[str, NDArray[Any]]) -> tuple[list[str], NDArray[Any]]:
-        """Return the header and the cells of a sequence in the table, one line for each step.
-
-        Args:
-            piece: Arrays of the archive of one sequence.
-        """
+        """Return header and cells of a sequence in the table, a line for each step, from its arrays of the archive."""
         draws = piece["values"].reshape(len(piece["lengths"]), -1, piece["values"].shape[1])
         columns = self.columns(draws.shape[2])
         if not self.judges:
@@ -194,34 +189,17 @@ class Task(ABC):
         return header, np.stack(parts, -1).reshape(draws.shape[1], -1)
 
     def picture(self, shown: Sequence[Prediction], media: Media, rows: Shown) -> Figure:
-        """Draw the first sequences.
-
-        Args:
-            shown: What was made of them.
-            media: How the modality is shown.
-            rows: Their rows by name, ready to be shown.
-        """
-        titles = [str(piece.arrays["names"][0]) for piece in shown]
+        """Draw the results of the first sequences, with their rows by name as ``media`` displays them."""
+        titles = [piece.title for piece in shown]
         fans = [piece.fan for piece in shown if piece.fan is not None]
         if fans and media.modality == "series" and not is_binary(rows["real"]):
             return draw_fans(fans, self.columns(fans[0].draws.shape[2]), titles)
         return media.draw(rows, titles)
 
 
-def require_options(options: dict[str, Any]) -> None:
-    """Raise if an option of a task is outside its range, the same in every task.
-
-    Raises:
-        UserError: It is.
-    """
-    for key, low in LEAST.items():
-        value = options.get(key)
-        if value is not None and value < low:
-            raise UserError(f"prediction.{key} {value}: must be at least {low}")
-    if options.get("shown", 0) > MOST_SHOWN:
-        raise UserError(f"prediction.shown {options['shown']}: a picture has room for {MOST_SHOWN} sequences")
-    if not 0 < options.get("temperature", 1.0) < float("inf"):
-        raise UserError(f"prediction.temperature {options['temperature']}: must be a number above 0")
+def first_rows(name: str, draws: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return the first three of a sequence's draws by the names of their rows in a picture."""
+    return {f"{name}_{k}": draw for k, draw in enumerate(islice(draws, 3), 1)}
 
 
 def numbers(x: Tensor) -> NDArray[Any]:

@@ -1,8 +1,9 @@
-"""Codes: the means of the posteriors."""
+"""Codes and reconstructions: the latents that are inferred from a sequence, and the emission's means for them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,26 +18,18 @@ from vrnn_lightning.vrnn import Trace
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Encode"]
+__all__ = ["Encode", "Reconstruct"]
 
 
+@dataclass(kw_only=True, eq=False)
 class Encode(Task):
-    """Posterior means of each step, and the ELBO of each sequence in nats and scaled units.
-
-    Args:
-        shown: Sequences in the picture.
-    """
+    """Posterior means of each step, and the ELBO of each sequence in nats and scaled units."""
 
     name = "encode"
     needs_trace = True
     writes_media = False
-
-    def __init__(self, *, shown: int = 4) -> None:
-        super().__init__(shown=shown)
-
-    @property
-    def has_table(self) -> bool:
-        return False
+    has_table = False
+    seed: int = field(default=0, init=False)  # nothing is drawn
 
     def make(self, module: Module, batch: SequenceBatch, real: list[int], outputs: Any) -> Iterator[Prediction]:
         trace = cast(Trace, outputs)
@@ -50,6 +43,18 @@ class Encode(Task):
         values = [torch.from_numpy(piece.arrays["values"]) for piece in shown]
         if not values[0].shape[1]:
             return super().picture(shown, media, rows)
-        titles = [str(piece.arrays["names"][0]) for piece in shown]
         names = [f"z{d}" for d in range(values[0].shape[1])]
+        titles = [piece.title for piece in shown]
         return draw_heat(values, names, "posterior mean", rows["real"], media.modality, media.sample_rate, titles)
+
+
+class Reconstruct(Task):
+    """The emission's mean at each step, with the latents inferred from the sequence."""
+
+    name = "reconstruct"
+
+    def make(self, module: Module, batch: SequenceBatch, real: list[int], outputs: Any) -> Iterator[Prediction]:
+        if real:
+            seen = "reconstructed" if module.vrnn.latent_size else "predicted"
+            for i, mean in zip(real, module.reconstruct(batch.rows(real), seed=self.seed), strict=True):
+                yield self.predict(batch, i, mean, {"real": self.truth(module, batch, i), seen: mean})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from vrnn_lightning import metrics
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.pictures import Fan
-from vrnn_lightning.callbacks.tasks.base import ROWS, Gather, Prediction, Task, numbers
+from vrnn_lightning.callbacks.tasks.base import Gather, Prediction, Task, first_rows, numbers
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule as Module
 
@@ -20,50 +21,43 @@ __all__ = ["Forecast"]
 PAST = 4  # a picture shows so many times as many steps before an origin as after it
 
 
+@dataclass(kw_only=True, eq=False)
 class Forecast(Task):
-    """Paths that continue each sequence, compared with what came and with a seasonal naive forecast.
+    """Paths that continue each sequence, compared with the truth and with a seasonal naive forecast.
 
     Args:
         prefix: Steps that a forecast is given; -24 for all but the last 24; ``None`` for the whole sequence.
-        steps: How far a forecast goes; ``None`` for the sequence's end.
-        stride: Steps from one origin to the next; ``None`` for one origin.
+        steps: Steps of a forecast; ``None`` for those up to the sequence's end.
+        stride: Steps from one origin to the next: forecasts of ``steps`` steps begin at ``prefix``, ``prefix + stride``
+            and so on within the sequence, and each knows all steps before it; ``None`` for one origin.
         samples: Paths of each sequence.
         temperature: Temperature of the emission.
-        season: Steps of a season, for the naive forecast.
-        seed: Seed of the draws.
-        shown: Sequences in the picture.
+        season: Steps of a season, for the seasonal naive forecast.
     """
 
     name = "forecast"
     judges = ("forecast", "seasonal naive")
     table_arrays = ("truth", "start")
+    prefix: int | None = None
+    steps: int | None = None
+    stride: int | None = None
+    samples: int = 100
+    temperature: float = 1.0
+    season: int = 1
 
-    def __init__(
-        self,
-        *,
-        prefix: int | None = None,
-        steps: int | None = None,
-        stride: int | None = None,
-        samples: int = 100,
-        temperature: float = 1.0,
-        season: int = 1,
-        seed: int = 0,
-        shown: int = 4,
-    ) -> None:
-        super().__init__(seed=seed, shown=shown)
-        self.prefix, self.steps, self.stride = prefix, steps, stride
-        self.samples, self.temperature, self.season = samples, temperature, season
-        if prefix == 0:
-            raise UserError("prediction.prefix 0: an empty prefix; the task sample starts from nothing")
+    def __post_init__(self) -> None:
+        if self.prefix == 0:
+            raise UserError("prediction.prefix 0: is an empty prefix. Fix: choose the task sample, which needs none")
         for key, value, meaning in (
-            ("steps", steps, "how far each forecast goes"),
-            ("prefix", prefix, "where the first begins"),
+            ("steps", self.steps, "the steps of each forecast"),
+            ("prefix", self.prefix, "the origin of the first forecast"),
         ):
-            if stride is not None and value is None:
-                raise UserError(f"prediction.stride {stride}: needs prediction.{key}, {meaning}")
-        if steps is None and prefix is None:
+            if self.stride is not None and value is None:
+                raise UserError(f"prediction.stride {self.stride}: needs prediction.{key}. Fix: give {meaning}")
+        if self.steps is None and self.prefix is None:
             raise UserError(
-                "prediction.steps: how far is the forecast to go? Or give prediction.prefix to forecast what follows it"
+                "prediction.steps: the forecast has no length. Fix: give prediction.steps, or prediction.prefix to "
+                "forecast the rest of each sequence"
             )
 
     def start(self, data: object) -> None:
@@ -79,9 +73,8 @@ class Forecast(Task):
 
     def make(self, module: Module, batch: SequenceBatch, real: list[int], outputs: Any) -> Iterator[Prediction]:
         for i in real:
-            length = int(batch.lengths[i])
+            row, length = batch.rows([i]), int(batch.lengths[i])
             self.longest = max(self.longest, length)
-            row = batch.rows([i])
             origins = [origin for origin in self._origins(length) if row.window(0, origin).valid_mask.any()]
             if not origins:
                 self.skipped += 1
@@ -89,8 +82,9 @@ class Forecast(Task):
             steps = self.steps or length - origins[0]
             if module.vrnn.num_inputs and origins[-1] + steps > length:
                 raise UserError(
-                    f"{self.name_of(batch, i)}: the model reads covariates, which the data hold for {length} steps; "
-                    f"{steps} steps after {origins[-1]} need more; give a smaller prediction.steps or prediction.prefix"
+                    f"{self.name_of(batch, i)}: the model reads covariates, which the data hold for {length} steps, "
+                    f"but {steps} steps after {origins[-1]} need more. Fix: give a smaller prediction.steps or "
+                    "prediction.prefix"
                 )
             yield from self._forecasts(module, batch, i, origins, steps)
 
@@ -109,8 +103,8 @@ class Forecast(Task):
             self.scores["forecast"].update(paths, truth, scale)
             self.scores["seasonal naive"].update(naive[None], truth.masked_fill(naive.isnan(), torch.nan), scale)
             late = past[-PAST * steps :]
-            shown = {f"path_{k + 1}": torch.cat([late, p]) for k, p in enumerate(paths[:ROWS])}
-            rows = {"real": torch.cat([late, truth[: length - start]]), **shown}
+            whole = (torch.cat([late, path]) for path in paths)
+            rows = {"real": torch.cat([late, truth[: length - start]]), **first_rows("path", whole)}
             more = {"truth": numbers(truth), "start": np.full(self.samples, start)}
             fan = Fan(late, paths, truth, start - len(late), start)
             yield self.predict(batch, i, paths, rows, **more)._replace(fan=fan)
@@ -119,8 +113,8 @@ class Forecast(Task):
         long_enough, longest = zip(*gather([(self._seasons, self.longest)]), strict=True)
         if not sum(long_enough):
             raise UserError(
-                f"prediction.season {self.season}: is longer than the past of every forecast, of sequences "
-                f"of at most {max(longest)} steps; give a smaller one, or a larger prediction.prefix"
+                f"prediction.season {self.season}: is longer than the past of every forecast, of sequences of at most "
+                f"{max(longest)} steps. Fix: give a smaller one, or a larger prediction.prefix"
             )
 
     def why_nothing(self) -> str:
@@ -128,5 +122,5 @@ class Forecast(Task):
             return super().why_nothing()
         return (
             f"prediction.prefix {self.prefix}: no test sequence has something to forecast from and to, the longest has "
-            f"{self.longest} steps; give another prefix, or prediction.steps"
+            f"{self.longest} steps. Fix: give another prefix, or prediction.steps"
         )

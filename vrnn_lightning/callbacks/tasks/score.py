@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,31 +25,28 @@ if TYPE_CHECKING:
 __all__ = ["Score"]
 
 
+@dataclass(kw_only=True, eq=False)
 class Score(Task):
     """Nats of each step in data units; with a quantile also the steps that score below it.
 
     Args:
         samples: Particles.
-        quantile: Quantile of the validation steps' scores, 0.01 for example, below which steps of the test are flagged.
-        seed: Seed of the draws.
-        shown: Sequences in the picture.
+        quantile: Quantile of the validation steps' scores, 0.01 for example: test steps that score below it are
+            flagged. Precision, recall and AUROC are reported where the datamodule knows faulty steps (``anomalies``).
     """
 
     name = "score"
     writes_media = False
+    has_table = True
+    samples: int = 1
+    quantile: float | None = None
+    threshold: float | None = field(default=None, init=False)
+    """Nats below which steps are flagged."""
+    _labelled: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)  # nats of steps, and faulty ones
 
-    def __init__(self, *, samples: int = 1, quantile: float | None = None, seed: int = 0, shown: int = 4) -> None:
-        super().__init__(seed=seed, shown=shown)
-        if quantile is not None and not 0 < quantile < 1:
-            raise UserError(f"prediction.quantile {quantile}: must lie between 0 and 1")
-        self.samples, self.quantile = samples, quantile
-        self.threshold: float | None = None
-        """Nats below which steps are flagged."""
-        self._labelled: list[tuple[Tensor, Tensor]] = []  # nats of steps, and which are known to be faulty
-
-    @property
-    def has_table(self) -> bool:
-        return True
+    def __post_init__(self) -> None:
+        if self.quantile is not None and not 0 < self.quantile < 1:
+            raise UserError(f"prediction.quantile {self.quantile}: must lie between 0 and 1")
 
     @property
     def table_arrays(self) -> tuple[str, ...]:  # type: ignore[override]  # depends on the options
@@ -60,10 +58,11 @@ class Score(Task):
             return
         self.data.setup("validate")
         with module.summon_full_params():
-            batches = (
-                (batch, (batch.lengths > 0).nonzero().flatten().tolist()) for batch in self.data.val_dataloader()
-            )
-            scores = [nats.cpu() for batch, real in batches for nats in self._scores(module, batch, real)]
+            scores = [
+                nats.cpu()
+                for batch in self.data.val_dataloader()
+                for nats in self._scores(module, batch, (batch.lengths > 0).nonzero().flatten().tolist())
+            ]
         every = torch.cat(gather(scores)).double().numpy()
         every = every[np.isfinite(every)]
         if not len(every):
@@ -88,7 +87,7 @@ class Score(Task):
             yield self.predict(batch, i, nats[:, None], rows, **more)._replace(faulty=wrong)
 
     def figures(self, gather: Gather) -> dict[str, dict[str, float]]:
-        labelled = [] if self.threshold is None else gather(self._labelled)
+        labelled = gather(self._labelled)
         if self.threshold is None or not labelled:
             return {}
         detection = metrics.Detection(sync_on_compute=False)
@@ -109,7 +108,7 @@ class Score(Task):
         return [*header, "flagged"], np.column_stack([cells, piece["flagged"]])
 
     def picture(self, shown: Sequence[Prediction], media: Media, rows: Shown) -> Figure:
-        titles = [str(piece.arrays["names"][0]) for piece in shown]
+        titles = [piece.title for piece in shown]
         faulty = [piece.faulty for piece in shown if piece.faulty is not None] or None
         nats = [torch.from_numpy(piece.arrays["values"])[:, 0] for piece in shown]
         return draw_scores(rows["real"], nats, self.threshold, faulty, media.modality, media.sample_rate, titles)
