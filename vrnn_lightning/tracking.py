@@ -26,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, flush, is_remote, replacing, undamaged, write_files
-from vrnn_lightning.locks import FolderLock
+from vrnn_lightning.files.locks import FolderLock
 from vrnn_lightning.resuming import Stage
 
 __all__ = ["ElboBar", "RunCheckpoint", "RunLogger", "SaveConfig", "WandbLogger", "run_logger"]
