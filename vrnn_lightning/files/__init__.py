@@ -97,7 +97,7 @@ def replacing(path: Path | str, option: str = "") -> Iterator[Path]:
         _replace({temporary: Path(path)})
 
 
-def write_files(files: Mapping[Path, bytes], option: str = "") -> None:
+def write_files(files: Mapping[Path, bytes]) -> None:
     """Write several files, given their contents by path, and replace none of them before all are on the disk.
 
     Raises:
@@ -106,11 +106,11 @@ def write_files(files: Mapping[Path, bytes], option: str = "") -> None:
     with ExitStack() as stack:
         written = {}
         for path, content in files.items():
-            with explained(path, option):
+            with explained(path):
                 temporary = _new_temporary(path, stack)
                 temporary.write_bytes(content)
                 written[temporary] = path
-        with explained(next(iter(files), Path()), option):
+        with explained(next(iter(files), Path())):
             _replace(written)
 
 
@@ -235,9 +235,7 @@ def explained(path: Path | str, option: str = "", fix: str = "") -> Iterator[Non
 def require_intact_zip(path: Path, option: str = "") -> None:
     """Raise if a zip file (a checkpoint, an .npz archive) is damaged: every member is read and its CRC compared.
 
-    Args:
-        path: The file.
-        option: The option that names it, for the message.
+    ``option`` names it in the message.
 
     Raises:
         UserError: It is not a zip file, is truncated, or a member's bytes have another checksum than was stored.
@@ -306,10 +304,8 @@ def require_plain_yaml(text: str, place: str) -> None:
 
     anchors: dict[str, int] = {}
     inside: list[tuple[str | None, int]] = [(None, 0)]  # of each open collection its anchor, and its values so far
-    limit, deep = (
-        max(MOST_VALUES, len(text)),
-        f"{place}: is nested more than {DEEPEST_YAML} deep. Fix: write it flatter",
-    )
+    limit = max(MOST_VALUES, len(text))
+    deep = f"{place}: is nested more than {DEEPEST_YAML} deep. Fix: write it flatter"
     try:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             anchor, values = getattr(event, "anchor", None), 0
