@@ -6,12 +6,10 @@ import contextlib
 import csv
 import math
 import os
-import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -25,9 +23,9 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import explained, flush, is_remote, replacing, undamaged, write_files
+from vrnn_lightning.files import explained, flush, replacing, undamaged, write_files
 from vrnn_lightning.files.locks import FolderLock
-from vrnn_lightning.resuming import Stage
+from vrnn_lightning.resuming import RunCheckpoint
 
 __all__ = ["ElboBar", "RunCheckpoint", "RunLogger", "SaveConfig", "WandbLogger", "run_logger"]
 
@@ -239,156 +237,6 @@ class SaveConfig(SaveConfigCallback):
                     logger.note(Path(logger.log_dir))
             else:
                 logger.log_hyperparams(yaml.safe_load(text))
-
-
-class RunCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, which saves where a resume is exact and knows its files in a folder that was moved.
-
-    Without a monitor it saves when all of an epoch is done (validated or not), when training ends, after every
-    validation within an epoch, every so often by the clock, and when a signal ends the run. With a monitor that a
-    validation yields, it saves after validations alone, so that no score is that of earlier weights.
-
-    Args:
-        every: Also save when so much time has passed since the last save, as "15min" (s, min, h, d); ``None``: never.
-        options: Those of ModelCheckpoint.
-
-    Raises:
-        UserError: ``every`` is not a length of time.
-    """
-
-    def __init__(self, every: str | None = None, **options: Any) -> None:
-        self.every = None if every is None else _seconds(every)
-        self._saved_at = time.monotonic()
-        super().__init__(**options)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        super().on_train_start(trainer, pl_module)
-        self._saved_at = time.monotonic()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Do nothing: :meth:`on_save_point` follows, when also the batch's row of metrics is written."""
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the best, also where a save by step has waited for this validation."""
-        if self.monitor is None:
-            return
-        if self._defer_save_until_validation and not self._should_skip_saving_checkpoint(trainer):
-            self._defer_save_until_validation = False
-            candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
-            self._save_last_checkpoint(trainer, candidates)
-            return
-        super().on_validation_end(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the best."""
-        if self.monitor is not None:
-            super().on_train_epoch_end(trainer, pl_module)
-
-    def is_due(self, trainer: Trainer) -> bool:
-        """Return whether the clock asks for a save; process zero's decides."""
-        return self.every is not None and trainer.is_global_zero and time.monotonic() - self._saved_at >= self.every
-
-    def on_save_point(
-        self, trainer: Trainer, pl_module: LightningModule, is_epoch_end: bool, *, save: bool, stop: bool
-    ) -> None:
-        """Save if it is time to, now that nothing of a batch or epoch is left to be done.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The module.
-            is_epoch_end: Whether a whole epoch is done, and not only a batch.
-            save: Whether the clock of a callback in process zero asks for it.
-            stop: Whether the run ends after this.
-        """
-        if trainer.fast_dev_run or trainer.sanity_checking:  # type: ignore[attr-defined]  # a connector sets it
-            return
-        if self.monitor is not None:
-            if not is_epoch_end and getattr(trainer.fit_loop.epoch_loop, "stage", None) != Stage.VALIDATING:
-                self._save_monitored(trainer, pl_module)
-            return
-        epochs = self._every_n_epochs  # private parts: Lightning has no hook here
-        if is_epoch_end:
-            wanted = (epochs >= 1 and (trainer.current_epoch + 1) % epochs == 0) or _is_last_epoch(trainer)
-        else:
-            wanted = self._is_due_within(trainer)
-        if stop or wanted or (save and self.every is not None):
-            candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
-            self._save_last_checkpoint(trainer, candidates)
-            self._saved_at = time.monotonic()
-
-    def _is_due_within(self, trainer: Trainer) -> bool:
-        """Return whether the end of a batch is a moment to save without a monitor."""
-        loop = trainer.fit_loop.epoch_loop
-        is_last, steps = loop._num_ready_batches_reached(), self._every_n_train_steps
-        validated = getattr(loop, "has_validated", False) and not is_last and self._every_n_epochs >= 1
-        stepped = steps >= 1 and trainer.global_step % steps == 0 and self._last_global_step_saved < trainer.global_step
-        interval, checked = self._train_time_interval, self._last_time_checked
-        late = interval is not None and checked is not None and time.monotonic() - checked >= interval.total_seconds()
-        if late:
-            self._last_time_checked = time.monotonic()
-        return validated or stepped or trainer.strategy.broadcast(late) or (loop.done and not is_last)
-
-    def _save_monitored(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save by step or clock; where a validation yields the score, after the next one."""
-        if self._every_n_train_steps < 1 and self._train_time_interval is None:
-            return
-        stale = str(self.monitor).startswith("val/")
-        due = self._every_n_train_steps >= 1 and trainer.global_step % self._every_n_train_steps == 0
-        if not stale:
-            super().on_train_batch_end(trainer, pl_module, None, None, trainer.fit_loop.epoch_loop.batch_idx)
-        elif due and self._last_global_step_saved != trainer.global_step:
-            if getattr(trainer.fit_loop.epoch_loop, "has_validated", False):
-                candidates = self._monitor_candidates(trainer)
-                self._save_topk_checkpoint(trainer, candidates)
-                self._save_last_checkpoint(trainer, candidates)
-            else:
-                self._defer_save_until_validation = True
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return Lightning's state, and whether a save waits for a validation."""
-        return {**super().state_dict(), "is_deferred": self._defer_save_until_validation}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of an earlier run in this folder; a run that starts in another one has no best yet."""
-        moved = state_dict.get("dirpath") != self.dirpath
-        if moved and not Path(self._here(state_dict["best_model_path"])).is_file():
-            return
-        paths = {key: self._here(state_dict[key]) for key in state_dict if key.endswith("_model_path")}
-        best = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
-        state_dict = {**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath}
-        self._defer_save_until_validation = state_dict.get("is_deferred", False)
-        self.current_score = state_dict.get("current_score")
-        super().load_state_dict(state_dict)
-
-    def _here(self, path: str) -> str:
-        if path and is_remote(str(self.dirpath)):
-            return f"{self.dirpath}/{Path(path).name}"
-        return str(Path(self.dirpath or "", Path(path).name)) if path else path
-
-
-def _is_last_epoch(trainer: Trainer) -> bool:
-    """Return whether training ends with the epoch that has ended."""
-    loop, epochs = trainer.fit_loop, cast(Any, trainer.fit_loop.epoch_progress.current)
-    limits = ((epochs.processed, loop.max_epochs), (trainer.global_step, loop.max_steps))
-    return trainer.should_stop or any(most is not None and 0 <= most <= count for count, most in limits)
-
-
-def _seconds(text: str) -> float:
-    """Return a length of time in seconds.
-
-    >>> _seconds("15min"), _seconds("90 s")
-    (900.0, 90.0)
-    """
-    units = {"s": 1, "min": 60, "h": 3600, "d": 86400}
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h|d)", text.strip())
-    if not found or not float(found[1]):
-        raise UserError(f"--last.every {text}: is not a length of time. Fix: write it as 90s, 15min, 2h or 1d, or null")
-    return float(found[1]) * units[found[2]]
 
 
 class ElboBar(RichProgressBar):
