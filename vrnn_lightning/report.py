@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["NAME", "write_report"]
 
 NAME = "report.html"
-"""What the page is called in the run's folder, and its template in the package."""
+"""Name of the page in the run's folder; its template lies beside this file."""
 KINDS = {".png": "image/png", ".svg": "image/svg+xml", ".wav": "audio/wav", ".mid": "audio/midi"}
 MOST_FILES, MOST_BYTES = 48, 16 * 2**20  # of a group of pictures or sounds, and of one of them
 LONG_SOUND, MP3_RATES = 2**17, (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
@@ -41,24 +41,11 @@ class _Curve(NamedTuple):
     value: list[float]
 
 
-class _Table(NamedTuple):
-    head: list[str]
-    rows: list[list[str]]
-
-
 class _File(NamedTuple):
     """A file and its content as a data URL, which is empty if the file is too large."""
 
     path: Path
     source: str
-
-
-class _Row(NamedTuple):
-    """Pictures and sounds of one kind, each sequence's together."""
-
-    name: str
-    sequences: list[list[_File]]
-    more: int
 
 
 def write_report(folder: str | Path) -> Path:
@@ -77,12 +64,9 @@ def write_report(folder: str | Path) -> Path:
     import jinja2
 
     named = Path(folder)
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    text = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    template = jinja2.Template(
+        text, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     with explained(named):
         folder = named.resolve()
@@ -93,7 +77,7 @@ def write_report(folder: str | Path) -> Path:
         curves = _read_curves(folder / "metrics.csv")
         best, config = folder / "checkpoints" / "best.ckpt", folder / "config.yaml"
         test = {name: curve.value[-1] for name, curve in curves.items() if name.startswith("test/")}
-        page = templates.get_template(NAME).render(
+        page = template.render(
             title="/".join(folder.parts[-2:]),
             progress=", ".join(_progress(curves)),
             tiles=list(_tiles(curves)),
@@ -261,7 +245,7 @@ def _newest(folder: Path, name: str, suffix: str) -> list[Path]:
     return several if several and several[0].stat().st_mtime > alone.stat().st_mtime else [alone]
 
 
-def _read_figures(path: Path) -> _Table:
+def _read_figures(path: Path) -> tuple[list[str], list[list[str]]]:
     """Return the figures of a prediction as a table with a row for each predictor."""
     with _undamaged(path):
         figures: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
@@ -270,10 +254,10 @@ def _read_figures(path: Path) -> _Table:
             [predictor, *(f"{row[name]:.4g}" if name in row else "" for name in columns)]
             for predictor, row in figures.items()
         ]
-    return _Table(["", *columns], rows)
+    return (["", *columns], rows)
 
 
-def _read_table(path: Path) -> _Table:
+def _read_table(path: Path) -> tuple[list[str], list[list[str]]]:
     """Return the first rows of a csv file without its columns of file names."""
     with _undamaged(path), path.open(newline="", encoding="utf-8") as lines:
         longest = csv.field_size_limit(MOST_BYTES)
@@ -285,7 +269,7 @@ def _read_table(path: Path) -> _Table:
     head, *rows = [
         [read_cell(row[i])[:MOST_LETTERS] for i in kept if i < len(row)] for row in (head, *rows[:MOST_ROWS])
     ]
-    return _Table(head, rows)
+    return (head, rows)
 
 
 def _draw_evaluation(paths: list[Path]) -> _File | None:
@@ -304,36 +288,33 @@ def _draw_evaluation(paths: list[Path]) -> _File | None:
     figure = Figure(figsize=(8.0, 2.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.hist(per_step[np.isfinite(per_step)], bins=30, color="tab:blue")
-    left.set_xlabel("ELBO, nats per step", fontsize=8)
-    left.set_ylabel("sequences", fontsize=8)
+    left.set(xlabel="ELBO, nats per step", ylabel="sequences")
     right.bar(np.arange(len(kl)), kl, color="tab:blue")
-    right.set_xlabel("latent dimension, sorted", fontsize=8)
-    right.set_ylabel("KL, nats per step", fontsize=8)
+    right.set(xlabel="latent dimension, sorted", ylabel="KL, nats per step")
     for axes in (left, right):
+        axes.xaxis.label.set_size(8)
+        axes.yaxis.label.set_size(8)
         axes.tick_params(labelsize=7)
     return _rendered("evaluation", figure)
 
 
-def _media(paths: list[Path], prefix: str) -> list[_Row]:
-    """Return sounds and drawings by the row and number in their names, ``<prefix><row>_<number>.<suffix>``."""
+def _media(paths: list[Path], prefix: str) -> dict[str, tuple[list[list[_File]], int]]:
+    """Return the sounds and drawings ``<prefix><row>_<number>.<suffix>`` of each row, and how many sequences more."""
     rows: dict[str, dict[int, list[Path]]] = {}
-    for path in paths:
+    for path in sorted(paths, key=lambda path: path.suffix != ".wav"):  # a sequence's sound comes first
         match = re.fullmatch(rf"{prefix}(\D.*)_(\d+)", path.stem)
         if path.suffix in KINDS and match:
             rows.setdefault(match[1].replace("_", " "), {}).setdefault(int(match[2]), []).append(path)
-    return [
-        _Row(name, [_play(rows[name][i]) for i in sorted(rows[name])[:MOST_FILES]], len(rows[name]) - MOST_FILES)
-        for name in sorted(rows, key=lambda name: (name != "real", name))
-    ]
+    media = {}
+    for name, sequences in sorted(rows.items(), key=lambda row: (row[0] != "real", row[0])):
+        shown = [[_embed(path, MOST_BYTES) for path in sequences[i]] for i in sorted(sequences)[:MOST_FILES]]
+        media[name] = shown, len(sequences) - len(shown)
+    return media
 
 
-def _play(paths: list[Path]) -> list[_File]:
-    """Return the files of one sequence, its sound first."""
-    ordered = sorted(paths, key=lambda path: path.suffix != ".wav")
-    return [_File(path, "") if path.stat().st_size > MOST_BYTES else _embed(path) for path in ordered]
-
-
-def _embed(path: Path) -> _File:
+def _embed(path: Path, limit: float = math.inf) -> _File:
+    if path.stat().st_size > limit:
+        return _File(path, "")
     return _File(path, _sound(path) if path.suffix == ".wav" else _data_url(KINDS[path.suffix], path.read_bytes()))
 
 

@@ -7,9 +7,8 @@ records its moment (:class:`Stage`), and a resume does what follows that moment 
 
 from vrnn_lightning.resuming.checkpoint import RunCheckpoint
 from vrnn_lightning.resuming.loops import make_resumable
-from vrnn_lightning.resuming.record import Stage, resume_record
+from vrnn_lightning.resuming.record import Stage, match_optimizer_states, resume_record
 from vrnn_lightning.resuming.signals import Interruption, Stopped, interruption
-from vrnn_lightning.resuming.storage import match_optimizer_states
 
 __all__ = [
     "Interruption",

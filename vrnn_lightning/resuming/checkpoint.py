@@ -1,20 +1,25 @@
-"""The callback that saves checkpoints at the moments after which a resume is exact."""
+"""The callback that saves checkpoints at the moments after which a resume is exact, and the writer of their files."""
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
+from vrnn_lightning.checkpoints import read_checkpoint
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import is_remote
+from vrnn_lightning.files import is_remote, replacing
 from vrnn_lightning.resuming.record import Stage
 
-__all__ = ["RunCheckpoint"]
+__all__ = ["CheckpointConnector", "RunCheckpoint", "WholeCheckpoints"]
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -158,3 +163,44 @@ def _seconds(text: str) -> float:
     if not match or not float(match[1]):
         raise UserError(f"--last.every {text}: is not a length of time. Fix: write it as 90s, 15min, 2h or 1d, or null")
     return float(match[1]) * units[match[2]]
+
+
+class CheckpointConnector(_CheckpointConnector):
+    """Lightning's, without the ``hpc_ckpt`` of another SLURM job that lies in the working directory."""
+
+    @property
+    def _hpc_resume_path(self) -> None:
+        return None
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Reader and writer of checkpoints; a write replaces the earlier file when the new one is complete."""
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Return the content of a checkpoint: weights, numbers and text, whatever ``weights_only`` asks for.
+
+        Raises:
+            UserError: It is missing or damaged, or holds anything else.
+        """
+        if is_remote(path):
+            return super().load_checkpoint(path, weights_only=True)
+        return read_checkpoint(Path(path), map_location=map_location or "cpu")
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            UserError: The system can't write there.
+        """
+        with replacing(str(path)) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch hides the system's error
+                hidden = error.__context__
+                raise hidden if isinstance(hidden, OSError) else OSError(errno.EIO, str(error)) from error
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint, and no other file that a checkpoint's state may name as one."""
+        parts = Path(path).parts
+        if ".." not in parts and parts[-1].endswith(".ckpt"):
+            super().remove_checkpoint(path)

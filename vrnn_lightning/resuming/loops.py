@@ -18,10 +18,9 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.resuming.checkpoint import RunCheckpoint
+from vrnn_lightning.resuming.checkpoint import CheckpointConnector, RunCheckpoint, WholeCheckpoints
 from vrnn_lightning.resuming.record import RECORD, Stage, callbacks_of, check_record, make_record, warn_of_differences
 from vrnn_lightning.resuming.signals import Stopped, interruption
-from vrnn_lightning.resuming.storage import CheckpointConnector, WholeCheckpoints
 
 __all__ = ["ResumableEpochLoop", "ResumableFitLoop", "ResumableValidationLoop", "make_resumable"]
 

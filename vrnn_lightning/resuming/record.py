@@ -1,4 +1,4 @@
-"""The record of a checkpoint's moment: written with it, checked when it is read, compared with the resumed run."""
+"""The record of a checkpoint's moment, and the comparison of a checkpoint with the run that resumes it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,22 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from vrnn_lightning.compatibility import OPTIMIZED
 from vrnn_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from vrnn_lightning.resuming.loops import ResumableEpochLoop
 
-__all__ = ["RECORD", "Stage", "callbacks_of", "check_record", "make_record", "resume_record", "warn_of_differences"]
+__all__ = [
+    "RECORD",
+    "Stage",
+    "callbacks_of",
+    "check_record",
+    "make_record",
+    "match_optimizer_states",
+    "resume_record",
+    "warn_of_differences",
+]
 
 RECORD = "resume"
 """Key of the record in a checkpoint's state of the fit loop."""
@@ -166,3 +176,29 @@ def warn_of_differences(trainer: Trainer, record: dict[str, Any]) -> None:
         reasons.append("validations follow the clock")
     if reasons:
         rank_zero_warn(f"the resumed run may differ from an uninterrupted one: {'; '.join(reasons)}")
+
+
+def match_optimizer_states(checkpoint: dict[str, Any], names: list[list[str]]) -> None:
+    """Reorder a checkpoint's optimiser states to the order of the present parameters, by name.
+
+    Args:
+        checkpoint: The checkpoint, with the names that were stored; its states are replaced.
+        names: Names of each optimiser's present parameters.
+    """
+    states = checkpoint.get("optimizer_states", [])
+    for number, (state, stored, present) in enumerate(zip(states, checkpoint[OPTIMIZED], names, strict=False)):
+        if stored == present or any(not isinstance(key, int) for key in state["state"]):  # FSDP's are by name already
+            continue
+        new = [name for name in present if name not in stored]
+        gone = [name for name in stored if name not in present]
+        if new or gone:
+            rank_zero_warn(
+                f"the optimiser's state has none of {', '.join(new) or 'no new parameter'}, which start without one, "
+                f"and drops that of {', '.join(gone) or 'no parameter'}"
+            )
+        moved = {place: stored.index(name) for place, name in enumerate(present) if name in stored}
+        entries = {place: state["state"][old] for place, old in moved.items() if old in state["state"]}
+        groups = [dict(group) for group in state["param_groups"]]
+        if len(groups) == 1:
+            groups[0]["params"] = list(range(len(present)))
+        states[number] = {**state, "state": entries, "param_groups": groups}
