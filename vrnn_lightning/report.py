@@ -133,7 +133,6 @@ def _progress(curves: dict[str, _Curve]) -> Iterator[str]:
 
 
 def _tiles(curves: dict[str, _Curve]) -> Iterator[tuple[str, str]]:
-    """Return the run's main figures and their labels."""
     if "val/elbo" in curves:
         yield f"{max(curves['val/elbo'].value):.4g}", "best val/elbo, nats per step"
     labels = {
@@ -150,7 +149,6 @@ def _tiles(curves: dict[str, _Curve]) -> Iterator[tuple[str, str]]:
 
 
 def _draw_training(curves: dict[str, _Curve]) -> _File | None:
-    """Draw the curves that the run has."""
     objective, elbo = curves.get("val/objective"), curves.get("val/elbo")
     panels = {
         "ELBO, nats per step": ["train/elbo", "val/elbo", "val/exact_log_likelihood"],

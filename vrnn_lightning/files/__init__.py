@@ -34,20 +34,13 @@ __all__ = [
     "zip_members",
 ]
 
-MAX_GB = 4.0
-"""Gigabytes that the content of one file may take, unless an option says otherwise."""
-EXPANSION = 16
-"""How many times its own size a file may take in any case."""
-SHORT_YAML, DEEPEST_YAML, MOST_VALUES = 100, 100, 100_000
-"""Characters of YAML that is safe without an alias, its deepest nesting, and the most values of a short one."""
-PIECE = 2**20
-"""Bytes that are read at once."""
-ABANDONED = 3600.0
-"""Seconds without a change after which a temporary file belongs to a process that was killed."""
-LONGEST_NAME = 40
-"""Characters of a file's name that its temporary file repeats, so that no temporary name is too long."""
-FORMULA = re.compile(r"'*[=+\-@\t\r]")
-"""The start of a text that a spreadsheet would run, or that :func:`text_cell` wrote for one."""
+MAX_GB = 4.0  # gigabytes that the content of one file may take, unless an option sets them
+EXPANSION = 16  # times its own size that a file may take in any case
+SHORT_YAML, DEEPEST_YAML, MOST_VALUES = 100, 100, 100_000  # characters without harm, nesting, values of a short text
+PIECE = 2**20  # bytes that are read at once
+ABANDONED = 3600.0  # seconds without a change after which a temporary file belongs to a process that was killed
+LONGEST_NAME = 40  # characters of a file's name in the name of its temporary file, which must not be too long
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # the start of a text that a spreadsheet would run, or that text_cell wrote
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 FIXES = {
     errno.ENOSPC: "free some space, or choose a folder on another disk",

@@ -104,11 +104,7 @@ class WandbLogger(LightningWandbLogger):
             self._wandb_init["resume"] = "allow"
 
     def _start(self) -> None:
-        """Start the W&B run, offline if the server can't be reached.
-
-        Raises:
-            UserError: W&B accepts an option neither online nor offline.
-        """
+        """Start the W&B run, offline if the server can't be reached; raise where W&B does not accept an option."""
         import wandb
         import wandb.sdk.lib
 
