@@ -88,7 +88,7 @@ def test_a_page_of_little(tmp_path):
     """A run that was stopped at once, and a folder that is none."""
     (tmp_path / "metrics.csv").write_text("")
     assert "no figures yet" in write_report(tmp_path).read_text()
-    with pytest.raises(UserError, match=r"nothing: no run's folder"):
+    with pytest.raises(UserError, match=r"nothing: is not a run's folder"):
         write_report(tmp_path / "nothing")
 
 
@@ -100,7 +100,7 @@ def test_a_page_from_inside_the_folder_says_where_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     assert write_report(".") == Path("report.html")
     text = Path("report.html").read_text()
-    assert "--ckpt_path &#x27;my runs/sines/version_0/checkpoints/best.ckpt&#x27;</code>" in text
+    assert "--ckpt_path &#39;my runs/sines/version_0/checkpoints/best.ckpt&#39;</code>" in text
     assert "optimiser steps: 20, epochs: 4<" in text, "a validation of an earlier checkpoint comes last in the file"
     assert "1.5</b><span>last val/kl" in text
 

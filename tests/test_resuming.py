@@ -20,7 +20,7 @@ from vrnn_lightning import VRNNLightningModule
 from vrnn_lightning.cli import main, processes
 from vrnn_lightning.compatibility import OPTIMIZED
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.locks import FolderLock
+from vrnn_lightning.files.locks import FolderLock
 from vrnn_lightning.resuming import Interruption, Stopped, interruption, match_optimizer_states
 from vrnn_lightning.tracking import RunCheckpoint
 

@@ -81,7 +81,7 @@ def test_fit_makes_a_run_folder_and_sums_up(lightning, tiny):
     (run / "report.html").unlink()
     assert lightning("report", run).out == f"report: {run}/report.html\n"
     assert (run / "report.html").read_text() == tested
-    assert lightning("report", "elsewhere").err.startswith("error: elsewhere: no run's folder")
+    assert lightning("report", "elsewhere").err.startswith("error: elsewhere: is not a run's folder")
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     assert "best val/elbo" in said.out
     assert "gap" in said.out

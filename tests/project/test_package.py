@@ -96,7 +96,11 @@ def test_wheel_holds_packages_configs_and_types(wheel):
         assert f"vrnn_lightning/configs/{config.name}" in names
     for file in (CHECKOUT / "datamodules").glob("*.py"):
         assert f"vrnn_lightning/datamodules/{file.name}" in names
-    assert {"vrnn_lightning/py.typed", "vrnn_lightning/datamodules/local/__init__.py"} <= names
+    assert {
+        "vrnn_lightning/py.typed",
+        "vrnn_lightning/report.html",
+        "vrnn_lightning/datamodules/local/__init__.py",
+    } <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"vrnn_lightning"}
     assert not [name for name in names if "__pycache__" in name]
 

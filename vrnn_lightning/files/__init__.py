@@ -1,4 +1,4 @@
-"""Files that are whole or not there: the one writer of this package, and what reading them has in common."""
+"""The one writer of files of this package, and the checks and errors that all readers share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import io
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,30 +34,36 @@ __all__ = [
     "zip_members",
 ]
 
-MAX_GB = 4.0
-"""Gigabytes that the content of one file may take, unless an option says otherwise."""
-EXPANSION = 16
-"""How many times its own size a file may take all the same."""
-SHORT_YAML, DEEPEST_YAML, MOST_VALUES = 100, 100, 100_000
-"""Characters of YAML that can't do harm without an alias, the deepest nesting, and the most values of a short one."""
-PIECE = 2**20
-"""Bytes that are read at once."""
-ABANDONED = 3600.0
-"""Seconds after its last change from which on a temporary file belongs to a process that was killed."""
-LONGEST_NAME = 40
-"""Characters of a file's name that its temporary file repeats: so that no temporary name is too long."""
-FORMULA = re.compile(r"'*[=+\-@\t\r]")
-"""How a text begins that a spreadsheet would run, or that :func:`text_cell` wrote for one."""
+MAX_GB = 4.0  # gigabytes that the content of one file may take, unless an option sets them
+EXPANSION = 16  # times its own size that a file may take in any case
+SHORT_YAML, DEEPEST_YAML, MOST_VALUES = 100, 100, 100_000  # characters without harm, nesting, values of a short text
+PIECE = 2**20  # bytes that are read at once
+ABANDONED = 3600.0  # seconds without a change after which a temporary file belongs to a process that was killed
+LONGEST_NAME = 40  # characters of a file's name in the name of its temporary file, which must not be too long
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # the start of a text that a spreadsheet would run, or that text_cell wrote
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+FIXES = {
+    errno.ENOSPC: "free some space, or choose a folder on another disk",
+    errno.EDQUOT: "free some of your quota, or choose another folder",
+    errno.EACCES: "give yourself permission, or choose another path",
+    errno.EPERM: "give yourself permission, or choose another path",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.ENOENT: "check the path; the folder may have been deleted",
+    errno.EISDIR: "remove the folder of that name, or choose another path",
+    errno.ENOTDIR: "remove the file that stands in place of a folder, or choose another path",
+    errno.EEXIST: "remove the file that stands in place of a folder, or choose another path",
+    errno.ENAMETOOLONG: "choose a shorter path",
+}
 
 
 @contextmanager
 def replacing(path: Path | str, option: str = "") -> Iterator[Path]:
     """Yield the path of a temporary file, which replaces ``path`` when the block ends without an error.
 
-    The temporary file lies in the folder of ``path``, which is made if it does not exist, so that the replacement is
-    one atomic step; file and folder are flushed to the disk (fsync). A crash, a kill or a full disk at any moment
-    leaves the earlier file or the new one, never a part. A remote file is written locally and uploaded at the end.
+    The temporary file lies in the folder of ``path``, which is made if it does not exist. The replacement is one atomic
+    step, flushed to the disk (fsync): a crash, a kill or a full disk leaves the earlier file or the new one, never a
+    part. A remote file is written locally and uploaded at the end.
 
     Args:
         path: The file to write or replace, or the URL of a remote one.
@@ -79,17 +85,13 @@ def replacing(path: Path | str, option: str = "") -> Iterator[Path]:
             yield temporary
             upload(temporary, str(path), option)
             return
-        temporary = _prepared(Path(path), stack)
+        temporary = _new_temporary(Path(path), stack)
         yield temporary
         _replace({temporary: Path(path)})
 
 
-def write_files(files: Mapping[Path, bytes], option: str = "") -> None:
-    """Write several files; none of them is replaced before all of them are on the disk.
-
-    Args:
-        files: Their contents by path.
-        option: The option that names them, for the message.
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """Write several files, given their contents by path, and replace none of them before all are on the disk.
 
     Raises:
         UserError: The system can't write one of them.
@@ -97,20 +99,20 @@ def write_files(files: Mapping[Path, bytes], option: str = "") -> None:
     with ExitStack() as stack:
         written = {}
         for path, content in files.items():
-            with explained(path, option):
-                temporary = _prepared(path, stack)
+            with explained(path):
+                temporary = _new_temporary(path, stack)
                 temporary.write_bytes(content)
                 written[temporary] = path
-        with explained(next(iter(files), Path()), option):
+        with explained(next(iter(files), Path())):
             _replace(written)
 
 
 def upload(local: Path, url: str, option: str = "") -> None:
-    """Copy a local file to a remote place, whole: under a temporary name, which is changed when its size is right.
+    """Copy a local file to a remote place under a temporary name, and rename the copy when its size is right.
 
     Args:
         local: The file.
-        url: Where to, in any file system that fsspec knows, for example ``s3://bucket/run/last.ckpt``.
+        url: The place, in any file system that fsspec knows, for example ``s3://bucket/run/last.ckpt``.
         option: The option that names it, for the message.
 
     Raises:
@@ -131,10 +133,10 @@ def upload(local: Path, url: str, option: str = "") -> None:
                 raise OSError(f"{sizes[1]} of {sizes[0]} bytes arrived")
             remote.mv(temporary, place)
         except BaseException:
-            with suppress(Exception):  # what stopped the upload stops this too
+            with suppress(Exception):  # the same error may stop this
                 remote.rm_file(temporary)
             raise
-    except Exception as error:  # each file system has errors of its own, without a base in common
+    except Exception as error:  # the file systems' errors have no common base
         place = f"{option} {url}" if option else url
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{place}: can't be uploaded ({reason}). Fix: check the address and your access") from error
@@ -150,11 +152,7 @@ def is_remote(path: Path | str) -> bool:
 
 
 def require_local(path: Path | str, option: str) -> Path:
-    """Return the path of a folder that is written to file by file.
-
-    Args:
-        path: The folder.
-        option: The option that names it, for the message.
+    """Return the path of a folder; ``option`` names it in messages.
 
     Raises:
         UserError: It is the URL of a remote one.
@@ -177,7 +175,7 @@ def text_cell(text: str) -> str:
 
 
 def read_cell(cell: str) -> str:
-    """Return the text that :func:`text_cell` made a cell of.
+    """Return the text from which :func:`text_cell` made a cell.
 
     >>> [read_cell(cell) for cell in ("'=1+1", "''=1+1", "-1.5", "it's")]
     ['=1+1', "'=1+1", '-1.5', "it's"]
@@ -197,7 +195,7 @@ def csv_line(cells: Iterable[object]) -> str:
 
 
 def temporary_name(name: str) -> str:
-    """Return a name that no other process gives to a temporary file of a file."""
+    """Return a name for a temporary file that no other process chooses."""
     return f".{name[:LONGEST_NAME]}.{os.urandom(6).hex()}.part"
 
 
@@ -206,9 +204,9 @@ def explained(path: Path | str, option: str = "", fix: str = "") -> Iterator[Non
     """Raise an OSError of the block as one line that names the path, the option and the fix.
 
     Args:
-        path: What the block reads or writes.
+        path: The file or folder that the block reads or writes.
         option: The option that names it.
-        fix: What to do about it; by default what the error suggests.
+        fix: The fix; by default one that suits the error.
 
     Raises:
         UserError: In place of the system's error.
@@ -219,44 +217,39 @@ def explained(path: Path | str, option: str = "", fix: str = "") -> Iterator[Non
     except OSError as error:
         if error.filename and not str(error.filename).endswith(".part"):
             place = f"{option} {error.filename}" if option else str(error.filename)
-        raise UserError(f"{place}: {error.strerror or error}. Fix: {fix or _fix(error)}") from error
+        fix = fix or FIXES.get(error.errno or 0, "check the disk and the path")
+        raise UserError(f"{place}: {error.strerror or error}. Fix: {fix}") from error
     except ValueError as error:
         if "null byte" not in str(error) and "null character" not in str(error):
             raise
         raise UserError(f"{place!r}: holds a null byte. Fix: choose another path") from error
 
 
-def require_intact_zip(path: Path, option: str = "", make_error: Callable[[str], UserError] = UserError) -> None:
+def require_intact_zip(path: Path, option: str = "") -> None:
     """Raise if a zip file (a checkpoint, an .npz archive) is damaged: every member is read and its CRC compared.
 
-    Args:
-        path: The file.
-        option: The option that names it, for the message.
-        make_error: Makes the exception of a line.
+    ``option`` names it in the message.
 
     Raises:
         UserError: It is not a zip file, is truncated, or a member's bytes have another checksum than was stored.
     """
     place = f"{option} {path}" if option else str(path)
-    try:
-        with (
-            explained(path, option),
-            undamaged(f"{place}: is damaged", "copy it again, or give an earlier one"),
-            zipfile.ZipFile(path) as archive,
-        ):
-            for member in zip_members(archive):
-                with archive.open(member) as content:
-                    while content.read(PIECE):
-                        pass
-    except UserError as error:
-        raise make_error(str(error)) from error
+    with (
+        explained(path, option),
+        undamaged(f"{place}: is damaged", "copy it again, or give an earlier one"),
+        zipfile.ZipFile(path) as archive,
+    ):
+        for member in zip_members(archive):
+            with archive.open(member) as content:
+                while content.read(PIECE):
+                    pass
 
 
 def zip_members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """Return the members of a zip file, of which damage to its directory would hide some.
+    """Return the members of a zip file.
 
     Raises:
-        zipfile.BadZipFile: The first is not where the file begins, or there is none.
+        zipfile.BadZipFile: None of them is where the file begins, so its directory is damaged and hides some.
     """
     members = archive.infolist()
     if min((member.header_offset for member in members), default=-1):
@@ -266,11 +259,11 @@ def zip_members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 
 @contextmanager
 def undamaged(problem: str, fix: str) -> Iterator[None]:
-    """Raise whatever a reader of a binary format raises on damaged bytes as one line.
+    """Raise the error of a reader on a damaged file as one line.
 
     Args:
-        problem: What can't be read.
-        fix: What to do about it.
+        problem: The file and what is wrong with it.
+        fix: The fix.
 
     Raises:
         UserError: In place of the reader's error; those of the system and of memory stay.
@@ -291,7 +284,7 @@ def require_plain_yaml(text: str, place: str) -> None:
 
     Args:
         text: The YAML, which is not loaded. A text that is not YAML passes: its reader raises.
-        place: Where it stands, for the message.
+        place: Its place, for the message.
 
     Raises:
         UserError: It does.
@@ -304,6 +297,7 @@ def require_plain_yaml(text: str, place: str) -> None:
 
     anchors: dict[str, int] = {}
     inside: list[tuple[str | None, int]] = [(None, 0)]  # of each open collection its anchor, and its values so far
+    limit = max(MOST_VALUES, len(text))
     deep = f"{place}: is nested more than {DEEPEST_YAML} deep. Fix: write it flatter"
     try:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
@@ -321,11 +315,9 @@ def require_plain_yaml(text: str, place: str) -> None:
             if anchor and values:
                 anchors[anchor] = values
             inside[-1] = inside[-1][0], inside[-1][1] + values
-            if inside[-1][1] > max(MOST_VALUES, len(text)):
-                raise UserError(
-                    f"{place}: its {len(text)} characters expand to more than {max(MOST_VALUES, len(text))} values by "
-                    "aliases. Fix: write them out, or repeat less"
-                )
+            if inside[-1][1] > limit:
+                place = f"{place}: its {len(text)} characters"
+                raise UserError(f"{place} expand to more than {limit} values by aliases. Fix: repeat less")
     except yaml.YAMLError as error:
         if "nesting depth" in str(error):
             raise UserError(deep) from None
@@ -336,8 +328,8 @@ def require_size(path: Path, needed: int, max_gb: float, option: str = "--data.m
 
     Args:
         path: The file.
-        needed: Bytes that its content takes, by what the file says.
-        max_gb: Gigabytes that are granted to any file; a large one gets 16 times its size.
+        needed: Bytes that its content takes, as the file declares.
+        max_gb: Gigabytes that any file may take; a large one may take 16 times its size.
         option: The option that sets them, for the message.
 
     Raises:
@@ -351,25 +343,8 @@ def require_size(path: Path, needed: int, max_gb: float, option: str = "--data.m
         )
 
 
-def _fix(error: OSError) -> str:
-    fixes = {
-        errno.ENOSPC: "free some space, or choose a folder on another disk",
-        errno.EDQUOT: "free some of your quota, or choose another folder",
-        errno.EACCES: "give yourself permission, or choose another path",
-        errno.EPERM: "give yourself permission, or choose another path",
-        errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
-        errno.EROFS: "choose a folder that can be written to",
-        errno.ENOENT: "check the path; the folder may have been deleted",
-        errno.EISDIR: "remove the folder of that name, or choose another path",
-        errno.ENOTDIR: "remove the file that stands in place of a folder, or choose another path",
-        errno.EEXIST: "remove the file that stands in place of a folder, or choose another path",
-        errno.ENAMETOOLONG: "choose a shorter path",
-    }
-    return fixes.get(error.errno or 0, "check the disk and the path")
-
-
-def _prepared(path: Path, stack: ExitStack) -> Path:
-    """Return a temporary path beside a file, in a folder that is made; the stack removes what is left of it."""
+def _new_temporary(path: Path, stack: ExitStack) -> Path:
+    """Return a temporary path beside a file, in a folder that is made; the stack removes a file that remains there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -378,25 +353,29 @@ def _prepared(path: Path, stack: ExitStack) -> Path:
     return temporary
 
 
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
 def _replace(files: Mapping[Path, Path]) -> None:
-    """Move temporary files to their places, and flush the folders."""
     for temporary in files:
         flush(temporary)
     for temporary, path in files.items():
-        _sweep(temporary, path)
+        _sweep(temporary)
         temporary.replace(path)
     for folder in {path.parent for path in files.values()}:
         with suppress(OSError):  # not every file system flushes folders
             flush(folder)
 
 
-def _sweep(temporary: Path, path: Path) -> None:
+def _sweep(temporary: Path) -> None:
     """Remove temporary files of the same target that a killed process left long ago."""
-    now, start = temporary.stat().st_mtime, f".{path.name[:LONGEST_NAME]}."
-    with os.scandir(path.parent) as entries:
-        old = [entry for entry in entries if entry.name.startswith(start) and entry.name.endswith(".part")]
+    now, prefix = temporary.stat().st_mtime, f"{temporary.name.rsplit('.', 2)[0]}."
+    with os.scandir(temporary.parent) as entries:
+        old = [entry for entry in entries if entry.name.startswith(prefix) and entry.name.endswith(".part")]
     for entry in old:
-        with suppress(OSError):  # another process did
+        with suppress(OSError):  # another process has removed it
             if now - entry.stat().st_mtime > ABANDONED:
                 Path(entry.path).unlink()
 
@@ -408,8 +387,3 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink(missing_ok=True)

@@ -15,17 +15,17 @@ from vrnn_lightning.files import explained
 __all__ = ["FolderLock"]
 
 HEARTBEAT, STALE = 10.0, 60.0
-"""Seconds between two touches of a lock, and without one after which it counts as left behind."""
+"""Seconds between two touches of a lock file, and the age from which on its process counts as dead."""
 
 
 class FolderLock:
     """Keeps a folder to one process at a time, by a lock of the operating system that ends with its process.
 
-    On file systems without such locks (some network file systems) the lock is a file that names host and process and
-    is touched every few seconds; it counts as left behind once it is not.
+    On file systems without such locks (some network file systems) the lock is a file that names host and process. Its
+    process touches it every few seconds, and counts as dead where it does not.
 
     Args:
-        folder: The folder; a file ``.lock`` in it is what is locked.
+        folder: The folder, in which a file ``.lock`` is locked.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,7 +53,7 @@ class FolderLock:
                     fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except (BlockingIOError, PermissionError):
                     os.close(handle)
-                    raise self._taken(self.file) from None
+                    raise self._taken_error(self.file) from None
                 except OSError:  # no locks on this file system
                     os.close(handle)
                     self._acquire_by_heartbeat()
@@ -80,7 +80,7 @@ class FolderLock:
     def _owner() -> bytes:
         return f"{socket.gethostname()} process {os.getpid()}".encode()
 
-    def _taken(self, file: Path) -> UserError:
+    def _taken_error(self, file: Path) -> UserError:
         owner = ""
         with suppress(OSError):
             owner = f" ({file.read_text(errors='replace')})"
@@ -93,18 +93,17 @@ class FolderLock:
         file = self.file.with_suffix(".owner")
         for _ in range(2):
             try:
-                handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+                with file.open("xb") as new:
+                    new.write(self._owner())
             except FileExistsError:
                 if self._is_alive(file):
-                    raise self._taken(file) from None
+                    raise self._taken_error(file) from None
                 file.unlink(missing_ok=True)
             else:
-                os.write(handle, self._owner())
-                os.close(handle)
                 self._ended = threading.Event()
                 threading.Thread(target=self._touch, args=(file, self._ended), daemon=True).start()
                 return
-        raise self._taken(file)
+        raise self._taken_error(file)
 
     def _is_alive(self, file: Path) -> bool:
         """Return whether the process that a lock names may still run."""
@@ -117,7 +116,7 @@ class FolderLock:
                 os.kill(int(process), 0)
         except (FileNotFoundError, ProcessLookupError):
             return False
-        except PermissionError:
+        except PermissionError:  # another user's process or file
             return True
         return True
 
