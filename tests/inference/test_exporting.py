@@ -10,10 +10,11 @@ import torch
 from torch.distributions import Distribution
 from torch.nn.utils import prune
 
-from vrnn_lightning import VRNNLightningModule, exporting
+from vrnn_lightning import VRNNLightningModule
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.exporting import _lgamma, _softplus
 from vrnn_lightning.heads import Bernoulli, GaussianMixture, MuLaw, Pen, Poisson, StudentT
+from vrnn_lightning.inference import exporting
+from vrnn_lightning.inference.exporting import _lgamma, _softplus
 
 TORCH = {
     "no latent": {"latent_size": 0, "emission": StudentT, "num_inputs": 1, "cell": "lstm"},
