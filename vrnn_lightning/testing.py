@@ -1,4 +1,4 @@
-"""What every datamodule promises, as checks to run over your own.
+"""The promises of every datamodule, as checks to run over your own.
 
 In a test file of yours, one test per promise::
 
@@ -13,8 +13,8 @@ In a test file of yours, one test per promise::
         check(lambda: Walks(size=20))
 
 or all of them at once with ``check_datamodule(lambda: Walks(size=20))``. Give it little data: the checks read it many
-times. Each needs a fresh datamodule, whose ``batch_size`` and ``num_workers`` they set. What a promise does not concern
-is skipped: of a LightningDataModule that is not a SequenceDataModule, only its batches, shape and scaler are checked.
+times. Each needs a fresh datamodule, whose ``batch_size`` and ``num_workers`` they set. A LightningDataModule that is
+not a SequenceDataModule is checked for its batches, shape and scaler alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import pickle
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, get_args
 from unittest import SkipTest
@@ -83,27 +84,33 @@ def _names(datamodule: SequenceDataModule, split: Split) -> list[str]:
     return [s.name for s in _sequences(datamodule, split)]
 
 
-def _starts(batch: SequenceBatch) -> list[int]:
-    return [0] * len(batch) if batch.start is None else batch.start.tolist()
+def _pieces(batch: SequenceBatch) -> list[tuple[str, int, Tensor]]:
+    """Return for each row the name of its sequence, its first step and its real values."""
+    assert batch.names is not None
+    starts = [0] * len(batch) if batch.start is None else batch.start.tolist()
+    rows = zip(batch.names, starts, batch.lengths.tolist(), batch.x, strict=True)
+    return [(name, start, x[:length]) for name, start, length, x in rows]
 
 
-def _equal(one: SequenceBatch, other: SequenceBatch) -> None:
+def _require_equal(one: SequenceBatch, other: SequenceBatch, where: str = "batches that must be equal") -> None:
     for field, value in vars(one).items():
         twin = getattr(other, field)
-        same = torch.equal(value, twin) if isinstance(value, Tensor) else value == twin
-        assert same, f"{field} differs between batches that must be equal"
+        both = isinstance(value, Tensor) and isinstance(twin, Tensor)
+        assert torch.equal(value, twin) if both else value is twin or value == twin, f"{where}: {field} differs"
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and value >= least
 
 
 def knows_its_shape_before_setup(make: Make) -> None:
     """``num_features`` and ``modality`` are there right after construction, for the model is built from them."""
     datamodule: Any = make()
-    features = datamodule.num_features
-    assert isinstance(features, int), f"num_features is {features!r}, expected a whole number"
-    assert features >= 1, f"num_features is {features}"
-    assert datamodule.modality in get_args(Modality), f"modality is {datamodule.modality!r}, expected one of {Modality}"
+    features, modality = datamodule.num_features, datamodule.modality
+    assert _is_whole(features, 1), f"num_features is {features!r}, expected a whole number from 1"
+    assert modality in get_args(Modality), f"modality is {modality!r}, expected one of {Modality}"
     inputs, missing = getattr(datamodule, "num_inputs", 0), getattr(datamodule, "missing", False)
-    assert isinstance(inputs, int), f"num_inputs is {inputs!r}, expected a whole number"
-    assert inputs >= 0, f"num_inputs is {inputs}"
+    assert _is_whole(inputs, 0), f"num_inputs is {inputs!r}, expected a whole number from 0"
     assert isinstance(missing, bool), f"missing is {missing!r}, expected True or False"
 
 
@@ -127,8 +134,7 @@ def scaler_is_affine(make: Make) -> None:
     a, b = torch.randn(2, 3, 5, datamodule.num_features, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(scaler.unscale(scaler.scale(a)), a)
     torch.testing.assert_close(scaler.scale((a + b) / 2), (scaler.scale(a) + scaler.scale(b)) / 2)
-    assert (scaler.std > 0).all(), f"the scaler's std is {scaler.std}"
-    assert torch.isfinite(scaler.std).all(), f"the scaler's std is {scaler.std}"
+    assert ((scaler.std > 0) & scaler.std.isfinite()).all(), f"the scaler's std is {scaler.std}"
     assert torch.isfinite(scaler.mean).all(), f"the scaler's mean is {scaler.mean}"
 
 
@@ -141,32 +147,32 @@ def yields_padded_batches(make: Make) -> None:
     datamodule.setup("test")
     for split in SPLITS:
         for batch in getattr(datamodule, f"{split}_dataloader")():
-            _well_formed(batch, datamodule)
+            assert isinstance(batch, SequenceBatch), f"a loader yields {type(batch).__name__}, expected SequenceBatch"
+            _require_well_formed(batch, datamodule)
 
 
-def _well_formed(batch: SequenceBatch, datamodule: Any) -> None:
-    assert isinstance(batch, SequenceBatch), f"a loader yields {type(batch).__name__}, expected SequenceBatch"
+def _require_well_formed(batch: SequenceBatch, datamodule: Any) -> None:
     size, steps, width = batch.x.shape
+    kinds = {"x": torch.float32, "lengths": torch.int64, "observed": torch.bool, "inputs": torch.float32}
+    for field, kind in kinds.items():
+        values = getattr(batch, field)
+        assert values is None or values.dtype == kind, f"{field} is {values.dtype}, expected {kind}"
     assert width == datamodule.num_features, f"x has {width} features, num_features says {datamodule.num_features}"
-    assert batch.x.dtype == torch.float32, f"x is {batch.x.dtype}, expected float32"
-    assert batch.lengths.dtype == torch.int64, f"lengths is {batch.lengths.dtype}, expected int64"
     assert batch.lengths.shape == (size,), f"lengths has shape {tuple(batch.lengths.shape)}, expected ({size},)"
     assert 1 <= batch.lengths.max() <= steps, f"the longest length is {batch.lengths.max()} of {steps} steps"
     assert batch.x[~batch.mask].count_nonzero() == 0, "padding is not zero"
-    assert torch.isfinite(batch.x).all(), "x holds NaN or infinite values"
+    assert batch.x.isfinite().all(), "x holds NaN or infinite values"
     assert batch.names is None or len(batch.names) == size, f"{len(batch.names or [])} names for {size} sequences"
     if batch.observed is not None:
-        assert batch.observed.dtype == torch.bool, f"observed is {batch.observed.dtype}, expected bool"
         assert batch.observed.shape == batch.x.shape, "observed and x differ in shape"
         told = getattr(datamodule, "missing", False)
         assert told or batch.observed[batch.mask].all(), "missing is False, but values are; set self.missing = True"
-    covariates = getattr(datamodule, "num_inputs", 0)
-    if covariates:
-        assert batch.inputs is not None, f"num_inputs is {covariates}, but a batch has no inputs"
-        assert batch.inputs.shape[2] == covariates, f"{batch.inputs.shape[2]} inputs, num_inputs says {covariates}"
-        assert torch.isfinite(batch.inputs).all(), "inputs holds NaN or infinite values"
+    promised = getattr(datamodule, "num_inputs", 0)
+    assert batch.inputs is not None or not promised, f"num_inputs is {promised}, but a batch has no inputs"
     if batch.inputs is not None:
-        assert batch.inputs.dtype == torch.float32, f"inputs is {batch.inputs.dtype}, expected float32"
+        width = batch.inputs.shape[2]
+        assert width == promised or not promised, f"{width} inputs, num_inputs says {promised}"
+        assert batch.inputs.isfinite().all() or not promised, "inputs holds NaN or infinite values"
         assert batch.inputs.shape[:2] == (size, steps), "inputs and x differ in shape"
         assert batch.inputs[~batch.mask].count_nonzero() == 0, "inputs are not zero in the padding"
 
@@ -185,18 +191,15 @@ def reads_every_sequence_once(make: Make) -> None:
     datamodule = _ready(make, batch_size=2)
     for split in SPLITS:
         sequences, lengths = _sequences(datamodule, split), list(datamodule.lengths(split))
-        found = [len(s.x) for s in sequences]
-        assert lengths == found, f"lengths({split!r}) says {lengths[:8]}, ..., but there are {found[:8]}, ..."
+        actual = [len(s.x) for s in sequences]
+        assert lengths == actual, f"lengths({split!r}) says {lengths[:8]}, ..., but there are {actual[:8]}, ..."
         names = [s.name or f"sequence {i}" for i, s in enumerate(sequences)]
         twice = [name for name, count in Counter(names).items() if count > 1]
         assert not twice, f"several sequences of {split} are called {twice[0]!r}; noise is drawn by name"
-        read: Counter[tuple[str, int]] = Counter()
-        for batch in _loader(datamodule, split):
-            assert batch.names is not None
-            for name, start, length in zip(batch.names, _starts(batch), batch.lengths.tolist(), strict=True):
-                read.update((name, start + t) for t in range(length))
-        wanted = Counter((name, t) for name, length in zip(names, lengths, strict=True) for t in range(length))
-        assert read == wanted, f"an epoch of {split} does not read every step exactly once"
+        pieces = [piece for batch in _loader(datamodule, split) for piece in _pieces(batch)]
+        read = Counter((name, start + t) for name, start, x in pieces for t in range(len(x)))
+        every = Counter((name, t) for name, length in zip(names, lengths, strict=True) for t in range(length))
+        assert read == every, f"an epoch of {split} does not read every step exactly once"
 
 
 def reads_windows_as_parts_of_the_whole(make: Make) -> None:
@@ -207,20 +210,13 @@ def reads_windows_as_parts_of_the_whole(make: Make) -> None:
         length = datamodule.lengths(split)[0]
         whole = dataset[[0]]
         for first, last in {(0, length), (0, 1), (length // 2, length), (length - 1, length)}:
-            where = f"steps {first} to {last} of {split} 0"
             batch, expected = dataset[[Window(0, first, last, False)]], whole.window(first, last)
-            assert batch.names == expected.names, f"{where}: names differ from the whole sequence's"
-            assert torch.equal(batch.lengths, expected.lengths), f"{where}: {batch.lengths.item()} steps"
-            assert batch.start is not None
-            assert expected.start is not None
-            assert torch.equal(batch.start, expected.start), where
             assert batch.reset is not None
-            assert batch.reset.tolist() == [False], where
-            assert torch.equal(batch.valid_mask, expected.valid_mask), f"{where}: observed differs"
+            assert batch.reset.tolist() == [False]
             torch.testing.assert_close(batch.x, expected.x, rtol=1e-5, atol=1e-5)
-            inputs, wanted = batch.inputs, expected.inputs
-            assert (inputs is None) == (wanted is None), f"{where}: inputs are there and not there"
-            assert inputs is None or wanted is None or torch.equal(inputs, wanted), f"{where}: inputs differ"
+            batch = replace(batch, x=expected.x, observed=batch.valid_mask, reset=expected.reset)
+            expected = replace(expected, observed=expected.valid_mask)
+            _require_equal(batch, expected, f"steps {first} to {last} of {split} 0")
 
 
 def streams_carry_on(make: Make) -> None:
@@ -270,25 +266,22 @@ def _batches_of(make: Make, split: Split, size: int, processes: int, rank: int) 
     """Return which sequences one of several processes sees in each step, as its own loader has them."""
     datamodule = _ready(make, batch_size=size)
     datamodule.window = None  # whole sequences, a number each
-    root_device = torch.device("cpu")
-    trainer: Any = SimpleNamespace(
-        world_size=processes, global_rank=rank, strategy=SimpleNamespace(root_device=root_device)
-    )
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer: Any = SimpleNamespace(world_size=processes, global_rank=rank, strategy=strategy)
     datamodule.trainer = trainer
-    items: Any = _loader(datamodule, split).sampler
-    return [list(numbers) for numbers in items]
+    batches: Any = _loader(datamodule, split).sampler
+    return [list(numbers) for numbers in batches]
 
 
 def orders_by_seed_and_epoch(make: Make) -> None:
     """Each epoch of training has an order of its own, the same whenever it is asked for; others have one order."""
 
     def orders(split: Split) -> list[list[Any]]:
-        loader = _loader(_ready(make, batch_size=1), split)
-        found = []
+        loader, epochs = _loader(_ready(make, batch_size=1), split), []
         for epoch in range(6):
             loader.sampler.set_epoch(epoch)
-            found.append([item for items in loader.sampler for item in items])
-        return found
+            epochs.append([item for items in loader.sampler for item in items])
+        return epochs
 
     train = orders("train")
     assert train == orders("train"), "two datamodules of one seed differ in the order of training"
@@ -299,49 +292,40 @@ def orders_by_seed_and_epoch(make: Make) -> None:
 
 def goes_on_in_the_middle_of_an_epoch(make: Make) -> None:
     """A loader that is given another one's state yields what was left of its epoch."""
-    whole = list(_ready(make, batch_size=2).train_dataloader())
-    stopped = _ready(make, batch_size=2).train_dataloader()
-    batches = iter(stopped)
+    uninterrupted, stopped, resumed = (_ready(make, batch_size=2).train_dataloader() for _ in range(3))
+    whole, batches = list(uninterrupted), iter(stopped)
     for _ in range(len(whole) // 2):
         next(batches)
-    resumed = _ready(make, batch_size=2).train_dataloader()
     resumed.load_state_dict(stopped.state_dict())
-    rest = list(resumed)
-    assert len(rest) == len(whole) - len(whole) // 2, "a resumed epoch is too long or too short"
-    for one, other in zip(whole[len(whole) // 2 :], rest, strict=True):
-        _equal(one, other)
+    expected, rest = whole[len(whole) // 2 :], list(resumed)
+    assert len(rest) == len(expected), "a resumed epoch is too long or too short"
+    for one, other in zip(expected, rest, strict=True):
+        _require_equal(one, other)
 
 
 def changes_with_the_epoch_alone(make: Make) -> None:
     """Sequences of training that are redrawn every epoch keep names and lengths; others never change."""
     datamodule = _ready(make, batch_size=3)
     loader = datamodule.train_dataloader()
-    changes = isinstance(datamodule.split("train"), ChangingSequences)
-    found: list[dict[Any, Tensor]] = []
+    epochs = []
     for epoch in (0, 2, 0):
-        read: dict[Any, Tensor] = {}
         loader.sampler.set_epoch(epoch)
-        for batch in loader:
-            assert batch.names is not None
-            places = zip(batch.names, _starts(batch), batch.lengths.tolist(), batch.x, strict=True)
-            read |= {(name, start, n): x[:n] for name, start, n, x in places if n}
-        found.append(read)
-    first, second, again = found
-    both = first.keys() & second.keys()
+        pieces = [piece for batch in loader for piece in _pieces(batch)]
+        epochs.append({(name, start, len(x)): x for name, start, x in pieces if len(x)})
+    first, second, again = epochs
     assert all(torch.equal(first[place], again[place]) for place in first), "an epoch read again differs"
-    if not changes:
-        assert all(torch.equal(first[place], second[place]) for place in both), (
-            "sequences change between epochs; define in_epoch(epoch) so that a resume reads the same"
-        )
+    is_same = all(torch.equal(first[place], second[place]) for place in first.keys() & second.keys())
+    changing = datamodule.split("train")
+    if not isinstance(changing, ChangingSequences):
+        assert is_same, "sequences change between epochs; define in_epoch(epoch) so that a resume reads the same"
         return
     for split in SPLITS[1:]:
-        assert not isinstance(datamodule.split(split), ChangingSequences), "what is measured on must not change"
-    changing: Any = datamodule.split("train")
-    sequences = changing.in_epoch(1)
-    drawn = [sequences[i] for i in range(len(sequences))]
-    assert [s.name for s in drawn] == _names(datamodule, "train"), "in_epoch changes names or their order"
-    assert [len(s.x) for s in drawn] == list(datamodule.lengths("train")), "in_epoch changes lengths"
-    assert any(not torch.equal(first[place], second[place]) for place in both), "in_epoch changes nothing"
+        assert not isinstance(datamodule.split(split), ChangingSequences), f"sequences of {split} must not change"
+    redrawn = changing.in_epoch(1)
+    sequences = [redrawn[i] for i in range(len(redrawn))]
+    assert [s.name for s in sequences] == _names(datamodule, "train"), "in_epoch changes names or their order"
+    assert [len(s.x) for s in sequences] == list(datamodule.lengths("train")), "in_epoch changes lengths"
+    assert not is_same, "in_epoch changes nothing"
 
 
 def survives_a_checkpoint(make: Make) -> None:
@@ -371,8 +355,8 @@ def keeps_the_splits_apart(make: Make) -> None:
     for i, split in enumerate(SPLITS):
         for other in SPLITS[:i]:
             assert not names[split] & names[other], f"{split} and {other} share sequences"
-            held = set(values[other])
-            alike = sum(x in held for x in values[split])
+            others = set(values[other])
+            alike = sum(x in others for x in values[split])
             assert 2 * alike < len(values[split]), f"{alike} sequences of {split} are in {other} as well"
 
 
@@ -384,15 +368,15 @@ def reads_alike_in_processes(make: Make) -> None:
         for loader in (here, there):
             loader.sampler.set_epoch(epoch)
         for one, other in zip(here, there, strict=True):
-            _equal(one, other)
+            _require_equal(one, other)
     there.close()
 
 
 def pickles(make: Make) -> None:
-    """What is read from can travel to a process."""
+    """Sequences can travel to a process."""
     dataset = _ready(make).train_dataloader().dataset
     travelled = pickle.loads(pickle.dumps(dataset))  # its own dump, as a reading process gets it
-    _equal(travelled[[0]], dataset[[0]])
+    _require_equal(travelled[[0]], dataset[[0]])
 
 
 def pads_a_process_without_data(make: Make) -> None:
