@@ -134,14 +134,7 @@ class Pretrained:
 
 
 def require_model(source: object, made: type, given: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Raise a :class:`UserError` if a checkpoint's options do not fit its weights, before memory is taken for a model.
-
-    Args:
-        source: The file, for messages.
-        made: The model's class.
-        given: Its arguments.
-        weights: Its ``state_dict``.
-    """
+    """Raise a :class:`UserError` if a checkpoint's options do not fit its weights, before a model takes memory."""
     _require_options(source, made, given, is_training=True)
     declared = _declare_weights(source, made, given, weights)
     for name in declared.keys() & weights.keys():

@@ -39,11 +39,7 @@ def evaluating(model: VRNN, seed: int | None) -> Iterator[None]:
 
 
 def make_batch(model: VRNN, scaler: Scaler, sequences: Given, inputs: Given | None) -> SequenceBatch:
-    """Return sequences as a batch in scaled units, on the model's device.
-
-    Raises:
-        UserError: There is no sequence, or one has another shape or infinite values, or they lack covariates.
-    """
+    """Return sequences as a batch in scaled units, on the model's device."""
     like = model.input_mean
     if isinstance(sequences, SequenceBatch):
         batch = sequences

@@ -24,13 +24,7 @@ MIN_EFFECTIVE = 32
 
 
 class Imputer:
-    """Particles that follow sequences with gaps, and remember their draws.
-
-    Args:
-        model: The networks.
-        batch: Sequences in scaled units.
-        particles: Particles per sequence, K.
-    """
+    """Particles that follow sequences with gaps, in scaled units, and remember their draws."""
 
     def __init__(self, model: VRNN, batch: SequenceBatch, particles: int) -> None:
         self.particles, self.batch = particles, model.mask_invalid(batch)

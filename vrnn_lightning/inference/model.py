@@ -43,8 +43,9 @@ class Encoding(NamedTuple):
 class Inference:
     """Methods of a model with a VRNN and a scaler; each leaves the model in the mode that it was in.
 
-    Sequences are given as :data:`~vrnn_lightning.inference.Given` describes. ``seed`` makes a call repeatable and
-    leaves torch's generators as they were; ``None`` draws from them.
+    ``sequences`` are at least one, as :data:`~vrnn_lightning.inference.Given` describes, and ``inputs`` their
+    covariates, for a model that reads them. ``seed`` makes a call repeatable and leaves torch's generators as they
+    were; ``None`` draws from them. Results are in data units.
     """
 
     vrnn: VRNN
@@ -62,7 +63,7 @@ class Inference:
         inputs: Tensor | None = None,
         seed: int | None = None,
     ) -> Tensor:
-        """Draw sequences from the model.
+        """Draw sequences from the model, in data units, shape (count, steps, features).
 
         Args:
             count: Number of sequences.
@@ -70,9 +71,6 @@ class Inference:
             temperature: Temperature of the emission; below 1 for the more likely frames.
             inputs: Covariates, shape (count, steps, covariates), for a model that reads them.
             seed: Seed of the draws.
-
-        Returns:
-            Data units, shape (count, steps, features).
 
         Raises:
             UserError: No sequences or steps, or not the covariates that the model reads.
@@ -82,16 +80,7 @@ class Inference:
             return self.scaler.unscale(self.vrnn.generate(steps, count, inputs=inputs, temperature=temperature).x)
 
     def reconstruct(self, sequences: Given, inputs: Given | None = None, seed: int | None = None) -> list[Tensor]:
-        """Return the emission's mean at each step, with the latents inferred from the sequence itself.
-
-        Args:
-            sequences: At least one.
-            inputs: Their covariates, for a model that reads them.
-            seed: Seed of the latents.
-
-        Returns:
-            For each sequence, data units, shape (time, features).
-        """
+        """Return the emission's mean at each step of each sequence, shape (time, features), with inferred latents."""
         with evaluating(self.vrnn, seed):
             batch = make_batch(self.vrnn, self.scaler, sequences, inputs)
             (mean,), _ = self.vrnn.collect(batch, make_noise(batch, seed), lambda trace: (trace.emission.mean,))
@@ -100,17 +89,13 @@ class Inference:
     def score(
         self, sequences: Given, samples: int = 1, inputs: Given | None = None, seed: int | None = None
     ) -> list[Tensor]:
-        """Return what each step adds to a lower bound on the sequence's log-likelihood.
+        """Return the terms of a lower bound on each sequence's log-likelihood in nats, shape (time,).
 
         Args:
             sequences: At least one.
-            samples: Particles: 1 for the terms of the ELBO, more for a particle filter's estimates of
-                log p(x_t | x_<t).
+            samples: Particles: 1 for the terms of the ELBO, more for a filter's estimates of log p(x_t | x_<t).
             inputs: Their covariates, for a model that reads them.
             seed: Seed of the draws.
-
-        Returns:
-            For each sequence, nats in data units, shape (time,).
 
         Raises:
             UserError: More than one particle of a model that smooths.
@@ -129,16 +114,7 @@ class Inference:
             return trim(nats - log_std(self.scaler, batch.valid_mask).to(nats), batch.lengths)
 
     def encode(self, sequences: Given, inputs: Given | None = None, seed: int | None = None) -> list[Encoding]:
-        """Return the posterior moments and the states of each sequence.
-
-        Args:
-            sequences: At least one.
-            inputs: Their covariates, for a model that reads them.
-            seed: Seed of the latents, which later moments depend on.
-
-        Returns:
-            One for each sequence; latent parts have width 0 without a latent.
-        """
+        """Return the posterior moments and the states of each sequence; the moments depend on the latents drawn."""
 
         def select(trace: Trace) -> tuple[Tensor, ...]:
             assert trace.hidden is not None
@@ -155,16 +131,13 @@ class Inference:
             return [Encoding(*encoding) for encoding in zip(*parts, strict=True)]
 
     def decode(self, latents: Tensor, inputs: Tensor | None = None) -> Tensor:
-        """Return the frames of given latents: each is its emission's mean, which the model then continues from.
+        """Return the emission's mean, shape (batch, time, features), where each frame continues from the one before.
 
         Binary features (a Bernoulli's frame, a pen's lift) are rounded, as the model never read values between.
 
         Args:
             latents: z_1 to z_T, shape (batch, time, latent).
             inputs: Covariates, shape (batch, time, covariates), for a model that reads them.
-
-        Returns:
-            Data units, shape (batch, time, features).
 
         Raises:
             UserError: The model has no latent, or one of another width; or not the covariates that it reads.
@@ -197,7 +170,7 @@ class Inference:
         future_inputs: Tensor | None = None,
         seed: int | None = None,
     ) -> Tensor:
-        """Draw how sequences may continue.
+        """Draw paths that continue sequences, shape (samples, batch, steps, features).
 
         Particles follow each prefix, weighted by how well they explain it; paths continue from particles that are drawn
         by their weights at its end.
@@ -210,9 +183,6 @@ class Inference:
             inputs: Covariates of the prefixes, for a model that reads them.
             future_inputs: Covariates of the paths, shape (batch, steps, covariates).
             seed: Seed of the draws.
-
-        Returns:
-            Paths in data units, shape (samples, batch, steps, features).
 
         Raises:
             UserError: No steps or samples, an empty prefix, or not the covariates that the model reads.
@@ -234,7 +204,7 @@ class Inference:
         inputs: Given | None = None,
         seed: int | None = None,
     ) -> Iterator[Tensor]:
-        """Forecast from several origins within sequences; each forecast knows only the steps before its origin.
+        """Forecast from each origin within sequences, given only the steps before it; paths as in :meth:`forecast`.
 
         With a seed the paths are those that :meth:`forecast` draws from these steps alone, but the particles follow
         the sequences only once. A smoothing model, which reads a sequence from its end, starts again for each origin.
@@ -247,9 +217,6 @@ class Inference:
             temperature: Temperature of the emission.
             inputs: Covariates of the sequences to the last forecast's end, for a model that reads them.
             seed: Seed of the draws.
-
-        Returns:
-            For each origin in turn, paths in data units, shape (samples, batch, steps, features).
 
         Raises:
             UserError: No steps or samples, origins out of order or range, or not the covariates that the model reads.
@@ -290,7 +257,7 @@ class Inference:
         inputs: Given | None = None,
         seed: int | None = None,
     ) -> list[Tensor]:
-        r"""Draw missing values, given all observed ones.
+        r"""Draw missing values of each sequence, given all observed ones: shape (samples, time, features).
 
         A particle filter: :math:`z_t` comes from the posterior where a step has data and from the prior where it has
         none, the missing part of :math:`x_t` from the emission given the observed part, which alone counts for the
@@ -310,9 +277,6 @@ class Inference:
             lag: Steps behind a gap, at most.
             inputs: Covariates, for a model that reads them.
             seed: Seed of the draws.
-
-        Returns:
-            For each sequence, data units, shape (samples, time, features); observed values stay as they were.
 
         Raises:
             UserError: No samples, fewer particles, or a frame that is partly missing under an emission that can't be

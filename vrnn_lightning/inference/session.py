@@ -82,26 +82,16 @@ class Predictive(Distribution):
         return self._average(self.components.variance + around) * self._scaler.std.to(each).square()
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-likelihood of frames, without values that are NaN.
-
-        Args:
-            value: Frames, shape (..., batch, features).
-
-        Returns:
-            Nats in data units, shape (..., batch).
-        """
+        """Return the log-likelihood of frames, shape (..., batch, features), without values that are NaN."""
         missing = value.isnan()
         return self.marginal_log_prob(value, ~missing if missing.any() else None)
 
     def marginal_log_prob(self, value: Tensor, observed: Tensor | None) -> Tensor:
-        """Return the log-likelihood of the observed features alone.
+        """Return the log-likelihood of the observed features in nats and data units, shape (..., batch).
 
         Args:
             value: Frames, shape (..., batch, features); values at unobserved features are ignored.
             observed: True where a feature was measured, shape (..., batch, features); ``None`` for everywhere.
-
-        Returns:
-            Nats in data units, shape (..., batch).
         """
         scaled = self._scaler.scale(value.double()).to(self._features)
         each = log_prob(self.components, scaled[..., None, :], None if observed is None else observed[..., None, :])
@@ -169,16 +159,15 @@ class Step:
     def forecast(
         self, steps: int = 1, samples: int = 100, temperature: float = 1.0, inputs: Tensor | None = None
     ) -> Tensor:
-        """Draw how the sequences may continue, each path from a particle drawn by the weights.
+        """Draw paths that continue the sequences, in data units, shape (samples, batch, steps, features).
+
+        Each path starts from a particle drawn by its weight.
 
         Args:
             steps: Length of a path.
             samples: Paths of each sequence.
             temperature: Temperature of the emission.
             inputs: Covariates of the paths, shape (batch, steps, covariates), if the model reads any.
-
-        Returns:
-            Data units, shape (samples, batch, steps, features).
 
         Raises:
             UserError: No steps or samples, or not the covariates that the model reads.
@@ -224,16 +213,13 @@ class Session:
     def step(
         self, x: Tensor, observed: Tensor | None = None, inputs: Tensor | None = None, noise: Tensor | None = None
     ) -> Step:
-        """Take the next frame of each sequence.
+        """Take the next frame of each sequence; return its score and the distribution of the next frame.
 
         Args:
             x: Frames in data units, shape (batch, features).
             observed: True at measured values, shape (batch, features); where x is not NaN if not given.
             inputs: Covariates, shape (batch, covariates), if the model reads any.
             noise: Standard normal noise, shape (samples * batch, latent); drawn if not given.
-
-        Returns:
-            The frame's score, ``nats``, and the distribution of the next frame, ``next()``.
 
         Raises:
             UserError: A tensor is missing or has another shape, or a measured value is not a number.
@@ -243,17 +229,15 @@ class Session:
         x = x.to(model.input_mean.device)
         if observed is not None and observed.dtype != torch.bool:
             raise UserError(f"observed: is of {observed.dtype}, and must be bool: True where a value was measured")
-        valid = torch.ones_like(x, dtype=torch.bool) if observed is None else observed.to(x.device)
         if model.num_inputs and inputs is not None and not inputs.isfinite().all():
             raise UserError("inputs: holds a value that is not a number")
+        observed = None if observed is None else observed.to(x.device)
         if not x.sum().isfinite():
-            if observed is None:
-                observed = valid = ~x.isnan()
-            require_shape("observed", valid, *x.shape)
-            if not x[valid].isfinite().all():
-                raise UserError("x: holds a value that is not a number; fix it, or let NaN say that it is missing")
-        scaled = self._scaler.scale(x.double())
-        nats = self._stream.step(scaled, None if observed is None else valid, inputs, noise)
-        jacobian = self._jacobian if observed is None else log_std(self._scaler, valid)
+            observed = ~x.isnan() if observed is None else observed
+            require_shape("observed", observed, *x.shape)
+            if not x[observed].isfinite().all():
+                raise UserError("x: holds a value that is not a number. Fix: correct it, or give NaN if it is missing")
+        nats = self._stream.step(self._scaler.scale(x.double()), observed, inputs, noise)
+        jacobian = self._jacobian if observed is None else log_std(self._scaler, observed)
         self._nats = nats - jacobian.to(nats)
         return self.now
