@@ -79,14 +79,9 @@ class Pretrained:
         options, weights = _read_options(config), current_weights(_read_weights(source))
         _require_options(config, cls, options)
         given = Gate.of_call(config, trust).build(cls, options)
-        declared = _declare_weights(config, cls, given, weights)
-        for name in [*declared, *weights]:
-            there, here = (_describe(part.get(name)) for part in (weights, declared))
-            if there != here:
-                difference = f"{name}: {there} and {here}"
-                raise UserError(f"{folder}: {WEIGHTS} and {CONFIG} are of different models ({difference})")
+        require_model(folder, cls, given, weights, is_exact=True)
         require_numbers(source, weights)
-        module = _make(config, cls, given)
+        module = _make(folder, cls, given)
         dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
         module.to(max(dtypes, key=lambda dtype: torch.finfo(dtype).bits))
         module.load_state_dict(weights)
@@ -133,14 +128,16 @@ class Pretrained:
         return cast("Self", module.to(device))
 
 
-def require_model(source: object, made: type, given: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Raise a :class:`UserError` if a checkpoint's options do not fit its weights, before a model takes memory."""
+def require_model(
+    source: object, made: type, given: Mapping[str, Any], weights: Mapping[str, Tensor], *, is_exact: bool = False
+) -> None:
+    """Raise a :class:`UserError` if options do not fit the weights beside them, before a model takes memory."""
     _require_options(source, made, given, is_training=True)
     declared = _declare_weights(source, made, given, weights)
-    for name in declared.keys() & weights.keys():
-        there, here = tuple(weights[name].shape), tuple(declared[name].shape)
+    for name in [*declared, *weights] if is_exact else declared.keys() & weights.keys():
+        there, here = (_describe(part.get(name)) for part in (weights, declared))
         if there != here:
-            raise UserError(f"{source}: {name} has shape {there}, but the options make {here}; they do not fit")
+            raise UserError(f"{source}: {name} has {there}, but the options make {here}; they do not fit")
     size, stored = (sum(value.numel() for value in part.values()) for part in (declared, weights))
     if size > stored:
         raise UserError(f"{source}: the options make a model of {size} numbers, but it holds {stored}")
@@ -199,7 +196,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def _describe(value: Tensor | None) -> str:
     if value is None:
-        return "none"
+        return "no values"
     return f"shape {tuple(value.shape)} of {'floats' if value.is_floating_point() else value.dtype}"
 
 
