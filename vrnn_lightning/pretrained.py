@@ -49,13 +49,13 @@ class Pretrained:
         weights = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
         altered = next((name for name in weights if name.endswith("_orig") or "parametrizations" in name), None)
         if altered is not None:
-            raise UserError(f"{altered}: is of a pruned or parametrised layer; make it permanent first (prune.remove)")
+            raise UserError(f"{altered}: is of a pruned or parametrised layer. Fix: make it permanent (prune.remove)")
         require_numbers("the model", weights)
         config = {"format": f"{NAME} {FORMAT}", "model": options}
         try:
             text = json.dumps(config, indent=2) + "\n"
         except TypeError as error:
-            raise UserError(f"emission: has options that JSON can't hold ({error}); the model is not saved") from error
+            raise UserError(f"emission: has options that JSON can't hold ({error}). Fix: give plain values") from error
         write_files({Path(folder, WEIGHTS): save(weights), Path(folder, CONFIG): text.encode()})
 
     @classmethod
@@ -204,7 +204,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ModuleNotFoundError as error:
-        raise UserError("safetensors is not installed; pip install 'vrnn-lightning[export]'") from error
+        raise UserError("safetensors is not installed. Fix: pip install 'vrnn-lightning[export]'") from error
     return safetensors
 
 

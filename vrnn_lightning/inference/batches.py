@@ -46,10 +46,10 @@ def make_batch(model: VRNN, scaler: Scaler, sequences: Given, inputs: Given | No
     else:
         xs = list(sequences)
         if not xs:
-            raise UserError("no sequence is given")
+            raise UserError("no sequence is given. Fix: give at least one")
         us: list[Tensor | None] = [None] * len(xs) if inputs is None else list(cast("Sequence[Tensor]", inputs))
         if len(us) != len(xs):
-            raise UserError(f"inputs: of {len(us)} sequences, but {len(xs)} are given")
+            raise UserError(f"inputs: of {len(us)} sequences, but {len(xs)} are given. Fix: give one tensor for each")
         samples = enumerate(zip(xs, us, strict=True))
         batch = pad([_make_sample(f"sequence {i}", x, u, model.num_features) for i, (x, u) in samples])
         batch.x = scaler.scale(batch.x.double()).masked_fill(~batch.valid_mask, 0.0)

@@ -91,14 +91,14 @@ class _Step(nn.Module):
 def export_step(model: VRNN, scaler: Scaler, path: Path) -> None:
     """Write one step of a model as a program; see :meth:`~vrnn_lightning.inference.Inference.export`."""
     if path.suffix not in (".pt2", ".onnx"):
-        raise UserError(f"{path}: a step is exported as .pt2 or .onnx; choose one of these")
+        raise UserError(f"{path}: a step is exported as .pt2 or .onnx. Fix: choose one of these")
     if model.backward_rnn is not None:
         raise UserError("a smoothing model reads each sequence from its end: it has no step to export")
     with explained(path):
         if path.is_dir():
-            raise UserError(f"{path}: is a folder; give another name")
+            raise UserError(f"{path}: is a folder. Fix: give another name")
         if not path.parent.is_dir():
-            raise UserError(f"{path}: there is no folder {path.parent}; make it first")
+            raise UserError(f"{path}: there is no folder {path.parent}. Fix: make it first")
     with _traceable():
         step = _Step(model, scaler)
         content = _as_torch(step) if path.suffix == ".pt2" else _as_onnx(step.float())
@@ -140,7 +140,7 @@ def _as_onnx(step: _Step) -> bytes:
         import onnxruntime
         import onnxscript  # noqa: F401  # what torch exports with
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed; pip install 'vrnn-lightning[export]'") from error
+        raise UserError(f"{error.name} is not installed. Fix: pip install 'vrnn-lightning[export]'") from error
     emission = type(step.model.decoder.head).__name__
     try:
         program = _program(step)
@@ -153,13 +153,13 @@ def _as_onnx(step: _Step) -> bytes:
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     except Exception as error:  # the libraries' own, without a base in common, where they lack an operation
         line = " ".join(str(error.__cause__ or error).split())[:200]
-        raise UserError(f"emission {emission}: has no ONNX program; export it as .pt2 ({line})") from error
+        raise UserError(f"emission {emission}: has no ONNX program ({line}). Fix: export it as .pt2") from error
     for size in (1, 5):
         tensors = step.example(size)
         others = session.run(step.outputs, {name: tensor.numpy() for name, tensor in tensors.items()})
         for (name, own), other in zip(step.take(tensors).items(), others, strict=True):
             if not torch.allclose(own, torch.from_numpy(other), rtol=TOLERANCE, atol=TOLERANCE):
-                raise UserError(f"emission {emission}: onnxruntime's {name} is not torch's; export it as .pt2")
+                raise UserError(f"emission {emission}: onnxruntime's {name} is not torch's. Fix: export it as .pt2")
     return content
 
 

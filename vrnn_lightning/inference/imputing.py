@@ -134,8 +134,6 @@ def _complete(emission: Distribution, x: Tensor, valid: Tensor) -> Tensor:
     elif isinstance(emission, (Factorised, Mixture)) or not is_partly_missing:
         frame = emission.sample()
     else:
-        raise UserError(
-            f"{type(emission).__name__}: can't fill a part of a frame; let whole steps be missing, or choose an "
-            "emission with independent features"
-        )
+        fix = "let whole steps be missing, or choose an emission with independent features"
+        raise UserError(f"{type(emission).__name__}: can't fill a part of a frame. Fix: {fix}")
     return torch.where(valid, x, frame.to(x))

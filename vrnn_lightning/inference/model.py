@@ -147,7 +147,7 @@ class Inference:
             expected = f"(batch, time, {model.latent_size})" if model.latent_size else "none: the model has no latent"
             raise UserError(f"latents: have shape {tuple(latents.shape)}, expected {expected}")
         if not latents.shape[1]:
-            raise UserError("latents: have no step; give at least one")
+            raise UserError("latents: have no step. Fix: give at least one")
         needed = (*latents.shape[:2], model.num_inputs)
         if model.num_inputs and (inputs is None or tuple(inputs.shape) != needed):
             raise UserError(f"inputs: the model reads covariates of shape {needed}")
