@@ -26,6 +26,7 @@ FIX = "give a folder that save_pretrained wrote"
 OF_TRAINING = frozenset({"optimizer", "lr_scheduler", "lr_interval", "objective", "_instantiator"})
 NAME = "vrnn-lightning"
 """The word before the number of the format."""
+Options = Mapping[str, Any]
 
 
 class Pretrained:
@@ -78,10 +79,10 @@ class Pretrained:
         config, source = folder / CONFIG, folder / WEIGHTS
         options, weights = _read_options(config), current_weights(_read_weights(source))
         _require_options(config, cls, options)
-        given = Gate.of_call(config, trust).build(cls, options)
-        require_model(folder, cls, given, weights, is_exact=True)
+        arguments = Gate.of_call(config, trust).build(cls, options)
+        require_model(folder, cls, arguments, weights, is_exact=True)
         require_numbers(source, weights)
-        module = _make(folder, cls, given)
+        module = _make(folder, cls, arguments)
         dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
         module.to(max(dtypes, key=lambda dtype: torch.finfo(dtype).bits))
         module.load_state_dict(weights)
@@ -115,10 +116,10 @@ class Pretrained:
         """
         path, key = Path(checkpoint_path), "hyper_parameters"
         place = map_location or _keep_device
-        content, made, given = read_stored(path, key, cls, trust, options, place, hparams_file, weights_only)
+        content, owner, arguments = read_stored(path, key, cls, trust, options, place, hparams_file, weights_only)
         weights = content.get("state_dict", {})
-        require_model(path, made, given, weights)
-        module = _make(path, made, given)
+        require_model(path, owner, arguments, weights)
+        module = _make(path, owner, arguments)
         module.on_load_checkpoint(content)
         try:
             module.load_state_dict(weights, strict=strict is not False)
@@ -129,11 +130,11 @@ class Pretrained:
 
 
 def require_model(
-    source: object, made: type, given: Mapping[str, Any], weights: Mapping[str, Tensor], *, is_exact: bool = False
+    source: object, owner: type, arguments: Options, weights: Mapping[str, Tensor], *, is_exact: bool = False
 ) -> None:
     """Raise a :class:`UserError` if options do not fit the weights beside them, before a model takes memory."""
-    _require_options(source, made, given, is_training=True)
-    declared = _declare_weights(source, made, given, weights)
+    _require_options(source, owner, arguments, is_training=True)
+    declared = _declare_weights(source, owner, arguments, weights)
     for name in [*declared, *weights] if is_exact else declared.keys() & weights.keys():
         there, here = (_describe(part.get(name)) for part in (weights, declared))
         if there != here:
@@ -144,24 +145,24 @@ def require_model(
 
 
 def _declare_weights(
-    source: object, made: type, given: Mapping[str, Any], weights: Mapping[str, Tensor]
+    source: object, owner: type, arguments: Options, weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the weights that options declare, without memory for them if the model holds no class of the user's."""
-    for name, value in [("layers", given.get("layers")), *((k, getattr(v, "depth", 0)) for k, v in given.items())]:
-        if isinstance(value, int) and value > len(weights):
+    for name, value in arguments.items():
+        depth = value if name == "layers" else getattr(value, "depth", 0)
+        if isinstance(depth, int) and depth > len(weights):
             raise UserError(f"{source}: {name} is deeper than its {len(weights)} weights")
-    for value in given.values():
         if isinstance(value, partial) and _is_known(value):
             _require_options(source, cast("type", value.func), value.keywords)
-    can_be_meta = _is_known(made) and all(map(_is_known, given.values()))  # others may look at their values
+    can_be_meta = _is_known(owner) and all(map(_is_known, arguments.values()))  # others may look at their values
     with torch.random.fork_rng(devices=[]), torch.device("meta") if can_be_meta else nullcontext():
-        return cast("dict[str, Tensor]", _make(source, made, given).state_dict())
+        return cast("dict[str, Tensor]", _make(source, owner, arguments).state_dict())
 
 
 def _is_known(value: Any) -> bool:
     """Return whether an option is a plain value or of a class that is known to build on any device."""
-    made = value.func if isinstance(value, partial) else value if isinstance(value, type) else type(value)
-    return made.__module__.partition(".")[0] in ("vrnn_lightning", "torch", "lightning", "builtins")
+    owner = value.func if isinstance(value, partial) else value if isinstance(value, type) else type(value)
+    return owner.__module__.partition(".")[0] in ("vrnn_lightning", "torch", "lightning", "builtins")
 
 
 def _keep_device(storage: Any, location: str) -> Any:
@@ -171,18 +172,18 @@ def _keep_device(storage: Any, location: str) -> Any:
     return None if is_available else storage.cpu()
 
 
-def _require_options(config: object, made: type, options: Mapping[str, Any], *, is_training: bool = False) -> None:
+def _require_options(config: object, owner: type, options: Options, *, is_training: bool = False) -> None:
     """Raise if options are not those of a class."""
-    known = parameters_of(made)
+    known = parameters_of(owner)
     for name in options:
         if name not in known or (name in OF_TRAINING and not is_training):
-            raise UserError(f"{config}: {name} is not an option of {made.__name__} in this version")
+            raise UserError(f"{config}: {name} is not an option of {owner.__name__} in this version")
 
 
-def _make(source: object, made: type, options: Mapping[str, Any]) -> Any:
+def _make(source: object, owner: type, options: Options) -> Any:
     """Call the model's class with options of others."""
     try:
-        return made(**options)
+        return owner(**options)
     except (UserError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         line = " ".join(str(error).split())[:300]
         raise UserError(f"{source}: no model can be made of its options: {line}") from error

@@ -23,7 +23,7 @@ import inspect
 import io
 import pickle
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
@@ -41,7 +41,6 @@ __all__ = ["CHECKS", "check_datamodule"]
 
 Make = Callable[[], LightningDataModule]
 SPLITS: tuple[Split, ...] = get_args(Split)
-NOBODY = "(none)"
 
 
 def check_datamodule(make: Make) -> None:
@@ -98,11 +97,12 @@ def _pieces(batch: SequenceBatch) -> list[_Piece]:
     return [_Piece(name, start, x[:length]) for name, start, length, x in rows]
 
 
-def _require_equal(one: SequenceBatch, other: SequenceBatch, where: str = "batches that must be equal") -> None:
-    for field, value in vars(one).items():
-        twin = getattr(other, field)
-        both = isinstance(value, Tensor) and isinstance(twin, Tensor)
-        assert torch.equal(value, twin) if both else value is twin or value == twin, f"{where}: {field} differs"
+def _require_equal(batches: Iterable[SequenceBatch], expected: Iterable[SequenceBatch], where: str) -> None:
+    for batch, wanted in zip(batches, expected, strict=True):
+        for field, value in vars(batch).items():
+            other = getattr(wanted, field)
+            are_tensors = isinstance(value, Tensor) and isinstance(other, Tensor)
+            assert torch.equal(value, other) if are_tensors else value == other, f"{where}: {field} differs"
 
 
 def _is_whole(value: object, least: int) -> bool:
@@ -222,10 +222,10 @@ def reads_windows_as_parts_of_the_whole(make: Make) -> None:
             torch.testing.assert_close(batch.x, expected.x, rtol=1e-5, atol=1e-5)
             batch = replace(batch, x=expected.x, observed=batch.valid_mask, reset=expected.reset)
             expected = replace(expected, observed=expected.valid_mask)
-            _require_equal(batch, expected, f"steps {first} to {last} of {split} 0")
+            _require_equal([batch], [expected], f"steps {first} to {last} of {split} 0")
 
 
-def streams_carry_on(make: Make) -> None:
+def streams_continue(make: Make) -> None:
     """Where a row's state is carried, its window begins where the row's last one ended, in the same sequence."""
     datamodule = _ready(make, batch_size=3)
     previous: list[_Piece] = []  # none before the first batch
@@ -289,7 +289,7 @@ def orders_by_seed_and_epoch(make: Make) -> None:
         assert len(set(orders(split))) == 1, f"{split} is shuffled"
 
 
-def goes_on_in_the_middle_of_an_epoch(make: Make) -> None:
+def resumes_in_the_middle_of_an_epoch(make: Make) -> None:
     """A loader that is given another one's state yields what was left of its epoch."""
     uninterrupted, stopped, resumed = (_ready(make, batch_size=2).train_dataloader() for _ in range(3))
     whole, batches = list(uninterrupted), iter(stopped)
@@ -298,8 +298,7 @@ def goes_on_in_the_middle_of_an_epoch(make: Make) -> None:
     resumed.load_state_dict(stopped.state_dict())
     expected, rest = whole[len(whole) // 2 :], list(resumed)
     assert len(rest) == len(expected), "a resumed epoch is too long or too short"
-    for one, other in zip(expected, rest, strict=True):
-        _require_equal(one, other)
+    _require_equal(rest, expected, "a resumed epoch")
 
 
 def changes_with_the_epoch_alone(make: Make) -> None:
@@ -365,23 +364,22 @@ def reads_alike_in_processes(make: Make) -> None:
     for epoch in (0, 2):  # the processes outlive an epoch
         for loader in (here, there):
             loader.sampler.set_epoch(epoch)
-        for one, other in zip(here, there, strict=True):
-            _require_equal(one, other)
+        _require_equal(there, here, "batches from processes")
     there.close()
 
 
 def pickles(make: Make) -> None:
     """Sequences can travel to a process."""
     dataset = _ready(make).train_dataloader().dataset
-    travelled = pickle.loads(pickle.dumps(dataset))  # its own dump, as a reading process gets it
-    _require_equal(travelled[[0]], dataset[[0]])
+    copied = pickle.loads(pickle.dumps(dataset))  # its own dump, as a reading process gets it
+    _require_equal([copied[[0]]], [dataset[[0]]], "a pickled dataset")
 
 
 def pads_a_process_without_data(make: Make) -> None:
     """A process for which nothing is left gets a sequence of no steps."""
     dataset = _ready(make).train_dataloader().dataset
     nothing, something = dataset[[-1]], dataset[[0]]
-    assert nothing.names == [NOBODY]
+    assert nothing.names == ["(none)"]
     assert nothing.valid_mask.sum() == 0
     assert (nothing.inputs is None) == (something.inputs is None), "an empty sequence lacks inputs"
 
@@ -394,10 +392,10 @@ CHECKS = (
     returns_to_data_units,
     reads_every_sequence_once,
     reads_windows_as_parts_of_the_whole,
-    streams_carry_on,
+    streams_continue,
     shards_over_processes,
     orders_by_seed_and_epoch,
-    goes_on_in_the_middle_of_an_epoch,
+    resumes_in_the_middle_of_an_epoch,
     changes_with_the_epoch_alone,
     survives_a_checkpoint,
     keeps_the_splits_apart,
