@@ -67,16 +67,12 @@ class Predictive(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """Shape (batch, features)."""
+        """The mean, shape (batch, features)."""
         return self._scaler.unscale(self._average(self.components.mean))
 
     @property
     def variance(self) -> Tensor:
-        """Of each feature, shape (batch, features).
-
-        Raises:
-            NotImplementedError: The emission has none.
-        """
+        """The variance, shape (batch, features); a NotImplementedError if the emission has none."""
         each = self.components.mean
         around = (each - self._average(each)[:, None]).square()
         return self._average(self.components.variance + around) * self._scaler.std.to(each).square()
