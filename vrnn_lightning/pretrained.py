@@ -136,12 +136,12 @@ def require_model(
     _require_options(source, owner, arguments, is_training=True)
     declared = _declare_weights(source, owner, arguments, weights)
     for name in [*declared, *weights] if is_exact else declared.keys() & weights.keys():
-        there, here = (_describe(part.get(name)) for part in (weights, declared))
-        if there != here:
-            raise UserError(f"{source}: {name} has {there}, but the options make {here}; they do not fit")
-    size, stored = (sum(value.numel() for value in part.values()) for part in (declared, weights))
-    if size > stored:
-        raise UserError(f"{source}: the options make a model of {size} numbers, but it holds {stored}")
+        stored, expected = (_describe(part.get(name)) for part in (weights, declared))
+        if stored != expected:
+            raise UserError(f"{source}: {name} has {stored}, but the options make {expected}; they do not fit")
+    size, limit = (sum(value.numel() for value in part.values()) for part in (declared, weights))
+    if size > limit:
+        raise UserError(f"{source}: the options make a model of {size} numbers, but it holds {limit}")
 
 
 def _declare_weights(

@@ -169,8 +169,10 @@ def _require_well_formed(batch: SequenceBatch, datamodule: Any) -> None:
     assert batch.names is None or len(batch.names) == size, f"{len(batch.names or [])} names for {size} sequences"
     if batch.observed is not None:
         assert batch.observed.shape == batch.x.shape, "observed and x differ in shape"
-        told = getattr(datamodule, "missing", False)
-        assert told or batch.observed[batch.mask].all(), "missing is False, but values are; set self.missing = True"
+        is_promised = getattr(datamodule, "missing", False)
+        assert is_promised or batch.observed[batch.mask].all(), (
+            "missing is False, but values are; set self.missing = True"
+        )
     promised = getattr(datamodule, "num_inputs", 0)
     assert batch.inputs is not None or not promised, f"num_inputs is {promised}, but a batch has no inputs"
     if batch.inputs is not None:
@@ -182,7 +184,7 @@ def _require_well_formed(batch: SequenceBatch, datamodule: Any) -> None:
 
 
 def returns_to_data_units(make: Make) -> None:
-    """The scaler brings a batch back to what was read."""
+    """The scaler maps a batch back to data units."""
     datamodule = _ready(make, batch_size=1)
     batch = next(iter(datamodule.test_dataloader()))
     original = datamodule.split("test")[0].x.float()
@@ -198,8 +200,8 @@ def reads_every_sequence_once(make: Make) -> None:
         actual = [len(s.x) for s in sequences]
         assert lengths == actual, f"lengths({split!r}) says {lengths[:8]}, ..., but there are {actual[:8]}, ..."
         names = [s.name or f"sequence {i}" for i, s in enumerate(sequences)]
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        assert not twice, f"several sequences of {split} are called {twice[0]!r}; noise is drawn by name"
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        assert not repeated, f"several sequences of {split} are called {repeated[0]!r}; noise is drawn by name"
         pieces = [piece for batch in _loader(datamodule, split) for piece in _pieces(batch)]
         read = Counter((name, start + t) for name, start, x in pieces for t in range(len(x)))
         every = Counter((name, t) for name, length in zip(names, lengths, strict=True) for t in range(length))
@@ -353,12 +355,12 @@ def keeps_the_splits_apart(make: Make) -> None:
 
 def reads_alike_in_processes(make: Make) -> None:
     """Processes that read ahead change nothing."""
-    here, there = (_ready(make, batch_size=2, num_workers=number).train_dataloader() for number in (0, 2))
+    alone, helped = (_ready(make, batch_size=2, num_workers=number).train_dataloader() for number in (0, 2))
     for epoch in (0, 2):  # the processes outlive an epoch
-        for loader in (here, there):
+        for loader in (alone, helped):
             loader.sampler.set_epoch(epoch)
-        _require_equal(there, here, "batches from processes")
-    there.close()
+        _require_equal(helped, alone, "batches from processes")
+    helped.close()
 
 
 def pickles(make: Make) -> None:

@@ -311,7 +311,7 @@ class Inference:
 
         ========================= ======================= ==============================================================
         ``x``                     (batch, features)       the frame, in data units
-        ``observed``              (batch, features)       bool, where it was measured; if the model is told
+        ``observed``              (batch, features)       bool, where it was measured; if the model reads it
         ``inputs``                (batch, covariates)     its covariates
         ``noise``                 (batch, latent)         standard normal, for the posterior's draw
         ``next_inputs``           (batch, covariates)     covariates of the next step
