@@ -355,7 +355,7 @@ def keeps_the_splits_apart(make: Make) -> None:
 
 def reads_alike_in_processes(make: Make) -> None:
     """Processes that read ahead change nothing."""
-    alone, helped = (_ready(make, batch_size=2, num_workers=number).train_dataloader() for number in (0, 2))
+    alone, helped = (_ready(make, batch_size=2, num_workers=n).train_dataloader() for n in (0, 2))
     for epoch in (0, 2):  # the processes outlive an epoch
         for loader in (alone, helped):
             loader.sampler.set_epoch(epoch)
