@@ -169,10 +169,8 @@ def _require_well_formed(batch: SequenceBatch, datamodule: Any) -> None:
     assert batch.names is None or len(batch.names) == size, f"{len(batch.names or [])} names for {size} sequences"
     if batch.observed is not None:
         assert batch.observed.shape == batch.x.shape, "observed and x differ in shape"
-        is_promised = getattr(datamodule, "missing", False)
-        assert is_promised or batch.observed[batch.mask].all(), (
-            "missing is False, but values are; set self.missing = True"
-        )
+        is_declared = getattr(datamodule, "missing", False) or batch.observed[batch.mask].all()
+        assert is_declared, "missing is False, but values are; set self.missing = True"
     promised = getattr(datamodule, "num_inputs", 0)
     assert batch.inputs is not None or not promised, f"num_inputs is {promised}, but a batch has no inputs"
     if batch.inputs is not None:
