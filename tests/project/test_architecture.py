@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = [
     "errors", "files", "datamodules", "compatibility", "trust", "checkpoints", "batch", "noise", "filtering",
     "nn", "heads", "recurrence", "vrnn", "objectives", "schedules", "metrics", "data", "testing", "inference",
-    "hyperparameters", "pretrained", "exporting", "resuming", "module",
+    "hyperparameters", "pretrained", "resuming", "module",
     "callbacks", "report", "tracking", "discovery", "cli",
 ]  # fmt: skip
 FRAMEWORKS = {"lightning", "wandb", "jsonargparse", "pytorch_lightning"}
