@@ -12,11 +12,10 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
-from vrnn_lightning.checkpoints import read_stored
 from vrnn_lightning.compatibility import FORMAT, current_options, current_weights, require_known_format
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import write_files
-from vrnn_lightning.trust import Gate, parameters_of
+from vrnn_lightning.trust import Gate, parameters_of, read_stored
 
 __all__ = ["Pretrained", "require_model", "require_numbers"]
 

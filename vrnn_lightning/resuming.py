@@ -40,10 +40,10 @@ from lightning.pytorch.trainer.connectors.checkpoint_connector import _Checkpoin
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from vrnn_lightning.checkpoints import read_checkpoint
 from vrnn_lightning.compatibility import OPTIMIZED
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import is_remote, replacing
+from vrnn_lightning.trust import read_checkpoint
 
 __all__ = [
     "Interruption",

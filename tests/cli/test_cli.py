@@ -190,7 +190,7 @@ def test_shipped_config_serves_where_there_is_none(lightning, folder):
         (["-c", "broken.yaml"], ["broken.yaml", "YAML"]),
         (["--data=Sines", "--ckpt_path=last"], ["last.ckpt", "runs/sines"]),
         (["--data=Sines", "--ckpt_path=no.ckpt"], ["no.ckpt: no such file"]),
-        (["--data=Sines", "--ckpt_path=typo.yaml"], ["typo.yaml: is damaged or no checkpoint"]),
+        (["--data=Sines", "--ckpt_path=typo.yaml"], ["typo.yaml: is damaged or not a checkpoint"]),
     ],
 )
 def test_mistake_is_one_line(lightning, folder, words, parts):
@@ -307,6 +307,9 @@ def test_prediction_from_the_checkpoint_alone(lightning, trained):
     assert said.code == 0
     assert "encodings.npz" in said.out
     assert (trained / "encodings.npz").is_file()
+    again = ("predict", "--ckpt_path=best", "--trainer.accelerator=cpu")
+    assert one_line(lightning(*again), "encodings.npz: is an earlier answer")
+    assert lightning(*again, "--overwrite").code == 0
 
 
 def test_a_test_without_a_checkpoint_says_so(lightning, tiny):

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FLOORS = [
-    "errors", "files", "locks", "datamodules", "compatibility", "trust", "checkpoints", "batch", "noise", "filtering",
+    "errors", "files", "locks", "datamodules", "compatibility", "trust", "batch", "noise", "filtering",
     "nn", "heads", "recurrence", "vrnn", "objectives", "schedules", "metrics", "data", "testing", "inference",
     "pretrained", "exporting", "resuming", "module",
     "callbacks", "report", "tracking", "discovery", "cli",

@@ -12,9 +12,9 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.archives import run_folder
 from vrnn_lightning.callbacks.media import Media, MediaLogger, Shown, save_picture
 from vrnn_lightning.callbacks.pictures import draw_heat
-from vrnn_lightning.checkpoints import require_types
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
+from vrnn_lightning.trust import require_types
 from vrnn_lightning.vrnn import Trace
 
 __all__ = ["Samples"]

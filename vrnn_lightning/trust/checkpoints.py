@@ -1,10 +1,10 @@
-"""The one reader of checkpoints: nothing of a file is believed before it is compared with what is there."""
+"""The one reader of checkpoints: everything that a file declares is compared with what it holds."""
 
 from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from vrnn_lightning.compatibility import KEY, require_known_format, upgrade
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, require_intact_zip
-from vrnn_lightning.trust import Gate, require_bounded
+from vrnn_lightning.trust.gate import Gate, require_bounded
 
 __all__ = ["Stored", "read_checkpoint", "read_stored", "require_types"]
 
@@ -35,8 +35,7 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "optimizer_parameters": list,
 }
 COUNTS = frozenset({"ready", "started", "processed", "completed", "_batches_that_stepped"})
-"""What Lightning's loops count."""
-OPTIONS = ("hyper_parameters", "datamodule_hyper_parameters", "loops", "lr_schedulers")
+"""Numbers that Lightning's loops count."""
 
 
 def read_checkpoint(path: Path, option: str = "", map_location: Any = "cpu") -> dict[str, Any]:
@@ -55,10 +54,9 @@ def read_checkpoint(path: Path, option: str = "", map_location: Any = "cpu") -> 
         is_file, is_zip = path.is_file(), path.is_file() and zipfile.is_zipfile(path)
     except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
         raise UserError(f"{place}: {getattr(error, 'strerror', None) or error}. {FIX}") from error
-    if not is_file:
-        raise UserError(f"{place}: is a folder. {FIX}" if path.is_dir() else f"{place}: no such file")
     if not is_zip:
-        raise UserError(f"{place}: is damaged or no checkpoint. {FIX}")
+        problem = "is damaged or not a checkpoint" if is_file else "is a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{place}: {problem}{'' if problem == 'no such file' else f'. {FIX}'}")
     require_intact_zip(path, option)
     _require_stored(path, place)
     try:
@@ -66,8 +64,8 @@ def read_checkpoint(path: Path, option: str = "", map_location: Any = "cpu") -> 
             content = torch.load(path, map_location=map_location, weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # a pickle of another's making raises anything
-        line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    except Exception as error:  # a foreign pickle raises anything
+        line = [*str(error).strip().splitlines(), type(error).__name__][0][:200]
         raise UserError(f"{place}: is damaged, or holds more than weights and options ({line}). {FIX}") from error
     if isinstance(content, dict):
         require_known_format(content.get(KEY), place)
@@ -77,7 +75,7 @@ def read_checkpoint(path: Path, option: str = "", map_location: Any = "cpu") -> 
 
 
 class Stored(NamedTuple):
-    """A checkpoint, and what it makes.
+    """A checkpoint, and the class and the options that it names.
 
     Args:
         content: What :func:`read_checkpoint` returns.
@@ -100,7 +98,7 @@ def read_stored(
     hparams_file: object,
     weights_only: bool | None,
 ) -> Stored:
-    """Return a checkpoint and what ``load_from_checkpoint`` makes of it.
+    """Return a checkpoint with the class and the options that ``load_from_checkpoint`` calls.
 
     Args:
         path: The file.
@@ -155,45 +153,49 @@ def _require_stored(path: Path, place: str) -> None:
 def _require_shape(content: Any, place: str) -> None:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{place}: is not a checkpoint. {FIX}")
-    for key, kind in KINDS.items():
-        if key in content and (not isinstance(content[key], kind) or isinstance(content[key], bool)):
-            raise UserError(f"{place}: its {key} is of type {type(content[key]).__name__}. {FIX}")
-    for key in ("global_step", "epoch", "noise_seed"):
-        if not 0 <= content.get(key, 0) < 2**64:
-            raise UserError(f"{place}: its {key} is {content[key]}. {FIX}")
-    if not re.fullmatch(r"\d+(\.\d+)*[.\w+]*", content.get("pytorch-lightning_version", "2")):
-        raise UserError(f"{place}: its pytorch-lightning_version is not a version. {FIX}")
     for key in content.keys() - {"state_dict"}:
         require_bounded(content[key], f"{place}: its {key[:80]}")
-    for key in OPTIONS:
-        if isinstance(content.get(key), dict) and not all(isinstance(name, str) for name in content[key]):
-            raise UserError(f"{place}: its {key} has names that are not text. {FIX}")
-    if not all(isinstance(name, str) for name in content.get("callbacks", {})):
-        raise UserError(f"{place}: its callbacks have names that are not text. {FIX}")
-    for key in ("optimizer_states", "lr_schedulers"):
-        if not all(isinstance(state, dict) for state in content.get(key, [])):
-            raise UserError(f"{place}: its {key} are not states by name. {FIX}")
-    _require_counts(content.get("loops", {}), f"{place}: its loops")
-    named = content.get("optimizer_parameters", [])
-    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in named):
-        raise UserError(f"{place}: its optimizer_parameters are not lists of names. {FIX}")
+    for problem in _problems(content):
+        raise UserError(f"{place}: its {problem}. {FIX}")
     _require_weights(content.get("state_dict", {}), place)
 
 
-def _require_counts(loops: Mapping[Any, Any], place: str) -> None:
+def _problems(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with a checkpoint's values; later checks rely on earlier ones."""
+    for key, kind in KINDS.items():
+        if key in content and (not isinstance(content[key], kind) or isinstance(content[key], bool)):
+            yield f"{key} is of type {type(content[key]).__name__}"
+    for key in ("global_step", "epoch", "noise_seed"):
+        if not 0 <= content.get(key, 0) < 2**64:
+            yield f"{key} is {content[key]}"
+    if not re.fullmatch(r"\d+(\.\d+)*[.\w+]*", content.get("pytorch-lightning_version", "2")):
+        yield "pytorch-lightning_version is not a version"
+    for key in ("hyper_parameters", "datamodule_hyper_parameters", "loops", "callbacks"):
+        if not all(isinstance(name, str) for name in content.get(key, {})):
+            yield f"{key} has names that are not text"
+    for key in ("optimizer_states", "lr_schedulers"):
+        if not all(isinstance(state, dict) for state in content.get(key, [])):
+            yield f"{key} are not states by name"
+    named = content.get("optimizer_parameters", [])
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in named):
+        yield "optimizer_parameters are not lists of names"
+    yield from _miscounts(content.get("loops", {}), "loops")
+
+
+def _miscounts(loops: Mapping[Any, Any], place: str) -> Iterator[str]:
     for name, value in loops.items():
-        if isinstance(value, dict) and name not in COUNTS:
-            _require_counts(value, f"{place}.{str(name)[:80]}")
-        elif name in COUNTS and not (isinstance(value, int) and 0 <= value < 2**63):
-            raise UserError(f"{place}.{name} is not a count. {FIX}")
+        if name in COUNTS and not (isinstance(value, int) and 0 <= value < 2**63):
+            yield f"{place}.{name} is not a count"
+        elif isinstance(value, dict):
+            yield from _miscounts(value, f"{place}.{str(name)[:80]}")
 
 
 def _require_weights(weights: Mapping[Any, Any], place: str) -> None:
     """Raise if a ``state_dict`` holds anything but whole tensors: a view can declare more values than it has."""
     storages: dict[int, int] = {}
     for name, value in weights.items():
-        plain = isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
-        if not plain or value.is_quantized or value.is_nested or value.device.type == "meta":
+        is_plain = isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+        if not is_plain or value.is_quantized or value.is_nested or value.device.type == "meta":
             raise UserError(f"{place}: {str(name)[:80]} is not a tensor of weights. {FIX}")
         storage = value.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
