@@ -52,14 +52,11 @@ WEIGHTS: dict[str, str] = {"prepared": "is_initialized"}
 
 
 def require_known_format(number: object, place: object) -> None:
-    """Raise if a file has a format that this version does not know.
+    """Raise a UserError if a file has a format that this version does not know, or one that is not a positive number.
 
     Args:
         number: The file's format; ``None`` if it has none.
         place: The file, for the message.
-
-    Raises:
-        UserError: The format is newer, or not a positive number.
 
     >>> require_known_format(1, "last.ckpt")
     """
@@ -195,14 +192,11 @@ def _current_weight(name: str) -> str:
 
 
 def upgrade(content: dict[str, Any], place: object) -> None:
-    """Give everything in a checkpoint the name that it has now, in place.
+    """Give everything in a checkpoint the name that it has now, in place; its format has to be known.
 
     Args:
         content: The checkpoint.
         place: Its file, for the message.
-
-    Raises:
-        UserError: It has a newer format than this version knows.
     """
     require_known_format(content.get(KEY), place)
     short = {old.rpartition(".")[2]: new.rpartition(".")[2] for old, new in CLASSES if not old.endswith(".")}

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, require_plain_yaml
 from vrnn_lightning.trust import require_bounded, strings_of
 
-__all__ = ["collect_texts", "mentions", "with_configs", "with_current_names"]
+__all__ = ["collect_texts", "last_mention", "mentions", "read_config", "with_configs", "with_current_names"]
 
 
 def with_configs(argv: list[str]) -> list[str]:
@@ -99,6 +100,11 @@ def mentions(argv: list[str], key: str) -> list[Any]:
     return [value for value in values if value is not None]
 
 
+def last_mention(argv: list[str], key: str) -> Any:
+    """Return the last value that a command line gives to an option and that is not empty, or ``None``."""
+    return next((value for value in reversed(mentions(argv, key)) if value), None)
+
+
 def collect_texts(argv: list[str]) -> set[str]:
     """Return every text that a command line and its YAML files hold, among them the classes that they name.
 
@@ -117,22 +123,32 @@ def collect_texts(argv: list[str]) -> set[str]:
 
 
 def _pairs(argv: list[str]) -> Iterator[tuple[str, str]]:
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in pairwise([*argv, ""]):
         if word.startswith("-"):
             option, equals, value = word.partition("=")
             yield option, value if equals else following
 
 
 def _in_yaml(path: str, command: str, key: str) -> list[Any]:
-    try:
-        document = yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: holds no options; expected lines such as `model: {{latent_size: 16}}`")
-    document = in_current_names(document)
+    document = in_current_names(read_config(path))
     values: list[Any] = [document, document.get(command)]
     for part in key.split("."):
         parents = [value for value in values if isinstance(value, dict)]
         values = [parent[name] for parent in parents for name in (part, f"{part}+") if name in parent]
     return values
+
+
+def read_config(path: Path | str) -> dict[Any, Any]:
+    """Return the options in a YAML file.
+
+    Raises:
+        UserError: It can't be read, or holds no options.
+    """
+    try:
+        document = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: can't be read as YAML ({reason}). Fix: give another config") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: holds no options. Fix: write lines such as `model: {{latent_size: 16}}`")
+    return document

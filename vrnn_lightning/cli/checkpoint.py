@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 
-from vrnn_lightning.cli.argv import mentions
+from vrnn_lightning.cli.argv import last_mention, mentions
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.pretrained import require_model
@@ -38,8 +38,7 @@ class Checkpoint:
         data_class: Import path of the datamodule, or ``None``.
         data_state: The datamodule's state besides its options.
         weights: The model's ``state_dict``.
-        rows: Number of rows of metrics.csv, ``None`` if it is not known.
-        stage: The moment of its epoch, ``None`` if it is not known.
+        record: The moment of its epoch, empty if it is not known.
     """
 
     path: Path
@@ -50,16 +49,11 @@ class Checkpoint:
     data_class: str | None
     data_state: dict[str, Any]
     weights: dict[str, torch.Tensor]
-    rows: int | None
-    stage: str | None
+    record: dict[str, Any]
 
     @classmethod
     def read(cls, path: Path, option: str = "--ckpt_path") -> Checkpoint:
-        """Read a file.
-
-        Args:
-            path: The file.
-            option: The option that names it.
+        """Read a file that an option names.
 
         Raises:
             UserError: It is missing, damaged or not a checkpoint of this framework.
@@ -75,20 +69,15 @@ class Checkpoint:
         if not isinstance(data_class, str | None) or not isinstance(data_state, dict):
             raise UserError(f"{option} {path}: its datamodule is not one that `lightning fit` wrote")
         model, data = ({key: part[key] for key in part if not key.startswith("_")} for part in (model, data))
-        record = resume_record(content)
         step, epoch, weights = content["global_step"], content["epoch"], content["state_dict"]
-        progress = record.get("rows"), record.get("stage")
-        return cls(path, step, epoch, model, data, data_class, data_state, weights, *progress)
+        return cls(path, step, epoch, model, data, data_class, data_state, weights, resume_record(content))
 
     def require_trusted(self, gate: Gate, *, training: bool = True) -> None:
-        """Raise if it names what a file may not import, or declares sizes that its weights do not have.
+        """Raise a UserError if it names what a file may not import, or declares sizes that its weights do not have.
 
         Args:
             gate: Decides what it may name.
             training: Also check its data, objective and optimiser.
-
-        Raises:
-            UserError: It does.
         """
         model = {key: value for key, value in self.model.items() if training or key not in NOT_ARCHITECTURE}
         made = VRNNLightningModule
@@ -99,7 +88,7 @@ class Checkpoint:
     @property
     def is_epoch_complete(self) -> bool:
         """Whether its epoch has ended."""
-        return self.stage in (None, Stage.EPOCH)
+        return self.record.get("stage") in (None, Stage.EPOCH)
 
     @property
     def folder(self) -> Path | None:
@@ -117,14 +106,11 @@ class Checkpoint:
         return {**self.architecture(skipped=()), **data}
 
     def require_same(self, options: dict[str, Any], *, training: bool) -> None:
-        """Raise if options differ from those of the checkpoint, apart from the datamodule's ``run_options``.
+        """Raise a UserError if options differ from the checkpoint's, apart from the datamodule's ``run_options``.
 
         Args:
             options: The options ``model`` and ``data`` of this run.
             training: Also compare how the model is trained.
-
-        Raises:
-            UserError: At least one differs.
         """
         skipped = (*FROM_DATA, *(() if training else NOT_ARCHITECTURE))
         model = {key: value for key, value in self.model.items() if key not in skipped}
@@ -166,22 +152,20 @@ def find_checkpoint(argv: list[str], data: str | None) -> Path | None:
     Raises:
         UserError: No run has such a checkpoint.
     """
-    asked = [value for value in mentions(argv, "ckpt_path") if value]
-    if not asked:
-        return None
-    if asked[-1] not in ("last", "best"):
-        return Path(asked[-1])
+    path = last_mention(argv, "ckpt_path")
+    if path not in ("last", "best"):
+        return Path(path) if path else None
     root, name = runs_folder(argv), _run_name(argv) or (data.lower() if data else "*")
-    files = sorted(root.glob(f"{name}/*/checkpoints/{asked[-1]}.ckpt"), key=lambda file: file.stat().st_mtime)
+    files = sorted(root.glob(f"{name}/*/checkpoints/{path}.ckpt"), key=lambda file: file.stat().st_mtime)
     if not files:
-        raise UserError(f"--ckpt_path {asked[-1]}: no run under {root / name} has a {asked[-1]}.ckpt")
+        raise UserError(f"--ckpt_path {path}: no run under {root / name} has a {path}.ckpt")
     return files[-1]
 
 
 def runs_folder(argv: list[str]) -> Path:
     """Return the folder of all runs of a command line."""
-    given = mentions(argv, "trainer.logger.save_dir") or mentions(argv, "trainer.logger.init_args.save_dir")
-    return Path(given[-1]) if given else Path(*mentions(argv, "trainer.default_root_dir")[-1:]) / "runs"
+    folder = last_mention(argv, "trainer.logger.save_dir") or last_mention(argv, "trainer.logger.init_args.save_dir")
+    return Path(folder) if folder else Path(last_mention(argv, "trainer.default_root_dir") or "") / "runs"
 
 
 def _run_name(argv: list[str]) -> str | None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import operator
-import re
 import sys
-import traceback
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
@@ -23,8 +20,9 @@ from vrnn_lightning import discovery
 from vrnn_lightning.callbacks import Diagnostics, Evaluation, Loop, Predictions, Samples
 from vrnn_lightning.callbacks.predictions import Draws
 from vrnn_lightning.cli import processes, slurm
-from vrnn_lightning.cli.argv import collect_texts, mentions, with_configs, with_current_names
+from vrnn_lightning.cli.argv import collect_texts, last_mention, mentions, read_config, with_configs, with_current_names
 from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint, runs_folder
+from vrnn_lightning.cli.failures import explain_construction, explain_run
 from vrnn_lightning.cli.outcome import class_name, evaluation_lines, fit_lines, prediction_lines, shorten
 from vrnn_lightning.cli.parser import MODE, Parser
 from vrnn_lightning.datamodules import local
@@ -33,9 +31,9 @@ from vrnn_lightning.files import require_local, require_plain_yaml
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.report import NAME, write_report
 from vrnn_lightning.tracking import ElboBar, RunCheckpoint, SaveConfig, WandbLogger, run_logger
-from vrnn_lightning.trust import Gate, is_name
+from vrnn_lightning.trust import Gate, is_name, path_of
 
-__all__ = ["CLI", "is_out_of_memory"]
+__all__ = ["CLI"]
 
 COMMON = {
     "auto_insert_metric_name": False,  # a metric's slash would make a folder
@@ -54,15 +52,6 @@ GROUPS: dict[str, type] = {
     "prediction": Predictions,
 }
 """The callbacks that every run has, by the group of their options."""
-RESTORING = frozenset(
-    {"resume_start", "restore", "_restore_modules_and_callbacks", "restore_training_state", "match_optimizer_states"}
-)
-"""Functions that take a checkpoint's state."""
-OPTIMIZERS = str(Path(torch.optim.__file__).parent)
-"""Where an optimiser or a schedule reads the state that it has taken."""
-FIX = "leave it out of dict_kwargs or of the option that passes it on"
-LIGHTNING = ("lightning.pytorch.strategies.", "lightning.pytorch.callbacks.", "lightning.pytorch.loggers.")
-"""Modules of classes whose options are passed on."""
 
 
 class CLI(LightningCLI):
@@ -110,8 +99,8 @@ class CLI(LightningCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # static there, and never called so
         """Return the command that the words begin with, or all of them: each costs a parser, half a second."""
         commands: dict[str, set[str]] = LightningCLI.subcommands()
-        asked = self.argv[0] if self.argv else ""
-        return {asked: commands[asked]} if asked in commands else commands
+        command = self.argv[0] if self.argv else ""
+        return {command: commands[command]} if command in commands else commands
 
     def _read_checkpoint(self) -> Checkpoint | None:
         if self.is_help:
@@ -124,41 +113,35 @@ class CLI(LightningCLI):
         checkpoint = Checkpoint.read(path)
         checkpoint.require_trusted(self._gate(f"--ckpt_path {path}"))
         for data in self.data_classes:
-            if checkpoint.data_class and checkpoint.data_class != _path_of(data):
+            if checkpoint.data_class and checkpoint.data_class != path_of(data):
                 own = checkpoint.data_class.rpartition(".")[2]
                 raise UserError(f"--data {data.__name__}: {path} was trained on {own}; leave --data out or give {own}")
         return checkpoint
 
     def _read_origin(self) -> Checkpoint | None:
         """Return the checkpoint whose weights a fit starts from; one that is resumed has its own."""
-        paths = [path for path in mentions(self.argv, "init_from") if path]
-        if not paths or "fit" not in self.argv or self.is_help:
+        path = last_mention(self.argv, "init_from")
+        if path is None or "fit" not in self.argv or self.is_help:
             return None
-        option = f"--init_from {paths[-1]}"
+        option = f"--init_from {path}"
         if self.checkpoint:
             if any(word.partition("=")[0] == "--init_from" for word in self.argv):
                 raise UserError(f"{option}: --ckpt_path continues a run, which has its weights; give one of the two")
             return None
-        origin = Checkpoint.read(Path(paths[-1]), "--init_from")
+        origin = Checkpoint.read(Path(path), "--init_from")
         origin.require_trusted(self._gate(option), training=False)
         return origin
 
     def _gate(self, source: str, folder: Path | None = None) -> Gate:
         """Return what a file may name: what is allowed in general, what this call names, and what it trusts."""
-        names = collect_texts(self.argv) | {_path_of(data) for data in self.data_classes}
+        names = collect_texts(self.argv) | {path_of(data) for data in self.data_classes}
         return Gate(source, self.trusted, frozenset(names), "add --trust {}", folder)
 
     def _require_trusted(self, config: Path) -> None:
         """Raise if the config beside a checkpoint names what a file may not import, or is not a config."""
         gate = self._gate(str(config), config.parent)
-        try:
-            document = yaml.safe_load(config.read_text())
-        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"{config}: can't be read ({' '.join(str(error).split())}). Fix: give -c") from error
-        if not isinstance(document, dict):
-            raise UserError(f"{config}: holds no options. Fix: give -c")
         groups = {"model": VRNNLightningModule, "trainer": Trainer, **GROUPS}
-        for key, value in document.items():
+        for key, value in read_config(config).items():
             name = str(key).removesuffix("+")
             if not name.isidentifier():  # a parser would split it at its dots
                 raise UserError(f"{config}: {key!r} is not the name of an option. Fix: nest the options, or give -c")
@@ -181,25 +164,12 @@ class CLI(LightningCLI):
             parser.set_defaults({f"{group}.{key}": value for key, value in CHECKPOINTS.get(group, {}).items()})
         for option, read in (("num_features", self.num_features), ("num_inputs", _num_inputs), ("missing", _missing)):
             parser.link_arguments("data", f"model.{option}", compute_fn=read, apply_on="instantiate")
-        parser.add_argument(
-            "--init_from",
-            type=str | None,
-            default=None,
-            help="Fit: a checkpoint whose weights to start from, on any data, with a new optimiser, at step 0.",
-        )
-        parser.add_argument(
-            "--trust",
-            type=str | list[str] | None,
-            default=None,
-            help="A class path or module of yours that the files named by --ckpt_path and --init_from may import.",
-        )
-        parser.add_argument(
-            "--report",
-            type=bool,
-            default=True,
-            help=f"Fit: write {NAME}, a page with the run's figures, pictures and sounds, into its folder; test and "
-            "predict bring it up to date where it is.",
-        )
+        text = "Fit: a checkpoint whose weights to start from, on any data, with a new optimiser, at step 0."
+        parser.add_argument("--init_from", type=str | None, default=None, help=text)
+        text = "A class path or module of yours that the files named by --ckpt_path and --init_from may import."
+        parser.add_argument("--trust", type=str | list[str] | None, default=None, help=text)
+        text = f"Fit: write {NAME}, a page with figures, pictures and sounds, into the run's folder; test and predict"
+        parser.add_argument("--report", type=bool, default=True, help=f"{text} bring it up to date where it is.")
         if self.checkpoint:
             parser.set_defaults(self.checkpoint.defaults())
         elif self.origin:
@@ -251,21 +221,12 @@ class CLI(LightningCLI):
         """Build data, model and trainer.
 
         Raises:
-            UserError: As a datamodule's constructor raised it; jsonargparse wraps it. Or a logger's package is missing,
-                or a constructor has no such argument.
+            UserError: Of a datamodule's constructor; or a package is missing, or a constructor has no such argument.
         """
         try:
             super().instantiate_classes()
-        except (TypeError, ValueError) as error:
-            unknown = re.search(r"(\w+\.__init__\(\) got an unexpected keyword argument '\w+')", str(error))
-            if unknown:
-                raise UserError(f"{unknown[1]}. Fix: {FIX}") from error
-            missing = re.search(r"class_path '[\w.]*?(\w+)':\s*(.*(?:pip install|No module named).*)", str(error))
-            if missing:
-                raise UserError(f"{missing[1]}: {missing[2]}") from error
-            raise _user_error(error) or error from error
-        except ModuleNotFoundError as error:  # as jsonargparse 5 leaves it
-            raise UserError(str(error).splitlines()[0]) from error
+        except (TypeError, ValueError, ModuleNotFoundError) as error:
+            raise explain_construction(error) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, with the bound's terms in the progress bar, and choose the run's folder."""
@@ -281,9 +242,9 @@ class CLI(LightningCLI):
             trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except (ValueError, ModuleNotFoundError) as error:  # of a strategy, device or package that is missing
             raise UserError(f"--trainer: {error}") from error
-        asked = options.get("precision")
-        if asked in (16, "16", "16-mixed") and trainer.precision == "bf16-mixed" and trainer.is_global_zero:
-            print(f"--trainer.precision {asked}: needs a GPU; bf16-mixed runs instead", file=sys.stderr)
+        precision = options.get("precision")
+        if precision in (16, "16", "16-mixed") and trainer.precision == "bf16-mixed" and trainer.is_global_zero:
+            print(f"--trainer.precision {precision}: needs a GPU; bf16-mixed runs instead", file=sys.stderr)
         processes.remember(trainer.strategy.launcher)
         self._choose_folder(trainer)
         return trainer
@@ -296,9 +257,8 @@ class CLI(LightningCLI):
         root = require_local(trainer.default_root_dir, "--trainer.default_root_dir")
         run.place(root, type(self.datamodule).__name__.lower())
         if self.checkpoint and self.checkpoint.folder:
-            run.resume(
-                self.checkpoint.folder, self.checkpoint.step, self.checkpoint.epoch, is_fit, self.checkpoint.rows
-            )
+            earlier = self.checkpoint
+            run.resume(self.checkpoint.folder, earlier.step, earlier.epoch, is_fit, earlier.record.get("rows"))
         if is_fit:
             run.note = partial(slurm.mark, argv=self.command_line)
         for logger in trainer.loggers:
@@ -308,25 +268,15 @@ class CLI(LightningCLI):
                     logger.choose(trainer.checkpoint_callbacks)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run the command; an error while a checkpoint's state is restored is the checkpoint's fault.
-
-        Raises:
-            UserError: The state is not one that this run could have written.
-        """
         try:
             super()._run_subcommand(subcommand)
         except (UserError, MisconfigurationException):
             raise
         except Exception as error:
-            unknown = _unknown_argument(error)
-            if unknown:
-                raise unknown from error
-            frames = traceback.extract_tb(error.__traceback__)
-            restores = any(f.name in RESTORING or f.filename.startswith(OPTIMIZERS) for f in frames)
-            if self.checkpoint is None or not restores or is_out_of_memory(error):
+            explained = explain_run(error, str(self.checkpoint.path) if self.checkpoint else None)
+            if explained is None:
                 raise
-            line = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise UserError(f"--ckpt_path {self.checkpoint.path}: its state does not fit this run ({line})") from error
+            raise explained from error
 
     def before_validate(self) -> None:
         """Print that the model is untrained, if it is."""
@@ -411,10 +361,6 @@ def _missing(data: LightningDataModule) -> bool:
     return bool(getattr(data, "missing", False))
 
 
-def _path_of(data: type[LightningDataModule]) -> str:
-    return f"{data.__module__}.{data.__qualname__}"
-
-
 def _trusted(argv: list[str]) -> tuple[str, ...]:
     """Return the class paths and modules of ``--trust``; raise if it holds something else."""
     trusted: list[str] = []
@@ -429,26 +375,3 @@ def _trusted(argv: list[str]) -> tuple[str, ...]:
             raise UserError(f"--trust {given!r}: is not a class path or module. Fix: give --trust my_package.data")
         trusted += names
     return tuple(trusted)
-
-
-def _unknown_argument(error: Exception) -> UserError | None:
-    """Return a line for an argument that one of Lightning's classes passes on to a constructor without it."""
-    if not isinstance(error, TypeError) or "got an unexpected keyword argument" not in str(error):
-        return None
-    owners = [f.f_locals["self"] for f, _ in traceback.walk_tb(error.__traceback__) if "self" in f.f_locals]
-    owner = type(owners[-1]) if owners else CLI
-    return UserError(f"{owner.__name__}: {error}. Fix: {FIX}") if owner.__module__.startswith(LIGHTNING) else None
-
-
-def _user_error(error: BaseException | None) -> UserError | None:
-    """Return the UserError that an exception wraps."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error is that memory is exhausted, also where it is a RuntimeError of torch."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return any(words in str(error) for words in ("can't allocate memory", "Storage size calculation overflowed"))

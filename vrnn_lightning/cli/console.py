@@ -9,14 +9,11 @@ import sys
 import warnings
 from pathlib import Path
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
 from vrnn_lightning.cli import processes, slurm
 from vrnn_lightning.cli.argv import with_configs
-from vrnn_lightning.cli.command import CLI, is_out_of_memory
+from vrnn_lightning.cli.command import CLI
+from vrnn_lightning.cli.failures import line_of
 from vrnn_lightning.cli.outcome import foreign_data, shorten
-from vrnn_lightning.cli.parser import one_line
-from vrnn_lightning.errors import UserError
 from vrnn_lightning.report import write_report
 from vrnn_lightning.resuming import Stopped, interruption
 
@@ -47,7 +44,7 @@ def main(args: list[str] | None = None) -> int:
     except Stopped as stopped:
         return _end_stopped(stopped, argv)
     except Exception as error:
-        line = None if is_debugging else _line_of(error)
+        line = None if is_debugging else line_of(error)
         if line is not None:
             return processes.end(1, f"error: {line}")
         if not is_debugging and processes.is_lost_peer(error):
@@ -82,19 +79,6 @@ def _end_stopped(stopped: Stopped, argv: list[str]) -> int:
         resume = f"lightning fit --ckpt_path {shorten(stopped.saved)}{foreign_data(with_configs(argv))}"
         line = f"{line}; continue with: {resume}"
     return processes.end(128 + stopped.signum, line, stopped)
-
-
-def _line_of(error: Exception) -> str | None:
-    """Return the line for an error that the user can fix, also where a DataLoader's worker wrapped it; or ``None``."""
-    if isinstance(error, (UserError, MisconfigurationException)):  # the latter is Lightning's
-        lines = [line.partition("UserError: ")[2] for line in str(error).splitlines() if "UserError: " in line]
-        return one_line(lines[-1] if lines else str(error))
-    if is_out_of_memory(error):
-        fix = "give a smaller --data.batch_size, fewer samples or particles, or a smaller --evaluation.rows"
-        return f"not enough memory. Fix: {fix}"
-    if isinstance(error, ValueError) and str(error) == "embedded null byte":
-        return "a path among the options holds a null byte. Fix: remove it"
-    return None
 
 
 def _silence() -> None:

@@ -13,27 +13,20 @@ from torch import Tensor
 
 from vrnn_lightning.compatibility import KEY, require_known_format, upgrade
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import explained, require_intact_zip
-from vrnn_lightning.trust.gate import Gate, require_bounded
+from vrnn_lightning.files import explained, require_intact_zip, undamaged
+from vrnn_lightning.trust.gate import Gate, path_of, require_bounded
 
 __all__ = ["Stored", "read_checkpoint", "read_stored", "require_types"]
 
-FIX = "Fix: give a checkpoint that `lightning fit` wrote"
-KINDS: dict[str, type | tuple[type, ...]] = {
-    "state_dict": dict,
-    "hyper_parameters": dict,
-    "datamodule_hyper_parameters": dict,
-    "global_step": int,
-    "epoch": int,
-    "pytorch-lightning_version": str,
-    "loops": dict,
-    "callbacks": dict,
-    "optimizer_states": list,
-    "lr_schedulers": list,
-    "noise_seed": int,
-    "carried": (list, tuple),
-    "optimizer_parameters": list,
+FIX = "give a checkpoint that `lightning fit` wrote"
+KEYS: dict[Any, tuple[str, ...]] = {
+    dict: ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "loops", "callbacks"),
+    list: ("optimizer_states", "lr_schedulers", "optimizer_parameters"),
+    list | tuple: ("carried",),
+    int: ("global_step", "epoch", "noise_seed"),
+    str: ("pytorch-lightning_version",),
 }
+"""Keys of a checkpoint by the type of their values."""
 COUNTS = frozenset({"ready", "started", "processed", "completed", "_batches_that_stepped"})
 """Numbers that Lightning's loops count."""
 
@@ -50,23 +43,16 @@ def read_checkpoint(path: Path, option: str = "", map_location: Any = "cpu") -> 
         UserError: It is missing, damaged, holds anything else, or is not a checkpoint.
     """
     place = f"{option} {path}" if option else str(path)
-    try:
-        is_file, is_zip = path.is_file(), path.is_file() and zipfile.is_zipfile(path)
-    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
-        raise UserError(f"{place}: {getattr(error, 'strerror', None) or error}. {FIX}") from error
+    with explained(path, option, FIX):
+        is_file, is_folder = path.is_file(), path.is_dir()
+        is_zip = is_file and zipfile.is_zipfile(path)
     if not is_zip:
-        problem = "is damaged or not a checkpoint" if is_file else "is a folder" if path.is_dir() else "no such file"
-        raise UserError(f"{place}: {problem}{'' if problem == 'no such file' else f'. {FIX}'}")
+        problem = "is damaged or not a checkpoint" if is_file else "is a folder" if is_folder else "no such file"
+        raise UserError(f"{place}: {problem}. Fix: {FIX}")
     require_intact_zip(path, option)
     _require_stored(path, place)
-    try:
-        with explained(path, option):
-            content = torch.load(path, map_location=map_location, weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # a foreign pickle raises anything
-        line = [*str(error).strip().splitlines(), type(error).__name__][0][:200]
-        raise UserError(f"{place}: is damaged, or holds more than weights and options ({line}). {FIX}") from error
+    with explained(path, option), undamaged(f"{place}: is damaged, or holds more than weights and options", FIX):
+        content = torch.load(path, map_location=map_location, weights_only=True)
     if isinstance(content, dict):
         require_known_format(content.get(KEY), place)
     _require_shape(content, place)
@@ -78,7 +64,7 @@ class Stored(NamedTuple):
     """A checkpoint, and the class and the options that it names.
 
     Args:
-        content: What :func:`read_checkpoint` returns.
+        content: The result of :func:`read_checkpoint`.
         made: The class that its options belong to.
         options: The arguments of that class.
     """
@@ -102,7 +88,7 @@ def read_stored(
 
     Args:
         path: The file.
-        key: Where the options are.
+        key: The key of the options.
         cls: The class to make, or its base class if the options name one.
         trust: What the user trusts.
         given: Arguments in place of the checkpoint's.
@@ -119,27 +105,24 @@ def read_stored(
     gate = Gate.of_call(path, trust, given)
     stored = content.get(key, {})
     named = stored.get("_class_path", "")
-    made = cls if named in ("", f"{cls.__module__}.{cls.__qualname__}") else gate.resolve(named, (cls,), "_class_path")
+    made = cls if named in ("", path_of(cls)) else gate.resolve(named, (cls,), "_class_path")
     kept = {name: value for name, value in stored.items() if not name.startswith("_") and name not in given}
     return Stored(content, made, gate.build(made, kept) | gate.build(made, given))
 
 
 def require_types(state: object, owner: object, **types: type | tuple[type, ...]) -> None:
-    """Raise if a checkpoint's state lacks values or has them of other types.
+    """Raise a UserError if a checkpoint's state lacks values or has them of other types.
 
     Args:
         state: The state.
         owner: The object that it is for.
         types: The types of its values by name.
-
-    Raises:
-        UserError: It does.
     """
     for name, kind in types.items():
         value = state.get(name) if isinstance(state, Mapping) else None
         if not isinstance(value, kind):
             what = f"{name} of type {type(value).__name__}"
-            raise UserError(f"{type(owner).__name__}: the checkpoint's state has a {what}. {FIX}")
+            raise UserError(f"{type(owner).__name__}: the checkpoint's state has a {what}. Fix: {FIX}")
 
 
 def _require_stored(path: Path, place: str) -> None:
@@ -147,30 +130,31 @@ def _require_stored(path: Path, place: str) -> None:
     with zipfile.ZipFile(path) as archive:
         declared = sum(member.file_size for member in archive.infolist())
     if declared > path.stat().st_size:
-        raise UserError(f"{place}: declares {declared} bytes, but the file has {path.stat().st_size}. {FIX}")
+        raise UserError(f"{place}: declares {declared} bytes, but the file has {path.stat().st_size}. Fix: {FIX}")
 
 
 def _require_shape(content: Any, place: str) -> None:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UserError(f"{place}: is not a checkpoint. {FIX}")
+        raise UserError(f"{place}: is not a checkpoint. Fix: {FIX}")
     for key in content.keys() - {"state_dict"}:
         require_bounded(content[key], f"{place}: its {key[:80]}")
     for problem in _problems(content):
-        raise UserError(f"{place}: its {problem}. {FIX}")
+        raise UserError(f"{place}: its {problem}. Fix: {FIX}")
     _require_weights(content.get("state_dict", {}), place)
 
 
 def _problems(content: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with a checkpoint's values; later checks rely on earlier ones."""
-    for key, kind in KINDS.items():
-        if key in content and (not isinstance(content[key], kind) or isinstance(content[key], bool)):
-            yield f"{key} is of type {type(content[key]).__name__}"
-    for key in ("global_step", "epoch", "noise_seed"):
+    for kind, keys in KEYS.items():
+        for value, key in ((content[key], key) for key in keys if key in content):
+            if not isinstance(value, kind) or isinstance(value, bool):
+                yield f"{key} is of type {type(value).__name__}"
+    for key in KEYS[int]:
         if not 0 <= content.get(key, 0) < 2**64:
             yield f"{key} is {content[key]}"
     if not re.fullmatch(r"\d+(\.\d+)*[.\w+]*", content.get("pytorch-lightning_version", "2")):
         yield "pytorch-lightning_version is not a version"
-    for key in ("hyper_parameters", "datamodule_hyper_parameters", "loops", "callbacks"):
+    for key in KEYS[dict]:
         if not all(isinstance(name, str) for name in content.get(key, {})):
             yield f"{key} has names that are not text"
     for key in ("optimizer_states", "lr_schedulers"):
@@ -196,9 +180,9 @@ def _require_weights(weights: Mapping[Any, Any], place: str) -> None:
     for name, value in weights.items():
         is_plain = isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
         if not is_plain or value.is_quantized or value.is_nested or value.device.type == "meta":
-            raise UserError(f"{place}: {str(name)[:80]} is not a tensor of weights. {FIX}")
+            raise UserError(f"{place}: {str(name)[:80]} is not a tensor of weights. Fix: {FIX}")
         storage = value.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-    declared = sum(value.numel() * value.element_size() for value in weights.values())
-    if declared > sum(storages.values()):
-        raise UserError(f"{place}: its weights declare {declared} bytes, but it holds {sum(storages.values())}. {FIX}")
+    declared, held = sum(value.numel() * value.element_size() for value in weights.values()), sum(storages.values())
+    if declared > held:
+        raise UserError(f"{place}: its weights declare {declared} bytes, but it holds {held}. Fix: {FIX}")

@@ -19,7 +19,7 @@ from vrnn_lightning.compatibility import current_class
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.trust.parameters import Expected, expected_of, parameters_of
 
-__all__ = ["Gate", "is_name", "require_bounded", "strings_of", "subclasses_of"]
+__all__ = ["Gate", "is_name", "path_of", "require_bounded", "strings_of", "subclasses_of"]
 
 OWN = "vrnn_lightning"
 ALLOWED = (
@@ -62,8 +62,8 @@ class Gate:
         folder: Where a text may be the name of a file, besides the working directory.
 
     >>> from torch.optim import Optimizer
-    >>> Gate("a.ckpt").check({"class_path": "torch.optim.Adam"}, Callable[..., Optimizer], "optimizer")
-    >>> Gate("a.ckpt").check("os.system", Callable[..., Optimizer], "optimizer")  # doctest: +ELLIPSIS
+    >>> Gate("a.ckpt").check({"class_path": "torch.optim.Adam"}, type[Optimizer], "optimizer")
+    >>> Gate("a.ckpt").check("os.system", type[Optimizer], "optimizer")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
     vrnn_lightning.errors.UserError: a.ckpt: optimizer names os.system, ... Fix: if you trust it, give trust=['os']
@@ -87,47 +87,36 @@ class Gate:
 
         Args:
             source: The file.
-            trust: What the user trusts.
+            trust: Class paths and modules that the user trusts.
             options: Arguments of the call, which may name anything.
         """
         trusted = (trust,) if isinstance(trust, str) else tuple(trust)
         return cls(str(source), trusted, frozenset(strings_of(options)))
 
     def check(self, value: Any, annotation: object, place: str) -> None:
-        """Raise if a value names what a file may not import; nothing is called.
+        """Raise a UserError if a value names what a file may not import; nothing is called.
 
         Args:
             value: A parameter's value.
             annotation: The parameter's type.
             place: The parameter, for the message.
-
-        Raises:
-            UserError: It does.
         """
         require_bounded(value, f"{self.source}: {place}")
         self._walk(value, expected_of(annotation), place, make=False)
 
     def check_options(self, made: type, options: Mapping[Any, Any], place: str = "") -> None:
-        """Raise if the options of a class name what a file may not import.
+        """Raise a UserError if the options of a class name what a file may not import; nothing is called.
 
         Args:
             made: The class.
             options: Its options by name.
             place: The option that the class is for, for the message.
-
-        Raises:
-            UserError: They do.
         """
         require_bounded(options, self.source)
         self._options(made, options, place, make=False)
 
     def build(self, made: type, options: Mapping[Any, Any], place: str = "") -> dict[str, Any]:
-        """Return the options of a class with everything they name in place of its name.
-
-        Args:
-            made: The class.
-            options: Its options by name.
-            place: The option that the class is for, for the message.
+        """Return the options of a class with the objects that they name; the arguments are those of `check_options`.
 
         Raises:
             UserError: They name what a file may not import.
@@ -191,7 +180,7 @@ class Gate:
                 target = self._import(name, expected, place)
                 return target if make else text
             for cls in _classes_named(name, expected.bases):
-                self._import(f"{cls.__module__}.{cls.__qualname__}", expected, place)
+                self._import(path_of(cls), expected, place)
         return text
 
     def _spec(self, value: Mapping[Any, Any], expected: Expected, place: str, *, make: bool) -> Any:
@@ -255,7 +244,7 @@ class Gate:
         if len(classes) != 1:
             problem = "is the name of several classes" if classes else "no such class"
             raise UserError(f"{self.source}: {place} {name}: {problem}. Fix: give its class path")
-        return f"{classes[0].__module__}.{classes[0].__qualname__}"
+        return path_of(classes[0])
 
     def _refusal(self, place: str, name: str, defined: str = "") -> UserError:
         kind = f"is {defined}" if defined else "is not of vrnn-lightning, torch.optim, torch.nn or Lightning"
@@ -287,10 +276,7 @@ class Gate:
             return False
 
     def _yaml(self, text: str, place: str) -> Any:
-        """Return what a text is where a parser reads it as YAML, with every scalar as text.
-
-        Which texts are numbers or dates differs between parsers; what is a list or a mapping does not.
-        """
+        """Return a text's YAML with every scalar as text: parsers differ in what they read as numbers or dates."""
         try:
             if len(text) > MAX_TEXT:
                 raise UserError(f"{self.source}: {place} holds a text of more than {MAX_TEXT} characters")
@@ -306,11 +292,7 @@ class Gate:
 
 
 def require_bounded(value: Any, source: str) -> None:
-    """Raise if nested containers are too deep or too large to walk, as repeated or cyclic parts can make them.
-
-    Raises:
-        UserError: They are.
-    """
+    """Raise a UserError if nested containers are too deep or too large, as repeated or cyclic parts make them."""
     level, size = [value], 0
     for _ in range(MAX_DEPTH):
         containers = [part for part in level if isinstance(part, (Mapping, list, tuple, set, frozenset))]
@@ -343,6 +325,11 @@ def _is_scalar(value: Any, kind: type, *, is_text: bool) -> bool:
     """Return whether a value is of a type, or, where a parser reads it, a text that may be."""
     fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
     return fits or (is_text and isinstance(value, str))
+
+
+def path_of(cls: type) -> str:
+    """Return the class path of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def is_name(text: str) -> bool:
