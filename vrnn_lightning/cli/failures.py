@@ -61,10 +61,8 @@ def explain_construction(error: Exception) -> Exception:
 def explain_run(error: Exception, checkpoint: str | None) -> UserError | None:
     """Return the user's mistake that an error of a command shows; ``None`` if it shows none.
 
-    Args:
-        error: An argument that one of Lightning's classes passes on to a constructor without it; or any error while a
-            checkpoint's state is restored, which is the checkpoint's fault.
-        checkpoint: Path of the checkpoint that the command starts from, if it does.
+    It is an argument that one of Lightning's classes passes on to a constructor without it, or any error while the
+    state of a checkpoint, given by its path, is restored.
     """
     if isinstance(error, TypeError) and UNKNOWN in str(error):
         owners = [f.f_locals["self"] for f, _ in traceback.walk_tb(error.__traceback__) if "self" in f.f_locals]

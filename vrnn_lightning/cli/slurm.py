@@ -49,17 +49,12 @@ def mark(folder: Path, argv: Sequence[str]) -> None:
         write_files({folder / FILE: json.dumps({"job": job, "command": list(argv)}, indent=1).encode()})
 
 
-def interrupted_checkpoint(root: Path, argv: Sequence[str]) -> Path | None:
-    """Return the last checkpoint of the run that a requeued job began with the same command line, if there is one.
-
-    Args:
-        root: The folder of all runs.
-        argv: The command line.
-    """
+def interrupted_checkpoint(runs: Path, argv: Sequence[str]) -> Path | None:
+    """Return the last checkpoint of the run that a requeued job began with the same command line, if there is one."""
     job = _job()
     if job is None or not int(os.environ.get("SLURM_RESTART_COUNT", 0)):
         return None
-    files = sorted(root.glob(f"*/*/{FILE}"), key=lambda file: file.stat().st_mtime)
+    files = sorted(runs.glob(f"*/*/{FILE}"), key=lambda file: file.stat().st_mtime)
     own = [file.parent for file in files if _read(file) == {"job": job, "command": [*argv]}]
     last = own[-1] / "checkpoints" / "last.ckpt" if own else None
     return last if last is not None and last.is_file() else None
