@@ -7,6 +7,8 @@ import pytest
 import torch
 import yaml
 
+from vrnn_lightning import VRNNLightningModule
+
 PLUGIN = """
 from pathlib import Path
 
@@ -87,6 +89,13 @@ def test_fit_makes_a_run_folder_and_sums_up(lightning, tiny):
     assert "gap" in said.out
     assert f"lightning test --ckpt_path {run}/checkpoints/best.ckpt" in said.out
     assert "epoch 0  step 2" in said.out
+
+
+def test_a_config_may_change_while_a_fit_runs(lightning, tiny, monkeypatch):
+    monkeypatch.setattr(VRNNLightningModule, "on_fit_end", lambda module: tiny.write_text("data: ["), raising=False)
+    said = lightning("fit", "-c", tiny)
+    assert said.code == 0, said.err
+    assert "test it: lightning test --ckpt_path" in said.out
 
 
 def test_saved_config_runs_again_into_a_new_folder(lightning, trained):

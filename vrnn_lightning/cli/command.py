@@ -23,7 +23,7 @@ from vrnn_lightning.cli import processes, slurm
 from vrnn_lightning.cli.argv import collect_texts, last_mention, mentions, read_config, with_configs, with_current_names
 from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint, runs_folder
 from vrnn_lightning.cli.failures import explain_construction, explain_run
-from vrnn_lightning.cli.outcome import class_name, evaluation_lines, fit_lines, prediction_lines, shorten
+from vrnn_lightning.cli.outcome import class_name, evaluation_lines, fit_lines, foreign_data, prediction_lines, shorten
 from vrnn_lightning.cli.parser import MODE, Parser
 from vrnn_lightning.datamodules import local
 from vrnn_lightning.errors import UserError
@@ -78,6 +78,7 @@ class CLI(LightningCLI):
                 config = self.checkpoint.folder / "config.yaml"
                 self._require_trusted(config)
                 self.argv.insert(self.argv.index("fit") + 1, f"--config={config}")
+        self.data_option = foreign_data(self.argv)  # now: a config may change while a fit runs
         epilog = (
             f"Datamodules: {', '.join(discovery.known()) or 'none'}. `--data.help NAME` shows one's options. "
             "`lightning report FOLDER` writes the page of a run."
@@ -330,7 +331,7 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         """Print the best figure and the run's folder."""
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # as above
-            self._print(fit_lines(self.trainer, self.datamodule, self.argv), makes_report=True)
+            self._print(fit_lines(self.trainer, self.datamodule, self.data_option), makes_report=True)
 
     def after_test(self) -> None:
         """Print what the table does not show."""

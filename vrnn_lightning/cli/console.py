@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from vrnn_lightning.cli import processes, slurm
@@ -14,6 +15,7 @@ from vrnn_lightning.cli.argv import with_configs
 from vrnn_lightning.cli.command import CLI
 from vrnn_lightning.cli.failures import line_of
 from vrnn_lightning.cli.outcome import foreign_data, shorten
+from vrnn_lightning.errors import UserError
 from vrnn_lightning.report import write_report
 from vrnn_lightning.resuming import Stopped, interruption
 
@@ -76,8 +78,9 @@ def _end_stopped(stopped: Stopped, argv: list[str]) -> int:
         slurm.requeue()
     line = f"ended by {signal.Signals(stopped.signum).name}"
     if stopped.saved:
-        resume = f"lightning fit --ckpt_path {shorten(stopped.saved)}{foreign_data(with_configs(argv))}"
-        line = f"{line}; continue with: {resume}"
+        line = f"{line}; continue with: lightning fit --ckpt_path {shorten(stopped.saved)}"
+        with suppress(UserError):  # a config that has changed since the start
+            line = f"{line}{foreign_data(with_configs(argv))}"
     return processes.end(128 + stopped.signum, line, stopped)
 
 

@@ -15,7 +15,7 @@ from vrnn_lightning.tracking import run_logger
 __all__ = ["class_name", "evaluation_lines", "fit_lines", "foreign_data", "prediction_lines", "shorten"]
 
 
-def fit_lines(trainer: Trainer, datamodule: LightningDataModule, argv: list[str]) -> Iterator[str]:
+def fit_lines(trainer: Trainer, datamodule: LightningDataModule, data_option: str) -> Iterator[str]:
     """Yield the best figure of a fit, its references, its folder and the command that tests it."""
     checkpoint = trainer.checkpoint_callback
     best = getattr(checkpoint, "best_model_score", None)
@@ -34,7 +34,7 @@ def fit_lines(trainer: Trainer, datamodule: LightningDataModule, argv: list[str]
         yield f"run folder: {shorten(run.log_dir)}"
     if best is not None:
         path = shorten(getattr(checkpoint, "best_model_path", ""))
-        yield f"test it: lightning test --ckpt_path {path}{foreign_data(argv)}"
+        yield f"test it: lightning test --ckpt_path {path}{data_option}"
 
 
 def evaluation_lines(trainer: Trainer) -> Iterator[str]:
