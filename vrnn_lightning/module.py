@@ -23,7 +23,6 @@ from vrnn_lightning.compatibility import FORMAT, KEY, OPTIMIZED, upgrade
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import Particles
-from vrnn_lightning.hyperparameters import make_storable
 from vrnn_lightning.inference import Inference
 from vrnn_lightning.metrics import ActiveUnits, Bound, Estimate
 from vrnn_lightning.noise import Noise
@@ -31,6 +30,7 @@ from vrnn_lightning.objectives import ELBO, ImportanceBound, Objective, StreamSt
 from vrnn_lightning.pretrained import Pretrained
 from vrnn_lightning.recurrence import State
 from vrnn_lightning.resuming import make_resumable, match_optimizer_states
+from vrnn_lightning.trust.hyperparameters import make_storable
 from vrnn_lightning.vrnn import Trace, build_vrnn
 
 __all__ = ["VRNNLightningModule"]

@@ -12,12 +12,11 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
-from vrnn_lightning.checkpoints import read_stored
 from vrnn_lightning.compatibility import FORMAT, current_options, current_weights, require_known_format
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, undamaged, write_files
 from vrnn_lightning.inference.checks import require_numbers
-from vrnn_lightning.trust import Gate, parameters_of
+from vrnn_lightning.trust import Gate, parameters_of, read_stored
 
 __all__ = ["Pretrained", "require_model"]
 

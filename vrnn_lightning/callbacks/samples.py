@@ -14,8 +14,8 @@ from vrnn_lightning.callbacks.archives import run_folder
 from vrnn_lightning.callbacks.media import Media, MediaLogger, save_picture
 from vrnn_lightning.callbacks.options import require_at_least, require_columns
 from vrnn_lightning.callbacks.pictures import draw_heat
-from vrnn_lightning.checkpoints import require_types
 from vrnn_lightning.module import VRNNLightningModule
+from vrnn_lightning.trust import require_types
 from vrnn_lightning.vrnn import Trace
 
 __all__ = ["Samples"]
