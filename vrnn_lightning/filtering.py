@@ -40,12 +40,7 @@ Step = Callable[[int, Any], tuple[Tensor, Any]]
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], state: StateT) -> StateT:
-    """Return a state with a function applied to each of its tensors.
-
-    Args:
-        function: Maps a tensor to another one.
-        state: A tensor, ``None``, or a tuple of states.
-    """
+    """Apply a function to each tensor of a state: a tensor, ``None``, or a tuple of states."""
     if state is None:
         return state
     if isinstance(state, Tensor):

@@ -1,4 +1,4 @@
-"""Builds a VRNN from sizes."""
+"""Builds a VRNN from sizes. The order of its parts decides the weights that a seed gives."""
 
 from __future__ import annotations
 
@@ -34,16 +34,13 @@ def build_vrnn(
     num_inputs: int = 0,
     missing: bool = False,
 ) -> VRNN:
-    """Return a VRNN whose parts have sizes that fit each other.
-
-    The models of Chung et al. 2015: RNN-Gauss and RNN-GMM with ``latent_size=0``, whose likelihood is exact; VRNN-I
-    with ``prior=None``; VRNN-Gauss and VRNN-GMM by their emission.
+    """Return a VRNN made of parts that fit each other.
 
     Args:
         num_features: Width of a frame, D.
         latent_size: Dimensions of z_t; 0 for a plain recurrent network, which ignores the options of the latent.
         hidden_size: Units of the recurrence.
-        layers: MLPConfig of the recurrence; the networks read the top one.
+        layers: Layers of the recurrence; the networks read the top one.
         cell: "gru" or "lstm"; in an LSTM the networks read the output h, not the cell state.
         emission: Called with (in_features, num_features), returns the head of p(x_t | ...).
         phi_x: Size of the feature extractor of x_t.
@@ -52,29 +49,22 @@ def build_vrnn(
         encoder: Size of the inference network.
         decoder: Size of the network before the emission.
         residual_posterior: The encoder's mean is added to the prior's (Res_q in Fraccaro et al. 2016).
-        smoothing: The encoder also reads a recurrence that reads each sequence from its end (Fraccaro et al. 2016,
-            arXiv 1605.07571). Generation is the same. In a sequence cut into chunks it sees the chunk.
-        dropout: Probability of dropping a unit of phi_x, phi_z or h where networks, or the layer above, read it; the
-            same units at every step of a sequence (Gal & Ghahramani 2016, arXiv 1512.05287).
+        smoothing: The encoder also reads future frames of the sequence or window (Fraccaro et al. 2016).
+        dropout: Probability of dropping a unit, the same ones at every step (Gal & Ghahramani 2016, arXiv 1512.05287).
         num_inputs: Covariates per step; every network and the recurrence read them.
         missing: phi_x also reads which values were measured.
 
     Raises:
         UserError: A size is outside its range.
 
-    >>> import torch
-    >>> from vrnn_lightning import SequenceBatch
-    >>> model = build_vrnn(num_features=3, latent_size=2)
-    >>> trace = model(SequenceBatch(torch.zeros(4, 7, 3), torch.tensor([7, 7, 5, 1])))
-    >>> trace.log_px.shape, trace.kl.shape
-    (torch.Size([4, 7]), torch.Size([4, 7, 2]))
+    >>> build_vrnn(num_features=3, latent_size=2).generate(steps=5, batch_size=4).x.shape
+    torch.Size([4, 5, 3])
     """
-    sizes = {"num_features": num_features, "hidden_size": hidden_size, "layers": layers}
-    _require_options(sizes, {"latent_size": latent_size, "num_inputs": num_inputs}, cell, dropout)
+    positive = {"num_features": num_features, "hidden_size": hidden_size, "layers": layers}
+    _require_options(positive, {"latent_size": latent_size, "num_inputs": num_inputs}, cell, dropout)
     rnn, kind = (nn.GRU, nn.GRUCell) if cell == "gru" else (nn.LSTM, nn.LSTMCell)
     h_width, z_width = hidden_size + num_inputs, phi_z.width if latent_size else 0
     x_width, future_width = phi_x.width + num_inputs, hidden_size if smoothing else 0
-    # the order of the parts decides the weights that a seed gives, and their order in checkpoints
     x_network = MLP(num_features * (2 if missing else 1), phi_x)
     z_network = prior_network = backward_rnn = encoder_network = None
     if latent_size:
