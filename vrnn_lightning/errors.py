@@ -1,6 +1,12 @@
-"""The one exception for what a user did wrong."""
+"""The one exception for mistakes of the user, and the check of a number's range."""
 
-__all__ = ["UserError"]
+from __future__ import annotations
+
+from typing import TypeVar
+
+__all__ = ["UserError", "require"]
+
+T = TypeVar("T", bound=float)
 
 
 class UserError(Exception):
@@ -9,3 +15,23 @@ class UserError(Exception):
     The message is one line that names the file or option and the fix. The command line prints that line alone and
     exits with code 1 (``--debug`` adds the traceback); every other exception keeps its traceback.
     """
+
+
+def require(option: str, value: T, least: float, most: float | None = None, *, below: float | None = None) -> T:
+    """Return an option's value if it lies between ``least`` and ``most``, or below ``below``; NaN does not.
+
+    Raises:
+        UserError: The value is outside.
+
+    >>> require("dropout", 0.5, 0, below=1)
+    0.5
+    """
+    if most is not None:
+        is_allowed, bound = least <= value <= most, f"lie between {least} and {most}"
+    elif below is not None:
+        is_allowed, bound = least <= value < below, f"lie in [{least}, {below})"
+    else:
+        is_allowed, bound = value >= least, f"be at least {least}"
+    if not is_allowed:
+        raise UserError(f"{option} {value}: must {bound}")
+    return value

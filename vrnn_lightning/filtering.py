@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from vrnn_lightning.errors import UserError
+from vrnn_lightning.errors import UserError, require
 
 __all__ = [
     "FilterResult",
@@ -72,8 +72,7 @@ class Resampling:
         """Raise if an option is outside its range."""
         if self.scheme not in ("multinomial", "systematic"):
             raise UserError(f"resampling {self.scheme!r}: choose 'multinomial' or 'systematic'")
-        if not 0 <= self.threshold <= 1:
-            raise UserError(f"threshold {self.threshold}: must be between 0 and 1")
+        require("threshold", self.threshold, 0, 1)
         if self.gradient and self.scheme != "multinomial":
             raise UserError(
                 f"resampling_gradient: {self.scheme} draws have no density. Fix: choose resampling 'multinomial'."

@@ -16,7 +16,7 @@ from torch.distributions import Normal, kl_divergence
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.compatibility import keep_old_hooks
-from vrnn_lightning.errors import UserError
+from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.filtering import Particles, Resampling
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.vrnn import VRNN, Trace
@@ -171,10 +171,9 @@ class ELBO(Objective):
     ) -> None:
         if kl not in ("analytic", "sampled"):
             raise UserError(f"objective.kl {kl!r}: choose 'analytic' or 'sampled'")
-        if not 0 <= free_bits < math.inf:
-            raise UserError(f"objective.free_bits {free_bits}: must be at least 0")
-        if balance is not None and not 0 <= balance <= 1:
-            raise UserError(f"objective.balance {balance}: must be between 0 and 1")
+        require("objective.free_bits", free_bits, 0, below=math.inf)
+        if balance is not None:
+            require("objective.balance", balance, 0, 1)
         if balance is not None and kl == "sampled":
             raise UserError("objective.balance needs objective.kl 'analytic'. Fix: change either.")
         self.kl = kl
@@ -242,9 +241,7 @@ class IWAE(ImportanceBound):
     """
 
     def __init__(self, samples: int = 16) -> None:
-        if samples < 1:
-            raise UserError(f"objective.samples {samples}: must be at least 1")
-        self.samples = samples
+        self.samples = require("objective.samples", samples, 1)
 
     def __call__(
         self,
@@ -291,9 +288,7 @@ class FIVO(ImportanceBound):
         threshold: float = 0.5,
         resampling_gradient: bool = False,
     ) -> None:
-        if particles < 1:
-            raise UserError(f"objective.particles {particles}: must be at least 1")
-        self.particles = particles
+        self.particles = require("objective.particles", particles, 1)
         self.resampling = Resampling(resampling, threshold, resampling_gradient)
 
     def __call__(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vrnn_lightning import schedules
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.errors import UserError
+from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.trust import require_types
 
@@ -141,8 +141,7 @@ class CyclicalKLAnnealing(_Ramp):
 
     def __init__(self, steps: int, start: float = 0.0, end: float = 1.0, cycles: int = 4, ramp: float = 0.5) -> None:
         super().__init__(steps, start, end)
-        if cycles < 1:
-            raise UserError(f"KL annealing: cycles {cycles} must be at least 1")
+        require("KL annealing: cycles", cycles, 1)
         if not 0 < ramp <= 1:
             raise UserError(f"KL annealing: ramp {ramp} must lie in (0, 1]")
         self.cycles, self.ramp = cycles, ramp

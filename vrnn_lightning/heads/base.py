@@ -27,7 +27,6 @@ __all__ = [
     "log_prob",
     "require_floor",
     "require_temperature",
-    "require_whole",
     "tempered",
 ]
 
@@ -253,12 +252,6 @@ def require_temperature(temperature: float) -> None:
     """Raise if a temperature is not positive and finite."""
     if not 0 < temperature < math.inf:
         raise UserError(f"temperature {temperature}: must be positive; 1 keeps the distribution")
-
-
-def require_whole(option: str, value: int, least: int, most: int) -> None:
-    """Raise if a number is outside a range."""
-    if not least <= value <= most:
-        raise UserError(f"{option} {value}: choose a whole number from {least} to {most}")
 
 
 HeadT = TypeVar("HeadT", bound=Head)

@@ -11,7 +11,7 @@ from torch.distributions import Categorical, Distribution, Gamma, Normal
 from torch.distributions import Laplace as LaplaceDistribution
 from torch.nn import functional as F
 
-from vrnn_lightning.errors import UserError
+from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.heads.base import (
     Elementwise,
     Factorised,
@@ -21,7 +21,6 @@ from vrnn_lightning.heads.base import (
     at_least_float32,
     require_floor,
     require_temperature,
-    require_whole,
 )
 from vrnn_lightning.heads.gamma import log_gamma_ratio
 
@@ -97,7 +96,7 @@ class GaussianMixture(Head):
 
     def __init__(self, in_features: int, num_features: int, components: int = 20, min_std: float = 1e-4) -> None:
         super().__init__(in_features, num_features)
-        require_whole("components", components, 1, 10_000)
+        require("components", components, 1, 10_000)
         self.components = components
         self.weights = nn.Linear(in_features, components)
         self.gaussians = Gaussian(in_features, components * num_features, min_std)

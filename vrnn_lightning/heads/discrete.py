@@ -10,15 +10,8 @@ from torch.distributions import Bernoulli as BernoulliDistribution
 from torch.distributions import Categorical
 from torch.nn import functional as F
 
-from vrnn_lightning.heads.base import (
-    Elementwise,
-    Factorised,
-    Head,
-    SampleShape,
-    at_least_float32,
-    require_temperature,
-    require_whole,
-)
+from vrnn_lightning.errors import require
+from vrnn_lightning.heads.base import Elementwise, Factorised, Head, SampleShape, at_least_float32, require_temperature
 
 __all__ = ["Bernoulli", "DiscretisedLogisticMixture", "MuLaw"]
 
@@ -82,9 +75,9 @@ class DiscretisedLogisticMixture(Head):
         self, in_features: int, num_features: int, components: int = 10, bits: int = 8, lowest: int = 0
     ) -> None:
         super().__init__(in_features, num_features)
-        require_whole("components", components, 1, 10_000)
-        require_whole("bits", bits, 1, 16)
-        require_whole("lowest", lowest, -(2**20), 2**20)
+        require("components", components, 1, 10_000)
+        require("bits", bits, 1, 16)
+        require("lowest", lowest, -(2**20), 2**20)
         self.components = components
         self.lowest, self.highest = lowest, lowest + 2**bits - 1
         self.support = f"integers from {self.lowest} to {self.highest}"
@@ -175,7 +168,7 @@ class MuLaw(Head):
 
     def __init__(self, in_features: int, num_features: int, bins: int = 256) -> None:
         super().__init__(in_features, num_features)
-        require_whole("bins", bins, 2, 65536)
+        require("bins", bins, 2, 65536)
         self.bins = bins
         self.linear = nn.Linear(in_features, num_features * bins)
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution
 from torch.nn import functional as F
 
-from vrnn_lightning.errors import UserError
-from vrnn_lightning.heads.base import Head, SampleShape, at_least_float32, require_floor, require_whole, tempered
+from vrnn_lightning.errors import UserError, require
+from vrnn_lightning.heads.base import Head, SampleShape, at_least_float32, require_floor, tempered
 
 __all__ = ["Pen"]
 
@@ -49,7 +49,7 @@ class Pen(Head):
                 f"emission Pen: the data have {num_features} features per step, not the 3 of a pen stroke "
                 "(dx, dy, lift). Fix: choose another emission."
             )
-        require_whole("components", components, 1, 10_000)
+        require("components", components, 1, 10_000)
         require_floor("min_std", min_std)
         self.components = components
         self.min_std = min_std

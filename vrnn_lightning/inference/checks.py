@@ -11,17 +11,10 @@ from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import Resampling
 
-__all__ = ["RESAMPLING", "log_std", "require_at_least", "require_numbers", "require_shape"]
+__all__ = ["RESAMPLING", "log_std", "require_numbers", "require_shape"]
 
 RESAMPLING = Resampling()
 """The resampling of every particle filter here."""
-
-
-def require_at_least(least: int, **values: int) -> None:
-    """Raise a :class:`UserError` if one of the values, given by the option's name, is too small."""
-    for name, value in values.items():
-        if value < least:
-            raise UserError(f"{name} {value}: must be at least {least}")
 
 
 def require_shape(name: str, value: Tensor | None, *shape: int) -> None:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from vrnn_lightning.data import Scaler
-from vrnn_lightning.errors import UserError
+from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.filtering import FilterResult, Particles
 from vrnn_lightning.heads import Bernoulli, Head, Pen
 from vrnn_lightning.inference.batches import Given, evaluating, make_batch, make_noise, trim
-from vrnn_lightning.inference.checks import RESAMPLING, log_std, require_at_least, require_numbers
+from vrnn_lightning.inference.checks import RESAMPLING, log_std, require_numbers
 from vrnn_lightning.inference.exporting import export_step
 from vrnn_lightning.inference.imputing import Imputer
 from vrnn_lightning.inference.session import Session, Step
@@ -75,7 +75,8 @@ class Inference:
         Raises:
             UserError: No sequences or steps, or not the covariates that the model reads.
         """
-        require_at_least(1, count=count, steps=steps)
+        require("count", count, 1)
+        require("steps", steps, 1)
         with evaluating(self.vrnn, seed):
             return self.scaler.unscale(self.vrnn.generate(steps, count, inputs=inputs, temperature=temperature).x)
 
@@ -100,7 +101,7 @@ class Inference:
         Raises:
             UserError: More than one particle of a model that smooths.
         """
-        require_at_least(1, samples=samples)
+        require("samples", samples, 1)
         with evaluating(self.vrnn, seed):
             batch = make_batch(self.vrnn, self.scaler, sequences, inputs)
             if samples == 1:
@@ -187,7 +188,8 @@ class Inference:
         Raises:
             UserError: No steps or samples, an empty prefix, or not the covariates that the model reads.
         """
-        require_at_least(1, steps=steps, samples=samples)
+        require("steps", steps, 1)
+        require("samples", samples, 1)
         with evaluating(self.vrnn, seed):
             batch = make_batch(self.vrnn, self.scaler, prefix, inputs)
             filtered = self.vrnn.filter(batch, samples, RESAMPLING, make_noise(batch, seed))
@@ -221,7 +223,8 @@ class Inference:
         Raises:
             UserError: No steps or samples, origins out of order or range, or not the covariates that the model reads.
         """
-        require_at_least(1, steps=steps, samples=samples)
+        require("steps", steps, 1)
+        require("samples", samples, 1)
         batch = make_batch(self.vrnn, self.scaler, sequences, inputs)
         shortest = int(batch.lengths.min())
         if any(later <= earlier for earlier, later in pairwise([0, *origins])):
@@ -282,10 +285,10 @@ class Inference:
             UserError: No samples, fewer particles, or a frame that is partly missing under an emission that can't be
                 conditioned on the other part.
         """
-        require_at_least(1, samples=samples)
-        require_at_least(0, lag=lag)
+        require("samples", samples, 1)
+        require("lag", lag, 0)
         particles = 4 * samples if particles is None else particles
-        require_at_least(samples, particles=particles)
+        require("particles", particles, samples)
         with evaluating(self.vrnn, seed):
             imputer = Imputer(self.vrnn, make_batch(self.vrnn, self.scaler, sequences, inputs), particles)
             return [self.scaler.unscale(paths) for paths in imputer.draw(samples, lag)]

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
 from vrnn_lightning.data import Scaler
-from vrnn_lightning.errors import UserError
+from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.filtering import select_by_weight
 from vrnn_lightning.heads import Head, log_prob
 from vrnn_lightning.heads.base import SampleShape, at_least_float32
-from vrnn_lightning.inference.checks import log_std, require_at_least, require_shape
+from vrnn_lightning.inference.checks import log_std, require_shape
 from vrnn_lightning.recurrence import State, Stream, repeat_rows
 from vrnn_lightning.vrnn import VRNN
 
@@ -136,7 +136,7 @@ class Step:
         Raises:
             UserError: No draws, or a tensor is missing or has another shape.
         """
-        require_at_least(1, draws=draws)
+        require("draws", draws, 1)
         model, (samples, batch) = self._model, self.log_weights.shape
         draws = draws if model.latent_size else 1
         rows = draws * samples * batch
@@ -168,7 +168,8 @@ class Step:
         Raises:
             UserError: No steps or samples, or not the covariates that the model reads.
         """
-        require_at_least(1, steps=steps, samples=samples)
+        require("steps", steps, 1)
+        require("samples", samples, 1)
         state = select_by_weight(self.log_weights, self.state, samples)
         inputs = None if inputs is None else repeat_rows(inputs.to(state.h), samples)
         paths = self._model.generate(steps, state=state, inputs=inputs, temperature=temperature).x

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from vrnn_lightning.errors import UserError
+from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.heads import Gaussian, Head, Network
 from vrnn_lightning.nn import MLP, MLPConfig
 from vrnn_lightning.vrnn.equations import StandardNormal
@@ -60,8 +60,13 @@ def build_vrnn(
     >>> build_vrnn(num_features=3, latent_size=2).generate(steps=5, batch_size=4).x.shape
     torch.Size([4, 5, 3])
     """
-    positive = {"num_features": num_features, "hidden_size": hidden_size, "layers": layers}
-    _require_options(positive, {"latent_size": latent_size, "num_inputs": num_inputs}, cell, dropout)
+    for option, size in (("num_features", num_features), ("hidden_size", hidden_size), ("layers", layers)):
+        require(option, size, 1)
+    require("latent_size", latent_size, 0)
+    require("num_inputs", num_inputs, 0)
+    require("dropout", dropout, 0, below=1)
+    if cell not in ("gru", "lstm"):
+        raise UserError(f"cell {cell!r}: choose 'gru' or 'lstm'")
     rnn, kind = (nn.GRU, nn.GRUCell) if cell == "gru" else (nn.LSTM, nn.LSTMCell)
     h_width, z_width = hidden_size + num_inputs, phi_z.width if latent_size else 0
     x_width, future_width = phi_x.width + num_inputs, hidden_size if smoothing else 0
@@ -76,15 +81,3 @@ def build_vrnn(
     cells = (kind(hidden_size if i else x_width + z_width, hidden_size) for i in range(layers))
     parts = (x_network, z_network, prior_network, encoder_network, decoder_network, nn.ModuleList(cells), backward_rnn)
     return VRNN(*parts, residual_posterior=residual_posterior, dropout=dropout, num_inputs=num_inputs, missing=missing)
-
-
-def _require_options(positive: dict[str, int], natural: dict[str, int], cell: str, dropout: float) -> None:
-    """Raise if an option is outside its range."""
-    for least, sizes in ((1, positive), (0, natural)):
-        for option, value in sizes.items():
-            if value < least:
-                raise UserError(f"{option} {value}: must be at least {least}")
-    if cell not in ("gru", "lstm"):
-        raise UserError(f"cell {cell!r}: choose 'gru' or 'lstm'")
-    if not 0 <= dropout < 1:
-        raise UserError(f"dropout {dropout}: must lie in [0, 1)")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.errors import UserError
+from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.filtering import (
     FilterResult,
     Particles,
@@ -303,8 +303,8 @@ class VRNN(Equations):
         Raises:
             UserError: No steps or sequences, or not the covariates that the model reads.
         """
-        if steps < 1 or batch_size < 1:
-            raise UserError(f"steps {steps}, batch_size {batch_size}: both must be at least 1")
+        require("steps", steps, 1)
+        require("batch_size", batch_size, 1)
         state = self.initial_state(batch_size) if state is None else state
         self.require_state(state)
         if len(state.h) == 0:
@@ -335,8 +335,8 @@ class VRNN(Equations):
         >>> stream.step(torch.zeros(2, 3)).shape
         torch.Size([2])
         """
-        if batch_size < 1 or samples < 1:
-            raise UserError(f"batch_size {batch_size}, samples {samples}: both must be at least 1")
+        require("batch_size", batch_size, 1)
+        require("samples", samples, 1)
         state = self.initial_state(samples * batch_size) if state is None else state
         if len(state.h) != samples * batch_size:
             raise UserError(f"state: {len(state.h)} rows, not {samples * batch_size} (samples * batch_size)")
