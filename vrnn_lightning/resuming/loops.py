@@ -163,7 +163,10 @@ class ResumableFitLoop(_FitLoop):
 
     def on_save_checkpoint(self) -> dict[str, Any]:
         """Return Lightning's state with the record of the moment."""
-        state = {**super().on_save_checkpoint(), RECORD: make_record(self.trainer, self.epoch_loop)}
+        state = {
+            **super().on_save_checkpoint(),
+            RECORD: make_record(self.trainer, self.epoch_loop, self.epoch_loop.stage),
+        }
         if state[RECORD]["is_within"]:
             for loader in state.get("combined_loader", []):
                 if isinstance(loader, dict) and "batches_read" in loader:  # ours, which has read one more

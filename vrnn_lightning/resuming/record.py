@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vrnn_lightning.compatibility import OPTIMIZED
 from vrnn_lightning.errors import UserError
-
-if TYPE_CHECKING:
-    from vrnn_lightning.resuming.loops import ResumableEpochLoop
 
 __all__ = [
     "RECORD",
@@ -92,9 +90,8 @@ def check_record(record: Any) -> dict[str, Any]:
     return cast("dict[str, Any]", record)
 
 
-def make_record(trainer: Trainer, loop: ResumableEpochLoop) -> dict[str, Any]:
-    """Return the record of a checkpoint that is written now."""
-    stage = loop.stage
+def make_record(trainer: Trainer, loop: _TrainingEpochLoop, stage: Stage) -> dict[str, Any]:
+    """Return the record of a checkpoint that is written now, at a stage of the epoch."""
     if stage is Stage.EPOCH_END and not loop._num_ready_batches_reached():
         stage = Stage.BATCH  # max_steps or an early stop ended the epoch, which a resume continues
     progress: Any = loop.batch_progress.current
