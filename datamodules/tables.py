@@ -9,21 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.data import (
-    MAX_GB,
     Columns,
+    FileDataModule,
     Modality,
     Scaler,
-    SequenceDataModule,
     SequenceLoader,
     Split,
-    checked_limit,
-    data_root,
     read_columns,
+    require_choice,
 )
 from vrnn_lightning.data.folders import find_split, find_tables
 from vrnn_lightning.data.series import Rows, Series, SeriesWindows, format_time, group_rows, parse_step
@@ -35,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Tables"]
 
 
-class Tables(SequenceDataModule):
+class Tables(FileDataModule):
     r"""Columns of csv or parquet files: one or many series of numbers, cut by time or by series, with gaps.
 
     A file is one series, or holds many that a column tells apart (``id``). Its rows are in the order of time. An empty
@@ -79,9 +76,7 @@ class Tables(SequenceDataModule):
         missing: Allow missing values. False refuses them, and builds a model that doesn't ask.
         sort: Bring rows that are not in the order of time into it, instead of refusing them.
         delimiter: The character between the cells of a csv file.
-        max_gb: Gigabytes that the content of a file may take, as a damaged or hostile one declares more than it holds;
-            16 times its own size is always allowed.
-        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
+        options: The other options of ``FileDataModule``.
 
     Raises:
         UserError: An option is out of its range or makes no sense beside another. From ``setup`` on: a file is missing
@@ -94,8 +89,8 @@ class Tables(SequenceDataModule):
 
     modality: ClassVar[Modality] = "series"
     scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "per_feature"
-    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {
-        *("length", "stride", "context", "anomaly", "sort", "delimiter", "max_gb")
+    run_options: ClassVar[frozenset[str]] = FileDataModule.run_options | {
+        *("length", "stride", "context", "anomaly", "sort", "delimiter")
     }
 
     def __init__(
@@ -116,11 +111,9 @@ class Tables(SequenceDataModule):
         missing: bool = True,
         sort: bool = False,
         delimiter: str = ",",
-        max_gb: float = MAX_GB,
         **options: Any,
     ) -> None:
-        super().__init__(num_features=len(columns), **options)
-        self.root, self.max_gb = data_root(root), checked_limit(max_gb)
+        super().__init__(root, num_features=len(columns), **options)
         self._check_columns(columns, inputs or [], anomaly)
         self.columns, self.inputs = list(columns), list(inputs or [])
         self.num_inputs = len(self.inputs)
@@ -134,7 +127,6 @@ class Tables(SequenceDataModule):
         self._cuts: dict[str, list[float]] | None = None
         self._split_of: dict[str, tuple[str, int]] = {}
         self._clock = ""
-        self._warnings = WarningCache()
         self._predicted: SeriesWindows | None = None
 
     @staticmethod
@@ -157,9 +149,9 @@ class Tables(SequenceDataModule):
                 used[name] = option
 
     def _check_options(self) -> None:
+        require_choice("split", self.split_by, ("time", "id", "files"))
         val, test, length, stride, context = self.val_share, self.test_share, self.length, self.stride, self.context
         for is_wrong, problem in (
-            (self.split_by not in ("time", "id", "files"), f"split {self.split_by}: must be time, id or files"),
             (not 0 <= val < 1, f"val_share {val}: must be at least 0 and below 1"),
             (not 0 <= test < 1, f"test_share {test}: must be at least 0 and below 1"),
             (
@@ -195,10 +187,6 @@ class Tables(SequenceDataModule):
     def sequences(self, split: Split) -> SeriesWindows:
         """Return a split's series, or their windows, in the order of the files."""
         return self._cut(split, 0)
-
-    def lengths(self, split: Split) -> Sequence[int]:
-        """Return the steps of each sequence of a split."""
-        return self._windows(split).lengths
 
     def _windows(self, split: Split) -> SeriesWindows:
         windows = self.split(split)
@@ -266,7 +254,6 @@ class Tables(SequenceDataModule):
         super().load_state_dict(state_dict)
         self._split_of = state_dict.get("drawn", {})
         self._cuts, self._clock = state_dict.get("cuts"), state_dict.get("clock", "")
-        self._splits.clear()  # setup's, which other cuts made
         self._predicted = None
 
     def _moments(self, scaler: Scaler | None) -> tuple[Tensor, Tensor]:

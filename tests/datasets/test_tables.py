@@ -639,7 +639,7 @@ class TestRefusals:
             ({"columns": ["a", "a"]}, "--data.columns 'a': is named twice"),
             ({"inputs": ["u", "u"]}, "--data.inputs 'u': is named twice"),
             ({"inputs": ["a"]}, "--data.inputs 'a': is in --data.columns too"),
-            ({"split": "random"}, "--data.split random: must be time, id or files"),
+            ({"split": "random"}, "--data.split random: must be one of time, id, files"),
             ({"val_share": -0.1}, "--data.val_share -0.1"),
             ({"test_share": 1}, "--data.test_share 1"),
             ({"val_share": 0.5, "test_share": 0.5}, "leave nothing to train on"),

@@ -121,8 +121,10 @@ class SequenceDataModule(LightningDataModule):
         raise NotImplementedError(f"{type(self).__name__} must define sequences(split)")
 
     def lengths(self, split: Split) -> Sequence[int]:
-        """Return the steps of each sequence of a split; override it where reading them all would be slow."""
+        """Return the steps of each sequence of a split: the list ``lengths`` of its collection, else by reading all."""
         sequences = self.split(split)
+        if isinstance(known := getattr(sequences, "lengths", None), list):
+            return known
         if split not in self._lengths or self._lengths[split][0] is not sequences:
             self._lengths[split] = sequences, [len(sequences[i].x) for i in range(len(sequences))]
         return self._lengths[split][1]

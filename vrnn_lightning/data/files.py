@@ -1,0 +1,48 @@
+"""The base class of datamodules that read a file or folder."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from lightning_utilities.core.rank_zero import WarningCache
+
+from vrnn_lightning.data.datamodule import SequenceDataModule
+from vrnn_lightning.data.downloads import fetch
+from vrnn_lightning.data.options import checked_limit, data_root
+from vrnn_lightning.files import MAX_GB
+
+__all__ = ["FileDataModule"]
+
+
+class FileDataModule(SequenceDataModule):
+    """Base class of datamodules that read the file or folder ``root``.
+
+    A subclass whose data can be fetched names them by ``dataset`` and sets ``self.download`` to its option.
+
+    Args:
+        root: The file or folder. It may lie elsewhere when a checkpoint is used again.
+        max_gb: Gigabytes that the content of a file (the samples of a recording) may take, as a damaged or hostile one
+            declares more than it holds; 16 times its own size is always allowed.
+        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
+    """
+
+    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {"max_gb"}
+    dataset: ClassVar[str] = ""
+    download: bool = False
+
+    def __init__(self, root: str, max_gb: float = MAX_GB, **options: Any) -> None:
+        super().__init__(**options)
+        if "download" in self.hparams:
+            self.hparams["download"] = False  # an option of this run: checkpoints do not repeat it
+        self.root, self.max_gb = data_root(root), checked_limit(max_gb)
+        self._warnings = WarningCache()
+
+    def prepare_data(self) -> None:
+        """Fetch the dataset into ``root``, if ``download`` asks for it."""
+        if self.download:
+            fetch(self.dataset, self.root)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the checkpoint's scaler, and forget the splits that ``setup`` found without it."""
+        super().load_state_dict(state_dict)
+        self._splits.clear()
