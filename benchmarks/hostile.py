@@ -69,7 +69,7 @@ def spec(name: str, **options: Any) -> dict[str, Any]:
 
 
 EVIL_HEAD = spec("evil.Head")
-COMMAND = spec("vrnn_lightning.cli.command.CLI", words=["fit", "-c", "evil.yaml"])
+COMMAND = spec("vrnn_lightning.cli.command.CLI", argv=["fit", "-c", "evil.yaml"])
 LAMBDA = "torch.optim.lr_scheduler.LambdaLR"
 MODEL: dict[str, dict[str, Any]] = {
     "optimizer": {"optimizer": spec("evil.Optimizer", lr=1e-3)},
@@ -107,7 +107,7 @@ MODEL: dict[str, dict[str, Any]] = {
     "cell as a class": {"cell": EVIL_HEAD},
     "cell as a command line": {"cell": COMMAND},
     "interval as a command line": {
-        "lr_interval": spec("vrnn_lightning.cli.command.CLI", words=["fit", "-c", "evil.yaml"])
+        "lr_interval": spec("vrnn_lightning.cli.command.CLI", argv=["fit", "-c", "evil.yaml"])
     },
     "optimizer with a date that is none": {"optimizer": "{class_path: evil.Optimizer, init_args: {lr: 2020-13-45}}"},
     "optimizer in a letter": {"optimizer": "evil\u00b7.Optimizer"},

@@ -111,7 +111,7 @@ def test_states_below_an_old_class_are_kept(monkeypatch):
     optimized = compatibility.OPTIMIZED
     content = {"callbacks": {"Old{'monitor': None}": 1, "Older": 2}, "Data": {"epoch": 3}}
     content[optimized] = [["vrnn.old_cell.0.weight_ih", "vrnn.old_cells"]]
-    assert compatibility.upgrade(content, "last.ckpt")
+    compatibility.upgrade(content, "last.ckpt")
     assert content.pop(optimized) == [["vrnn.cells.0.weight_ih", "vrnn.old_cells"]]
     assert content == {"callbacks": {"New{'monitor': None}": 1, "Older": 2}, "Data2": {"epoch": 3}}
 

@@ -310,7 +310,7 @@ def test_statistics_come_from_the_training_split_once(tmp_path):
 
 
 def test_grey_values_are_no_bernoulli(tmp_path):
-    with pytest.raises(UserError, match=r"feature 0 has values from .* not 0 and 1"):
+    with pytest.raises(UserError, match=r"feature 0 has values from .* not 0 or 1"):
         trainer(tmp_path).fit(module(emission=Bernoulli), data())
 
 

@@ -187,7 +187,7 @@ def test_a_requeued_job_continues_by_itself(lightning, tiny, folder, monkeypatch
 def test_the_first_cause_is_said_once(monkeypatch, capfd):
     finished = subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
     finished.wait()
-    monkeypatch.setattr(processes, "launched", lambda: [finished])
+    monkeypatch.setattr(processes, "list_children", lambda: [finished])
     monkeypatch.setattr(processes, "GRACE", 0.01)
     assert processes.end_without(RuntimeError("Connection closed by peer")) == 1
     assert "process 1 was killed by signal 9" in capfd.readouterr().err

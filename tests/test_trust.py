@@ -18,9 +18,10 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.optim import Adam, Optimizer
 
-from vrnn_lightning import MLPConfig, SequenceDataModule, UserError, VRNNLightningModule, trust
+from vrnn_lightning import MLPConfig, SequenceDataModule, UserError, VRNNLightningModule
 from vrnn_lightning.heads import Head, StudentT
 from vrnn_lightning.trust import Gate
+from vrnn_lightning.trust import gate as gate_module
 
 GATE = Gate("a.ckpt")
 LAMBDA = "torch.optim.lr_scheduler.LambdaLR"
@@ -36,7 +37,7 @@ print("own module imported")
 class OwnHead(Gaussian): pass
 class OwnAdam(Adam): pass
 class OwnHook(Callback): pass
-class Walks(SequenceDataModule):
+class OwnWalks(SequenceDataModule):
     def __init__(self, batch_size: int = 4) -> None:
         super().__init__(1, batch_size)
     def sequences(self, split):
@@ -206,15 +207,15 @@ def test_there_is_no_trust_in_everything(name):
 
 
 def test_entry_points_are_allowed(own, monkeypatch):
-    point = EntryPoint("Walks", f"{own}:Walks", trust.ENTRY_POINTS)
-    monkeypatch.setattr(trust, "entry_points", lambda group: EntryPoints([point]))
-    trust._entry_points.cache_clear()
+    point = EntryPoint("OwnWalks", f"{own}:OwnWalks", gate_module.ENTRY_POINTS)
+    monkeypatch.setattr(gate_module, "entry_points", lambda group: EntryPoints([point]))
+    gate_module._entry_points.cache_clear()
     try:
-        GATE.check(spec(f"{own}.Walks"), LightningDataModule, "data")
+        GATE.check(spec(f"{own}.OwnWalks"), LightningDataModule, "data")
         with pytest.raises(UserError, match="OwnHead"):
             GATE.check(spec(f"{own}.OwnHead"), Head, "emission")
     finally:
-        trust._entry_points.cache_clear()
+        gate_module._entry_points.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +324,7 @@ def test_a_task_that_the_config_beside_a_checkpoint_names_passes_the_gate(lightn
         {
             "data": {
                 "class_path": "Sines",
-                "init_args": {"window": spec("vrnn_lightning.cli.command.CLI", words=["fit"])},
+                "init_args": {"window": spec("vrnn_lightning.cli.command.CLI", argv=["fit"])},
             }
         },
     ],
@@ -362,7 +363,7 @@ def test_a_checkpoint_names_no_file_to_remove(lightning, run, folder):
 
 def test_a_dropped_datamodule_counts_where_the_call_names_it(lightning, own, run):
     Path("datamodules").mkdir()
-    Path(f"datamodules/{own}.py").write_text(OWN.replace("Walks", "DroppedWalks"))
+    Path(f"datamodules/{own}.py").write_text(OWN.replace("OwnWalks", "DroppedWalks"))
     quick = ["--samples.every_n_validations=0", "--report=false", "--trainer.accelerator=cpu", "--model.hidden_size=4"]
     assert lightning("fit", "--data=DroppedWalks", "--trainer.max_epochs=1", *quick).code == 0
     (path,) = Path("runs").rglob("last.ckpt")

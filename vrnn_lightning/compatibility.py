@@ -1,7 +1,7 @@
-"""Files of earlier releases: the number of their format, and one table of everything that was renamed since.
+"""Files of earlier releases: the number of their format, and the tables of everything that was renamed since.
 
 A release that renames an option, a class or a part of the model adds a row here. Checkpoints, pretrained folders,
-config files and command lines are read through this table, so an old name is never given to something else.
+config files and command lines are read through these tables, so an old name is never given to something else.
 """
 
 from __future__ import annotations
@@ -52,23 +52,20 @@ WEIGHTS: dict[str, str] = {"prepared": "is_initialized"}
 
 
 def require_known_format(number: object, place: object) -> None:
-    """Raise if a file has a format that this version does not know.
+    """Raise a UserError if a file has a format that this version does not know, or one that is not a positive number.
 
     Args:
         number: The file's format; ``None`` if it has none.
         place: The file, for the message.
-
-    Raises:
-        UserError: The format is newer, or no positive number.
 
     >>> require_known_format(1, "last.ckpt")
     """
     if number is None:
         return
     if type(number) is not int or number < 1:
-        what = repr(number)[:80] if isinstance(number, (int, float, str)) else f"of type {type(number).__name__}"
+        shown = repr(number)[:80] if isinstance(number, (int, float, str)) else f"of type {type(number).__name__}"
         reason = "is below 1" if type(number) is int else "is not a number"
-        raise UserError(f"{place}: its format {what} {reason}. Fix: give a file that vrnn-lightning wrote")
+        raise UserError(f"{place}: its format {shown} {reason}. Fix: give a file that vrnn-lightning wrote")
     if number > FORMAT:
         raise UserError(
             f"{place}: has format {number}, but this version of vrnn-lightning reads formats up to {FORMAT}. "
@@ -137,10 +134,10 @@ def current_option(name: str) -> str:
     >>> current_option("model.phi_x.width")
     'model.phi_x.width'
     """
-    place: list[str] = []
+    current: list[str] = []
     for part in name.split("."):
-        place.append(OPTIONS.get(".".join([*place, part]), part))
-    return ".".join(place)
+        current.append(OPTIONS.get(".".join([*current, part]), part))
+    return ".".join(current)
 
 
 def current_options(
@@ -165,25 +162,28 @@ def current_options(
     if not isinstance(options, Mapping):
         is_class = isinstance(options, str) and not place.endswith("name")
         return current_class(options) if is_class else options
-    made = next((options[key] for key in ("class_path", "_class_path") if isinstance(options.get(key), str)), "")
-    found = {}
+    paths = [options.get(key) for key in ("class_path", "_class_path")]
+    made = current_class(next((path for path in paths if isinstance(path, str)), ""))
+    current = {}
     for key, value in options.items():
         if not isinstance(key, str):
-            found[key] = value
+            current[key] = value
             continue
         option = key.removesuffix("+")  # appends to a list
-        names = [f"{place}.{option}".lstrip("."), f"{current_class(made)}.{option}"]
-        new = next((OPTIONS[name] for name in names if name in OPTIONS), option)
+        old = f"{place}.{option}".lstrip(".")
+        new = OPTIONS.get(old) or OPTIONS.get(f"{made}.{option}") or option
+        full = f"{place}.{new}".lstrip(".")
         if new != option:
-            say(names[0], f"{place}.{new}".lstrip("."))
-        within = current_class(made) if key == "init_args" else "" if key in commands else f"{place}.{new}".lstrip(".")
-        found[new + key[len(option) :]] = current_options(value, within, say)
-    return found
+            say(old, full)
+        within = made if key == "init_args" else "" if key in commands else full
+        current[new + key[len(option) :]] = current_options(value, within, say)
+    return current
 
 
-def current_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
+def current_weights(weights: dict[str, Any]) -> dict[str, Any]:
     """Return a ``state_dict`` under the names that the parts of the model have now."""
-    return {_current_weight(name): value for name, value in weights.items()}
+    names = [_current_weight(name) for name in weights]
+    return weights if names == list(weights) else dict(zip(names, weights.values(), strict=True))
 
 
 def _current_weight(name: str) -> str:
@@ -191,49 +191,24 @@ def _current_weight(name: str) -> str:
     return name if part is None else WEIGHTS[part] + name[len(part) :]
 
 
-def upgrade(content: dict[str, Any], place: object) -> bool:
-    """Rename in a checkpoint what has another name now, in place.
+def upgrade(content: dict[str, Any], place: object) -> None:
+    """Give everything in a checkpoint the name that it has now, in place; its format has to be known.
 
     Args:
         content: The checkpoint.
         place: Its file, for the message.
-
-    Returns:
-        Whether anything was renamed.
-
-    Raises:
-        UserError: It has a newer format than this version knows.
     """
     require_known_format(content.get(KEY), place)
-    renamed: dict[str, Any] = {}
     short = {old.rpartition(".")[2]: new.rpartition(".")[2] for old, new in CLASSES if not old.endswith(".")}
+    content |= {short[key]: content.pop(key) for key in [*content] if key in short}  # the datamodule's state
     if isinstance(content.get("callbacks"), Mapping):  # their states, each below its class and perhaps options
         current = partial(re.sub, r"^\w+", lambda name: short.get(name[0], name[0]))
-        renamed["callbacks"] = {current(key): state for key, state in content["callbacks"].items()}
-    renamed |= {short[key]: content.pop(key) for key in [*content] if key in short}  # the datamodule's state
+        content["callbacks"] = {current(key): state for key, state in content["callbacks"].items()}
     for key, group in (("hyper_parameters", "model"), ("datamodule_hyper_parameters", "data")):
         if isinstance(content.get(key), Mapping):
-            renamed[key] = current_options(content[key], group)
+            content[key] = current_options(content[key], group)
     for key in ("state_dict", "current_model_state"):  # the second: weights beside their average
         if isinstance(content.get(key), Mapping):
-            renamed[key] = current_weights(content[key])
+            content[key] = current_weights(content[key])
     if isinstance(content.get(OPTIMIZED), list):  # the names of each optimiser's parameters
-        renamed[OPTIMIZED] = [[_current_weight(name) for name in names] for names in content[OPTIMIZED]]
-    changed = {key: value for key, value in renamed.items() if key not in content or _is_new(value, content[key], key)}
-    content.update(changed)
-    return bool(changed)
-
-
-def _is_new(renamed: Any, options: Any, key: str) -> bool:
-    if key.endswith("hyper_parameters"):
-        return bool(_names(renamed) != _names(options))
-    return list(renamed) != list(options)
-
-
-def _names(options: Any) -> Any:
-    """Return what of options or weights can be renamed, without tensors, which do not compare to a boolean."""
-    if isinstance(options, Mapping):
-        return {key: _names(value) for key, value in options.items()}
-    if isinstance(options, list):
-        return [_names(value) for value in options]
-    return options if isinstance(options, str) else ""
+        content[OPTIMIZED] = [[_current_weight(name) for name in names] for names in content[OPTIMIZED]]

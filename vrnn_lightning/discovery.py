@@ -28,11 +28,11 @@ ENTRY_POINTS = PACKAGE = "vrnn_lightning.datamodules"
 
 @dataclass(frozen=True)
 class Found:
-    """Where the datamodule of a name lives.
+    """The places of a datamodule.
 
     Args:
-        name: The class' name, what a user types after ``--data``.
-        places: Every place that claims the name: a file, or an entry point. More than one is refused when asked for.
+        name: The class' name, as in ``--data NAME``.
+        places: The files and entry points that define the name; :func:`load` raises if there are several.
     """
 
     name: str
@@ -49,13 +49,13 @@ def known() -> dict[str, Found]:
 
 
 def load(name: str) -> type[LightningDataModule]:
-    """Import the one datamodule that is asked for.
+    """Import a datamodule.
 
     Args:
         name: A known name (:func:`known`), or the dotted path of a class that lives elsewhere.
 
     Raises:
-        UserError: The name is unknown, claimed twice, cannot be imported or is not a LightningDataModule.
+        UserError: The name is unknown, defined twice, cannot be imported or is not a LightningDataModule.
     """
     if "." in name:
         module, _, attribute = name.rpartition(".")
@@ -66,10 +66,10 @@ def load(name: str) -> type[LightningDataModule]:
     if name not in names:
         listed = f"known: {', '.join(names)}" if names else "none was found"
         raise UserError(f"--data {name}: no such datamodule.{suggestion(name, names)} ({listed})")
-    found = names[name]
-    if len(found.places) > 1:
-        raise UserError(f"--data {name}: defined in {' and in '.join(map(_show, found.places))}; rename one")
-    (place,) = found.places
+    place, *others = names[name].places
+    if others:
+        places = [f"{p.value} (entry point)" if isinstance(p, EntryPoint) else str(p) for p in (place, *others)]
+        raise UserError(f"--data {name}: defined in {' and in '.join(places)}; rename one")
     if isinstance(place, EntryPoint):
         return _datamodule(_import(place.module, None), place.attr, name)
     package = PACKAGE if place.parent == INSTALLED else local.__name__
@@ -87,17 +87,12 @@ def suggestion(word: str, words: Iterable[str]) -> str:
     return f" Did you mean '{by_lower[near[0]]}'?" if near else ""
 
 
-def _show(place: Path | EntryPoint) -> str:
-    return str(place) if isinstance(place, Path) else f"{place.value} (entry point)"
-
-
 def _files() -> list[Path]:
-    """List the files of the package's folder, then those of the working directory's."""
+    """Return the files of the package's folder, then those of the working directory's."""
     folders = [INSTALLED, local.use_working_directory()]
     if folders[0].resolve() == folders[1].resolve():
         folders.pop()
-    found = (file for folder in folders for file in sorted(folder.glob("*.py")) if file.is_file())
-    return [file for file in found if not file.name.startswith("_")]
+    return [file for folder in folders for file in sorted(folder.glob("[!_]*.py")) if file.is_file()]
 
 
 def _classes(files: list[Path]) -> Iterator[tuple[str, Path]]:
@@ -107,7 +102,7 @@ def _classes(files: list[Path]) -> Iterator[tuple[str, Path]]:
         text = file.read_text(encoding="utf-8", errors="replace")
         try:
             nodes += [(node, file) for node in _class_nodes(text)]
-        except (SyntaxError, ValueError):  # what is wrong with it is said when it is asked for
+        except (SyntaxError, ValueError):  # its error is printed when it is asked for
             yield from ((name, file) for name in re.findall(r"^class ([A-Za-z]\w*)", text, re.MULTILINE))
     modules: set[str] = set()
     while more := {n.name for n, _ in nodes if n.name not in modules and _is_datamodule(n, modules)}:
@@ -140,29 +135,26 @@ def _import(module: str, file: Path | None) -> ModuleType:
         raise UserError(f"cannot import {module}: there is no module {error.name} here or installed") from error
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # whatever a user's file raises while it is imported is the user's to fix
+    except (Exception, SystemExit) as error:  # a user's file may raise anything while it is imported
         raise _broken(module, file, error) from error
 
 
 def _broken(module: str, file: Path | None, error: BaseException) -> UserError:
-    where = str(file or module)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+    own = [f for f in frames if file is None or Path(f.filename).resolve() == file.resolve()]
+    where, line = (own[-1].filename, own[-1].lineno) if own else (str(file or module), None)
+    message: object = error
     if isinstance(error, SyntaxError) and error.filename:
-        where, line = error.filename, error.lineno
-    else:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
-        own = [f for f in frames if file is None or Path(f.filename).resolve() == file.resolve()]
-        where, line = (own[-1].filename, own[-1].lineno) if own else (where, None)
-    what = error.msg if isinstance(error, SyntaxError) else error
+        where, line, message = error.filename, error.lineno, error.msg
     notes = "".join(f". {note}" for note in getattr(error, "__notes__", ()))
-    return UserError(f"{where}{f', line {line}' if line else ''}: {type(error).__name__}: {what}{notes}")
+    return UserError(f"{where}{f', line {line}' if line else ''}: {type(error).__name__}: {message}{notes}")
 
 
-def _datamodule(module: ModuleType, attribute: str, asked: str) -> type[LightningDataModule]:
+def _datamodule(module: ModuleType, attribute: str, path: str) -> type[LightningDataModule]:
     cls = getattr(module, attribute, None)
     if cls is None:
-        raise UserError(f"--data {asked}: {module.__name__} has no {attribute}.{suggestion(attribute, vars(module))}")
+        raise UserError(f"--data {path}: {module.__name__} has no {attribute}.{suggestion(attribute, vars(module))}")
     if not (isinstance(cls, type) and issubclass(cls, LightningDataModule)):
-        raise UserError(
-            f"--data {asked}: is not a LightningDataModule; derive it from lightning.pytorch.LightningDataModule"
-        )
+        fix = "derive it from lightning.pytorch.LightningDataModule"
+        raise UserError(f"--data {path}: is not a LightningDataModule. Fix: {fix}")
     return cls

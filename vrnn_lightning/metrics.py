@@ -1,8 +1,9 @@
-"""Totals over totals: what is reported of a bound, right for ragged batches and several processes."""
+"""Figures as totals over totals: exact for ragged batches and several processes."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,11 +16,36 @@ __all__ = ["ActiveUnits", "Bound", "Detection", "DrawScores", "Estimate", "below
 WIDE = torch.float32 if torch.backends.mps.is_available() else torch.float64  # Apple GPUs have no float64
 
 
-class Bound(Metric):
+class _Totals(Metric):
+    """Sums over all sequences and processes, in float64 wherever the machine has it.
+
+    Args:
+        shape: Shape of each sum.
+    """
+
+    full_state_update = False
+    names: ClassVar[tuple[str, ...]]
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        for name in self.names:
+            self.add_state(name, torch.zeros(shape, dtype=WIDE), dist_reduce_fx="sum")
+        self.set_dtype(WIDE)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Tensor: ...
+
+    def add(self, **values: Tensor | int) -> None:
+        """Add to the sums by name."""
+        for name, value in values.items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+class Bound(_Totals):
     """The ELBO and its split, in nats per time step and per sequence, and in bits per dimension.
 
-    Sums run in float64 wherever the machine has it. ``compute`` returns, with every total taken over all sequences and
-    processes,
+    ``compute`` returns, with every total taken over all sequences and processes,
 
     ``elbo``, ``reconstruction``, ``kl``
         nats per time step: total / number of real steps; elbo = reconstruction - kl.
@@ -31,22 +57,7 @@ class Bound(Metric):
         nats per time step, where the data know their own; gap = exact - elbo.
     """
 
-    full_state_update = False
-    reconstruction: Tensor
-    kl: Tensor
-    steps: Tensor
-    sequences: Tensor
-    values: Tensor
-    log_scale: Tensor
-    exact: Tensor
-    knows_exact: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("reconstruction", "kl", "steps", "sequences", "values", "log_scale", "exact"):
-            self.add_state(name, torch.zeros((), dtype=WIDE), dist_reduce_fx="sum")
-        self.add_state("knows_exact", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
-        self.set_dtype(WIDE)
+    names = ("reconstruction", "kl", "steps", "sequences", "values", "log_scale", "exact", "exact_batches")
 
     def update(
         self,
@@ -67,36 +78,30 @@ class Bound(Metric):
             log_scale: Sum over the measured values of the log of the scaler's std, shape ().
             exact: True log-likelihood of each sequence in scaled units, shape (batch,), where it is known.
         """
-        self.reconstruction = self.reconstruction + log_px.detach().to(WIDE).sum()
-        self.kl = self.kl + kl.detach().to(WIDE).sum()
-        self.steps = self.steps + lengths.sum()
-        self.sequences = self.sequences + (lengths > 0).sum()
-        self.values = self.values + values
-        self.log_scale = self.log_scale + log_scale.detach().to(WIDE)
+        self.add(
+            reconstruction=log_px.detach().to(WIDE).sum(),
+            kl=kl.detach().to(WIDE).sum(),
+            steps=lengths.sum(),
+            sequences=(lengths > 0).sum(),
+            values=values,
+            log_scale=log_scale.detach().to(WIDE),
+        )
         if exact is not None:
-            self.exact = self.exact + exact.to(self.exact).sum()
-            self.knows_exact = torch.ones_like(self.knows_exact)
+            self.add(exact=exact.to(self.exact).sum(), exact_batches=1)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the figures by name."""
-        reconstruction, kl = self.reconstruction, self.kl
-        elbo = reconstruction - kl
-        figures = {
-            "elbo": elbo / self.steps,
-            "reconstruction": reconstruction / self.steps,
-            "kl": kl / self.steps,
-            "elbo_per_sequence": elbo / self.sequences,
-            "reconstruction_per_sequence": reconstruction / self.sequences,
-            "kl_per_sequence": kl / self.sequences,
-            "bits_per_dim": (self.log_scale - elbo) / (self.values * math.log(2)),
-        }
-        if self.knows_exact:
+        totals = {"elbo": self.reconstruction - self.kl, "reconstruction": self.reconstruction, "kl": self.kl}
+        figures = {name: total / self.steps for name, total in totals.items()}
+        figures |= {f"{name}_per_sequence": total / self.sequences for name, total in totals.items()}
+        figures["bits_per_dim"] = (self.log_scale - totals["elbo"]) / (self.values * math.log(2))
+        if self.exact_batches:
             figures["exact_log_likelihood"] = self.exact / self.steps
-            figures["gap"] = (self.exact - elbo) / self.steps
+            figures["gap"] = (self.exact - totals["elbo"]) / self.steps
         return figures
 
 
-class ActiveUnits(Metric):
+class ActiveUnits(_Totals):
     """Latent dimensions in use: those whose posterior mean varies over all real steps by more than a threshold.
 
     Follows Burda et al. 2016 (arXiv 1509.00519, sec. 5.2): the variance of E_q[z] over the data above 0.01.
@@ -106,25 +111,16 @@ class ActiveUnits(Metric):
         threshold: Variance above which a dimension counts as in use.
     """
 
-    full_state_update = False
-    count: Tensor
-    sums: Tensor
-    squares: Tensor
+    names = ("count", "sums", "squares")
 
     def __init__(self, latent_size: int, threshold: float = 0.01) -> None:
-        super().__init__()
+        super().__init__(latent_size)
         self.threshold = threshold
-        self.add_state("count", torch.zeros((), dtype=WIDE), dist_reduce_fx="sum")
-        self.add_state("sums", torch.zeros(latent_size, dtype=WIDE), dist_reduce_fx="sum")
-        self.add_state("squares", torch.zeros(latent_size, dtype=WIDE), dist_reduce_fx="sum")
-        self.set_dtype(WIDE)
 
     def update(self, mean: Tensor, mask: Tensor) -> None:
         """Add posterior means, shape (batch, time, latent), at the real steps, mask of shape (batch, time)."""
         real = mean.detach().to(WIDE) * mask[..., None]
-        self.count = self.count + mask.sum()
-        self.sums = self.sums + real.sum((0, 1))
-        self.squares = self.squares + real.square().sum((0, 1))
+        self.add(count=mask.sum(), sums=real.sum((0, 1)), squares=real.square().sum((0, 1)))
 
     def compute(self) -> Tensor:
         """Return the number of active units."""
@@ -133,10 +129,9 @@ class ActiveUnits(Metric):
 
 
 class Detection(Metric):
-    """How well steps that are known to be faulty are told from others: ``precision``, ``recall`` and ``AUROC``.
+    """``precision``, ``recall`` and ``AUROC`` of steps that are known to be faulty; the scores of all steps are kept.
 
-    The last is the chance that a faulty step looks worse than another, half of it where they look the same. The scores
-    of all steps are kept.
+    The AUROC is the chance that a faulty step scores below another, where ties count half.
 
     Args:
         sync_on_compute: Whether ``compute`` joins the steps of all processes.
@@ -161,8 +156,8 @@ class Detection(Metric):
         """Add steps.
 
         Args:
-            nats: Log-likelihood of each, shape (steps,).
-            faulty: True at those that are, shape (steps,).
+            nats: Log-likelihood of each step, shape (steps,).
+            faulty: True at faulty steps, shape (steps,).
             threshold: Steps below it are flagged, and those whose log-likelihood is not a number.
         """
         self.nats.append(torch.where(nats.isnan(), -math.inf, nats.detach().to(WIDE)))
@@ -172,13 +167,12 @@ class Detection(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return the figures by name, those that are defined."""
         nats, faulty, flagged = (dim_zero_cat(part) for part in (self.nats, self.faulty, self.flagged))
-        right = (faulty & flagged).sum()
-        bad, good = faulty.sum(), (~faulty).sum()
+        hits, bad, good = (faulty & flagged).sum(), faulty.sum(), (~faulty).sum()
         figures = {}
         if flagged.any():
-            figures["precision"] = right / flagged.sum()
+            figures["precision"] = hits / flagged.sum()
         if bad:
-            figures["recall"] = right / bad
+            figures["recall"] = hits / bad
         if bad and good:
             _, place, ties = (-nats).unique(return_inverse=True, return_counts=True)
             ranks = (ties.cumsum(0) - (ties - 1) / 2)[place].to(WIDE)  # of ties, their mean
@@ -187,23 +181,23 @@ class Detection(Metric):
 
 
 def below(nats: Tensor, threshold: float) -> Tensor:
-    """Return True where a log-likelihood is below a threshold or no number, as that of values too large for one is."""
+    """Return True where a log-likelihood is below a threshold or not a number, as it is for values too large."""
     return ~(nats >= threshold)
 
 
-class DrawScores(Metric):
-    r"""How good draws of values are, now that the values are known; in data units, totals over all values.
+class DrawScores(_Totals):
+    r"""Scores of draws, given the true values; in data units, totals over all values.
 
     ``RMSE``
         root mean square error of the draws' mean.
     ``CRPS``
         continuous ranked probability score :math:`E|X - y| - \tfrac12 E|X - X'|`, its unbiased estimate from the draws
-        (Gneiting and Raftery 2007); of a single draw the absolute error.
+        (Gneiting and Raftery 2007); the absolute error of a single draw.
     ``wQL``
         weighted quantile loss: twice the pinball losses of the quantiles 0.1, …, 0.9, averaged over them, over the sum
         of :math:`|y|`.
     ``coverage``, ``coverage_50``
-        share of the values in the central 90 % and 50 % interval of their draws; none of a single draw.
+        share of the values in the central 90 % and 50 % interval of several draws.
     ``MASE``
         absolute error of the median over that of a naive forecast within the past (Hyndman and Koehler 2006), mean
         over sequences and features; where a past is known.
@@ -214,17 +208,12 @@ class DrawScores(Metric):
     {'RMSE': 0.0, 'CRPS': 0.0, 'wQL': 0.089, 'coverage': 1.0, 'coverage_50': 1.0}
     """
 
-    full_state_update = False
+    names = ("scaled", "series")
     sums: Tensor
-    scaled: Tensor
-    series: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("sums", torch.zeros(len(_SUMS), 0, dtype=WIDE), dist_reduce_fx="sum")
-        for name in ("scaled", "series"):
-            self.add_state(name, torch.zeros((), dtype=WIDE), dist_reduce_fx="sum")
-        self.set_dtype(WIDE)
 
     def update(self, draws: Tensor, truth: Tensor, scale: Tensor | None = None) -> None:
         """Add a sequence.
@@ -244,7 +233,7 @@ class DrawScores(Metric):
         excess = y - _quantiles(ordered, levels)
         ranks = 2 * torch.arange(1, count + 1, device=x.device, dtype=WIDE) - count - 1
         spread = (ranks[:, None] * ordered).sum(0) / max(1, count * (count - 1))
-        found = {
+        parts = {
             "values": torch.ones_like(y),
             "squares": (x.mean(0) - y).square(),
             "crps": (x - y).abs().mean(0) - spread,
@@ -253,23 +242,22 @@ class DrawScores(Metric):
         }
         if count > 1:
             q05, q25, q75, q95 = _quantiles(ordered, torch.tensor([0.05, 0.25, 0.75, 0.95]).to(x))
-            found["intervals"] = torch.ones_like(y)
-            found["inside"] = ((q05 <= y) & (y <= q95)).to(WIDE)
-            found["inside_50"] = ((q25 <= y) & (y <= q75)).to(WIDE)
+            parts["intervals"] = torch.ones_like(y)
+            parts["inside"] = ((q05 <= y) & (y <= q95)).to(WIDE)
+            parts["inside_50"] = ((q25 <= y) & (y <= q75)).to(WIDE)
         self.grow(len(truth))
         steps = known.nonzero()[:, 0]
         for row, name in enumerate(_SUMS):
-            if name in found:
-                self.sums[row].index_add_(0, steps, found[name])
+            if name in parts:
+                self.sums[row].index_add_(0, steps, parts[name])
         if scale is not None:
             median = torch.full_like(truth, torch.nan, dtype=WIDE)
             median[known] = _quantiles(ordered, torch.tensor([0.5]).to(x))[0]
             error = (median - truth).abs().nanmean(0) / scale
-            self.scaled = self.scaled + error[error.isfinite()].sum()
-            self.series = self.series + error.isfinite().sum()
+            self.add(scaled=error[error.isfinite()].sum(), series=error.isfinite().sum())
 
     def grow(self, steps: int) -> None:
-        """Make room for as many steps: before :meth:`compute`, all processes must have room for the same number."""
+        """Make room for so many steps; all processes need room for the same number before :meth:`compute`."""
         more = steps - self.steps
         self.sums = torch.nn.functional.pad(self.sums, (0, more)) if more > 0 else self.sums.clone()
 
@@ -293,9 +281,9 @@ class DrawScores(Metric):
         return figures
 
     def by_step(self) -> dict[str, Tensor]:
-        """Return ``values``, how many were known, and all figures but the MASE at each step, each of shape (steps,).
+        """Return ``values``, the number of known values, and all figures but the MASE at each step, shape (steps,).
 
-        Of forecasts, the steps are the lead times. A figure is NaN where nothing is known of it.
+        The steps of forecasts are lead times. A figure is NaN where no value is known.
         """
         with self.sync_context():
             total = dict(zip(_SUMS, self.sums, strict=True))
@@ -306,7 +294,6 @@ _SUMS = ("values", "squares", "crps", "pinball", "size", "intervals", "inside", 
 
 
 def _ratios(total: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return figures of totals."""
     return {
         "RMSE": (total["squares"] / total["values"]).sqrt(),
         "CRPS": total["crps"] / total["values"],
@@ -317,7 +304,7 @@ def _ratios(total: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _quantiles(ordered: Tensor, levels: Tensor) -> Tensor:
-    """Return quantiles of sorted draws, shape (samples, ...), between draws by a line: (levels, ...)."""
+    """Return quantiles, shape (levels, ...), of sorted draws, shape (samples, ...), interpolated linearly."""
     places = levels * (len(ordered) - 1)
     below = places.floor().long()
     above = (below + 1).clamp(max=len(ordered) - 1)
@@ -325,13 +312,13 @@ def _quantiles(ordered: Tensor, levels: Tensor) -> Tensor:
 
 
 def seasonal_naive(past: Tensor, steps: int, season: int = 1) -> tuple[Tensor, Tensor]:
-    """Return the forecast that the last season comes again, and its mean absolute error within the past.
+    """Return the forecast that repeats the last season, and its mean absolute error within the past.
 
-    A value that the last season lacks is that of the season before it, and so on.
+    A value that is missing in the last season is taken from the last one that has it.
 
     Args:
         past: NaN where a value is missing, shape (time, features).
-        steps: How far to go.
+        steps: Length of the forecast.
         season: Steps of a season.
 
     Returns:
@@ -353,8 +340,8 @@ def seasonal_naive(past: Tensor, steps: int, season: int = 1) -> tuple[Tensor, T
     return last[torch.arange(steps, device=past.device) % season], (past[season:] - past[:-season]).abs().nanmean(0)
 
 
-class Estimate(Metric):
-    r"""The mean of a quantity that every sequence has one of, per time step and per sequence, with standard errors.
+class Estimate(_Totals):
+    r"""The mean of a quantity of each sequence, per time step and per sequence, with standard errors.
 
     Per step it is the ratio of totals :math:`r = \sum_i x_i / \sum_i n_i`, whose standard error over sequences is
     :math:`\sqrt{\tfrac{N}{N-1} \sum_i (x_i - r n_i)^2} \,/ \sum_i n_i` (the ratio estimator of sampling theory).
@@ -365,35 +352,19 @@ class Estimate(Metric):
     {'': -3.333, '_stderr': 0.889, '_per_sequence': -5.0, '_per_sequence_stderr': 3.0}
     """
 
-    full_state_update = False
-    sequences: Tensor
-    steps: Tensor
-    total: Tensor
-    squares: Tensor
-    products: Tensor
-    steps_squared: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("sequences", "steps", "total", "squares", "products", "steps_squared"):
-            self.add_state(name, torch.zeros((), dtype=WIDE), dist_reduce_fx="sum")
-        self.set_dtype(WIDE)
+    names = ("sequences", "steps", "total", "squares", "products", "steps_squared")
 
     def update(self, values: Tensor, lengths: Tensor) -> None:
         """Add sequences.
 
         Args:
-            values: Of each sequence, shape (batch,).
+            values: The quantity of each sequence, shape (batch,).
             lengths: Real steps of each sequence, shape (batch,). A sequence of no steps does not count.
         """
         real = lengths > 0
         x, n = values.detach().to(WIDE)[real], lengths.to(WIDE)[real]
-        self.sequences = self.sequences + len(x)
-        self.steps = self.steps + n.sum()
-        self.total = self.total + x.sum()
-        self.squares = self.squares + x.square().sum()
-        self.products = self.products + (x * n).sum()
-        self.steps_squared = self.steps_squared + n.square().sum()
+        self.add(sequences=len(x), steps=n.sum(), total=x.sum(), squares=x.square().sum())
+        self.add(products=(x * n).sum(), steps_squared=n.square().sum())
 
     def compute(self) -> dict[str, Tensor]:
         """Return the figures by the ending of their names; a single sequence has no standard error."""

@@ -22,9 +22,7 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.compatibility import FORMAT, KEY, OPTIMIZED, upgrade
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.exporting import Exported
 from vrnn_lightning.filtering import Particles
-from vrnn_lightning.hyperparameters import make_storable
 from vrnn_lightning.inference import Inference
 from vrnn_lightning.metrics import ActiveUnits, Bound, Estimate
 from vrnn_lightning.noise import Noise
@@ -32,6 +30,7 @@ from vrnn_lightning.objectives import ELBO, ImportanceBound, Objective, StreamSt
 from vrnn_lightning.pretrained import Pretrained
 from vrnn_lightning.recurrence import State
 from vrnn_lightning.resuming import make_resumable, match_optimizer_states
+from vrnn_lightning.trust.hyperparameters import make_storable
 from vrnn_lightning.vrnn import Trace, build_vrnn
 
 __all__ = ["VRNNLightningModule"]
@@ -40,7 +39,7 @@ if not hasattr(ArgumentParser, "instantiate_classes"):  # jsonargparse 5; Lightn
     ArgumentParser.instantiate_classes = ArgumentParser.instantiate  # type: ignore[method-assign]  # absent there
 
 
-class VRNNLightningModule(Inference, Pretrained, Exported, LightningModule):  # type: ignore[misc]  # trust= is ours
+class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: ignore[misc]  # trust= is ours
     """Trains a VRNN on the ELBO and reports it, split into reconstruction and KL.
 
     Every argument is a hyperparameter: it travels in the checkpoint, and ``load_from_checkpoint`` needs nothing else.

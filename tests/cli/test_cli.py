@@ -7,6 +7,8 @@ import pytest
 import torch
 import yaml
 
+from vrnn_lightning import VRNNLightningModule
+
 PLUGIN = """
 from pathlib import Path
 
@@ -87,6 +89,13 @@ def test_fit_makes_a_run_folder_and_sums_up(lightning, tiny):
     assert "gap" in said.out
     assert f"lightning test --ckpt_path {run}/checkpoints/best.ckpt" in said.out
     assert "epoch 0  step 2" in said.out
+
+
+def test_a_config_may_change_while_a_fit_runs(lightning, tiny, monkeypatch):
+    monkeypatch.setattr(VRNNLightningModule, "on_fit_end", lambda module: tiny.write_text("data: ["), raising=False)
+    said = lightning("fit", "-c", tiny)
+    assert said.code == 0, said.err
+    assert "test it: lightning test --ckpt_path" in said.out
 
 
 def test_saved_config_runs_again_into_a_new_folder(lightning, trained):
@@ -190,7 +199,7 @@ def test_shipped_config_serves_where_there_is_none(lightning, folder):
         (["-c", "broken.yaml"], ["broken.yaml", "YAML"]),
         (["--data=Sines", "--ckpt_path=last"], ["last.ckpt", "runs/sines"]),
         (["--data=Sines", "--ckpt_path=no.ckpt"], ["no.ckpt: no such file"]),
-        (["--data=Sines", "--ckpt_path=typo.yaml"], ["typo.yaml: is damaged or no checkpoint"]),
+        (["--data=Sines", "--ckpt_path=typo.yaml"], ["typo.yaml: is damaged or not a checkpoint"]),
     ],
 )
 def test_mistake_is_one_line(lightning, folder, words, parts):
@@ -307,6 +316,9 @@ def test_prediction_from_the_checkpoint_alone(lightning, trained):
     assert said.code == 0
     assert "encodings.npz" in said.out
     assert (trained / "encodings.npz").is_file()
+    again = ("predict", "--ckpt_path=best", "--trainer.accelerator=cpu")
+    assert one_line(lightning(*again), "encodings.npz: is an earlier answer")
+    assert lightning(*again, "--overwrite").code == 0
 
 
 def test_a_test_without_a_checkpoint_says_so(lightning, tiny):

@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from vrnn_lightning.datamodules.mnist_rows import MNISTRows
 from vrnn_lightning import UserError, VRNNLightningModule
 from vrnn_lightning.callbacks import Samples
 from vrnn_lightning.callbacks.media import Media
+from vrnn_lightning.callbacks.samples import _rows
 from vrnn_lightning.heads import Bernoulli, DiscretisedLogisticMixture
 from vrnn_lightning.testing import CHECKS
 
@@ -149,9 +151,13 @@ def test_pictures_show_whole_images_of_pixels(folder_of_idx):
     data = of(folder_of_idx, read="pixels", batch_size=2)
     model = VRNNLightningModule(1, latent_size=0, hidden_size=2, emission=Bernoulli)
     batch = next(iter(data.val_dataloader()))
+    trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"), sanity_checking=False, datamodule=data)
     for rows, shown in ((400, 784), (10, 280)):
         samples, media = Samples(count=1, max_steps=rows), Media(data)
-        *_, found = samples._rows(model, samples._first(batch, media))
+        samples.on_validation_batch_start(trainer, model, batch, 0)
+        first = samples._batch
+        drawn = model.vrnn.generate(first.x.shape[1], len(first)).x
+        found = _rows(model, first, model.vrnn(first), drawn)
         assert [[len(x) for x in xs] for xs in found.values()] == 3 * [[shown]]
         assert [[x.shape for x in xs] for xs in media.to_display(found).values()] == 3 * [[(shown // 28, 28)]]
 

@@ -23,7 +23,7 @@ from vrnn_lightning.heads import (
     Poisson,
     StudentT,
 )
-from vrnn_lightning.inference.imputing import _completed
+from vrnn_lightning.inference.imputing import _complete
 from vrnn_lightning.noise import Noise
 
 NAN = float("nan")
@@ -493,7 +493,7 @@ def test_a_part_of_a_frame_is_drawn_given_the_other():
         head.gaussians.linear.bias[:4] = torch.tensor([-3.0, -1.0, 3.0, 1.0])  # means of two components
     emission = head(torch.zeros(5_000, 1, dtype=torch.float64))
     x = torch.tensor([[1.0, NAN]], dtype=torch.float64).expand(5_000, 2)
-    drawn = _completed(emission, x.nan_to_num(), ~x.isnan())
+    drawn = _complete(emission, x.nan_to_num(), ~x.isnan())
     assert (drawn[:, 0] == 1).all()
     std = head.gaussians.moments(head.gaussians.linear.bias)[1][0]
     fits = torch.stack([Normal(m, std).log_prob(torch.tensor(1.0)) for m in (-3.0, 3.0)]).softmax(0).double()

@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FLOORS = [
-    "errors", "files", "datamodules", "compatibility", "trust", "checkpoints", "batch", "noise", "filtering",
+    "errors", "files", "datamodules", "compatibility", "trust", "batch", "noise", "filtering",
     "nn", "heads", "recurrence", "vrnn", "objectives", "schedules", "metrics", "data", "testing", "inference",
-    "hyperparameters", "pretrained", "exporting", "resuming", "module",
+    "pretrained", "resuming", "module",
     "callbacks", "report", "tracking", "discovery", "cli",
 ]  # fmt: skip
 FRAMEWORKS = {"lightning", "wandb", "jsonargparse", "pytorch_lightning"}

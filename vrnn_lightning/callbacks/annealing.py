@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vrnn_lightning import schedules
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.checkpoints import require_types
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
+from vrnn_lightning.trust import require_types
 
 __all__ = [
     "ConstantKLWeight",

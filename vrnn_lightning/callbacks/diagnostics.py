@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.annealing import KLAnnealing
 from vrnn_lightning.callbacks.options import require_at_least
-from vrnn_lightning.checkpoints import require_types
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule
+from vrnn_lightning.trust import require_types
 
 __all__ = ["Diagnostics", "GradientNorms"]
 

@@ -16,7 +16,7 @@ from vrnn_lightning.callbacks.archives import FOLDER
 from vrnn_lightning.callbacks.pictures import draw_rows
 from vrnn_lightning.callbacks.strokes import on_paper, save_animation, strokes_svg
 from vrnn_lightning.data.rolls import KEYS, roll_sound, write_midi
-from vrnn_lightning.files import csv_line, replacing, write_files
+from vrnn_lightning.files import csv_line, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -197,7 +197,8 @@ class MediaLogger:
         named = [[cell.name if isinstance(cell, Path) else cell for cell in line] for line in lines]
         path = self.folder / f"{self.stem}_{key}.csv"
         text = "".join(map(csv_line, [columns, *named]))
-        write_files({path: text.encode("utf-8", "backslashreplace")}, FOLDER)
+        with replacing(path, FOLDER) as temporary:
+            temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
         for logger in self.loggers:
             if hasattr(logger, "log_media_table"):
                 logger.log_media_table(f"samples/{key}", columns, lines)

@@ -15,7 +15,16 @@ from vrnn_lightning.data.rolls import KEYS, LOWEST
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["DECIBELS", "draw_series", "draw_strokes", "find_panels", "is_binary", "set_few_ticks", "time_label"]
+__all__ = [
+    "DECIBELS",
+    "draw_series",
+    "draw_strokes",
+    "find_kind",
+    "find_panels",
+    "is_binary",
+    "set_few_ticks",
+    "time_label",
+]
 
 MISSING = "lightsteelblue"
 """Colour of missing values."""
@@ -33,15 +42,15 @@ def is_binary(sequences: list[Tensor]) -> bool:
     return every.shape[1] > 1 and bool(((every == 0) | (every == 1) | every.isnan()).all())
 
 
-def find_panels(modality: str, rows: dict[str, list[Tensor]]) -> tuple[str, dict[str, list[Tensor]], list[Panel]]:
-    """Return the kind of pictures that show a modality, the values to draw, and the functions that draw them."""
-    if modality == "series":
-        modality, rows = _lines_or_pixels(rows)
-    return modality, rows, _PANELS.get(modality, [draw_series])
+def find_panels(kind: str) -> list[Panel]:
+    """Return the functions that draw a kind of pictures, one below the other."""
+    return _PANELS.get(kind, [draw_series])
 
 
-def _lines_or_pixels(rows: dict[str, list[Tensor]]) -> tuple[str, dict[str, list[Tensor]]]:
-    """Return the kind of pictures that show series, and the values to draw."""
+def find_kind(modality: str, rows: dict[str, list[Tensor]]) -> tuple[str, dict[str, list[Tensor]]]:
+    """Return the kind of pictures that show a modality, and the values to draw: series are lines or "pixels"."""
+    if modality != "series":
+        return modality, rows
     first = torch.cat(next(iter(rows.values())))
     finite = torch.isfinite(first)
     binary = is_binary([first])

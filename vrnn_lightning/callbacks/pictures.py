@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vrnn_lightning.callbacks.panels import DECIBELS, draw_series, find_panels, is_binary, set_few_ticks, time_label
+from vrnn_lightning.callbacks import panels
+from vrnn_lightning.callbacks.panels import is_binary
 from vrnn_lightning.callbacks.strokes import on_paper, save_animation, save_strokes, strokes_svg
 
 if TYPE_CHECKING:
@@ -59,20 +60,21 @@ def draw_rows(
         shared: All columns have the same limits and colours, the widest of any.
         features: Names of a series' features.
     """
-    kind, rows, panels = find_panels(modality, rows)
+    kind, rows = panels.find_kind(modality, rows)
+    parts = panels.find_panels(kind)
     columns = max(len(sequences) for sequences in rows.values())
-    height = len(rows) * len(panels)
+    height = len(rows) * len(parts)
     figure, grid = _make_grid(height, columns, 3.2 * columns, 1.7 * height)
     for r, (name, sequences) in enumerate(rows.items()):
         for c, sequence in enumerate(sequences):
-            for p, panel in enumerate(panels):
-                axes = grid[r * len(panels) + p, c]
+            for p, panel in enumerate(parts):
+                axes = grid[r * len(parts) + p, c]
                 panel(axes, _array(sequence), sample_rate)
                 if c == 0:
                     label = axes.get_ylabel()
                     axes.set_ylabel(f"{name}\n{label}" if label else name)
     _set_titles(grid[0], titles)
-    time = time_label(kind, sample_rate)
+    time = panels.time_label(kind, sample_rate)
     for axes in grid[-1]:
         axes.set_xlabel(time, fontsize=7)
     if len(grid[0, 0].lines) > 1 and kind == "series":
@@ -89,8 +91,8 @@ def draw_rows(
                 axes.tick_params(labelleft=False)
                 axes.set_ylabel("")
     for place in [grid] if shared else [grid[:, c : c + 1] for c in range(columns)]:
-        _share_limits(place[:: len(panels)], widest=shared)
-        _share_colours(place, DECIBELS if kind == "audio" else None)
+        _share_limits(place[:: len(parts)], widest=shared)
+        _share_colours(place, panels.DECIBELS if kind == "audio" else None)
     return figure
 
 
@@ -184,7 +186,7 @@ def draw_fans(fans: list[Fan], names: list[str] | None = None, titles: list[str]
             axes.plot(before, given[:, f], color="black", linewidth=1, label="given", marker=alone)
             axes.plot(time, known[:, f], ".", color="tab:orange", markersize=3, label="truth")
             axes.margins(x=0)
-            set_few_ticks(axes)
+            panels.set_few_ticks(axes)
             if c == 0:
                 axes.set_ylabel(_label(names[f]) if names else f"x{f}", fontsize=8, parse_math=False)
         axes.set_xlabel("step", fontsize=7)
@@ -217,7 +219,7 @@ def draw_scores(
     _draw_above(grid[0], sequences, modality, sample_rate)
     for c, line in enumerate(nats):
         axes, values = grid[1, c], _array(line)
-        draw_series(axes, values, None)
+        panels.draw_series(axes, values, None)
         if faulty is not None:
             known = faulty[c].cpu().numpy()
             bounds = np.flatnonzero(np.diff(known.astype(int), prepend=0, append=0))
@@ -248,11 +250,11 @@ def _make_grid(rows: int, columns: int, width: float, height: float, **options: 
 
 def _draw_above(row: np.ndarray, sequences: list[Tensor], modality: str, sample_rate: int | None) -> None:
     """Draw sequences in the first row of a grid, whose other rows count time in steps."""
-    kind, rows, panels = find_panels(modality, {"": sequences})
+    kind, rows = panels.find_kind(modality, {"": sequences})
     for axes, sequence in zip(row, rows[""], strict=True):
-        panels[0](axes, _array(sequence), sample_rate)
+        panels.find_panels(kind)[0](axes, _array(sequence), sample_rate)
         if kind == "audio":
-            axes.set_xlabel(time_label(kind, sample_rate), fontsize=7)
+            axes.set_xlabel(panels.time_label(kind, sample_rate), fontsize=7)
 
 
 def _share_limits(grid: np.ndarray, *, widest: bool) -> None:

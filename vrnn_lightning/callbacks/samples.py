@@ -11,11 +11,11 @@ from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.archives import run_folder
-from vrnn_lightning.callbacks.media import Media, MediaLogger, save_picture
+from vrnn_lightning.callbacks.media import Media, MediaLogger, Shown, save_picture
 from vrnn_lightning.callbacks.options import require_at_least, require_columns
 from vrnn_lightning.callbacks.pictures import draw_heat
-from vrnn_lightning.checkpoints import require_types
 from vrnn_lightning.module import VRNNLightningModule
+from vrnn_lightning.trust import require_types
 from vrnn_lightning.vrnn import Trace
 
 __all__ = ["Samples"]
@@ -123,13 +123,7 @@ class Samples(Callback):
     def _log(self, logger: MediaLogger, module: VRNNLightningModule, batch: SequenceBatch, *, is_last: bool) -> None:
         trace = module.vrnn(batch)
         drawn = module.vrnn.generate(batch.x.shape[1], len(batch), inputs=batch.inputs).x
-        unscale = module.scaler.unscale
-        frames = {
-            "real": unscale(batch.x).masked_fill(~batch.valid_mask, torch.nan),
-            "reconstructed" if module.vrnn.latent_size else "predicted": unscale(trace.emission.mean),
-            "sampled": unscale(drawn),
-        }
-        shown = logger.media.to_display({name: _without_padding(x, batch) for name, x in frames.items()})
+        shown = logger.media.to_display(_rows(module, batch, trace, drawn))
         if self._shown_at != logger.step:  # else the last validation did
             logger.picture("samples", logger.media.draw(shown, batch.names))
             logger.sequences(shown)
@@ -147,6 +141,17 @@ class Samples(Callback):
                 name = batch.names[i] if batch.names and kind == "real" else f"{kind} {i}"
                 lines.append([kind, name, round(elbo, 6), *_files(logger, kind, i, shown[kind][i])])
         logger.table("table", columns, lines)
+
+
+def _rows(module: VRNNLightningModule, batch: SequenceBatch, trace: Trace, drawn: Tensor) -> Shown:
+    """Return the rows of the picture, in data units."""
+    unscale = module.scaler.unscale
+    frames = {
+        "real": unscale(batch.x).masked_fill(~batch.valid_mask, torch.nan),
+        "reconstructed" if module.vrnn.latent_size else "predicted": unscale(trace.emission.mean),
+        "sampled": unscale(drawn),
+    }
+    return {name: _without_padding(x, batch) for name, x in frames.items()}
 
 
 def _files(logger: MediaLogger, kind: str, i: int, sequence: Tensor) -> list[Path | None]:

@@ -1,5 +1,6 @@
 """The command line: ``lightning fit -c configs/synthetic.yaml``."""
 
-from vrnn_lightning.cli.command import CLI, main
+from vrnn_lightning.cli.command import CLI
+from vrnn_lightning.cli.console import main
 
 __all__ = ["CLI", "main"]

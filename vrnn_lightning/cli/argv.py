@@ -1,4 +1,4 @@
-"""What a command line and its YAML files say, read before anything is imported or parsed for them."""
+"""The options that a command line and its YAML files give, read before anything is imported or parsed for them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,128 +20,135 @@ from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, require_plain_yaml
 from vrnn_lightning.trust import require_bounded, strings_of
 
-__all__ = ["mentions", "named", "with_configs", "with_current_names"]
+__all__ = ["collect_texts", "last_mention", "mentions", "read_config", "with_configs", "with_current_names"]
 
 
-def shipped(path: str) -> str:
-    """Return a config's path; what is missing here but comes with the package is found there.
+def with_configs(argv: list[str]) -> list[str]:
+    """Return the command line with every config as ``--config=PATH``; the package has those that are not at a path.
 
     Raises:
         UserError: There is no such file, it can't be read, or its aliases multiply.
     """
+    resolved, rest = [], iter(argv)
+    for word in rest:
+        option, equals, path = word.partition("=")
+        if option in ("-c", "--config"):
+            word = f"--config={_find_config(path if equals else next(rest, ''))}"
+        resolved.append(word)
+    return resolved
+
+
+def _find_config(path: str) -> str:
     package = Path(vrnn_lightning.__file__).parent
     with explained(path, "--config"):
         for folder in (Path(), package, package.parent):  # in a wheel, then in a checkout
             if (folder / path).is_file():
                 require_plain_yaml((folder / path).read_text("utf-8", "replace"), f"--config {path}")
                 return str(folder / path)
-    raise UserError(f"{path}: no such config file")
-
-
-def with_configs(words: list[str]) -> list[str]:
-    """Return the command line with every config's path resolved."""
-    resolved, is_config = [], False
-    for word in words:
-        option, equals, value = word.partition("=")
-        if is_config:
-            word = shipped(word)
-        elif option in ("-c", "--config") and equals:
-            word = f"--config={shipped(value)}"
-        is_config = word in ("-c", "--config")
-        resolved.append(word)
-    return resolved
+    raise UserError(f"--config {path}: no such config file. Fix: check the path")
 
 
 def in_current_names(options: Any, place: str = "") -> Any:
     """Return the options of a config, or the value of one, under the names that they have now."""
-    return current_options(options, place, _say, LightningCLI.subcommands())
+    return current_options(options, place, _print_renamed, LightningCLI.subcommands())
 
 
-def with_current_names(words: list[str], defaults: Mapping[str, Any] | None = None) -> list[str]:
+def with_current_names(argv: list[str], defaults: Mapping[str, Any] | None = None) -> list[str]:
     """Return the command line with every option and class under the name that it has now.
 
     Args:
-        words: The command line.
+        argv: The command line.
         defaults: Options that it need not state, by name: those of a checkpoint.
     """
     current: list[str] = []
-    for word in words:
+    for word in argv:
         option, equals, value = word.partition("=")
-        if option.startswith("--"):
-            new = f"--{current_option(option[2:])}"
-            group, _, last = new.rpartition(".")
-            names = [old for old in OPTIONS if old.endswith(f".{last}")]
-            for chosen in (mentions(words, group[2:]) or [(defaults or {}).get(group[2:])]) if names else ():
-                made = chosen.get("class_path") if isinstance(chosen, dict) else chosen
-                new = next((f"{group}.{OPTIONS[old]}" for old in names if f".{old}".endswith(f".{made}.{last}")), new)
-            if new != option:
-                _say(option[2:], new[2:])
-            current.append(f"{new}{equals}{in_current_names(value, option)}")
-        else:
+        if not option.startswith("--"):
             current.append(in_current_names(word, current[-1] if current else ""))
+            continue
+        new = current_option(option[2:])
+        group, _, last = new.rpartition(".")
+        names = [old for old in OPTIONS if old.endswith(f".{last}")]
+        for chosen in (mentions(argv, group) or [(defaults or {}).get(group)]) if names else ():
+            path = chosen.get("class_path") if isinstance(chosen, dict) else chosen
+            new = next((f"{group}.{OPTIONS[old]}" for old in names if f".{old}".endswith(f".{path}.{last}")), new)
+        if new != option[2:]:
+            _print_renamed(option[2:], new)
+        current.append(f"--{new}{equals}{in_current_names(value, option)}")
     return current
 
 
 @cache
 @rank_zero_only
-def _say(old: str, new: str) -> None:
+def _print_renamed(old: str, new: str) -> None:
     print(f"--{old}: is now --{new}", file=sys.stderr)
 
 
-def mentions(words: list[str], key: str) -> list[Any]:
+def mentions(argv: list[str], key: str) -> list[Any]:
     """Return every value that a command line and its YAML files give to an option, in order.
 
     >>> mentions(["fit", "--data", "Sines", "--data=Speech"], "data")
     ['Sines', 'Speech']
     """
-    found = []
-    for option, value in _pairs(words):
+    values: list[Any] = []
+    command = next((word for word in argv if word in LightningCLI.subcommands()), "")
+    for option, value in _pairs(argv):
         if option == f"--{key}":
-            found.append(value)
-        elif option in ("-c", "--config"):
-            found += _in_yaml(value, _command(words), key)
-    return [value for value in found if value is not None]
+            values.append(value)
+        elif option == "--config":
+            values += _in_yaml(value, command, key)
+    return [value for value in values if value is not None]
 
 
-def named(words: list[str]) -> set[str]:
+def last_mention(argv: list[str], key: str) -> Any:
+    """Return the last value that a command line gives to an option and that is not empty, or ``None``."""
+    return next((value for value in reversed(mentions(argv, key)) if value), None)
+
+
+def collect_texts(argv: list[str]) -> set[str]:
     """Return every text that a command line and its YAML files hold, among them the classes that they name.
 
-    >>> sorted(named(["fit", "--model.optimizer=mine.Adam"]))
+    >>> sorted(collect_texts(["fit", "--model.optimizer=mine.Adam"]))
     ['fit', 'mine.Adam']
     """
-    texts = [word.partition("=")[2] or word for word in words]
-    texts += [Path(path).read_text() for option, path in _pairs(words) if option in ("-c", "--config")]
-    found = set()
+    texts = [word.partition("=")[2] or word for word in argv]
+    texts += [Path(path).read_text() for option, path in _pairs(argv) if option == "--config"]
+    names = set()
     for text in texts:
         with suppress(yaml.YAMLError, ValueError):  # not every word is YAML
             value = yaml.safe_load(text)
             require_bounded(value, text[:40])
-            found |= set(strings_of(value))
-    return found
+            names |= set(strings_of(value))
+    return names
 
 
-def _pairs(words: list[str]) -> Iterator[tuple[str, str]]:
-    for word, following in zip(words, [*words[1:], ""], strict=False):
+def _pairs(argv: list[str]) -> Iterator[tuple[str, str]]:
+    for word, following in pairwise([*argv, ""]):
         if word.startswith("-"):
             option, equals, value = word.partition("=")
             yield option, value if equals else following
 
 
-def _command(words: list[str]) -> str:
-    return next((word for word in words if word in LightningCLI.subcommands()), "")
-
-
 def _in_yaml(path: str, command: str, key: str) -> list[Any]:
+    document = in_current_names(read_config(path))
+    values: list[Any] = [document, document.get(command)]
+    for part in key.split("."):
+        parents = [value for value in values if isinstance(value, dict)]
+        values = [parent[name] for parent in parents for name in (part, f"{part}+") if name in parent]
+    return values
+
+
+def read_config(path: Path | str) -> dict[Any, Any]:
+    """Return the options in a YAML file.
+
+    Raises:
+        UserError: It can't be read, or holds no options.
+    """
     try:
         document = yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: can't be read as YAML ({reason}). Fix: give another config") from error
     if not isinstance(document, dict):
-        raise UserError(f"{path}: holds no options; expected lines such as `model: {{latent_size: 16}}`")
-    document = in_current_names(document)
-    found: list[Any] = [document, document.get(command)]
-    for part in key.split("."):
-        found = [
-            value[name] for value in found if isinstance(value, dict) for name in (part, f"{part}+") if name in value
-        ]
-    return found
+        raise UserError(f"{path}: holds no options. Fix: write lines such as `model: {{latent_size: 16}}`")
+    return document

@@ -1,12 +1,11 @@
-"""The parser, and what it says of an option that it can't take."""
+"""The parser, and its one-line errors."""
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import re
 import sys
-from functools import partial
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, NoReturn, cast
 
@@ -27,14 +26,29 @@ from vrnn_lightning.cli.argv import in_current_names
 from vrnn_lightning.files import require_plain_yaml
 from vrnn_lightning.heads import Head
 from vrnn_lightning.objectives import Objective
+from vrnn_lightning.trust import parameters_of, subclasses_of
 
 __all__ = ["MODE", "Parser", "one_line"]
 
 MODE = "vrnn-lightning"
-"""What jsonargparse calls our way to read YAML."""
+"""The name of our reader of YAML for jsonargparse."""
 BEGIN, END = 600, 400
-"""Characters of a longer line of which the rest is left out: it is a user's text."""
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")  # those that leave the densities room
+"""Characters that are kept of a longer line, which holds a text of the user's."""
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")  # precise enough for densities
+CHOICES = {
+    "--prediction.task": (TASKS, ", or the class path of a Task of your own"),
+    "--trainer.precision": (PRECISIONS, ""),
+}
+"""The values of an option, and what else it takes."""
+BASES = {
+    "emission": Head,
+    "objective": Objective,
+    "callbacks": Callback,
+    "logger": Logger,
+    "optimizer": Optimizer,
+    "lr_scheduler": LRScheduler,
+}
+"""The base class of the classes that an option takes."""
 
 
 def _read(text: str) -> Any:
@@ -45,7 +59,7 @@ def _read(text: str) -> Any:
 
 
 def _current(options: dict[str, Any]) -> dict[str, Any]:
-    """Return what jsonargparse 5 calls options of version 4."""
+    """Return the options of jsonargparse 4 under the names of version 5."""
     renamed = {{"skip_none": "skip_unset"}.get(key, key): value for key, value in options.items()}
     return {**renamed, "format": "yaml"} if renamed.get("format", "parser_mode") == "parser_mode" else renamed
 
@@ -66,7 +80,7 @@ def one_line(message: str) -> str:
 
 
 class Parser(LightningArgumentParser):
-    """Says in one line what is wrong with an option, with the word that was probably meant.
+    """Explains in one line what is wrong with an option, with the word that was probably meant.
 
     Lightning 2.6 calls methods and gives arguments that jsonargparse 5 no longer has; they are translated here.
     """
@@ -86,7 +100,7 @@ class Parser(LightningArgumentParser):
             return super().add_method_arguments(*args, instantiate=False, **kwargs)
 
         def dump(self, *args: Any, **kwargs: Any) -> str:
-            """Return a config as text; ``skip_none`` is now ``skip_unset``, and our way to read YAML has no dumper."""
+            """Return a config as text; ``skip_none`` is now ``skip_unset``, and our reader of YAML has no dumper."""
             return cast(str, super().dump(*args, **_current(kwargs)))
 
         def save(self, *args: Any, **kwargs: Any) -> None:
@@ -95,106 +109,81 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with one line."""
-        if not self.exit_on_error:  # a parser within the parser, whose caller says it
+        if not self.exit_on_error:  # a parser within the parser, whose caller prints the message
             super().error(message, ex)
         self.exit(2, f"error: {one_line(self._line(message))}\n")
 
     def _line(self, message: str) -> str:
-        keys = re.findall(r'Parser key "([\w.+]+)"', message)  # a class' own option stands below the option it is for
-        option = f"--{'.'.join(keys)}"
-        if "NestedArg(" in message:  # of a class in a list; what is outside of it expects the class
+        keys = re.findall(r'Parser key "([\w.+]+)"', message)  # a class' own option is below the option for the class
+        key = f"--{'.'.join(keys)}"
+        if "NestedArg(" in message:  # of a class in a list; the messages around it expect the class
             expected, value = re.findall(r"Subtypes: \[(.*)\]", message), re.findall(r"Given value: (.*)", message)
             if len(expected) > 1 and len(value) > 1:
-                return self._wrong_type(option, expected[-1], value[0])
-        for pattern, line in (
-            (r"unrecognized arguments: (\S+)", self._unknown_option),
-            (r"does not accept option '([\w.]+)'", self._unknown_key),
-            (r"arguments are required: (\S+)", lambda name: self._required(".".join([*keys, name]))),
+                return _wrong_type(key, expected[-1], value[0])
+        patterns: tuple[tuple[str, Callable[..., str]], ...] = (
+            (r"unrecognized arguments: (?P<option>\S+)", self._unknown_option),
+            (r"does not accept option '(?P<name>[\w.]+)'", lambda key, name: self._unknown_option(key, f"--{name}")),
+            (r"arguments are required: (?P<name>\S+)", _required),
+            (r"given class_path '(?P<path>[\w.]+)':\s+Option '(?P<name>\w+)' is not accepted", _unknown_init_arg),
             (
-                r"given class_path '([\w.]+)':\s+Option '(\w+)' is not accepted",
-                lambda path, name: self._unknown_init_arg(option, path, name),
+                r"Option '(?P<name>\w+)' is not accepted\. Got value: Namespace\(class_path='(?P<path>[\w.]+)'",
+                _unknown_init_arg,
+            ),
+            (r"Expected a dot import path string: (?P<name>\S+)", _unknown_class),
+            (
+                r"Got value: \W*(?:class_path\W+)?(?P<name>[\w.]+)[^\n]*\n\s*Subtype errors:.*path or the name of",
+                _unknown_class,
             ),
             (
-                r"Option '(\w+)' is not accepted\. Got value: Namespace\(class_path='([\w.]+)'",
-                lambda name, path: self._unknown_init_arg(option, path, name),
+                r"Expected (?:an?|type:) (?P<expected>[^\n]*?)\. Got value: (?P<value>[^\n]*?)(?:\. Got value|\n|$)",
+                _wrong_type,
             ),
-            (r"Expected a dot import path string: (\S+)", lambda name: self._unknown_class(option, name)),
-            (
-                r"Got value: \W*(?:class_path\W+)?([\w.]+)[^\n]*\n\s*Subtype errors:.*path or the name of a known",
-                lambda name: self._unknown_class(option, name),
-            ),
-            (
-                r"Expected (?:an?|type:) ([^\n]*?)\. Got value: ([^\n]*?)(?:\. Got value|\n|$)",
-                partial(self._wrong_type, option),
-            ),
-            (r"Subtypes: \[(.*?)\]\n.*Given value: (.*)", partial(self._wrong_type, option)),
-        ):
+            (r"Subtypes: \[(?P<expected>.*?)\]\n.*Given value: (?P<value>.*)", _wrong_type),
+        )
+        for pattern, describe in patterns:
             match = re.search(pattern, message, re.DOTALL)
             if match:
-                return line(*match.groups())
+                return describe(key, **match.groupdict())
         return " ".join(message.split())
 
-    def _options(self) -> set[str]:
+    def _unknown_option(self, key: str, option: str) -> str:
         subparsers = [a.choices.values() for a in self._actions if isinstance(a, argparse._SubParsersAction)]
         parsers = [self, *(parser for group in subparsers for parser in group)]
-        return {option for parser in parsers for action in parser._actions for option in action.option_strings}
-
-    def _unknown_option(self, option: str) -> str:
-        return f"{option}: no such option.{discovery.suggestion(option.partition('=')[0], self._options())}"
-
-    def _unknown_key(self, key: str) -> str:
-        return self._unknown_option(f"--{key}")
-
-    @staticmethod
-    def _required(option: str) -> str:
-        name = option.partition(".")[2] if option.startswith(tuple(LightningCLI.subcommands())) else option
-        known = f": one of {', '.join(discovery.known())}, or the dotted path of your own" if name == "data" else ""
-        return f"--{name} is needed{known}"
-
-    @staticmethod
-    def _unknown_init_arg(key: str, class_path: str, option: str) -> str:
-        module, _, cls = class_path.rpartition(".")
-        meant = getattr(sys.modules[module], cls)
-        why = getattr(meant, "unsupported_options", {}).get(option)
-        if why:
-            return f"{key}.{option}: {cls} has no such option; {why}"
-        bases = [vars(base) for base in inspect.getmro(meant) if "__init__" in vars(base)]
-        accepted = {name for base in bases for name in inspect.signature(base["__init__"]).parameters}
-        return f"{key}.{option}: {cls} has no such option.{discovery.suggestion(option, accepted)}"
-
-    @staticmethod
-    def _unknown_task(key: str, name: str) -> str:
-        known = f"choose {', '.join(TASKS)}, or the class path of a Task of your own"
-        return f"{key} {name}: {known}.{discovery.suggestion(name, TASKS)}"
-
-    @staticmethod
-    def _unknown_class(key: str, name: str) -> str:
-        if key == "--prediction.task":
-            return Parser._unknown_task(key, name)
-        bases = {
-            "emission": Head,
-            "objective": Objective,
-            "callbacks": Callback,
-            "logger": Logger,
-            "optimizer": Optimizer,
-            "lr_scheduler": LRScheduler,
-        }
-        meant = [base for word, base in bases.items() if word in key.strip("-+").split(".")]
-        names = {cls.__name__ for base in meant for cls in _subclasses(base)}
-        return f"{key} {name}: no such class.{discovery.suggestion(name, names)}"
-
-    @staticmethod
-    def _wrong_type(key: str, expected: str, value: str) -> str:
-        if key == "--prediction.task":
-            return Parser._unknown_task(key, value)
-        if key == "--trainer.precision":
-            return f"{key} {value}: choose {', '.join(PRECISIONS)}.{discovery.suggestion(value, PRECISIONS)}"
-        kinds = (
-            re.sub(r"<class '(.*?)'>", r"\1", expected).replace("typing.Literal", "one of ").replace("NoneType", "null")
-        )
-        return f"{key} {' '.join(value.split())}: expected {kinds.replace(', null', ' or null')}"
+        options = {name for parser in parsers for action in parser._actions for name in action.option_strings}
+        return f"{option}: no such option.{discovery.suggestion(option.partition('=')[0], options)}"
 
 
-def _subclasses(base: type) -> set[type]:
-    below: list[type] = base.__subclasses__()
-    return {base}.union(*map(_subclasses, below))
+def _required(key: str, name: str) -> str:
+    option = f"{key}.{name}".lstrip("-.")
+    command, _, rest = option.partition(".")
+    option = rest if command in LightningCLI.subcommands() else option
+    known = f": one of {', '.join(discovery.known())}, or the dotted path of your own" if option == "data" else ""
+    return f"--{option} is needed{known}"
+
+
+def _unknown_init_arg(key: str, path: str, name: str) -> str:
+    module, _, cls = path.rpartition(".")
+    made = getattr(sys.modules[module], cls)
+    reason = getattr(made, "unsupported_options", {}).get(name)
+    explanation = f"; {reason}" if reason else f".{discovery.suggestion(name, parameters_of(made))}"
+    return f"{key}.{name}: {cls} has no such option{explanation}"
+
+
+def _unknown_class(key: str, name: str) -> str:
+    if key in CHOICES:
+        return _wrong_choice(key, name)
+    bases = [BASES[part] for part in key.strip("-+").split(".") if part in BASES]
+    names = {cls.__name__ for base in bases for cls in subclasses_of(base)}
+    return f"{key} {name}: no such class.{discovery.suggestion(name, names)}"
+
+
+def _wrong_type(key: str, expected: str, value: str) -> str:
+    if key in CHOICES:
+        return _wrong_choice(key, value)
+    types = re.sub(r"<class '(.*?)'>", r"\1", expected).replace("typing.Literal", "one of ").replace("NoneType", "null")
+    return f"{key} {' '.join(value.split())}: expected {types.replace(', null', ' or null')}"
+
+
+def _wrong_choice(key: str, value: str) -> str:
+    names, others = CHOICES[key]
+    return f"{key} {value}: choose {', '.join(names)}{others}.{discovery.suggestion(value, names)}"

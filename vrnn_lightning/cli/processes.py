@@ -1,4 +1,4 @@
-"""How a command that runs in several processes ends: the first cause is printed once, and nobody is left behind."""
+"""The end of a command that runs in several processes: the first cause is printed once, and no process is left."""
 
 from __future__ import annotations
 
@@ -16,41 +16,39 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 
 from vrnn_lightning.resuming import Stopped
 
-__all__ = ["end", "end_without", "follow_parent", "is_first_cause", "is_lost_peer", "launched", "remember"]
+__all__ = ["end", "end_without", "follow_parent", "is_first_cause", "is_lost_peer", "list_children", "remember"]
 
 GRACE = 10.0
 """Seconds that other processes get to end by themselves."""
 OBSERVED = 12
 """Seconds between two looks at whether a launched process has failed."""
 POLL = 0.1
-"""Seconds between two looks at them."""
+"""Seconds between two looks at whether it has ended."""
 CAUSE = "vrnn_lightning/first_cause"
 PARENT = os.getppid()
 
 _launchers: list[Any] = []
 
 
-def launched() -> list[Any]:
+def list_children() -> list[Any]:
     """Return the processes that this one has launched: as commands (Popen), or spawned or forked (Process)."""
     return [process for launcher in _launchers for process in launcher.procs]
 
 
 def remember(launcher: Any) -> None:
-    """Know the processes that a trainer's launcher starts, if it has one that starts any."""
+    """Keep a trainer's launcher, if it has one that starts processes, and end with a process that fails."""
     _launchers[:] = [launcher] if hasattr(launcher, "procs") else []
     subprocess_script._launch_process_observer = _observe  # type: ignore[assignment, attr-defined]  # private
 
 
 def _observe(children: list[subprocess.Popen[Any]]) -> None:
-    """End this process if one that it launched has failed, and it has not ended by itself: it may wait for it."""
+    """End this process, which may wait for one that failed, unless it ends by itself."""
     _ChildProcessObserver(os.getpid(), children, sleep_period=OBSERVED).start()
 
 
 def is_first_cause() -> bool:
     """Return whether no other process of this run has failed before; the store that connects them counts."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return True
-    if _is_launched() and os.getppid() != PARENT:  # which keeps the store
+    if not _is_connected() or (_is_list_children() and os.getppid() != PARENT):  # the parent keeps the store
         return True
     try:
         count: int = torch.distributed.distributed_c10d._get_default_store().add(CAUSE, 1)
@@ -61,18 +59,18 @@ def is_first_cause() -> bool:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Return whether an error only says that another process of this run is gone."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _is_connected():
         return False
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
 def end(code: int, line: str, stop: Stopped | None = None) -> int:
-    """Print a line, if no other process has said why the run ends, and wait for the processes that were launched.
+    """Print why the run ends, unless another process has, and wait for the processes that were launched.
 
     Args:
         code: The exit code of this process.
         line: Why it ends.
-        stop: The signal that ended it, if one did; unless all processes have agreed on it, the others are told.
+        stop: The signal that ended it, if one did; the others get it too, unless all processes have agreed on it.
 
     Returns:
         The exit code; 0 for a launched process that a signal ended, as its parent's counts.
@@ -80,35 +78,33 @@ def end(code: int, line: str, stop: Stopped | None = None) -> int:
     if is_first_cause():
         print(line, file=sys.stderr, flush=True)
     if stop is not None and not stop.is_agreed:
-        for process in launched():
-            if _is_alive(process):
-                os.kill(process.pid, stop.signum)
-        if _is_launched() and os.getppid() == PARENT:
+        for process in filter(_is_alive, list_children()):
+            os.kill(process.pid, stop.signum)
+        if _is_list_children() and os.getppid() == PARENT:
             os.kill(PARENT, stop.signum)
     _wait(GRACE if stop is not None else GRACE / 4)
-    return 0 if stop is not None and _is_launched() else code
+    return 0 if stop is not None and _is_list_children() else code
 
 
 def end_without(error: BaseException) -> int:
-    """End because another process is gone; say so where that process had no time to."""
+    """End because another process is gone, and print the reason where that process could not."""
     time.sleep(GRACE / 5)  # the process that failed first prints the reason
     _wait(0.0)
-    codes = {rank: _code(process) for rank, process in enumerate(launched(), 1)}
+    codes = {rank: _code(process) for rank, process in enumerate(list_children(), 1)}
     killed = [f"process {rank} was killed by signal {-code}" for rank, code in codes.items() if code < 0]
     reason = str(error).splitlines()[0].rpartition("] ")[2][:60]  # after the place in torch's source
-    said = "; ".join(killed) or f"another process of this run ended without a message ({reason})"
+    problem = "; ".join(killed) or f"another process of this run ended without a message ({reason})"
     fix = "check the memory and the messages of every node, and continue with --ckpt_path last"
-    return end(1, f"error: {said}. Fix: {fix}")
+    return end(1, f"error: {problem}. Fix: {fix}")
 
 
 def _wait(seconds: float) -> None:
     """Wait for the processes that were launched, and kill those that are left."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and any(map(_is_alive, launched())):
+    while time.monotonic() < deadline and any(map(_is_alive, list_children())):
         time.sleep(POLL)
-    for process in launched():
-        if _is_alive(process):
-            process.kill()
+    for process in filter(_is_alive, list_children()):
+        process.kill()
 
 
 def _is_alive(process: Any) -> bool:
@@ -120,15 +116,17 @@ def _code(process: Any) -> int:
     return (process.returncode if isinstance(process, subprocess.Popen) else process.exitcode) or 0
 
 
-def _is_launched() -> bool:
+def _is_connected() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _is_list_children() -> bool:
     """Return whether Lightning started this process beside another one."""
     return int(os.environ.get("LOCAL_RANK", 0)) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def follow_parent() -> None:
     """End this process soon after the one that launched it, which may be killed while this one waits for it."""
-    if not _is_launched():
-        return
 
     def follow() -> None:
         while os.getppid() == PARENT:
@@ -136,4 +134,5 @@ def follow_parent() -> None:
         time.sleep(GRACE)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=follow, daemon=True, name="follow-parent").start()
+    if _is_list_children():
+        threading.Thread(target=follow, daemon=True, name="follow-parent").start()

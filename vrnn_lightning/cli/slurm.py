@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vrnn_lightning.files import write_files
 
-__all__ = ["interrupted_run", "mark", "requeue", "signals"]
+__all__ = ["interrupted_checkpoint", "mark", "requeue", "signals"]
 
 FILE = "slurm_job.json"
 """In a run's folder: the job that it belongs to and its command line."""
@@ -35,38 +35,33 @@ def requeue() -> None:
         return
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-        said = (done.stderr or done.stdout).strip()
-        failed = bool(done.returncode)
+        problem = (done.stderr or done.stdout).strip() if done.returncode else None
     except OSError as error:
-        said, failed = str(error), True
-    line = f"job {job} could not be requeued ({said}). Fix: submit it again" if failed else f"job {job} is requeued"
-    print(line, file=sys.stderr)
+        problem = str(error)
+    failure = f"job {job} could not be requeued ({problem}). Fix: submit it again"
+    print(f"job {job} is requeued" if problem is None else failure, file=sys.stderr)
 
 
-def mark(folder: Path, words: Sequence[str]) -> None:
-    """Note in a run's folder which job and command line it belongs to."""
+def mark(folder: Path, argv: Sequence[str]) -> None:
+    """Write to a run's folder which job and command line it belongs to."""
     job = _job()
     if job is not None:
-        write_files({folder / FILE: json.dumps({"job": job, "command": list(words)}, indent=1).encode()})
+        write_files({folder / FILE: json.dumps({"job": job, "command": list(argv)}, indent=1).encode()})
 
 
-def interrupted_run(root: Path, words: Sequence[str]) -> Path | None:
-    """Return the folder of the run that a requeued job began with the same command line, if it began one.
-
-    Args:
-        root: The folder of all runs.
-        words: The command line.
-    """
+def interrupted_checkpoint(runs: Path, argv: Sequence[str]) -> Path | None:
+    """Return the last checkpoint of the run that a requeued job began with the same command line, if there is one."""
     job = _job()
     if job is None or not int(os.environ.get("SLURM_RESTART_COUNT", 0)):
         return None
-    files = sorted(root.glob(f"*/*/{FILE}"), key=lambda file: file.stat().st_mtime)
-    own = [file.parent for file in files if _read(file) == {"job": job, "command": list(words)}]
-    return own[-1] if own else None
+    files = sorted(runs.glob(f"*/*/{FILE}"), key=lambda file: file.stat().st_mtime)
+    own = [file.parent for file in files if _read(file) == {"job": job, "command": [*argv]}]
+    last = own[-1] / "checkpoints" / "last.ckpt" if own else None
+    return last if last is not None and last.is_file() else None
 
 
 def _read(file: Path) -> object:
     try:
         return json.loads(file.read_text())
-    except (OSError, ValueError):  # it belongs to no job that is known
+    except (OSError, ValueError):  # it belongs to another job
         return None

@@ -12,12 +12,12 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.checkpoints import read_stored, require_types
 from vrnn_lightning.data.loading import BatchSampler, ScaledSequences, SequenceLoader
 from vrnn_lightning.data.options import require
 from vrnn_lightning.data.sequences import Modality, Scaler, Sequences, Split
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained
+from vrnn_lightning.trust import read_stored, require_types
 
 __all__ = ["SequenceDataModule"]
 

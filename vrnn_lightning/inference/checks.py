@@ -1,38 +1,45 @@
-"""What sessions, imputations and the model's methods share."""
+"""What the methods of a model, its sessions, imputations and exports share."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import Resampling
 
-__all__ = ["RESAMPLING", "log_std", "require", "require_shape"]
+__all__ = ["RESAMPLING", "log_std", "require_at_least", "require_numbers", "require_shape"]
 
 RESAMPLING = Resampling()
-"""Of every particle filter here."""
+"""The resampling of every particle filter here."""
 
 
-def require(name: str, value: int, least: int = 1) -> None:
-    """Raise if a number is too small.
-
-    Raises:
-        UserError: It is.
-    """
-    if value < least:
-        raise UserError(f"{name} {value}: must be at least {least}")
+def require_at_least(least: int, **values: int) -> None:
+    """Raise a :class:`UserError` if one of the values, given by the option's name, is too small."""
+    for name, value in values.items():
+        if value < least:
+            raise UserError(f"{name} {value}: must be at least {least}")
 
 
-def require_shape(name: str, given: Tensor | None, *shape: int) -> None:
-    """Raise if a tensor is missing or of another shape.
+def require_shape(name: str, value: Tensor | None, *shape: int) -> None:
+    """Raise a :class:`UserError` if a tensor is missing or of another shape."""
+    if value is None or value.shape != shape:
+        given = "none" if value is None else f"shape {tuple(value.shape)}"
+        raise UserError(f"{name}: must have shape {shape}, but got {given}")
 
-    Raises:
-        UserError: It is.
-    """
-    if given is None or given.shape != shape:
-        found = "none" if given is None else f"shape {tuple(given.shape)}"
-        raise UserError(f"{name}: must have shape {shape}, but got {found}")
+
+def require_numbers(source: object, weights: Mapping[str, Tensor]) -> None:
+    """Raise a :class:`UserError` if a weight is not finite or narrower than float32."""
+    for name, value in weights.items():
+        if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
+            raise UserError(f"{source}: {name} is of {value.dtype}; densities need float32 or float64. Fix: convert it")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{source}: {name} holds values that are not numbers. Fix: take an earlier checkpoint")
+        if name.endswith(("scale_std", "input_std")) and not (value > 0).all():
+            raise UserError(f"{source}: {name} must be positive")
 
 
 def log_std(scaler: Scaler, valid: Tensor) -> Tensor:

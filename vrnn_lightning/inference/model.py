@@ -1,40 +1,33 @@
-"""What a trained model is for: samples, reconstructions, forecasts, imputations, scores, encodings, streams.
-
-All of it in data units, and without a Trainer.
-"""
+"""Samples, reconstructions, forecasts, imputations, scores, encodings and streams of a model, without a Trainer."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vrnn_lightning.batch import SequenceBatch, SequenceSample, pad
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.filtering import FilterResult, Particles, select_by_weight
+from vrnn_lightning.filtering import FilterResult, Particles
 from vrnn_lightning.heads import Bernoulli, Head, Pen
-from vrnn_lightning.inference.checks import RESAMPLING, log_std, require
+from vrnn_lightning.inference.batches import Given, evaluating, make_batch, make_noise, trim
+from vrnn_lightning.inference.checks import RESAMPLING, log_std, require_at_least, require_numbers
+from vrnn_lightning.inference.exporting import export_step
 from vrnn_lightning.inference.imputing import Imputer
-from vrnn_lightning.inference.session import Session
-from vrnn_lightning.noise import Noise
-from vrnn_lightning.recurrence import State, output, repeat_rows
+from vrnn_lightning.inference.session import Session, Step
+from vrnn_lightning.recurrence import State, output
 from vrnn_lightning.vrnn import VRNN, Trace
 
-__all__ = ["Encoding", "Given", "Inference"]
-
-Given = Tensor | Sequence[Tensor] | SequenceBatch
-"""Sequences in data units: one tensor of shape (batch, time, features), or tensors of shape (time, features), NaN where
-a value is missing; or a datamodule's batch, which is in scaled units."""
+__all__ = ["Encoding", "Inference"]
 
 
 class Encoding(NamedTuple):
-    """What a model makes of one sequence.
+    """The posterior and the states of one sequence.
 
     Args:
         mean: Posterior mean of z_t, shape (time, latent).
@@ -48,10 +41,11 @@ class Encoding(NamedTuple):
 
 
 class Inference:
-    """What a model with a VRNN and a scaler can do; every method leaves the model in the mode that it was in.
+    """Methods of a model with a VRNN and a scaler; each leaves the model in the mode that it was in.
 
-    Sequences are given as :data:`Given` says. ``seed`` makes a call repeatable and leaves torch's generators as they
-    were; ``None`` draws from them.
+    ``sequences`` are at least one, as :data:`~vrnn_lightning.inference.Given` describes, and ``inputs`` their
+    covariates, for a model that reads them. ``seed`` makes a call repeatable and leaves torch's generators as they
+    were; ``None`` draws from them. Results are in data units.
     """
 
     vrnn: VRNN
@@ -69,113 +63,81 @@ class Inference:
         inputs: Tensor | None = None,
         seed: int | None = None,
     ) -> Tensor:
-        """Draw sequences from the model.
+        """Draw sequences from the model, in data units, shape (count, steps, features).
 
         Args:
-            count: How many.
+            count: Number of sequences.
             steps: Their length.
-            temperature: Of the emission; below 1 for the more likely frames.
+            temperature: Temperature of the emission; below 1 for the more likely frames.
             inputs: Covariates, shape (count, steps, covariates), for a model that reads them.
-            seed: Decides the draws.
-
-        Returns:
-            Data units, shape (count, steps, features).
+            seed: Seed of the draws.
 
         Raises:
             UserError: No sequences or steps, or not the covariates that the model reads.
         """
-        require("count", count)
-        require("steps", steps)
-        with self._at_work(seed):
-            drawn = self.vrnn.generate(steps, count, inputs=self._to_model(inputs), temperature=temperature).x
-            return self.scaler.unscale(drawn)
+        require_at_least(1, count=count, steps=steps)
+        with evaluating(self.vrnn, seed):
+            return self.scaler.unscale(self.vrnn.generate(steps, count, inputs=inputs, temperature=temperature).x)
 
     def reconstruct(self, sequences: Given, inputs: Given | None = None, seed: int | None = None) -> list[Tensor]:
-        """Return the emission's mean at each step, with the latents inferred from the sequence itself.
-
-        Args:
-            sequences: At least one.
-            inputs: Covariates of theirs, for a model that reads them.
-            seed: Decides the latents.
-
-        Returns:
-            Of each sequence, data units, shape (time, features).
-        """
-        with self._at_work(seed):
-            batch = self._batch(sequences, inputs)
-            (mean,), _ = self.vrnn.collect(batch, _noise(batch, seed), lambda trace: (trace.emission.mean,))
-            return _cut(self.scaler.unscale(mean), batch.lengths)
+        """Return the emission's mean at each step of each sequence, shape (time, features), with inferred latents."""
+        with evaluating(self.vrnn, seed):
+            batch = make_batch(self.vrnn, self.scaler, sequences, inputs)
+            (mean,), _ = self.vrnn.collect(batch, make_noise(batch, seed), lambda trace: (trace.emission.mean,))
+            return trim(self.scaler.unscale(mean), batch.lengths)
 
     def score(
         self, sequences: Given, samples: int = 1, inputs: Given | None = None, seed: int | None = None
     ) -> list[Tensor]:
-        """Return what each step adds to a lower bound on the sequence's log-likelihood.
+        """Return the terms of a lower bound on each sequence's log-likelihood in nats, shape (time,).
 
         Args:
             sequences: At least one.
-            samples: Particles: 1 for the terms of the ELBO, more for a particle filter's estimates of
-                log p(x_t | x_<t).
-            inputs: Covariates of theirs, for a model that reads them.
-            seed: Decides the draws.
-
-        Returns:
-            Of each sequence, nats in data units, shape (time,).
+            samples: Particles: 1 for the terms of the ELBO, more for a filter's estimates of log p(x_t | x_<t).
+            inputs: Their covariates, for a model that reads them.
+            seed: Seed of the draws.
 
         Raises:
             UserError: More than one particle of a model that smooths.
         """
-        require("samples", samples)
-        with self._at_work(seed):
-            batch = self._batch(sequences, inputs)
+        require_at_least(1, samples=samples)
+        with evaluating(self.vrnn, seed):
+            batch = make_batch(self.vrnn, self.scaler, sequences, inputs)
             if samples == 1:
-                noise = _noise(batch, seed)
+                noise = make_noise(batch, seed)
                 (nats,), _ = self.vrnn.collect(batch, noise, lambda trace: (trace.log_px - trace.kl.sum(-1),))
             else:
                 stream = self.vrnn.stream(len(batch), samples, resampling=RESAMPLING)
                 us = [None] * batch.x.shape[1] if batch.inputs is None else batch.inputs.unbind(1)
                 frames = zip(batch.x.unbind(1), batch.valid_mask.unbind(1), us, strict=True)
-                nats = torch.stack([stream.step(x, seen, u) for x, seen, u in frames], 1)
-            nats = nats - log_std(self.scaler, batch.valid_mask).to(nats)
-            return _cut(nats, batch.lengths)
+                nats = torch.stack([stream.step(x, valid, u) for x, valid, u in frames], 1)
+            return trim(nats - log_std(self.scaler, batch.valid_mask).to(nats), batch.lengths)
 
     def encode(self, sequences: Given, inputs: Given | None = None, seed: int | None = None) -> list[Encoding]:
-        """Return what the model makes of each sequence: posterior moments and states.
+        """Return the posterior moments and the states of each sequence; the moments depend on the latents drawn."""
 
-        Args:
-            sequences: At least one.
-            inputs: Covariates of theirs, for a model that reads them.
-            seed: Decides the latents, which later moments depend on.
+        def select(trace: Trace) -> tuple[Tensor, ...]:
+            assert trace.hidden is not None
+            q = trace.posterior
+            return (trace.z, trace.z, trace.hidden) if q is None else (q.mean, q.stddev, trace.hidden)
 
-        Returns:
-            One for each sequence; latent parts have width 0 without a latent.
-        """
-        with self._at_work(seed):
-            batch = self._batch(sequences, inputs)
-            latent = self.vrnn.latent_size
-
-            def of(trace: Trace) -> tuple[Tensor, ...]:
-                assert trace.hidden is not None
-                if trace.posterior is None:
-                    return trace.z, trace.z, trace.hidden
-                return trace.posterior.mean, trace.posterior.stddev, trace.hidden
-
-            (mean, std, before), state = self.vrnn.collect(batch, _noise(batch, seed), of)
-            last = (torch.arange(before.shape[1], device=before.device) == batch.lengths[:, None] - 1)[..., None]
-            hidden = torch.where(last, state.h[:, -1:], before.roll(-1, 1))
-            parts = (_cut(part, batch.lengths) for part in (mean[..., :latent], std[..., :latent], hidden))
-            return [Encoding(*found) for found in zip(*parts, strict=True)]
+        with evaluating(self.vrnn, seed):
+            batch = make_batch(self.vrnn, self.scaler, sequences, inputs)
+            (*moments, before), state = self.vrnn.collect(batch, make_noise(batch, seed), select)
+            is_last = (torch.arange(before.shape[1], device=before.device) == batch.lengths[:, None] - 1)[..., None]
+            hidden = torch.where(is_last, state.h[:, -1:], before.roll(-1, 1))
+            mean, std = (part[..., : self.vrnn.latent_size] for part in moments)
+            parts = (trim(part, batch.lengths) for part in (mean, std, hidden))
+            return [Encoding(*encoding) for encoding in zip(*parts, strict=True)]
 
     def decode(self, latents: Tensor, inputs: Tensor | None = None) -> Tensor:
-        """Return what latents look like: each frame is its emission's mean, which the model then continues from.
+        """Return the emission's mean, shape (batch, time, features), where each frame continues from the one before.
 
-        What is binary (a Bernoulli's frame, a pen's lift) is rounded, as the model never saw anything between.
+        Binary features (a Bernoulli's frame, a pen's lift) are rounded, as the model never read values between.
 
         Args:
             latents: z_1 to z_T, shape (batch, time, latent).
             inputs: Covariates, shape (batch, time, covariates), for a model that reads them.
-
-        Returns:
-            Data units, shape (batch, time, features).
 
         Raises:
             UserError: The model has no latent, or one of another width; or not the covariates that it reads.
@@ -185,17 +147,16 @@ class Inference:
             expected = f"(batch, time, {model.latent_size})" if model.latent_size else "none: the model has no latent"
             raise UserError(f"latents: have shape {tuple(latents.shape)}, expected {expected}")
         if not latents.shape[1]:
-            raise UserError("latents: have no step; give at least one")
+            raise UserError("latents: have no step. Fix: give at least one")
         needed = (*latents.shape[:2], model.num_inputs)
         if model.num_inputs and (inputs is None or tuple(inputs.shape) != needed):
             raise UserError(f"inputs: the model reads covariates of shape {needed}")
-        with self._at_work(None):
-            known = self._to_model(inputs) if model.num_inputs else None
-            state, frames = model.initial_state(len(latents)), []
-            for t, z_features in enumerate(model.extract_z(latents.to(model.input_mean)).unbind(1)):
-                now = None if known is None else known[:, t]
-                frame = _rounded(model.decoder.head, model.emission_dist(z_features, output(state), now).mean)
-                _, state = model.next_state(model.extract_x(frame), z_features, state, now)
+        with evaluating(self.vrnn, None):
+            like, state, frames = model.input_mean, model.initial_state(len(latents)), []
+            for t, z_features in enumerate(model.extract_z(latents.to(like)).unbind(1)):
+                u = inputs[:, t].to(like) if model.num_inputs and inputs is not None else None
+                frame = _round_binary(model.decoder.head, model.emission_dist(z_features, output(state), u).mean)
+                _, state = model.next_state(model.extract_x(frame), z_features, state, u)
                 frames.append(frame)
             return self.scaler.unscale(torch.stack(frames, 1))
 
@@ -209,32 +170,29 @@ class Inference:
         future_inputs: Tensor | None = None,
         seed: int | None = None,
     ) -> Tensor:
-        """Draw how sequences may continue.
+        """Draw paths that continue sequences, shape (samples, batch, steps, features).
 
-        Particles follow each prefix, weighted by how well they explain it; those drawn by their weights at its end go
-        on from there.
+        Particles follow each prefix, weighted by how well they explain it; paths continue from particles that are drawn
+        by their weights at its end.
 
         Args:
-            prefix: What is known of each, at least one step.
-            steps: How far to go.
-            samples: Paths of each, and particles.
-            temperature: Of the emission.
+            prefix: The known part of each sequence, at least one step.
+            steps: Length of a path.
+            samples: Paths of each sequence, and particles.
+            temperature: Temperature of the emission.
             inputs: Covariates of the prefixes, for a model that reads them.
-            future_inputs: Covariates of the steps to come, shape (batch, steps, covariates).
-            seed: Decides the draws.
-
-        Returns:
-            Paths in data units, shape (samples, batch, steps, features).
+            future_inputs: Covariates of the paths, shape (batch, steps, covariates).
+            seed: Seed of the draws.
 
         Raises:
             UserError: No steps or samples, an empty prefix, or not the covariates that the model reads.
         """
-        require("steps", steps)
-        require("samples", samples)
-        with self._at_work(seed):
-            batch = self._batch(prefix, inputs)
-            filtered = self.vrnn.filter(batch, samples, RESAMPLING, _noise(batch, seed))
-            return self._paths(filtered, batch.x.shape[1], steps, temperature, future_inputs, seed)
+        require_at_least(1, steps=steps, samples=samples)
+        with evaluating(self.vrnn, seed):
+            batch = make_batch(self.vrnn, self.scaler, prefix, inputs)
+            filtered = self.vrnn.filter(batch, samples, RESAMPLING, make_noise(batch, seed))
+            step = self._step_before(batch.x.shape[1], filtered, seed)
+            return step.forecast(steps, samples, temperature, future_inputs)
 
     def backtest(
         self,
@@ -246,80 +204,49 @@ class Inference:
         inputs: Given | None = None,
         seed: int | None = None,
     ) -> Iterator[Tensor]:
-        """Forecast from several origins within sequences, of which each forecast knows only what lies before it.
+        """Forecast from each origin within sequences, given only the steps before it; paths as in :meth:`forecast`.
 
-        With a seed the paths are those that :meth:`forecast` draws from the steps before the origin alone. But the
-        particles follow the sequences only once: from the states at an origin they continue to the next. A smoothing
-        model, which reads what it is given from its end, starts again for each.
+        With a seed the paths are those that :meth:`forecast` draws from these steps alone, but the particles follow
+        the sequences only once. A smoothing model, which reads a sequence from its end, starts again for each origin.
 
         Args:
             sequences: At least one, all reaching to the last origin.
             origins: Steps that forecasts begin at, 1 or later, in increasing order.
-            steps: How far to go.
-            samples: Paths of each, and particles.
-            temperature: Of the emission.
-            inputs: Covariates of the sequences, for a model that reads them, as far as the last forecast goes.
-            seed: Decides the draws.
-
-        Returns:
-            For each origin in turn, paths in data units, shape (samples, batch, steps, features).
+            steps: Length of a path.
+            samples: Paths of each sequence, and particles.
+            temperature: Temperature of the emission.
+            inputs: Covariates of the sequences to the last forecast's end, for a model that reads them.
+            seed: Seed of the draws.
 
         Raises:
-            UserError: No steps or samples, origins that are none, or not the covariates that the model reads.
+            UserError: No steps or samples, origins out of order or range, or not the covariates that the model reads.
         """
-        require("steps", steps)
-        require("samples", samples)
-        batch = self._batch(sequences, inputs)
+        require_at_least(1, steps=steps, samples=samples)
+        batch = make_batch(self.vrnn, self.scaler, sequences, inputs)
         shortest = int(batch.lengths.min())
         if any(later <= earlier for earlier, later in pairwise([0, *origins])):
             raise UserError(f"origins {list(origins)}: must increase, from 1 on")
         if origins and origins[-1] > shortest:
             raise UserError(f"origins: the last is {origins[-1]}, but a sequence has only {shortest} steps")
-        return self._rolling(batch, origins, steps, samples, temperature, seed)
 
-    def _rolling(
-        self,
-        batch: SequenceBatch,
-        origins: Sequence[int],
-        steps: int,
-        samples: int,
-        temperature: float,
-        seed: int | None,
-    ) -> Iterator[Tensor]:
-        """Yield what :meth:`backtest` says; between two origins generators and mode are the caller's."""
-        noise = _noise(batch, seed)
-        particles, first = self.vrnn.new_particles(len(batch), samples), 0
-        for origin in origins:
-            with self._at_work(seed):
-                if self.vrnn.backward_rnn is not None:
-                    particles, first = self.vrnn.new_particles(len(batch), samples), 0
-                window, drawn = batch.window(first, origin), noise.window(first, origin)
-                filtered = self.vrnn.filter(window, samples, RESAMPLING, drawn, particles=particles)
-                ahead = None if batch.inputs is None else batch.inputs[:, origin : origin + steps]
-                paths = self._paths(filtered, origin, steps, temperature, ahead, seed)
-                uniform = noise.window(origin - 1, origin).uniform_over_time(RESAMPLING.draws(samples))[:, 0].t()
-                particles = Particles(filtered.state, filtered.log_weights).resample_where_due(RESAMPLING, uniform)
-                first = origin
-            yield paths
+        def paths() -> Iterator[Tensor]:  # between two origins, generators and mode are the caller's
+            noise, new = make_noise(batch, seed), self.vrnn.new_particles(len(batch), samples)
+            particles, first = new, 0
+            for origin in origins:
+                with evaluating(self.vrnn, seed):
+                    if self.vrnn.backward_rnn is not None:
+                        particles, first = new, 0
+                    window, draws = batch.window(first, origin), noise.window(first, origin)
+                    filtered = self.vrnn.filter(window, samples, RESAMPLING, draws, particles=particles)
+                    future = None if batch.inputs is None else batch.inputs[:, origin : origin + steps]
+                    step = self._step_before(origin, filtered, seed)
+                    forecast = step.forecast(steps, samples, temperature, future)
+                    uniform = noise.window(origin - 1, origin).uniform_over_time(RESAMPLING.draws(samples))[:, 0].t()
+                    particles = Particles(filtered.state, filtered.log_weights).resample_where_due(RESAMPLING, uniform)
+                    first = origin
+                yield forecast
 
-    def _paths(
-        self,
-        filtered: FilterResult,
-        origin: int,
-        steps: int,
-        temperature: float,
-        inputs: Tensor | None,
-        seed: int | None,
-    ) -> Tensor:
-        """Go on from what a filter found at an origin; the seed and the origin decide the draws."""
-        samples, batch = filtered.log_weights.shape
-        if seed is not None:
-            torch.manual_seed(_mixed(seed, origin))
-        state = select_by_weight(filtered.log_weights, filtered.state, samples)
-        known = None if inputs is None else repeat_rows(cast(Tensor, self._to_model(inputs)), samples)
-        drawn = self.vrnn.generate(steps, state=state, inputs=known, temperature=temperature).x
-        paths: Tensor = self.scaler.unscale(drawn).unflatten(0, (samples, batch))
-        return paths
+        return paths()
 
     def impute(
         self,
@@ -330,48 +257,38 @@ class Inference:
         inputs: Given | None = None,
         seed: int | None = None,
     ) -> list[Tensor]:
-        r"""Draw what is missing, given all that is observed.
+        r"""Draw missing values of each sequence, given all observed ones: shape (samples, time, features).
 
         A particle filter: :math:`z_t` comes from the posterior where a step has data and from the prior where it has
-        none, what is missing of :math:`x_t` from the emission given what is there, and the weights are those of the
-        observed part. A gap is drawn from the particles' ancestry up to ``lag`` steps behind it (Kitagawa and Sato
-        2001). Where a frame in reach would leave it fewer than 32 effective ancestors (a quarter of the particles, if
-        they are fewer than 128), as a frame of many features may, the frame counts with the power that leaves so many,
-        and nothing behind it counts: draws are then wider than they should be, rather than one. Draws of one number in
-        different gaps do not belong together, nor do those far apart in a long stretch of frames that are partly there.
+        none, the missing part of :math:`x_t` from the emission given the observed part, which alone counts for the
+        weights. A gap is drawn from the particles' ancestry up to ``lag`` steps behind it (Kitagawa and Sato 2001).
+        Where a frame in reach would leave it fewer than 32 effective ancestors (a quarter of fewer than 128 particles),
+        as a frame of many features may, that frame is tempered to leave as many, and later ones are ignored: draws are
+        then too wide rather than all alike. Draws of one number in different gaps do not belong together, nor do those
+        far apart in a long stretch of partly observed frames.
 
-        A model that was told of missing values (``missing``) continues with what it saw; any other with what was drawn.
+        A model that reads which values are missing (``missing``) continues with the observed values, others with the
+        draws.
 
         Args:
             sequences: At least one, NaN where a value is missing.
-            samples: Draws of each.
+            samples: Draws of each sequence.
             particles: At least as many; by default 4 times the samples.
             lag: Steps behind a gap, at most.
             inputs: Covariates, for a model that reads them.
-            seed: Decides the draws.
-
-        Returns:
-            Of each sequence, data units, shape (samples, time, features); what was observed is as it was.
+            seed: Seed of the draws.
 
         Raises:
             UserError: No samples, fewer particles, or a frame that is partly missing under an emission that can't be
                 conditioned on the other part.
         """
-        require("samples", samples)
-        require("lag", lag, 0)
-        count = 4 * samples if particles is None else particles
-        require("particles", count, samples)
-        with self._at_work(seed):
-            batch = self._batch(sequences, inputs)
-            found = Imputer(self.vrnn, batch, count).run()
-            drawn = [found.draws(row, samples, lag) for row in range(len(batch))]
-            whole: list[Tensor] = []
-            for row, paths in enumerate(drawn):
-                length = int(batch.lengths[row])
-                kept = self.scaler.unscale(batch.x[row, :length])
-                seen = batch.valid_mask[row, :length]
-                whole.append(torch.where(seen, kept, self.scaler.unscale(paths).to(kept)))
-            return whole
+        require_at_least(1, samples=samples)
+        require_at_least(0, lag=lag)
+        particles = 4 * samples if particles is None else particles
+        require_at_least(samples, particles=particles)
+        with evaluating(self.vrnn, seed):
+            imputer = Imputer(self.vrnn, make_batch(self.vrnn, self.scaler, sequences, inputs), particles)
+            return [self.scaler.unscale(paths) for paths in imputer.draw(samples, lag)]
 
     def session(self, batch_size: int = 1, samples: int = 1, state: State | None = None) -> Session:
         """Follow sequences frame by frame.
@@ -387,68 +304,54 @@ class Inference:
         resampling = RESAMPLING if samples > 1 else None
         return Session(self.vrnn.stream(batch_size, samples, state, resampling), self.vrnn, self.scaler)
 
-    @contextmanager
-    def _at_work(self, seed: int | None) -> Iterator[None]:
-        """Evaluate without gradient and, with a seed, with generators of its own."""
-        training = self.vrnn.training
-        device = self.vrnn.input_mean.device
-        self.vrnn.eval()
-        try:
-            with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else [], seed is not None):
-                if seed is not None:
-                    torch.manual_seed(seed)
-                yield
-        finally:
-            self.vrnn.train(training)
+    def export(self, path: str | Path) -> None:
+        """Write the step of :meth:`session`, with one particle, as a program for any number of sequences.
 
-    def _to_model(self, inputs: Tensor | None) -> Tensor | None:
-        return None if inputs is None else inputs.to(self.vrnn.input_mean)
+        Its arguments are, in this order, those that the model reads of:
 
-    def _batch(self, sequences: Given, inputs: Given | None) -> SequenceBatch:
-        """Return sequences as a batch in scaled units, on the model's device."""
-        like = self.vrnn.input_mean
-        if isinstance(sequences, SequenceBatch):
-            batch = sequences
-        else:
-            xs = list(sequences)
-            if not xs:
-                raise UserError("no sequence is given")
-            us: list[Tensor | None] = [None] * len(xs) if inputs is None else list(cast("Sequence[Tensor]", inputs))
-            if len(us) != len(xs):
-                raise UserError(f"inputs: of {len(us)} sequences, but {len(xs)} are given")
-            batch = pad([self._sequence(i, x, u) for i, (x, u) in enumerate(zip(xs, us, strict=True))])
-            batch.x = self.scaler.scale(batch.x.double()).masked_fill(~batch.valid_mask, 0.0)
-        moved = {name: value.to(like.device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
-        batch = SequenceBatch(**{**vars(batch), **moved})
-        batch.x = batch.x.to(like)
-        return batch
+        ========================= ======================= ==============================================================
+        ``x``                     (batch, features)       the frame, in data units
+        ``observed``              (batch, features)       bool, where it was measured; if the model reads it
+        ``inputs``                (batch, covariates)     its covariates
+        ``noise``                 (batch, latent)         standard normal, for the posterior's draw
+        ``next_inputs``           (batch, covariates)     covariates of the next step
+        ``next_noise``            (batch, latent)         standard normal, for the prior's draw of the next step
+        ``h``, and ``c`` of LSTMs (batch, layers, hidden) the state, zeros at first
+        ========================= ======================= ==============================================================
 
-    def _sequence(self, index: int, x: Tensor, inputs: Tensor | None) -> SequenceSample:
-        if x.ndim != 2 or x.shape[1] != self.vrnn.num_features or len(x) == 0:
-            expected = f"(time, {self.vrnn.num_features}) with at least one step"
-            raise UserError(f"sequence {index}: has shape {tuple(x.shape)}, expected {expected}")
-        if x.isinf().any():
-            raise UserError(f"sequence {index}: holds infinite values; fix it, or NaN says that they are missing")
-        missing = x.isnan()
-        observed = ~missing if missing.any() else None
-        return SequenceSample(x.double().masked_fill(missing, 0.0), observed, inputs, f"sequence {index}")
+        It returns, in this order:
+
+        ========================= ======================= ==============================================================
+        ``nats``                  (batch,)                log p(x_t, z_t | .) - log q(z_t | .), in data units
+        ``next_mean``             (batch, features)       mean of the next frame, given the prior's draw, in data units
+        ``next_std``              (batch, features)       its standard deviation, if the emission has one
+        ``h_next``, ``c_next``    (batch, layers, hidden) the state to continue with
+        ========================= ======================= ==============================================================
+
+        A call with ``next_noise`` drawn is one part of the mixture that :meth:`~vrnn_lightning.inference.Step.next`
+        returns; rows repeated with other noise are others. The program holds the current weights.
+
+        Args:
+            path: ``.pt2`` for ``torch.export.load``, in the module's precision, or ``.onnx``, in float32, which is
+                compared with torch before it is kept and needs ``pip install 'vrnn-lightning[export]'``.
+
+        Raises:
+            UserError: Another suffix, a model that smooths, weights that are not numbers, a missing library or folder,
+                a full disk, or an emission that ONNX can't express.
+        """
+        require_numbers("the model", cast(nn.Module, self).state_dict())
+        export_step(self.vrnn, self.scaler, Path(path))
+
+    def _step_before(self, origin: int, filtered: FilterResult, seed: int | None) -> Step:
+        """Return the last filtered step; the seed and the origin decide the draws from there."""
+        if seed is not None:
+            digest = hashlib.blake2b(f"{seed} {origin}".encode(), digest_size=7).digest()
+            torch.manual_seed(int.from_bytes(digest))
+        return Step(filtered.log_likelihood, filtered.state, filtered.log_weights, self.vrnn, self.scaler)
 
 
-def _rounded(head: Head, mean: Tensor) -> Tensor:
-    """Return a mean with what is binary about it rounded."""
+def _round_binary(head: Head, mean: Tensor) -> Tensor:
+    """Return a frame's mean with its binary features rounded."""
     if isinstance(head, Bernoulli):
         return mean.round()
     return torch.cat([mean[:, :2], mean[:, 2:].round()], -1) if isinstance(head, Pen) else mean
-
-
-def _noise(batch: SequenceBatch, seed: int | None) -> Noise:
-    return Noise(batch) if seed is None else Noise.named(batch, seed)
-
-
-def _mixed(seed: int, place: int) -> int:
-    """Return a seed of a seed and a place."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {place}".encode(), digest_size=7).digest())
-
-
-def _cut(values: Tensor, lengths: Tensor) -> list[Tensor]:
-    return [value[:length] for value, length in zip(values, lengths.tolist(), strict=True)]

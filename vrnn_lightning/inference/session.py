@@ -1,4 +1,4 @@
-"""Sequences followed frame by frame, and what a frame may be given those before it."""
+"""Sequences followed frame by frame, and the distribution of the next frame."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import select_by_weight
 from vrnn_lightning.heads import Head, log_prob
 from vrnn_lightning.heads.base import SampleShape, at_least_float32
-from vrnn_lightning.inference.checks import log_std, require, require_shape
+from vrnn_lightning.inference.checks import log_std, require_at_least, require_shape
 from vrnn_lightning.recurrence import State, Stream, repeat_rows
 from vrnn_lightning.vrnn import VRNN
 
@@ -23,16 +23,13 @@ __all__ = ["Predictive", "Session", "Step", "upcoming"]
 
 
 def upcoming(model: VRNN, hidden: Tensor, inputs: Tensor | None, noise: Tensor) -> Tensor:
-    """Return what the emission of step t+1 reads, z_{t+1} being drawn from the prior.
+    """Return what the emission of step t+1 reads, shape (rows, width), with z_{t+1} drawn from the prior.
 
     Args:
         model: The model.
         hidden: h_t of the top layer, shape (rows, hidden).
         inputs: Covariates of step t+1, shape (rows, covariates), if the model reads any.
         noise: Standard normal noise, shape (rows, latent).
-
-    Returns:
-        Features of the emission's head, shape (rows, width).
     """
     inputs = cast(Tensor, inputs).to(hidden) if model.num_inputs else None
     prior = model.prior_dist(hidden, inputs).base_dist
@@ -41,17 +38,17 @@ def upcoming(model: VRNN, hidden: Tensor, inputs: Tensor | None, noise: Tensor) 
 
 
 class Predictive(Distribution):
-    r"""What a frame may be, given all before it: a mixture of emissions, in data units.
+    r"""The distribution of a frame, given all before it: a mixture of emissions, in data units.
 
     .. math:: p(x_{t+1} \mid x_{\le t}) \approx \sum_k \bar w_t^k \frac 1 M \sum_m
         p(x_{t+1} \mid z_{t+1}^{k,m}, h_t^k), \qquad z_{t+1}^{k,m} \sim p(z_{t+1} \mid h_t^k)
 
-    Batch shape (batch,), event shape (features,). What is asked of it is found when it is asked for.
+    Batch shape (batch,), event shape (features,). Nothing is computed before it is asked for.
 
     Args:
         head: Maps features to an emission in scaled units.
-        features: What it reads of each component, shape (batch, components, width).
-        log_weights: Of the components, normalised, shape (batch, components).
+        features: The head's input for each component, shape (batch, components, width).
+        log_weights: Normalised log-weights of the components, shape (batch, components).
         scaler: Between data units and the model's.
     """
 
@@ -70,43 +67,32 @@ class Predictive(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """Shape (batch, features)."""
+        """The mean, shape (batch, features)."""
         return self._scaler.unscale(self._average(self.components.mean))
 
     @property
     def variance(self) -> Tensor:
-        """Of each feature, shape (batch, features).
-
-        Raises:
-            NotImplementedError: The emission has none.
-        """
+        """The variance, shape (batch, features); a NotImplementedError if the emission has none."""
         each = self.components.mean
         around = (each - self._average(each)[:, None]).square()
         return self._average(self.components.variance + around) * self._scaler.std.to(each).square()
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-likelihood of frames in nats and data units; of what is not NaN, as a session's step does.
-
-        Args:
-            value: Frames, shape (..., batch, features).
-
-        Returns:
-            Shape (..., batch).
-        """
+        """Return the log-likelihood of frames, shape (..., batch, features), without values that are NaN."""
         missing = value.isnan()
-        return self._log_prob(value, ~missing if missing.any() else None)
+        return self.marginal_log_prob(value, ~missing if missing.any() else None)
 
-    def marginal_log_prob(self, value: Tensor, observed: Tensor) -> Tensor:
-        """Return the log-likelihood of the observed features alone.
+    def marginal_log_prob(self, value: Tensor, observed: Tensor | None) -> Tensor:
+        """Return the log-likelihood of the observed features in nats and data units, shape (..., batch).
 
         Args:
-            value: Frames, shape (..., batch, features); what stands at unobserved features does not count.
-            observed: True where a feature was measured, shape (..., batch, features).
-
-        Returns:
-            Nats in data units, shape (..., batch).
+            value: Frames, shape (..., batch, features); values at unobserved features are ignored.
+            observed: True where a feature was measured, shape (..., batch, features); ``None`` for everywhere.
         """
-        return self._log_prob(value, observed)
+        scaled = self._scaler.scale(value.double()).to(self._features)
+        each = log_prob(self.components, scaled[..., None, :], None if observed is None else observed[..., None, :])
+        valid = torch.ones_like(value, dtype=torch.bool) if observed is None else observed
+        return (each + self.log_weights).logsumexp(-1) - log_std(self._scaler, valid).to(each)
 
     @torch.no_grad()
     def sample(self, sample_shape: SampleShape = ()) -> Tensor:
@@ -115,27 +101,18 @@ class Predictive(Distribution):
         rows = torch.arange(len(self._features), device=chosen.device)
         return self._scaler.unscale(self._head.draw(self._features[rows, chosen]))
 
-    def _log_prob(self, value: Tensor, observed: Tensor | None) -> Tensor:
-        scaled = self._scaler.scale(value.double()).to(self._features)
-        seen = None if observed is None else observed[..., None, :]
-        each = log_prob(self.components, scaled[..., None, :], seen)
-        valid = torch.ones_like(value, dtype=torch.bool) if observed is None else observed
-        return (each + self.log_weights).logsumexp(-1) - log_std(self._scaler, valid).to(each)
-
     def _average(self, each: Tensor) -> Tensor:
         """Return the weighted mean over components of values of shape (batch, components, features)."""
         return (self.log_weights.exp()[..., None] * each).sum(1)
 
 
 class Step:
-    """Where a session stands after a frame: what the frame scored, and all that is needed to look ahead.
-
-    Looking ahead costs nothing until it is asked for, and a step stands where it does when the session has continued.
+    """A session after one frame: the frame's score, and what forecasts need; it stays valid as the session continues.
 
     Args:
         nats: An estimate of log p(x_t | x_<t) in nats and data units, shape (batch,); zeros before the first frame.
         state: State of the particles, of samples * batch rows; row ``k * batch + i`` is particle k of sequence i.
-        log_weights: Of the particles, normalised, shape (samples, batch).
+        log_weights: Normalised log-weights of the particles, shape (samples, batch).
         model: The model.
         scaler: Between data units and the model's.
     """
@@ -148,23 +125,18 @@ class Step:
     def next(self, draws: int = 1, inputs: Tensor | None = None, noise: Tensor | None = None) -> Predictive:
         """Return p(x_{t+1} | x_<=t), a mixture over the particles and over draws of z_{t+1} from each one's prior.
 
-        Exact without a latent; with one, the closer, the more particles and draws there are. Of one particle and one
-        draw it is the emission of a single z_{t+1}.
+        It is exact without a latent; with one, more particles and draws bring it closer.
 
         Args:
-            draws: Of z_{t+1} for each particle.
+            draws: Draws of z_{t+1} for each particle.
             inputs: Covariates of step t+1, shape (batch, covariates), if the model reads any.
             noise: Standard normal noise for the draws, shape (draws * samples * batch, latent), row
-                ``(m * samples + k) * batch + i`` for draw m of particle k of sequence i; torch's generator decides if
-                not given.
-
-        Returns:
-            A distribution of batch shape (batch,) and event shape (features,), in data units.
+                ``(m * samples + k) * batch + i`` for draw m of particle k of sequence i; drawn if not given.
 
         Raises:
-            UserError: No draws, or something is missing or has another shape.
+            UserError: No draws, or a tensor is missing or has another shape.
         """
-        require("draws", draws)
+        require_at_least(1, draws=draws)
         model, (samples, batch) = self._model, self.log_weights.shape
         draws = draws if model.latent_size else 1
         rows = draws * samples * batch
@@ -183,41 +155,38 @@ class Step:
     def forecast(
         self, steps: int = 1, samples: int = 100, temperature: float = 1.0, inputs: Tensor | None = None
     ) -> Tensor:
-        """Draw how the sequences may continue, each path from a particle drawn by the weights.
+        """Draw paths that continue the sequences, in data units, shape (samples, batch, steps, features).
+
+        Each path starts from a particle drawn by its weight.
 
         Args:
-            steps: How far to go.
+            steps: Length of a path.
             samples: Paths of each sequence.
-            temperature: Of the emission.
-            inputs: Covariates of the steps to come, shape (batch, steps, covariates), if the model reads any.
-
-        Returns:
-            Data units, shape (samples, batch, steps, features).
+            temperature: Temperature of the emission.
+            inputs: Covariates of the paths, shape (batch, steps, covariates), if the model reads any.
 
         Raises:
             UserError: No steps or samples, or not the covariates that the model reads.
         """
-        require("steps", steps)
-        require("samples", samples)
+        require_at_least(1, steps=steps, samples=samples)
         state = select_by_weight(self.log_weights, self.state, samples)
-        known = None if inputs is None else repeat_rows(inputs.to(state.h), samples)
-        drawn = self._model.generate(steps, state=state, inputs=known, temperature=temperature).x
-        paths: Tensor = self._scaler.unscale(drawn).unflatten(0, (samples, self.log_weights.shape[1]))
-        return paths
+        inputs = None if inputs is None else repeat_rows(inputs.to(state.h), samples)
+        paths = self._model.generate(steps, state=state, inputs=inputs, temperature=temperature).x
+        return cast(Tensor, self._scaler.unscale(paths).unflatten(0, (samples, self.log_weights.shape[1])))
 
 
 class Session:
-    """Sequences followed frame by frame, in data units; it finds what a pass over the whole sequences would.
+    """Sequences followed frame by frame, in data units, with the scores of a pass over the whole sequences.
 
     Args:
-        stream: Where they are, in scaled units.
+        stream: The sequences so far, in scaled units.
         model: The model.
-        scaler: Between the two.
+        scaler: Between data units and the model's.
 
     >>> from vrnn_lightning import VRNNLightningModule
     >>> session = VRNNLightningModule(num_features=3).session(batch_size=2, samples=4)
-    >>> found = session.step(torch.zeros(2, 3))
-    >>> found.nats.shape, found.next(draws=8).mean.shape, found.forecast(steps=5, samples=10).shape
+    >>> step = session.step(torch.zeros(2, 3))
+    >>> step.nats.shape, step.next(draws=8).mean.shape, step.forecast(steps=5, samples=10).shape
     (torch.Size([2]), torch.Size([2, 3]), torch.Size([10, 2, 5, 3]))
     """
 
@@ -234,43 +203,37 @@ class Session:
 
     @property
     def now(self) -> Step:
-        """What the last :meth:`step` returned, or where the session began: from there p(x_1) can be asked for."""
+        """The last :meth:`step`; before the first one, the start, whose ``next()`` is p(x_1)."""
         return Step(self._nats, self._stream.state, self._stream.log_weights, self._model, self._scaler)
 
     def step(
         self, x: Tensor, observed: Tensor | None = None, inputs: Tensor | None = None, noise: Tensor | None = None
     ) -> Step:
-        """Take the next frame of each sequence.
+        """Take the next frame of each sequence; return its score and the distribution of the next frame.
 
         Args:
             x: Frames in data units, shape (batch, features).
             observed: True at measured values, shape (batch, features); where x is not NaN if not given.
             inputs: Covariates, shape (batch, covariates), if the model reads any.
-            noise: Standard normal noise, shape (samples * batch, latent); torch's generator decides if not given.
-
-        Returns:
-            Its ``nats``, shape (batch,), estimate log p(x_t | x_<t) in data units, and its ``next()`` is the
-            distribution of the step to come.
+            noise: Standard normal noise, shape (samples * batch, latent); drawn if not given.
 
         Raises:
-            UserError: Something is missing or has another shape, or a measured value is not a number.
+            UserError: A tensor is missing or has another shape, or a measured value is not a number.
         """
         model = self._model
         require_shape("x", x, self._stream.batch, model.num_features)
         x = x.to(model.input_mean.device)
         if observed is not None and observed.dtype != torch.bool:
             raise UserError(f"observed: is of {observed.dtype}, and must be bool: True where a value was measured")
-        valid = torch.ones_like(x, dtype=torch.bool) if observed is None else observed.to(x.device)
         if model.num_inputs and inputs is not None and not inputs.isfinite().all():
             raise UserError("inputs: holds a value that is not a number")
+        observed = None if observed is None else observed.to(x.device)
         if not x.sum().isfinite():
-            if observed is None:
-                observed = valid = ~x.isnan()
-            require_shape("observed", valid, *x.shape)
-            if not x[valid].isfinite().all():
-                raise UserError("x: holds a value that is not a number; fix it, or let NaN say that it is missing")
-        scaled = self._scaler.scale(x.double())
-        nats = self._stream.step(scaled, None if observed is None else valid, inputs, noise)
-        jacobian = self._jacobian if observed is None else log_std(self._scaler, valid)
+            observed = ~x.isnan() if observed is None else observed
+            require_shape("observed", observed, *x.shape)
+            if not x[observed].isfinite().all():
+                raise UserError("x: holds a value that is not a number. Fix: correct it, or give NaN if it is missing")
+        nats = self._stream.step(self._scaler.scale(x.double()), observed, inputs, noise)
+        jacobian = self._jacobian if observed is None else log_std(self._scaler, observed)
         self._nats = nats - jacobian.to(nats)
         return self.now

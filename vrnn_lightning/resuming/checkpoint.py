@@ -14,10 +14,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
-from vrnn_lightning.checkpoints import read_checkpoint
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import is_remote, replacing
 from vrnn_lightning.resuming.record import Stage
+from vrnn_lightning.trust import read_checkpoint
 
 __all__ = ["CheckpointConnector", "RunCheckpoint", "WholeCheckpoints"]
 

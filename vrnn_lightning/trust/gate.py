@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass
-from datetime import date, timedelta
-from enum import Enum
 from functools import cache, partial
 from importlib.metadata import entry_points
-from pathlib import Path, PurePath
-from types import FunctionType, NoneType, UnionType
-from typing import Any, Literal, NamedTuple, TypeVar, Union
+from pathlib import Path
+from types import FunctionType
+from typing import Any
 
 import yaml
 
 from vrnn_lightning import datamodules
 from vrnn_lightning.compatibility import current_class
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.trust.parameters import Expected, expected_of, parameters_of
 
-__all__ = ["Gate", "is_name", "parameters_of", "require_bounded", "strings_of"]
+__all__ = ["Gate", "is_name", "path_of", "require_bounded", "strings_of", "subclasses_of"]
 
 OWN = "vrnn_lightning"
 ALLOWED = (
@@ -40,39 +38,12 @@ FUNCTIONS = tuple(f"{OWN}.{module}" for module in ("heads", "metrics", "nn", "ob
 NOT_ALLOWED = (f"{OWN}.cli", f"{OWN}.discovery", f"{OWN}.testing", f"{OWN}.__main__")
 """Parts of this package that run what they are given."""
 ENTRY_POINTS = "vrnn_lightning.datamodules"
-PLAIN = (str, int, float, complex, bytes, NoneType, PurePath, Enum, timedelta, date)
 SCALARS = (bool, int, float, str)
 MAX_DEPTH = 32
 MAX_SIZE = 200_000
 """Values that the options of a file may hold, those of repeated parts counted each time."""
 MAX_TEXT = 10_000
 """Characters of a text that is read as YAML."""
-
-
-class _Expected(NamedTuple):
-    """What a parameter takes, as far as the gate is concerned.
-
-    Args:
-        bases: Base classes of what may be named there.
-        names: A text is imported.
-        functions: A function may be named, and a class stands for calls of it.
-        nested: A text is read as YAML, which may name something.
-        plain: The parameter's type says that only a class is wanted, not an instance.
-    """
-
-    bases: tuple[type, ...] = ()
-    names: bool = False
-    functions: bool = False
-    nested: bool = False
-    plain: bool = False
-
-    def __or__(self, other: object) -> _Expected:
-        """Return what either of two parameters takes."""
-        assert isinstance(other, _Expected)
-        return _Expected(self.bases + other.bases, *(a or b for a, b in zip(self[1:], other[1:], strict=True)))
-
-
-UNKNOWN = _Expected(names=True, functions=True, nested=True)
 
 
 @dataclass(frozen=True)
@@ -91,8 +62,8 @@ class Gate:
         folder: Where a text may be the name of a file, besides the working directory.
 
     >>> from torch.optim import Optimizer
-    >>> Gate("a.ckpt").check({"class_path": "torch.optim.Adam"}, Callable[..., Optimizer], "optimizer")
-    >>> Gate("a.ckpt").check("os.system", Callable[..., Optimizer], "optimizer")  # doctest: +ELLIPSIS
+    >>> Gate("a.ckpt").check({"class_path": "torch.optim.Adam"}, type[Optimizer], "optimizer")
+    >>> Gate("a.ckpt").check("os.system", type[Optimizer], "optimizer")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
     vrnn_lightning.errors.UserError: a.ckpt: optimizer names os.system, ... Fix: if you trust it, give trust=['os']
@@ -106,9 +77,9 @@ class Gate:
 
     def __post_init__(self) -> None:
         """Raise if a trusted name is neither a class path nor a module."""
-        wrong = next((name for name in self.trusted if not is_name(name)), None)
-        if wrong is not None:
-            raise UserError(f"trust {wrong!r}: is neither a class path nor a module. Fix: give the name of one")
+        for name in self.trusted:
+            if not is_name(name):
+                raise UserError(f"trust {name!r}: is neither a class path nor a module. Fix: give the name of one")
 
     @classmethod
     def of_call(cls, source: object, trust: str | Iterable[str], options: Mapping[str, Any] | None = None) -> Gate:
@@ -116,47 +87,36 @@ class Gate:
 
         Args:
             source: The file.
-            trust: What the user trusts.
+            trust: Class paths and modules that the user trusts.
             options: Arguments of the call, which may name anything.
         """
         trusted = (trust,) if isinstance(trust, str) else tuple(trust)
         return cls(str(source), trusted, frozenset(strings_of(options)))
 
     def check(self, value: Any, annotation: object, place: str) -> None:
-        """Raise if a value names what a file may not import; nothing is called.
+        """Raise a UserError if a value names what a file may not import; nothing is called.
 
         Args:
             value: A parameter's value.
             annotation: The parameter's type.
             place: The parameter, for the message.
-
-        Raises:
-            UserError: It does.
         """
         require_bounded(value, f"{self.source}: {place}")
-        self._walk(value, _expected(annotation), place, make=False)
+        self._walk(value, expected_of(annotation), place, make=False)
 
     def check_options(self, made: type, options: Mapping[Any, Any], place: str = "") -> None:
-        """Raise if the options of a class name what a file may not import.
+        """Raise a UserError if the options of a class name what a file may not import; nothing is called.
 
         Args:
             made: The class.
             options: Its options by name.
             place: The option that the class is for, for the message.
-
-        Raises:
-            UserError: They do.
         """
         require_bounded(options, self.source)
         self._options(made, options, place, make=False)
 
     def build(self, made: type, options: Mapping[Any, Any], place: str = "") -> dict[str, Any]:
-        """Return the options of a class with everything they name in place of its name.
-
-        Args:
-            made: The class.
-            options: Its options by name.
-            place: The option that the class is for, for the message.
+        """Return the options of a class with the objects that they name; the arguments are those of `check_options`.
 
         Raises:
             UserError: They name what a file may not import.
@@ -165,17 +125,17 @@ class Gate:
         return self._options(made, options, place, make=True)
 
     def resolve(self, name: object, bases: tuple[type, ...], place: str) -> Any:
-        """Return the class that a path names, if a file may import it and it has one of the bases.
+        """Return the class that a path names.
 
         Raises:
-            UserError: It may not, or has none of them.
+            UserError: A file may not import it, or it has none of the base classes.
         """
-        return self._found(name, _Expected(bases, names=True), place)
+        return self._import(name, Expected(bases, names=True), place)
 
     def _options(self, made: type, options: Mapping[Any, Any], place: str, *, make: bool) -> dict[str, Any]:
         if not isinstance(options, Mapping):
             raise UserError(f"{self.source}: {place or made.__name__} must hold options by name")
-        known, found = parameters_of(made), {}
+        known, values = parameters_of(made), {}
         for name, value in options.items():
             inner = f"{place}.{name}" if place else str(name)
             if not isinstance(name, str) or not name.removesuffix("+").isidentifier():
@@ -185,11 +145,10 @@ class Gate:
             annotation = known.get(name.removesuffix("+"), inspect.Parameter.empty)
             if annotation in SCALARS and not _is_scalar(value, annotation, is_text=not make):
                 raise UserError(f"{self.source}: {inner} {str(value)[:80]!r} is not of type {annotation.__name__}")
-            expected = _expected(annotation)
-            found[name] = self._walk(value, expected, inner, make=make)
-        return found
+            values[name] = self._walk(value, expected_of(annotation), inner, make=make)
+        return values
 
-    def _walk(self, value: Any, expected: _Expected, place: str, *, make: bool) -> Any:
+    def _walk(self, value: Any, expected: Expected, place: str, *, make: bool) -> Any:
         below = partial(self._walk, expected=expected, make=make)
         if isinstance(value, str):
             return self._text(value, expected, place, make=make)
@@ -199,14 +158,14 @@ class Gate:
             record = next((base for base in expected.bases if is_dataclass(base)), None)
             if record is not None:
                 options = self._options(record, value, place, make=make)
-                return self._called(record, options, place) if make else value
+                return self._call(record, options, place) if make else value
             return {key: below(part, place=f"{place}.{key}") for key, part in value.items()}
         if isinstance(value, (list, tuple, set, frozenset)):
             parts = [below(part, place=place) for part in value]
             return type(value)(parts) if type(value) in (list, tuple, set, frozenset) else value
         return value
 
-    def _text(self, text: str, expected: _Expected, place: str, *, make: bool) -> Any:
+    def _text(self, text: str, expected: Expected, place: str, *, make: bool) -> Any:
         if not (expected.names or expected.nested):
             return text
         is_path = bool(expected.bases) and any(mark in text for mark in "/\\~")
@@ -218,80 +177,82 @@ class Gate:
             return text
         for name in {text, inner} if expected.names else ():
             if "." in name and is_name(name):
-                found = self._found(name, expected, place)
-                return found if make else text
-            for cls in _short(name, expected.bases):
-                self._found(f"{cls.__module__}.{cls.__qualname__}", expected, place)
+                target = self._import(name, expected, place)
+                return target if make else text
+            for cls in _classes_named(name, expected.bases):
+                self._import(path_of(cls), expected, place)
         return text
 
-    def _spec(self, value: Mapping[Any, Any], expected: _Expected, place: str, *, make: bool) -> Any:
+    def _spec(self, value: Mapping[Any, Any], expected: Expected, place: str, *, make: bool) -> Any:
         name = value["class_path"]
         if not isinstance(name, str) or not set(value) <= {"class_path", "init_args", "dict_kwargs"}:
             raise UserError(f"{self.source}: {place} must hold a class_path and init_args")
-        found = self._found(name, expected._replace(functions=False), place, expected.functions)
+        target = self._import(name, expected._replace(functions=False), place, is_factory=expected.functions)
         options: dict[str, Any] = {}
         for part in ("init_args", "dict_kwargs"):
             if value.get(part) is not None:
-                options |= self._options(found, value[part], place, make=make)
+                options |= self._options(target, value[part], place, make=make)
         if not make:
             return value
         if expected.functions:
-            return partial(found, **options) if options else found
-        return found if expected.plain else self._called(found, options, place)
+            return partial(target, **options) if options else target
+        return target if expected.plain else self._call(target, options, place)
 
-    def _called(self, found: type, options: dict[str, Any], place: str) -> Any:
+    def _call(self, made: type, options: dict[str, Any], place: str) -> Any:
         try:
-            return found(**options)
+            return made(**options)
         except UserError:
             raise
-        except Exception as error:  # whatever a constructor raises for options that do not fit it
+        except Exception as error:  # a constructor may raise anything for options that do not fit it
             line = " ".join(str(error).split())[:300]
-            raise UserError(f"{self.source}: {place}: {found.__name__} can't be made of its options: {line}") from error
+            raise UserError(f"{self.source}: {place}: {made.__name__} can't be made of its options: {line}") from error
 
-    def _found(self, name: object, expected: _Expected, place: str, called: bool = False) -> Any:
-        """Check a name, import it, and check what it is."""
+    def _import(self, name: object, expected: Expected, place: str, *, is_factory: bool = False) -> Any:
+        """Check a name, import it, and check the class or function."""
+        path = current_class(self._full_path(name, expected.bases, place))
+        if not self._allows(path):
+            raise self._refusal(place, path)
+        module, _, attribute = path.rpartition(".")
+        try:
+            target = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"{self.source}: {place} {path} can't be imported ({error})") from error
+        defined = f"{getattr(target, '__module__', None)}.{getattr(target, '__qualname__', attribute)}"
+        is_explicit = path in self.trusted or path in self.named
+        if isinstance(target, (type, FunctionType)) and not is_explicit and not self._allows(defined):
+            raise self._refusal(place, path, defined)
+        is_explicit = is_explicit or self._trusts(defined)
+        if isinstance(target, FunctionType):
+            is_own = any(_within(defined, module) for module in FUNCTIONS) and not attribute.startswith("_")
+            if expected.functions and (is_explicit or (is_own and not expected.bases)):
+                return target
+        elif isinstance(target, type) and not inspect.isabstract(target):
+            is_own = _within(defined, OWN) or is_explicit
+            makes_callables = (expected.functions or is_factory) and "__call__" in dir(target) and is_own
+            fits = issubclass(target, expected.bases) if expected.bases else is_explicit and expected.names
+            if fits or makes_callables:
+                return target
+        kinds = " or ".join(dict.fromkeys(base.__name__ for base in expected.bases)) or "class of this kind"
+        raise UserError(f"{self.source}: {place} {path} is not a {kinds} that can be called")
+
+    def _full_path(self, name: object, bases: tuple[type, ...], place: str) -> str:
         if not isinstance(name, str) or not is_name(name):
             raise UserError(f"{self.source}: {place} must name a class, not {str(name)[:80]!r}")
-        if "." not in name:
-            named = _short(name, expected.bases)
-            if len(named) != 1:
-                what = "is the name of several classes" if named else "no such class"
-                raise UserError(f"{self.source}: {place} {name}: {what}. Fix: give its class path")
-            name = f"{named[0].__module__}.{named[0].__qualname__}"
-        name = current_class(name)
-        module, _, attribute = name.rpartition(".")
-        if not self._allows(name):
-            raise self._refusal(place, name)
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"{self.source}: {place} {name} can't be imported ({error})") from error
-        defined = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', attribute)}"
-        explicit = name in self.trusted or name in self.named
-        if isinstance(found, (type, FunctionType)) and not explicit and not self._allows(defined):
-            raise self._refusal(place, name, defined)
-        explicit = explicit or self._trusts(defined)
-        if isinstance(found, FunctionType):
-            own = any(_within(defined, module) for module in FUNCTIONS) and not attribute.startswith("_")
-            if expected.functions and (explicit or (own and not expected.bases)):
-                return found
-        elif isinstance(found, type):
-            own = _within(defined, OWN) or explicit
-            callable_instances = (expected.functions or called) and "__call__" in dir(found) and own
-            fits = issubclass(found, expected.bases) if expected.bases else explicit and expected.names
-            if (fits or callable_instances) and not inspect.isabstract(found):
-                return found
-        kinds = " or ".join(dict.fromkeys(base.__name__ for base in expected.bases)) or "class of this kind"
-        raise UserError(f"{self.source}: {place} {name} is not a {kinds} that can be called")
+        if "." in name:
+            return name
+        classes = _classes_named(name, bases)
+        if len(classes) != 1:
+            problem = "is the name of several classes" if classes else "no such class"
+            raise UserError(f"{self.source}: {place} {name}: {problem}. Fix: give its class path")
+        return path_of(classes[0])
 
     def _refusal(self, place: str, name: str, defined: str = "") -> UserError:
-        what = (
-            f"which is {defined}" if defined else "which is not of vrnn-lightning, torch.optim, torch.nn or Lightning"
-        )
+        kind = f"is {defined}" if defined else "is not of vrnn-lightning, torch.optim, torch.nn or Lightning"
         fix = self.fix.format(name if defined else name.rpartition(".")[0])
         if _within(name, f"{datamodules.__name__}.local"):
             fix = f"name it in the call (--data {name.rpartition('.')[2]}), or {fix}"
-        return UserError(f"{self.source}: {place} names {name}, {what}; it is not called. Fix: if you trust it, {fix}")
+        problem = f"{place} names {name}, which {kind}; it is not called"
+        return UserError(f"{self.source}: {problem}. Fix: if you trust it, {fix}")
 
     def _allows(self, name: str) -> bool:
         if name in self.named or self._trusts(name):
@@ -315,10 +276,7 @@ class Gate:
             return False
 
     def _yaml(self, text: str, place: str) -> Any:
-        """Return what a text is where a parser reads it as YAML, with every scalar as text.
-
-        Which texts are numbers or dates differs between parsers; what is a list or a mapping does not.
-        """
+        """Return a text's YAML with every scalar as text: parsers differ in what they read as numbers or dates."""
         try:
             if len(text) > MAX_TEXT:
                 raise UserError(f"{self.source}: {place} holds a text of more than {MAX_TEXT} characters")
@@ -334,11 +292,7 @@ class Gate:
 
 
 def require_bounded(value: Any, source: str) -> None:
-    """Raise if nested containers are too deep or too large to walk, as repeated or cyclic parts can make them.
-
-    Raises:
-        UserError: They are.
-    """
+    """Raise a UserError if nested containers are too deep or too large, as repeated or cyclic parts make them."""
     level, size = [value], 0
     for _ in range(MAX_DEPTH):
         containers = [part for part in level if isinstance(part, (Mapping, list, tuple, set, frozenset))]
@@ -373,6 +327,11 @@ def _is_scalar(value: Any, kind: type, *, is_text: bool) -> bool:
     return fits or (is_text and isinstance(value, str))
 
 
+def path_of(cls: type) -> str:
+    """Return the class path of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def is_name(text: str) -> bool:
     """Return whether Python could import a text: more characters are letters to it than to a regular expression."""
     return all(part.isidentifier() for part in text.split("."))
@@ -387,74 +346,13 @@ def _entry_points() -> frozenset[str]:
     return frozenset(point.value.replace(":", ".") for point in entry_points(group=ENTRY_POINTS))
 
 
-def _short(name: str, bases: tuple[type, ...]) -> list[type]:
+def _classes_named(name: str, bases: tuple[type, ...]) -> list[type]:
     """Return the classes of a name among those that are imported already."""
-    found = {cls for base in bases for cls in _subclasses(base) if cls.__name__ == name}
-    return sorted(found, key=lambda cls: cls.__module__)
+    classes = {cls for base in bases for cls in subclasses_of(base) if cls.__name__ == name}
+    return sorted(classes, key=lambda cls: cls.__module__)
 
 
-def _subclasses(base: type) -> Iterator[type]:
-    yield base
+def subclasses_of(base: type) -> set[type]:
+    """Return a class and all classes below it that are imported already."""
     below: list[type] = type.__subclasses__(base)
-    for cls in below:
-        yield from _subclasses(cls)
-
-
-@cache
-def parameters_of(made: type) -> dict[str, Any]:
-    """Return the types of a class' options, with those of its bases if it takes any option."""
-    found: dict[str, Any] = {}
-    for cls in made.__mro__:
-        init = vars(cls).get("__init__")
-        if not isinstance(init, FunctionType):
-            continue
-        forwarded = vars(cls).get("forwards_options_to")
-        if forwarded is not None:
-            found = typing.get_type_hints(forwarded.__func__, include_extras=True) | found
-            del found["return"]
-        try:
-            hints = typing.get_type_hints(init, include_extras=True)
-        except Exception:  # a type that is imported for type checkers alone; it counts as unknown
-            hints = {}
-        _, *options = inspect.signature(init).parameters.values()
-        named = [option for option in options if option.kind not in (option.VAR_KEYWORD, option.VAR_POSITIONAL)]
-        found = {option.name: hints.get(option.name, option.annotation) for option in named} | found
-        if all(option.kind != option.VAR_KEYWORD for option in options):
-            break
-    return found
-
-
-def _expected(annotation: Any) -> _Expected:
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is Any or annotation is object:
-        return _Expected(nested=True)
-    if annotation is None or origin is Literal:
-        return _Expected()
-    if annotation is Callable or annotation is typing.Callable or origin is Callable:
-        return _Expected(_expected(args[-1]).bases if args else (), names=True, functions=True, nested=True)
-    if annotation is type or origin is type:
-        return _together(args)._replace(names=True, nested=True, plain=True)
-    if origin is typing.Annotated:
-        return _expected(args[0])
-    if origin in (Union, UnionType) or (isinstance(origin, type) and _is_container(origin)):
-        return _together(args)
-    kind = origin or annotation
-    if not isinstance(kind, type) or isinstance(kind, TypeVar) or annotation is inspect.Parameter.empty:
-        return UNKNOWN
-    if issubclass(kind, PLAIN):
-        return _Expected()
-    if _is_container(kind):
-        return _Expected(nested=True)
-    return _together(args) | _Expected((kind,), names=True, nested=True)
-
-
-def _together(annotations: Iterable[Any]) -> _Expected:
-    found = _Expected()
-    for annotation in annotations:
-        if annotation is not Ellipsis:
-            found |= _expected(annotation)
-    return found
-
-
-def _is_container(kind: type) -> bool:
-    return kind.__module__ in ("builtins", "collections", "collections.abc", "typing") and hasattr(kind, "__iter__")
+    return {base}.union(*map(subclasses_of, below))

@@ -10,10 +10,11 @@ import torch
 from torch.distributions import Distribution
 from torch.nn.utils import prune
 
-from vrnn_lightning import VRNNLightningModule, exporting
+from vrnn_lightning import VRNNLightningModule
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.exporting import _lgamma, _softplus
 from vrnn_lightning.heads import Bernoulli, GaussianMixture, MuLaw, Pen, Poisson, StudentT
+from vrnn_lightning.inference import exporting
+from vrnn_lightning.inference.exporting import _lgamma, _softplus
 
 TORCH = {
     "no latent": {"latent_size": 0, "emission": StudentT, "num_inputs": 1, "cell": "lstm"},
@@ -165,7 +166,7 @@ def test_what_an_export_cannot_do(tmp_path, monkeypatch):
         ("no/step.pt2", "there is no folder"),
         ("file/step.pt2", "there is no folder"),
         ("a" * 300 + ".pt2", "File name too long"),
-        ("folder.pt2", "is a folder; give another name"),
+        ("folder.pt2", "is a folder. Fix: give another name"),
     ):
         with pytest.raises(UserError, match=message):
             make().export(tmp_path / name)
@@ -178,7 +179,7 @@ def test_what_an_export_cannot_do(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="densities need float32"):
         make().bfloat16().export(tmp_path / "step.pt2")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match=r"onnxruntime is not installed; pip install 'vrnn-lightning\[export\]'"):
+    with pytest.raises(UserError, match=r"onnxruntime is not installed. Fix: pip install 'vrnn-lightning\[export\]'"):
         make().export(tmp_path / "step.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.pt2"]
 

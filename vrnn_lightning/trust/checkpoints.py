@@ -1,0 +1,188 @@
+"""The one reader of checkpoints: everything that a file declares is compared with what it holds."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vrnn_lightning.compatibility import KEY, require_known_format, upgrade
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import explained, require_intact_zip, undamaged
+from vrnn_lightning.trust.gate import Gate, path_of, require_bounded
+
+__all__ = ["Stored", "read_checkpoint", "read_stored", "require_types"]
+
+FIX = "give a checkpoint that `lightning fit` wrote"
+KEYS: dict[Any, tuple[str, ...]] = {
+    dict: ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "loops", "callbacks"),
+    list: ("optimizer_states", "lr_schedulers", "optimizer_parameters"),
+    list | tuple: ("carried",),
+    int: ("global_step", "epoch", "noise_seed"),
+    str: ("pytorch-lightning_version",),
+}
+"""Keys of a checkpoint by the type of their values."""
+COUNTS = frozenset({"ready", "started", "processed", "completed", "_batches_that_stepped"})
+"""Numbers that Lightning's loops count."""
+
+
+def read_checkpoint(path: Path, option: str = "", map_location: Any = "cpu") -> dict[str, Any]:
+    """Return what a checkpoint holds: weights, numbers, text and containers of them; no code is run.
+
+    Args:
+        path: The file.
+        option: The option that names it, for messages.
+        map_location: Where its tensors go, as in ``torch.load``.
+
+    Raises:
+        UserError: It is missing, damaged, holds anything else, or is not a checkpoint.
+    """
+    place = f"{option} {path}" if option else str(path)
+    with explained(path, option, FIX):
+        is_file, is_folder = path.is_file(), path.is_dir()
+        is_zip = is_file and zipfile.is_zipfile(path)
+    if not is_zip:
+        problem = "is damaged or not a checkpoint" if is_file else "is a folder" if is_folder else "no such file"
+        raise UserError(f"{place}: {problem}. Fix: {FIX}")
+    require_intact_zip(path, option)
+    _require_stored(path, place)
+    with explained(path, option), undamaged(f"{place}: is damaged, or holds more than weights and options", FIX):
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    if isinstance(content, dict):
+        require_known_format(content.get(KEY), place)
+    _require_shape(content, place)
+    upgrade(content, place)
+    return content  # type: ignore[no-any-return]  # checked by the call
+
+
+class Stored(NamedTuple):
+    """A checkpoint, and the class and the options that it names.
+
+    Args:
+        content: The result of :func:`read_checkpoint`.
+        made: The class that its options belong to.
+        options: The arguments of that class.
+    """
+
+    content: dict[str, Any]
+    made: type
+    options: dict[str, Any]
+
+
+def read_stored(
+    path: Path,
+    key: str,
+    cls: type,
+    trust: str | Iterable[str],
+    given: Mapping[str, Any],
+    map_location: Any,
+    hparams_file: object,
+    weights_only: bool | None,
+) -> Stored:
+    """Return a checkpoint with the class and the options that ``load_from_checkpoint`` calls.
+
+    Args:
+        path: The file.
+        key: The key of the options.
+        cls: The class to make, or its base class if the options name one.
+        trust: What the user trusts.
+        given: Arguments in place of the checkpoint's.
+        map_location: Where its tensors go, as in ``torch.load``.
+        hparams_file: Lightning's, which must be ``None``: a checkpoint holds its options.
+        weights_only: Lightning's, which must not be ``False``: nothing else is ever loaded.
+
+    Raises:
+        UserError: It is not a checkpoint, or names what a file may not import.
+    """
+    if hparams_file is not None or weights_only is False:
+        raise UserError(f"{path}: hparams_file and weights_only=False are not supported. Fix: leave it out")
+    content = read_checkpoint(path, map_location=map_location)
+    gate = Gate.of_call(path, trust, given)
+    stored = content.get(key, {})
+    named = stored.get("_class_path", "")
+    made = cls if named in ("", path_of(cls)) else gate.resolve(named, (cls,), "_class_path")
+    kept = {name: value for name, value in stored.items() if not name.startswith("_") and name not in given}
+    return Stored(content, made, gate.build(made, kept) | gate.build(made, given))
+
+
+def require_types(state: object, owner: object, **types: type | tuple[type, ...]) -> None:
+    """Raise a UserError if a checkpoint's state lacks values or has them of other types.
+
+    Args:
+        state: The state.
+        owner: The object that it is for.
+        types: The types of its values by name.
+    """
+    for name, kind in types.items():
+        value = state.get(name) if isinstance(state, Mapping) else None
+        if not isinstance(value, kind):
+            what = f"{name} of type {type(value).__name__}"
+            raise UserError(f"{type(owner).__name__}: the checkpoint's state has a {what}. Fix: {FIX}")
+
+
+def _require_stored(path: Path, place: str) -> None:
+    """Raise if a checkpoint's members are compressed: torch writes them as they are, so their size is the file's."""
+    with zipfile.ZipFile(path) as archive:
+        declared = sum(member.file_size for member in archive.infolist())
+    if declared > path.stat().st_size:
+        raise UserError(f"{place}: declares {declared} bytes, but the file has {path.stat().st_size}. Fix: {FIX}")
+
+
+def _require_shape(content: Any, place: str) -> None:
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{place}: is not a checkpoint. Fix: {FIX}")
+    for key in content.keys() - {"state_dict"}:
+        require_bounded(content[key], f"{place}: its {key[:80]}")
+    for problem in _problems(content):
+        raise UserError(f"{place}: its {problem}. Fix: {FIX}")
+    _require_weights(content.get("state_dict", {}), place)
+
+
+def _problems(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with a checkpoint's values; later checks rely on earlier ones."""
+    for kind, keys in KEYS.items():
+        for value, key in ((content[key], key) for key in keys if key in content):
+            if not isinstance(value, kind) or isinstance(value, bool):
+                yield f"{key} is of type {type(value).__name__}"
+    for key in KEYS[int]:
+        if not 0 <= content.get(key, 0) < 2**64:
+            yield f"{key} is {content[key]}"
+    if not re.fullmatch(r"\d+(\.\d+)*[.\w+]*", content.get("pytorch-lightning_version", "2")):
+        yield "pytorch-lightning_version is not a version"
+    for key in KEYS[dict]:
+        if not all(isinstance(name, str) for name in content.get(key, {})):
+            yield f"{key} has names that are not text"
+    for key in ("optimizer_states", "lr_schedulers"):
+        if not all(isinstance(state, dict) for state in content.get(key, [])):
+            yield f"{key} are not states by name"
+    named = content.get("optimizer_parameters", [])
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in named):
+        yield "optimizer_parameters are not lists of names"
+    yield from _miscounts(content.get("loops", {}), "loops")
+
+
+def _miscounts(loops: Mapping[Any, Any], place: str) -> Iterator[str]:
+    for name, value in loops.items():
+        if name in COUNTS and not (isinstance(value, int) and 0 <= value < 2**63):
+            yield f"{place}.{name} is not a count"
+        elif isinstance(value, dict):
+            yield from _miscounts(value, f"{place}.{str(name)[:80]}")
+
+
+def _require_weights(weights: Mapping[Any, Any], place: str) -> None:
+    """Raise if a ``state_dict`` holds anything but whole tensors: a view can declare more values than it has."""
+    storages: dict[int, int] = {}
+    for name, value in weights.items():
+        is_plain = isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+        if not is_plain or value.is_quantized or value.is_nested or value.device.type == "meta":
+            raise UserError(f"{place}: {str(name)[:80]} is not a tensor of weights. Fix: {FIX}")
+        storage = value.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    declared, held = sum(value.numel() * value.element_size() for value in weights.values()), sum(storages.values())
+    if declared > held:
+        raise UserError(f"{place}: its weights declare {declared} bytes, but it holds {held}. Fix: {FIX}")
