@@ -34,7 +34,6 @@ from vrnn_lightning.data import (
     read_quickdraw,
     read_sketch_rnn,
     require,
-    require_choice,
     smooth_rows,
     tracked,
 )
@@ -140,13 +139,6 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
     ) -> None:
         super().__init__(root, num_features=3, batch_size=batch_size, **options)
         self.download = download
-        for option, value, choices in (
-            ("too_long", too_long, ("drop", "split")),
-            ("layout", layout, ("auto", "archive", "sketch-rnn", "quickdraw", "inkml", "iam")),
-            ("testset_t", testset_t, ("none", "train", "val", "test")),
-            ("scale", scale, ("shared", "per_axis", "none")),
-        ):
-            require_choice(option, value, choices)
         self.max_steps = None if max_steps is None else require("max_steps", max_steps, 1)
         if clip is not None and not 0 < clip < math.inf:
             raise UserError(f"--data.clip {clip}: must be positive, in data units")
@@ -274,21 +266,14 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
 
     def _collect(self, readers: Iterable[Reader], word: str, noun: str) -> ArchiveSplit:
         """Return drawings end to end, those that are invalid or hold no line left out."""
-        bad, total = InvalidFiles(self.skip_bad), 0
-        rows: dict[str, NDArray[Any]] = {}
-        for name, read in readers:
-            total += 1
-            with bad.tolerated():
-                rows[name] = read()
-        bad.report(total, self.root, noun)
+        rows = InvalidFiles(self.skip_bad).read_all(readers, self.root, noun)
         kept = {name: x for name, x in rows.items() if len(x)}
         if len(kept) < len(rows):
             empty = len(rows) - len(kept)
             rank_zero_info(f"{self.root}: {empty} of {len(rows)} drawings ({word}) hold no line, left out")
-        ends = np.cumsum([0, *map(len, kept.values())], dtype=np.int64)
         values = np.concatenate(list(kept.values())) if kept else np.zeros((0, 3), dtype=np.float32)
-        bounds = np.stack([ends[:-1], ends[1:]], axis=1)
-        return ArchiveSplit(self.root, word, word, values, bounds, np.arange(len(kept)), list(kept))
+        lengths = np.array([len(x) for x in kept.values()], dtype=np.int64)
+        return ArchiveSplit.join(self.root, word, word, values, lengths, list(kept))
 
     @cached_property
     def _files(self) -> dict[str, Path]:

@@ -6,7 +6,7 @@ import gzip
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Literal, get_args
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from vrnn_lightning.data import (
     Split,
     read_archive,
     require,
-    require_choice,
     require_size,
 )
 from vrnn_lightning.errors import UserError
@@ -31,9 +30,6 @@ __all__ = ["MNISTRows"]
 SIDE = 28
 IMAGES, LABELS = 2051, 2049  # the magic numbers of idx files: unsigned bytes in three dimensions, and in one
 SOURCE = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-
-Read = Literal["rows", "pixels"]
-Binarise = Literal["static", "dynamic", "none"]
 
 
 class MNISTRows(FileDataModule):
@@ -73,15 +69,13 @@ class MNISTRows(FileDataModule):
     def __init__(
         self,
         root: str,
-        read: Read = "rows",
-        binarise: Binarise = "static",
+        read: Literal["rows", "pixels"] = "rows",
+        binarise: Literal["static", "dynamic", "none"] = "static",
         val_size: int = 10_000,
         download: bool = False,
         batch_size: int = 128,
         **options: Any,
     ) -> None:
-        require_choice("read", read, get_args(Read))
-        require_choice("binarise", binarise, get_args(Binarise))
         super().__init__(root, num_features=SIDE if read == "rows" else 1, batch_size=batch_size, **options)
         self.val_size = require("val_size", val_size, 1)
         self.binarise = binarise
@@ -114,14 +108,12 @@ class MNISTRows(FileDataModule):
         name = "t10k" if split == "test" else "train"
         path = _find(self.root, name)
         images = _read_idx(path, self.max_gb)
-        rows, numbers = np.arange(len(images) + 1) * SIDE, np.arange(len(images))
-        bounds = np.stack([rows[:-1], rows[1:]], 1)
-        whole = ArchiveSplit(path, name, "images", images.reshape(-1, SIDE), bounds, numbers)
+        whole = ArchiveSplit.join(path, name, "images", images.reshape(-1, SIDE), np.full(len(images), SIDE))
         if split == "test":
             return whole
         if self.val_size >= len(images):
             raise UserError(f"--data.val_size {self.val_size}: {path} has {len(images)} images; leave some to train")
-        return whole.take(numbers[-self.val_size :] if split == "val" else numbers[: -self.val_size])
+        return whole.take(whole.numbers[-self.val_size :] if split == "val" else whole.numbers[: -self.val_size])
 
 
 @dataclass(frozen=True)

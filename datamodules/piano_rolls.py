@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -249,15 +249,14 @@ class PianoRolls(FileDataModule):
                 outside = len(names) - len(inside)
                 self._warnings.warn(f"{self.root}: {outside} files outside {', '.join(self._folders)} are left out")
             names = inside
-        bad, digests = InvalidFiles(self.skip_bad), {}
-        for name in names:
-            with bad.tolerated(), explained(self.root / name):
-                digest = hashlib.sha256((self.root / name).read_bytes()).hexdigest()[:32]
-                if self.skip_bad:  # before splits are drawn, so that no split is made of invalid files alone
-                    self._song(name)
-                digests[name] = digest
-        bad.report(len(names), self.root)
-        return digests
+        return InvalidFiles(self.skip_bad).read_all(((name, partial(self._digest, name)) for name in names), self.root)
+
+    def _digest(self, name: str) -> str:
+        with explained(self.root / name):
+            digest = hashlib.sha256((self.root / name).read_bytes()).hexdigest()[:32]
+            if self.skip_bad:  # before splits are drawn, so that no split is made of invalid files alone
+                self._song(name)
+            return digest
 
     def _names(self) -> list[str]:
         """Return the paths of all MIDI files below the root, with forward slashes, sorted."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -20,7 +20,6 @@ from vrnn_lightning.data import (
     Sequences,
     Split,
     require,
-    require_choice,
     require_size,
     tracked,
 )
@@ -36,13 +35,6 @@ from vrnn_lightning.errors import UserError
 __all__ = ["PATTERNS", "Speech"]
 
 MEL_BANDS = 80
-CHOICES = {
-    "units": ("scaled", "amplitude", "pcm16"),
-    "features": ("raw", "log_mel"),
-    "stereo": ("mix", "refuse"),
-    "tail": ("drop", "pad"),
-    "layout": get_args(Layout),
-}
 
 
 class Speech(RandomSplitDataModule, FileDataModule):
@@ -162,9 +154,7 @@ class Speech(RandomSplitDataModule, FileDataModule):
         self._frame_counts: dict[str, int] | None = None
 
     def _check_options(self, mel_bands: int | None, mel_window: int | None) -> None:
-        """Raise if an option has an unknown value, or would be ignored beside others."""
-        for option, choices in CHOICES.items():
-            require_choice(option, getattr(self, option), choices)
+        """Raise if an option would be ignored beside others."""
         if self.features == "raw":
             for option, samples in (("mel_bands", mel_bands), ("mel_window", mel_window)):
                 if samples is not None:

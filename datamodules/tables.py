@@ -12,16 +12,7 @@ import torch
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.data import (
-    Columns,
-    FileDataModule,
-    Modality,
-    Scaler,
-    SequenceLoader,
-    Split,
-    read_columns,
-    require_choice,
-)
+from vrnn_lightning.data import Columns, FileDataModule, Modality, Scaler, SequenceLoader, Split, read_columns
 from vrnn_lightning.data.folders import find_split, find_tables
 from vrnn_lightning.data.series import Rows, Series, SeriesWindows, format_time, group_rows, parse_step
 from vrnn_lightning.errors import UserError
@@ -149,7 +140,6 @@ class Tables(FileDataModule):
                 used[name] = option
 
     def _check_options(self) -> None:
-        require_choice("split", self.split_by, ("time", "id", "files"))
         val, test, length, stride, context = self.val_share, self.test_share, self.length, self.stride, self.context
         for is_wrong, problem in (
             (not 0 <= val < 1, f"val_share {val}: must be at least 0 and below 1"),

@@ -661,7 +661,7 @@ class TestBadInput:
             return walked(top)
 
         monkeypatch.setattr(os, "walk", refuse)
-        refused(sources["inkml"], "writer1: may not be read by you")
+        refused(sources["inkml"], "writer1: Permission denied. Fix: give yourself permission")
 
     @pytest.mark.parametrize("layout", ["iam", "inkml", "quickdraw"])
     def test_files_without_permission(self, layout, sources, monkeypatch):

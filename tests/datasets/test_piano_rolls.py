@@ -505,7 +505,7 @@ def test_a_folder_without_permission(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", locked)
-    assert f"{tmp_path}: may not be read by you; give yourself the permission" in complaint(tmp_path)
+    assert f"{tmp_path}: Permission denied. Fix: give yourself permission" in complaint(tmp_path)
 
 
 def test_without_mido(tmp_path, monkeypatch):

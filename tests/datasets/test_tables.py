@@ -782,7 +782,7 @@ class TestRefusals:
             return walked(top)
 
         monkeypatch.setattr(os, "walk", refuse)
-        refused(folder, r"sub1: may not be read by you")
+        refused(folder, r"sub1: Permission denied. Fix: give yourself permission")
 
     def test_roots(self, tmp_path):
         refused(tmp_path / "nowhere", "--data.root .*nowhere: no such file or folder")

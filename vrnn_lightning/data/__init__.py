@@ -10,7 +10,7 @@ from vrnn_lightning.data.folders import files_below
 from vrnn_lightning.data.ink import quickdraw_lines, read_iam, read_inkml, read_quickdraw, read_sketch_rnn
 from vrnn_lightning.data.invalid_files import InvalidFiles
 from vrnn_lightning.data.loading import BatchSampler, SequenceLoader, Window
-from vrnn_lightning.data.options import checked_limit, data_root, require, require_choice
+from vrnn_lightning.data.options import checked_limit, data_root, require
 from vrnn_lightning.data.progress import tracked
 from vrnn_lightning.data.random_splits import RandomSplitDataModule, RandomSplits
 from vrnn_lightning.data.sequences import (
@@ -61,7 +61,6 @@ __all__ = [
     "read_quickdraw",
     "read_sketch_rnn",
     "require",
-    "require_choice",
     "require_size",
     "rows_to_strokes",
     "smooth_rows",

@@ -48,6 +48,20 @@ class ArchiveSplit:
     names: Sequence[str] | None = None
     begins: NDArray[np.int64] | None = None
 
+    @classmethod
+    def join(
+        cls,
+        path: Path,
+        word: str,
+        array: str,
+        values: NDArray[Any],
+        lengths: NDArray[np.int64],
+        names: Sequence[str] | None = None,
+    ) -> ArchiveSplit:
+        """Return sequences whose rows lie end to end in ``values``, with the steps of each, shape (sequences,)."""
+        ends = lengths.cumsum(dtype=np.int64)
+        return cls(path, word, array, values, np.stack([ends - lengths, ends], 1), np.arange(len(lengths)), names)
+
     def __len__(self) -> int:
         """Return the number of sequences."""
         return len(self.bounds)
@@ -165,8 +179,7 @@ def read_archive(
         else:
             steps = _steps(path, word, archive.read(f"{word}_lengths", max_gb), shape[0])
         values = archive.read(name, max_gb).reshape(-1, width)
-    ends = steps.cumsum()
-    sequences = ArchiveSplit(path, word, name, values, np.stack([ends - steps, ends], axis=1), np.arange(len(steps)))
+    sequences = ArchiveSplit.join(path, word, name, values, steps)
     if values.dtype.kind == "f":
         sequences.raise_if(~np.isfinite(values), "remove the sequence or fix it")
     return sequences

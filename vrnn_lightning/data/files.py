@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from contextlib import suppress
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from lightning_utilities.core.rank_zero import WarningCache
 
 from vrnn_lightning.data.datamodule import SequenceDataModule
 from vrnn_lightning.data.downloads import fetch
 from vrnn_lightning.data.options import checked_limit, data_root
+from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import MAX_GB
 
 __all__ = ["FileDataModule"]
@@ -36,6 +38,16 @@ class FileDataModule(SequenceDataModule):
             self.hparams["download"] = False  # an option of this run: checkpoints do not repeat it
         self.root, self.max_gb = data_root(root), checked_limit(max_gb)
         self._warnings = WarningCache()
+        self._require_choices()
+
+    def _require_choices(self) -> None:
+        """Raise if an option whose type is a ``Literal`` has another value."""
+        for base in type(self).__mro__:
+            with suppress(NameError):  # a type that only type checkers import
+                hints = get_type_hints(vars(base).get("__init__")) if issubclass(base, FileDataModule) else {}
+                for option, kind in hints.items():
+                    if get_origin(kind) is Literal and (value := self.hparams[option]) not in get_args(kind):
+                        raise UserError(f"--data.{option} {value}: must be one of {', '.join(get_args(kind))}")
 
     def prepare_data(self) -> None:
         """Fetch the dataset into ``root``, if ``download`` asks for it."""

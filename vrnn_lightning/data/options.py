@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from vrnn_lightning.errors import UserError
 
-__all__ = ["checked_limit", "data_root", "require", "require_choice"]
+__all__ = ["checked_limit", "data_root", "require"]
 
 T = TypeVar("T", bound=float)
 
@@ -67,9 +66,3 @@ def require(option: str, value: T, least: float, most: float | None = None, *, b
     if not allowed:
         raise UserError(f"--data.{option} {value}: must {bound}")
     return value
-
-
-def require_choice(option: str, value: str, choices: Sequence[str]) -> None:
-    """Raise a UserError if an option of a datamodule is not one of its choices."""
-    if value not in choices:
-        raise UserError(f"--data.{option} {value}: must be one of {', '.join(choices)}")
