@@ -139,7 +139,7 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
     ) -> None:
         super().__init__(root, num_features=3, batch_size=batch_size, **options)
         self.download = download
-        self.max_steps = None if max_steps is None else require("max_steps", max_steps, 1)
+        self.max_steps = require("max_steps", max_steps, 1)
         if clip is not None and not 0 < clip < math.inf:
             raise UserError(f"--data.clip {clip}: must be positive, in data units")
         if not 1 <= smooth < 2**31 or smooth % 2 == 0:

@@ -100,10 +100,8 @@ class PianoRolls(FileDataModule):
         self.resolution = require("resolution", resolution, 1, 960)
         self.transpose = require("transpose", transpose, 0, KEYS - 1)
         self.max_quarters = require("max_quarters", max_quarters, 1, 10**9)
-        for option, fraction in (("test", test), ("val", val)):
-            if fraction is not None and not 0 <= fraction < 1:
-                raise UserError(f"--data.{option} {fraction}: a fraction of the files must be at least 0 and below 1")
-        self.sustain, self.test, self.val, self.skip_bad, self.download = sustain, test, val, skip_bad, download
+        self.test, self.val = require("test", test, 0, below=1), require("val", val, 0, below=1)
+        self.sustain, self.skip_bad, self.download = sustain, skip_bad, download
         self._members: dict[Split, list[str]] | None = None
         self._notes: dict[str, Notes] = {}
 

@@ -127,8 +127,7 @@ class Speech(RandomSplitDataModule, FileDataModule):
     ) -> None:
         counts = {"frame_size": frame_size, "mel_bands": mel_bands, "mel_window": mel_window, "crop": crop}
         for option, count in (*counts.items(), ("sample_rate", sample_rate)):
-            if count is not None:
-                require(option, count, 1)
+            require(option, count, 1)
         if sample_rate is not None and sample_rate > HIGHEST_RATE:
             raise UserError(f"--data.sample_rate {sample_rate}: must be at most {HIGHEST_RATE} Hz")
         is_mel = features == "log_mel"

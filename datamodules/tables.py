@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.data import Columns, FileDataModule, Modality, Scaler, SequenceLoader, Split, read_columns
+from vrnn_lightning.data import Columns, FileDataModule, Modality, Scaler, SequenceLoader, Split, read_columns, require
 from vrnn_lightning.data.folders import find_split, find_tables
 from vrnn_lightning.data.series import Rows, Series, SeriesWindows, format_time, group_rows, parse_step
 from vrnn_lightning.errors import UserError
@@ -110,8 +110,11 @@ class Tables(FileDataModule):
         self.num_inputs = len(self.inputs)
         self.missing = missing
         self.id, self.time, self.sort, self.delimiter = id, time, sort, delimiter
-        self.split_by, self.val_share, self.test_share = split, val_share, test_share
-        self.length, self.stride, self.context, self.anomaly = length, stride, context, anomaly
+        self.split_by, self.anomaly = split, anomaly
+        self.val_share = require("val_share", val_share, 0, below=1)
+        self.test_share = require("test_share", test_share, 0, below=1)
+        self.length, self.stride = require("length", length, 1), require("stride", stride, 1)
+        self.context = require("context", context, 0)
         self.step = None if step is None else parse_step(step)
         self._check_options()
         self._series_of: dict[str, list[Series]] = {}
@@ -140,18 +143,16 @@ class Tables(FileDataModule):
                 used[name] = option
 
     def _check_options(self) -> None:
-        val, test, length, stride, context = self.val_share, self.test_share, self.length, self.stride, self.context
+        val, test, stride, context = self.val_share, self.test_share, self.stride, self.context
         for is_wrong, problem in (
-            (not 0 <= val < 1, f"val_share {val}: must be at least 0 and below 1"),
-            (not 0 <= test < 1, f"test_share {test}: must be at least 0 and below 1"),
             (
                 val + test >= 1,
                 f"val_share {val} and --data.test_share {test}: add up to 1 or more and leave nothing to train on",
             ),
-            (length is not None and length < 1, f"length {length}: must be at least 1"),
-            (stride is not None and stride < 1, f"stride {stride}: must be at least 1"),
-            (stride is not None and length is None, f"stride {stride}: needs --data.length, the steps of a window"),
-            (context < 0, f"context {context}: must be at least 0"),
+            (
+                stride is not None and self.length is None,
+                f"stride {stride}: needs --data.length, the steps of a window",
+            ),
             (
                 context and self.split_by != "time",
                 f"context {context}: only a split by time has steps before the test, this is --data.split "

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from vrnn_lightning.batch import SequenceSample
+from vrnn_lightning.data.folders import SPLIT_NAMES
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import MAX_GB, PIECE, explained, require_size, undamaged, zip_members
@@ -137,7 +138,7 @@ class ArchiveSplit:
 def archive_holds(path: Path, split: Split) -> bool:
     """Return whether a flat archive has a split; raise a UserError if it can't be read."""
     with opened_archive(path, "--data.root") as archive:
-        return f"{_word(split)}_values" in archive.names
+        return f"{SPLIT_NAMES[split][0]}_values" in archive.names
 
 
 def read_archive(
@@ -162,7 +163,7 @@ def read_archive(
         UserError: The file is missing or not such an archive, its arrays don't fit together or hold values that are not
             finite.
     """
-    word = _word(split)
+    word = SPLIT_NAMES[split][0]
     name, stack = f"{word}_values", f"{word}_{stacked}"
     with opened_archive(path, "--data.root") as archive:
         if stacked and stack in archive.names and name not in archive.names:
@@ -201,10 +202,6 @@ def _steps(path: Path, word: str, lengths: NDArray[Any], rows: int) -> NDArray[n
             "write both from the same sequences"
         )
     return steps
-
-
-def _word(split: Split) -> str:
-    return "valid" if split == "val" else split
 
 
 @contextmanager

@@ -59,7 +59,7 @@ class SequenceDataModule(LightningDataModule):
         super().__init__()
         self.batch_size = require("batch_size", batch_size, 1)
         self.num_workers = require("num_workers", num_workers, 0)
-        self.window = None if window is None else require("window", window, 1)
+        self.window = require("window", window, 1)
         if not 0 <= seed < 2**60:
             raise UserError(f"--data.seed {seed}: must lie between 0 and 2^60")
         self.save_hyperparameters(logger=False)
