@@ -216,7 +216,8 @@ class PianoRolls(FileDataModule):
         if self._members is None:
             generator = torch.Generator().manual_seed(self.seed)
             splits: dict[Split, list[str]] = {"train": list(dict.fromkeys(digests.values()))}
-            for split, fraction in (("test", self.test), ("val", self.val)):
+            held_out: dict[Split, float | None] = {"test": self.test, "val": self.val}
+            for split, fraction in held_out.items():
                 rest = splits["train"]
                 share = FRACTION if fraction is None else fraction
                 drawn = draw_groups({digest: digest for digest in rest}, share, generator)

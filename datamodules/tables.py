@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.data import Columns, FileDataModule, Modality, Scaler, SequenceLoader, Split, read_columns, require
 from vrnn_lightning.data.folders import find_split, find_tables
+from vrnn_lightning.data.random_splits import require_untrained
 from vrnn_lightning.data.series import Rows, Series, SeriesWindows, format_time, group_rows, parse_step
 from vrnn_lightning.errors import UserError
 
@@ -291,14 +292,9 @@ class Tables(FileDataModule):
 
     def _raise_if_trained(self, series: Series) -> None:
         """Raise if a file of the checkpoint has another path: its split would be another one."""
-        own = (PurePosixPath(series.name).name, len(series.times))
         here = {s.name for s in self._series("train")}
-        for name, (split, steps) in self._split_of.items():
-            if split != "test" and name not in here and (PurePosixPath(name).name, steps) == own:
-                raise UserError(
-                    f"{self.root}: {series.name} seems to be {name}, which the model was trained on; "
-                    f"choose --data.root so that {name} lies below it"
-                )
+        known = {n: steps for n, (split, steps) in self._split_of.items() if split != "test" and n not in here}
+        require_untrained({series.name: len(series.times)}, known, self.root)
 
     def _own_cuts(self, series: Series) -> list[float]:
         """Return the last time of training and the last of validation."""

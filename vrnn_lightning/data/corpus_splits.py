@@ -25,6 +25,10 @@ SHARE = 0.1
 Portion = float | re.Pattern[str] | None
 
 
+def _stem(name: str) -> str:
+    return PurePosixPath(name).stem
+
+
 class CorpusSplits(RandomSplits):
     """The files of each split: selected once, then as the checkpoint has them.
 
@@ -42,6 +46,7 @@ class CorpusSplits(RandomSplits):
     """
 
     noun = "files"
+    identity = staticmethod(_stem)
 
     def __init__(
         self,
@@ -62,7 +67,7 @@ class CorpusSplits(RandomSplits):
     def state_dict(self, sizes: Mapping[str, int]) -> dict[str, Any]:
         """Return the files of each split, and the lengths of those that are not for the test."""
         state = super().state_dict(sizes)
-        return {"trained": state["trained"]} | state["members"]
+        return {"trained": state["trained"], **state["members"]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the checkpoint's splits."""
@@ -72,10 +77,6 @@ class CorpusSplits(RandomSplits):
     def own_split(self, name: str) -> str | None:
         """Return the split in which the layout has a file."""
         return self.find()[name].split
-
-    def identity(self, name: str) -> str:
-        """Return the name of a file without folder and format."""
-        return PurePosixPath(name).stem
 
     def draw(self, names: list[str]) -> dict[Split, set[str]]:
         """Return the files of each split that options, layout and seed select."""

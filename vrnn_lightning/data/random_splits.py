@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
@@ -15,7 +15,12 @@ from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.trust import require_types
 
-__all__ = ["RandomSplitDataModule", "RandomSplits", "draw_groups"]
+__all__ = ["RandomSplitDataModule", "RandomSplits", "draw_groups", "require_untrained"]
+
+
+def file_name(name: str) -> str:
+    """Return the part of a path that a file keeps in another folder."""
+    return PurePosixPath(name).name
 
 
 class RandomSplits:
@@ -35,6 +40,7 @@ class RandomSplits:
     """
 
     noun: ClassVar[str] = "sequences"
+    identity = staticmethod(file_name)
 
     def __init__(self, val: float, test: float, seed: int) -> None:
         for option, value in (("val", val), ("test", test)):
@@ -66,7 +72,7 @@ class RandomSplits:
             known = {name for names in members.values() for name in names}
             unknown = [name for name in sizes if name not in known and self.own_split(name) != "unused"]
         if unknown and not sizes.keys() & members["test"]:
-            self._require_untrained({name: sizes[name] for name in unknown}, root)
+            require_untrained({name: sizes[name] for name in unknown}, self._trained, root, self.identity)
             own = [name for name in unknown if self.own_split(name) == "test"]
             members, unknown = {**members, "test": own or unknown}, []
         if unknown:
@@ -100,10 +106,6 @@ class RandomSplits:
         """Return the split that the data give a sequence; "unused" ones are never tested as unknown ones."""
         return None
 
-    def identity(self, name: str) -> str:
-        """Return the part of a name that a sequence keeps in another folder."""
-        return PurePosixPath(name).name
-
     def _members_of(self, names: Iterable[str]) -> dict[Split, list[str]]:
         """Return the names of each split, drawn in the first call or loaded."""
         if self._members is None:
@@ -112,16 +114,26 @@ class RandomSplits:
             self._members = {split: [name for name in present if name in drawn] for split, drawn in splits.items()}
         return self._members
 
-    def _require_untrained(self, sizes: Mapping[str, int], root: object) -> None:
-        """Raise if unknown sequences hold one that the model was trained on, under another path."""
-        trained = {(self.identity(name), size): name for name, size in self._trained.items()}
-        for name, size in sizes.items():
-            known = trained.get((self.identity(name), size))
-            if known is not None:
-                raise UserError(
-                    f"{root}: {name} seems to be {known}, which the model was trained on. Fix: "
-                    f"choose --data.root so that {known} lies below it"
-                )
+
+def require_untrained(
+    unknown: Mapping[str, int], trained: Mapping[str, int], root: object, identity: Callable[[str], str] = file_name
+) -> None:
+    """Raise if data that a checkpoint does not know hold a sequence that it was trained on, under another path.
+
+    Args:
+        unknown: The size of each sequence that the checkpoint does not know, by name.
+        trained: The same of those that it was trained on.
+        root: The folder, for messages.
+        identity: Returns the part of a name that a sequence keeps in another folder.
+    """
+    places = {(identity(name), size): name for name, size in trained.items()}
+    for name, size in unknown.items():
+        known = places.get((identity(name), size))
+        if known is not None:
+            raise UserError(
+                f"{root}: {name} seems to be {known}, which the model was trained on. Fix: "
+                f"choose --data.root so that {known} lies below it"
+            )
 
 
 def draw_groups(names: Mapping[str, str], share: float, generator: torch.Generator) -> set[str]:
