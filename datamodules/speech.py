@@ -257,6 +257,7 @@ class Speech(RandomSplitDataModule, FileDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the checkpoint's scaler, sample rate and splits."""
         super().load_state_dict(state_dict)
+        self.random_splits.load_state_dict(state_dict)  # raises if it has no splits
         if self._rate != state_dict["sample_rate"]:
             self._rate = state_dict["sample_rate"]
             self._frame_counts = None

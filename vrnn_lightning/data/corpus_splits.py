@@ -74,9 +74,9 @@ class CorpusSplits(RandomSplits):
         members = {split: state_dict[split] for split in ("train", "val", "test")}
         super().load_state_dict({"members": members, "trained": state_dict["trained"]})
 
-    def own_split(self, name: str) -> str | None:
-        """Return the split in which the layout has a file."""
-        return self.find()[name].split
+    def own_splits(self) -> Mapping[str, str | None]:
+        """Return the split in which the layout has each file."""
+        return {name: recording.split for name, recording in self.find().items()}
 
     def draw(self, names: list[str]) -> dict[Split, set[str]]:
         """Return the files of each split that options, layout and seed select."""

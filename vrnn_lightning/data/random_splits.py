@@ -69,12 +69,12 @@ class RandomSplits:
         members = self._members_of(sizes)
         unknown: list[str] = []
         if self._has_resumed:
-            known = {name for names in members.values() for name in names}
-            unknown = [name for name in sizes if name not in known and self.own_split(name) != "unused"]
+            known, own = {name for names in members.values() for name in names}, self.own_splits()
+            unknown = [name for name in sizes if name not in known and own.get(name) != "unused"]
         if unknown and not sizes.keys() & members["test"]:
             require_untrained({name: sizes[name] for name in unknown}, self._trained, root, self.identity)
-            own = [name for name in unknown if self.own_split(name) == "test"]
-            members, unknown = {**members, "test": own or unknown}, []
+            test = [name for name in unknown if own.get(name) == "test"]
+            members, unknown = {**members, "test": test or unknown}, []
         if unknown:
             self._warnings.warn(
                 f"{root}: {len(unknown)} {self.noun} that are in no split of the checkpoint are left out"
@@ -102,9 +102,9 @@ class RandomSplits:
         rest = order[test:]
         return {"train": set(rest[val:]), "val": set(rest[:val]), "test": set(order[:test])}
 
-    def own_split(self, name: str) -> str | None:
-        """Return the split that the data give a sequence; "unused" ones are never tested as unknown ones."""
-        return None
+    def own_splits(self) -> Mapping[str, str | None]:
+        """Return the splits that the data give to sequences, by name; those that are "unused" stay out of all."""
+        return {}
 
     def _members_of(self, names: Iterable[str]) -> dict[Split, list[str]]:
         """Return the names of each split, drawn in the first call or loaded."""
