@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +25,6 @@ SHARE = 0.1
 Portion = float | re.Pattern[str] | None
 
 
-def _stem(name: str) -> str:
-    return PurePosixPath(name).stem
-
-
 class CorpusSplits(RandomSplits):
     """The files of each split: selected once, then as the checkpoint has them.
 
@@ -46,7 +42,7 @@ class CorpusSplits(RandomSplits):
     """
 
     noun = "files"
-    identity = staticmethod(_stem)
+    kept_part = "stem"
 
     def __init__(
         self,

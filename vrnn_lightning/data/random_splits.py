@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import WarningCache
@@ -16,11 +16,6 @@ from vrnn_lightning.errors import UserError
 from vrnn_lightning.trust import require_types
 
 __all__ = ["RandomSplitDataModule", "RandomSplits", "draw_groups", "require_untrained"]
-
-
-def file_name(name: str) -> str:
-    """Return the part of a path that a file keeps in another folder."""
-    return PurePosixPath(name).name
 
 
 class RandomSplits:
@@ -40,7 +35,8 @@ class RandomSplits:
     """
 
     noun: ClassVar[str] = "sequences"
-    identity = staticmethod(file_name)
+    kept_part: ClassVar[Literal["name", "stem"]] = "name"
+    """The part of a path that a file keeps in another folder."""
 
     def __init__(self, val: float, test: float, seed: int) -> None:
         for option, value in (("val", val), ("test", test)):
@@ -72,7 +68,7 @@ class RandomSplits:
             known, own = {name for names in members.values() for name in names}, self.own_splits()
             unknown = [name for name in sizes if name not in known and own.get(name) != "unused"]
         if unknown and not sizes.keys() & members["test"]:
-            require_untrained({name: sizes[name] for name in unknown}, self._trained, root, self.identity)
+            require_untrained({name: sizes[name] for name in unknown}, self._trained, root, self.kept_part)
             test = [name for name in unknown if own.get(name) == "test"]
             members, unknown = {**members, "test": test or unknown}, []
         if unknown:
@@ -116,19 +112,12 @@ class RandomSplits:
 
 
 def require_untrained(
-    unknown: Mapping[str, int], trained: Mapping[str, int], root: object, identity: Callable[[str], str] = file_name
+    unknown: Mapping[str, int], trained: Mapping[str, int], root: object, kept_part: Literal["name", "stem"] = "name"
 ) -> None:
-    """Raise if data that a checkpoint does not know hold a sequence that it was trained on, under another path.
-
-    Args:
-        unknown: The size of each sequence that the checkpoint does not know, by name.
-        trained: The same of those that it was trained on.
-        root: The folder, for messages.
-        identity: Returns the part of a name that a sequence keeps in another folder.
-    """
-    places = {(identity(name), size): name for name, size in trained.items()}
+    """Raise if unknown sequences, given as sizes by name, hold one that was trained on, under another path."""
+    places = {(getattr(PurePosixPath(name), kept_part), size): name for name, size in trained.items()}
     for name, size in unknown.items():
-        known = places.get((identity(name), size))
+        known = places.get((getattr(PurePosixPath(name), kept_part), size))
         if known is not None:
             raise UserError(
                 f"{root}: {name} seems to be {known}, which the model was trained on. Fix: "
@@ -137,13 +126,7 @@ def require_untrained(
 
 
 def draw_groups(names: Mapping[str, str], share: float, generator: torch.Generator) -> set[str]:
-    """Draw a share of the groups of names, at least one unless it is 0, and return the names in them.
-
-    Args:
-        names: The group of each name.
-        share: Which share.
-        generator: The random numbers.
-    """
+    """Draw a share of the groups of names, at least one unless it is 0, and return the names in them."""
     groups = list(dict.fromkeys(names.values()))
     count = max(1, round(share * len(groups))) if share > 0 else 0
     drawn = {groups[i] for i in torch.randperm(len(groups), generator=generator)[:count].tolist()}
