@@ -12,15 +12,13 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vrnn_lightning.data import (
-    MAX_GB,
     ArchiveSplit,
+    FileDataModule,
     Modality,
     RandomSplitDataModule,
     RandomSplits,
     Split,
     archive_holds,
-    checked_limit,
-    data_root,
     read_archive,
     require,
 )
@@ -32,7 +30,7 @@ STILL = 1e-9
 """Range of a column, next to the widest, below which it holds rounding errors alone."""
 
 
-class Archive(RandomSplitDataModule):
+class Archive(RandomSplitDataModule, FileDataModule):
     r"""A flat archive of real-valued sequences: joint angles, cepstra, pen velocities and others.
 
     Splits are the archive's own. Where it has no ``valid``, or no ``test``, that split is a random part of the training
@@ -46,9 +44,7 @@ class Archive(RandomSplitDataModule):
         exclude: Columns to leave out, counted from 0. A column that never changes has no density; a warning names it.
         val: Fraction of the training sequences for validation, where the archive has no ``valid``; at least one.
         test: Fraction of them for the test, where it has no ``test``; at least one unless it is 0.
-        max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
-            A file that takes no more than 16 times its own size is always read.
-        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
+        options: The other options of ``FileDataModule``.
 
     Raises:
         UserError: An option outside its range. From ``setup`` on: the file is missing, no such archive or of another
@@ -60,7 +56,6 @@ class Archive(RandomSplitDataModule):
 
     modality: ClassVar[Modality] = "series"
     scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "per_feature"
-    run_options: ClassVar[frozenset[str]] = RandomSplitDataModule.run_options | {"max_gb"}
 
     def __init__(
         self,
@@ -69,14 +64,11 @@ class Archive(RandomSplitDataModule):
         exclude: list[int] | None = None,
         val: float = 0.1,
         test: float = 0.1,
-        max_gb: float = MAX_GB,
         **options: Any,
     ) -> None:
         require("features", features, 1)
         out = _columns(exclude or [], features)
-        super().__init__(num_features=features - len(out), **options)
-        self.root = data_root(root)
-        self.max_gb = checked_limit(max_gb)
+        super().__init__(root, num_features=features - len(out), **options)
         self.features = features
         self.kept = [column for column in range(features) if column not in out]
         self._parts: dict[Split, float] = {"val": val, "test": test}
@@ -89,12 +81,6 @@ class Archive(RandomSplitDataModule):
         digests = self.random_splits.names(split, self.sizes, self.root)
         places = sorted(place for digest in digests for place in self._places[digest])
         return self._train.take(np.array(places, dtype=np.int64))
-
-    def lengths(self, split: Split) -> list[int]:
-        """Return the steps of each sequence of a split."""
-        sequences = self.split(split)
-        assert isinstance(sequences, ArchiveSplit)
-        return sequences.lengths
 
     @cached_property
     def _own_splits(self) -> set[Split]:

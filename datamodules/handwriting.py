@@ -16,9 +16,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data import (
-    MAX_GB,
     ArchiveSplit,
     AugmentedSequences,
+    FileDataModule,
     InvalidFiles,
     Modality,
     RandomSplitDataModule,
@@ -26,9 +26,6 @@ from vrnn_lightning.data import (
     Scaler,
     Sequences,
     Split,
-    checked_limit,
-    data_root,
-    fetch,
     files_below,
     quickdraw_lines,
     read_archive,
@@ -36,6 +33,7 @@ from vrnn_lightning.data import (
     read_inkml,
     read_quickdraw,
     read_sketch_rnn,
+    require,
     smooth_rows,
     tracked,
 )
@@ -58,7 +56,7 @@ Reader = tuple[str, Callable[[], "NDArray[Any]"]]
 """A drawing's name, and the function that reads it."""
 
 
-class Handwriting(RandomSplitDataModule):
+class Handwriting(RandomSplitDataModule, FileDataModule):
     r"""Pen strokes: rows (dx, dy, lift), as in Chung et al. (2015, arXiv 1506.02216).
 
     A row is the pen's offset from the last point, and lift is 1 where the pen leaves the paper after this point, else
@@ -105,10 +103,8 @@ class Handwriting(RandomSplitDataModule):
         augment: In each epoch, stretch each training sequence by one random factor for dx and one for dy, uniform
             between 1 - ``augment`` and 1 + ``augment``. The scaler is that of the sequences as they are.
         batch_size: Sequences per batch and process.
-        max_gb: Gigabytes that the content of a file may take, as a damaged or hostile one declares more than it holds;
-            16 times its own size is always allowed.
         download: Fetch Omniglot's strokes as an archive, where ``root`` does not exist yet.
-        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
+        options: The other options of ``FileDataModule``.
 
     Raises:
         UserError: An option outside its range. From ``setup`` on: the data are missing, damaged, in none of these
@@ -120,9 +116,8 @@ class Handwriting(RandomSplitDataModule):
     """
 
     modality: ClassVar[Modality] = "strokes"
-    run_options: ClassVar[frozenset[str]] = RandomSplitDataModule.run_options | {
-        *("layout", "skip_bad", "download", "max_gb")
-    }
+    run_options: ClassVar[frozenset[str]] = FileDataModule.run_options | {"layout", "skip_bad", "download"}
+    dataset: ClassVar[str] = "omniglot"
 
     def __init__(
         self,
@@ -139,44 +134,24 @@ class Handwriting(RandomSplitDataModule):
         smooth: int = 1,
         augment: float = 0.0,
         batch_size: int = 64,
-        max_gb: float = MAX_GB,
         download: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(num_features=3, batch_size=batch_size, **options)
-        self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
+        super().__init__(root, num_features=3, batch_size=batch_size, **options)
         self.download = download
-        for option, value, choices in (
-            ("too_long", too_long, ("drop", "split")),
-            ("layout", layout, ("auto", "archive", "sketch-rnn", "quickdraw", "inkml", "iam")),
-            ("testset_t", testset_t, ("none", "train", "val", "test")),
-            ("scale", scale, ("shared", "per_axis", "none")),
-        ):
-            if value not in choices:
-                raise UserError(f"--data.{option} {value}: must be one of {', '.join(choices)}")
-        if max_steps is not None and max_steps < 1:
-            raise UserError(f"--data.max_steps {max_steps}: must be at least 1")
+        self.max_steps = require("max_steps", max_steps, 1)
         if clip is not None and not 0 < clip < math.inf:
             raise UserError(f"--data.clip {clip}: must be positive, in data units")
         if not 1 <= smooth < 2**31 or smooth % 2 == 0:
             raise UserError(f"--data.smooth {smooth}: must be an odd number of points, at least 1 and below 2^31")
-        if not 0 <= augment < 1:
-            raise UserError(f"--data.augment {augment}: must be at least 0 and below 1")
-        self.root, self.max_gb = data_root(root), checked_limit(max_gb)
-        self.max_steps, self.too_long = max_steps, too_long
-        self.layout, self.testset_t, self.skip_bad = layout, testset_t, skip_bad
-        self.clip, self.scale, self.smooth, self.augment = clip, scale, smooth, augment
+        self.too_long, self.layout, self.testset_t, self.skip_bad = too_long, layout, testset_t, skip_bad
+        self.clip, self.scale, self.smooth, self.augment = clip, scale, smooth, require("augment", augment, 0, below=1)
         self._random_splits = RandomSplits(val, test, self.seed)
 
     @property
     def pen_starts_down(self) -> bool:
         """True where the pen touches the paper at the origin, so that the first row draws a line."""
         return self._layout not in ("archive", "sketch-rnn")
-
-    def prepare_data(self) -> None:
-        """Fetch Omniglot, if that is asked for."""
-        if self.download:
-            fetch("omniglot", self.root)
 
     def sequences(self, split: Split) -> Sequences:
         """Return the strokes of a split, each of shape (steps, 3)."""
@@ -186,15 +161,14 @@ class Handwriting(RandomSplitDataModule):
         short = self._shorten(strokes)
         return _Stretched(sequences=short, seed=self.seed, amount=self.augment) if self.augment else short
 
-    def lengths(self, split: Split) -> list[int]:
-        """Return the rows of each sequence of a split."""
-        return self._strokes(split).lengths
-
     def fit_scaler(self) -> Scaler:
         """Fit mean and std of dx and dy, shared or not, on the training rows; lift is left alone."""
         if self.scale == "none":
             return Scaler()
-        offsets = self._strokes("train").rows()[:, :2].astype(np.float64)
+        train = self.split("train")
+        train = train.sequences if isinstance(train, _Stretched) else train
+        assert isinstance(train, ArchiveSplit)
+        offsets = train.rows()[:, :2].astype(np.float64)
         offsets = offsets.reshape(-1, 1) if self.scale == "shared" else offsets
         if not offsets.size:
             return Scaler(torch.zeros(3).double(), torch.ones(3).double())
@@ -202,13 +176,6 @@ class Handwriting(RandomSplitDataModule):
         std = np.where(std > 1e-12 * abs(mean), std, 1.0)
         mean, std = (np.append(np.broadcast_to(value, 2), lift) for value, lift in ((mean, 0.0), (std, 1.0)))
         return Scaler(torch.from_numpy(mean), torch.from_numpy(std))
-
-    def _strokes(self, split: Split) -> ArchiveSplit:
-        """Return the strokes of a split before augmentation."""
-        strokes = self.split(split)
-        strokes = strokes.sequences if isinstance(strokes, _Stretched) else strokes
-        assert isinstance(strokes, ArchiveSplit)
-        return strokes
 
     def _edit(self, strokes: ArchiveSplit, split: Split) -> ArchiveSplit:
         """Return smoothed and clipped strokes."""
@@ -299,21 +266,14 @@ class Handwriting(RandomSplitDataModule):
 
     def _collect(self, readers: Iterable[Reader], word: str, noun: str) -> ArchiveSplit:
         """Return drawings end to end, those that are invalid or hold no line left out."""
-        bad, total = InvalidFiles(self.skip_bad), 0
-        rows: dict[str, NDArray[Any]] = {}
-        for name, read in readers:
-            total += 1
-            with bad.tolerated():
-                rows[name] = read()
-        bad.report(total, self.root, noun)
+        rows = InvalidFiles(self.skip_bad).read_all(readers, self.root, noun)
         kept = {name: x for name, x in rows.items() if len(x)}
         if len(kept) < len(rows):
             empty = len(rows) - len(kept)
             rank_zero_info(f"{self.root}: {empty} of {len(rows)} drawings ({word}) hold no line, left out")
-        ends = np.cumsum([0, *map(len, kept.values())], dtype=np.int64)
         values = np.concatenate(list(kept.values())) if kept else np.zeros((0, 3), dtype=np.float32)
-        bounds = np.stack([ends[:-1], ends[1:]], axis=1)
-        return ArchiveSplit(self.root, word, word, values, bounds, np.arange(len(kept)), list(kept))
+        lengths = np.array([len(x) for x in kept.values()], dtype=np.int64)
+        return ArchiveSplit.join(self.root, word, word, values, lengths, list(kept))
 
     @cached_property
     def _files(self) -> dict[str, Path]:

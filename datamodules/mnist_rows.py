@@ -6,24 +6,19 @@ import gzip
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Literal, get_args
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data import (
-    MAX_GB,
     ArchiveSplit,
+    FileDataModule,
     Modality,
-    SequenceDataModule,
     Sequences,
     Split,
-    checked_limit,
-    data_root,
-    fetch,
     read_archive,
     require,
     require_size,
@@ -36,11 +31,8 @@ SIDE = 28
 IMAGES, LABELS = 2051, 2049  # the magic numbers of idx files: unsigned bytes in three dimensions, and in one
 SOURCE = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 
-Read = Literal["rows", "pixels"]
-Binarise = Literal["static", "dynamic", "none"]
 
-
-class MNISTRows(SequenceDataModule):
+class MNISTRows(FileDataModule):
     """Images of 28 x 28 pixels, MNIST's or others in its format, as sequences of 28 rows or of 784 pixels.
 
     A Bernoulli is a likelihood of 0 and 1 alone, so grey pixels are binarised: "static", 1 where ink covers more than
@@ -60,9 +52,7 @@ class MNISTRows(SequenceDataModule):
         val_size: Validation images, the last training images of the idx files; an archive has its own.
         download: Fetch MNIST's files (12 MB) into ``root``, where it is empty or not there yet.
         batch_size: Sequences per batch and process.
-        max_gb: Gigabytes that the content of one file may take: a damaged or hostile file declares more than it holds.
-            A file that takes no more than 16 times its own size is always read.
-        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
+        options: The other options of ``FileDataModule``.
 
     Raises:
         UserError: An option outside its range. From ``setup`` on: a file is missing, damaged or holds something else.
@@ -73,42 +63,29 @@ class MNISTRows(SequenceDataModule):
 
     modality: ClassVar[Modality] = "image"
     image_width: ClassVar[int] = SIDE
-    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {"download", "max_gb"}
+    run_options: ClassVar[frozenset[str]] = FileDataModule.run_options | {"download"}
+    dataset: ClassVar[str] = "mnist"
 
     def __init__(
         self,
         root: str,
-        read: Read = "rows",
-        binarise: Binarise = "static",
+        read: Literal["rows", "pixels"] = "rows",
+        binarise: Literal["static", "dynamic", "none"] = "static",
         val_size: int = 10_000,
         download: bool = False,
         batch_size: int = 128,
-        max_gb: float = MAX_GB,
         **options: Any,
     ) -> None:
-        for option, value, choices in (("read", read, get_args(Read)), ("binarise", binarise, get_args(Binarise))):
-            if value not in choices:
-                raise UserError(f"--data.{option} {value}: must be one of {', '.join(choices)}")
-        super().__init__(num_features=SIDE if read == "rows" else 1, batch_size=batch_size, **options)
-        self.hparams["download"] = False  # not repeated with a checkpoint
-        self.root = data_root(root)
-        self.max_gb = checked_limit(max_gb)
+        super().__init__(root, num_features=SIDE if read == "rows" else 1, batch_size=batch_size, **options)
         self.val_size = require("val_size", val_size, 1)
         self.binarise = binarise
         self.download = download
-        self._warned = False
-
-    def prepare_data(self) -> None:
-        """Fetch the files, if that is asked for."""
-        if self.download:
-            fetch("mnist", self.root)
 
     def sequences(self, split: Split) -> Sequences:
         """Return the images of a split."""
         images = self._archived(split) if self.root.suffix == ".npz" else self._from_idx(split)
-        if self.binarise == "none" and not self._warned:
-            self._warned = True
-            rank_zero_warn(
+        if self.binarise == "none":
+            self._warnings.warn(
                 "--data.binarise none: what a Bernoulli says of grey values is not a likelihood; choose another "
                 "emission, DiscretisedLogisticMixture for one"
             )
@@ -116,12 +93,6 @@ class MNISTRows(SequenceDataModule):
         stream = (self.seed, ("train", "val", "test").index(split)) if is_dynamic else None
         make = _RedrawnImages if is_dynamic and split == "train" else _Images
         return make(images, self.num_features, self.binarise == "static", stream)
-
-    def lengths(self, split: Split) -> list[int]:
-        """Return the rows or pixels of each image of a split."""
-        sequences = self.split(split)
-        assert isinstance(sequences, _Images)
-        return [steps * SIDE // self.num_features for steps in sequences.images.lengths]
 
     def _archived(self, split: Split) -> ArchiveSplit:
         images = read_archive(self.root, split, SIDE, stacked="images", max_gb=self.max_gb)
@@ -137,14 +108,12 @@ class MNISTRows(SequenceDataModule):
         name = "t10k" if split == "test" else "train"
         path = _find(self.root, name)
         images = _read_idx(path, self.max_gb)
-        rows, numbers = np.arange(len(images) + 1) * SIDE, np.arange(len(images))
-        bounds = np.stack([rows[:-1], rows[1:]], 1)
-        whole = ArchiveSplit(path, name, "images", images.reshape(-1, SIDE), bounds, numbers)
+        whole = ArchiveSplit.join(path, name, "images", images.reshape(-1, SIDE), np.full(len(images), SIDE))
         if split == "test":
             return whole
         if self.val_size >= len(images):
             raise UserError(f"--data.val_size {self.val_size}: {path} has {len(images)} images; leave some to train")
-        return whole.take(numbers[-self.val_size :] if split == "val" else numbers[: -self.val_size])
+        return whole.take(whole.numbers[-self.val_size :] if split == "val" else whole.numbers[: -self.val_size])
 
 
 @dataclass(frozen=True)
@@ -167,6 +136,10 @@ class _Images:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [steps * SIDE // self.width for steps in self.images.lengths]
 
     def __getitem__(self, index: int, /) -> SequenceSample:
         image = self.images[index]

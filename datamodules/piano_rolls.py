@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from lightning_utilities.core.rank_zero import WarningCache
 
 from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data import (
-    MAX_GB,
     ArchiveSplit,
     AugmentedSequences,
+    FileDataModule,
     InvalidFiles,
     Modality,
-    SequenceDataModule,
     Sequences,
     Split,
-    checked_limit,
-    data_root,
     explained,
-    fetch,
-    files_below,
     read_archive,
+    require,
 )
-from vrnn_lightning.data.folders import SPLIT_NAMES
+from vrnn_lightning.data.folders import SPLIT_NAMES, names_below
+from vrnn_lightning.data.random_splits import draw_groups
 from vrnn_lightning.data.rolls import KEYS, NOTE_LISTS, Notes, read_midi, read_note_lists
 from vrnn_lightning.errors import UserError
 
@@ -39,7 +35,7 @@ FRACTION = 0.1
 """Files for validation, and for the test, by default."""
 
 
-class PianoRolls(SequenceDataModule):
+class PianoRolls(FileDataModule):
     """Piano rolls: 88 columns of 0 and 1, a row per time step; column c is the MIDI note 21 + c.
 
     The values are discrete, so the scaler is the identity, and the emission to choose is ``Bernoulli``. ``root`` is one
@@ -72,9 +68,7 @@ class PianoRolls(SequenceDataModule):
         download: Fetch the JSB chorales in quarter notes (under 1 MB) as an archive, where ``root`` does not exist.
         batch_size: Sequences per batch and process.
         max_quarters: Longest MIDI file, in quarter notes: later times come from damage.
-        max_gb: Gigabytes that the content of a file may take, as a damaged or hostile one declares more than it holds;
-            16 times its own size is always allowed.
-        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
+        options: The other options of ``FileDataModule``.
 
     Raises:
         UserError: An option outside its range, or one without effect on the data at ``root``. From ``setup`` on:
@@ -85,9 +79,8 @@ class PianoRolls(SequenceDataModule):
     """
 
     modality: ClassVar[Modality] = "roll"
-    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {
-        *("skip_bad", "download", "max_quarters", "max_gb")
-    }
+    run_options: ClassVar[frozenset[str]] = FileDataModule.run_options | {"skip_bad", "download", "max_quarters"}
+    dataset: ClassVar[str] = "jsb"
 
     def __init__(
         self,
@@ -101,33 +94,16 @@ class PianoRolls(SequenceDataModule):
         download: bool = False,
         batch_size: int = 16,
         max_quarters: int = 20_000,
-        max_gb: float = MAX_GB,
         **options: Any,
     ) -> None:
-        super().__init__(num_features=KEYS, batch_size=batch_size, **options)
-        self.hparams["download"] = False  # a run's wish, which no checkpoint repeats
-        for option, value, least, most in (
-            ("resolution", resolution, 1, 960),
-            ("transpose", transpose, 0, KEYS - 1),
-            ("max_quarters", max_quarters, 1, 10**9),
-        ):
-            if not least <= value <= most:
-                raise UserError(f"--data.{option} {value}: must lie between {least} and {most}")
-        for option, fraction in (("test", test), ("val", val)):
-            if fraction is not None and not 0 <= fraction < 1:
-                raise UserError(f"--data.{option} {fraction}: a fraction of the files must be at least 0 and below 1")
-        self.root, self.max_gb = data_root(root), checked_limit(max_gb)
-        self.resolution, self.sustain, self.max_quarters = resolution, sustain, max_quarters
-        self.transpose, self.test, self.val = transpose, test, val
-        self.skip_bad, self.download = skip_bad, download
+        super().__init__(root, num_features=KEYS, batch_size=batch_size, **options)
+        self.resolution = require("resolution", resolution, 1, 960)
+        self.transpose = require("transpose", transpose, 0, KEYS - 1)
+        self.max_quarters = require("max_quarters", max_quarters, 1, 10**9)
+        self.test, self.val = require("test", test, 0, below=1), require("val", val, 0, below=1)
+        self.sustain, self.skip_bad, self.download = sustain, skip_bad, download
         self._members: dict[Split, list[str]] | None = None
         self._notes: dict[str, Notes] = {}
-        self._warnings = WarningCache()
-
-    def prepare_data(self) -> None:
-        """Fetch the chorales, if asked to."""
-        if self.download:
-            fetch("jsb", self.root)
 
     def setup(self, stage: str) -> None:
         """Look at the data early, so that mistakes in them are reported before training starts."""
@@ -147,13 +123,6 @@ class PianoRolls(SequenceDataModule):
         reach = [_reach(rolls[i]) for i in range(len(rolls))]
         return _Transposed(sequences=rolls, seed=self.seed, most=self.transpose, reach=reach)
 
-    def lengths(self, split: Split) -> list[int]:
-        """Return the steps of each roll of a split."""
-        rolls = self.split(split)
-        rolls = rolls.sequences if isinstance(rolls, _Transposed) else rolls
-        assert isinstance(rolls, (ArchiveSplit, _Songs))
-        return rolls.lengths
-
     def state_dict(self) -> dict[str, Any]:
         """Return the scaler and the MIDI files of each split, by the digests of their contents."""
         members = self._known_members() if self.root.is_dir() else self._members or {}
@@ -164,7 +133,6 @@ class PianoRolls(SequenceDataModule):
         super().load_state_dict(state_dict)
         members = state_dict.get("members") or {}
         self._members = {split: list(members.get(split, ())) for split in SPLIT_NAMES}
-        self._splits.clear()  # those that setup found were drawn again
 
     def _rolls(self, split: Split) -> ArchiveSplit | _Songs:
         suffix = self.root.suffix.lower()
@@ -247,9 +215,15 @@ class PianoRolls(SequenceDataModule):
             return {split: list(dict.fromkeys([*known.get(split, ()), *here[split]])) for split in SPLIT_NAMES}
         if self._members is None:
             generator = torch.Generator().manual_seed(self.seed)
-            test, rest = _draw(self.test, list(dict.fromkeys(digests.values())), generator)
-            val, train = _draw(self.val, rest, generator)
-            self._members = {"train": train, "val": val, "test": test}
+            splits: dict[Split, list[str]] = {"train": list(dict.fromkeys(digests.values()))}
+            held_out: dict[Split, float | None] = {"test": self.test, "val": self.val}
+            for split, fraction in held_out.items():
+                rest = splits["train"]
+                share = FRACTION if fraction is None else fraction
+                drawn = draw_groups({digest: digest for digest in rest}, share, generator)
+                splits[split] = [digest for digest in rest if digest in drawn]
+                splits["train"] = [digest for digest in rest if digest not in drawn]
+            self._members = splits
         return self._members
 
     @cached_property
@@ -274,22 +248,21 @@ class PianoRolls(SequenceDataModule):
                 outside = len(names) - len(inside)
                 self._warnings.warn(f"{self.root}: {outside} files outside {', '.join(self._folders)} are left out")
             names = inside
-        bad, digests = InvalidFiles(self.skip_bad), {}
-        for name in names:
-            with bad.tolerated(), explained(self.root / name):
-                digest = hashlib.sha256((self.root / name).read_bytes()).hexdigest()[:32]
-                if self.skip_bad:  # before splits are drawn, so that no split is made of invalid files alone
-                    self._song(name)
-                digests[name] = digest
-        bad.report(len(names), self.root)
-        return digests
+        return InvalidFiles(self.skip_bad).read_all(((name, partial(self._digest, name)) for name in names), self.root)
+
+    def _digest(self, name: str) -> str:
+        with explained(self.root / name):
+            digest = hashlib.sha256((self.root / name).read_bytes()).hexdigest()[:32]
+            if self.skip_bad:  # before splits are drawn, so that no split is made of invalid files alone
+                self._song(name)
+            return digest
 
     def _names(self) -> list[str]:
         """Return the paths of all MIDI files below the root, with forward slashes, sorted."""
-        paths = [path for path in files_below(self.root) if path.suffix.lower() in MIDI]
-        if not paths:
+        names = names_below(self.root, MIDI)
+        if not names:
             raise UserError(f"--data.root {self.root}: no MIDI files in it; expected {' or '.join(MIDI)}")
-        return sorted(path.relative_to(self.root).as_posix() for path in paths)
+        return names
 
 
 @dataclass(frozen=True)
@@ -338,11 +311,3 @@ def _reach(roll: SequenceSample) -> tuple[int, int]:
     """Return the lowest and the highest key that sound, those of the whole keyboard where none does."""
     keys = roll.x.any(0).nonzero().flatten().tolist()
     return (keys[0], keys[-1]) if keys else (0, KEYS - 1)
-
-
-def _draw(fraction: float | None, digests: list[str], generator: torch.Generator) -> tuple[list[str], list[str]]:
-    """Draw a fraction, at least one unless it is 0, and return it and the rest."""
-    fraction = FRACTION if fraction is None else fraction
-    count = max(1, round(fraction * len(digests))) if fraction > 0 else 0
-    chosen = {digests[i] for i in torch.randperm(len(digests), generator=generator)[:count].tolist()}
-    return [d for d in digests if d in chosen], [d for d in digests if d not in chosen]

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from vrnn_lightning.data import (
-    MAX_GB,
+    FileDataModule,
     InvalidFiles,
     Modality,
+    RandomSplitDataModule,
     Scaler,
-    SequenceDataModule,
     Sequences,
     Split,
-    checked_limit,
-    data_root,
-    fetch,
+    require,
     require_size,
     tracked,
 )
@@ -37,16 +35,9 @@ from vrnn_lightning.errors import UserError
 __all__ = ["PATTERNS", "Speech"]
 
 MEL_BANDS = 80
-CHOICES = {
-    "units": ("scaled", "amplitude", "pcm16"),
-    "features": ("raw", "log_mel"),
-    "stereo": ("mix", "refuse"),
-    "tail": ("drop", "pad"),
-    "layout": get_args(Layout),
-}
 
 
-class Speech(SequenceDataModule):
+class Speech(RandomSplitDataModule, FileDataModule):
     """Recordings, read when needed, cut into frames of raw samples or of log-mel bands.
 
     Every wav, flac, ogg and SPHERE (.sph, .wav) file below the folder is one sequence; hidden files are ignored.
@@ -95,9 +86,7 @@ class Speech(SequenceDataModule):
             in the middle is found when a file is read.
         batch_size: Sequences per batch and process.
         download: Fetch the spoken digits (16 MB; for the layout "fsdd") into ``root``, where it is empty or missing.
-        max_gb: Gigabytes that the samples of one recording may take, as damaged or hostile files declare too many. A
-            file that takes no more than 16 times its own size is always read.
-        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
+        options: The other options of ``FileDataModule``.
 
     Raises:
         UserError: An option is out of its range, is not a regular expression or contradicts another. From ``setup`` on:
@@ -110,9 +99,10 @@ class Speech(SequenceDataModule):
 
     modality: ClassVar[Modality] = "audio"
     scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "scalar"
-    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | frozenset(
-        ("resample", "layout", "crop", "skip_bad", "download", "max_gb")
-    )
+    run_options: ClassVar[frozenset[str]] = FileDataModule.run_options | {
+        *("resample", "layout", "crop", "skip_bad", "download")
+    }
+    dataset: ClassVar[str] = "fsdd"
 
     def __init__(
         self,
@@ -133,21 +123,17 @@ class Speech(SequenceDataModule):
         crop: int | None = None,
         skip_bad: bool = False,
         download: bool = False,
-        max_gb: float = MAX_GB,
         **options: Any,
     ) -> None:
         counts = {"frame_size": frame_size, "mel_bands": mel_bands, "mel_window": mel_window, "crop": crop}
         for option, count in (*counts.items(), ("sample_rate", sample_rate)):
-            if count is not None and count < 1:
-                raise UserError(f"--data.{option} {count}: must be at least 1")
+            require(option, count, 1)
         if sample_rate is not None and sample_rate > HIGHEST_RATE:
             raise UserError(f"--data.sample_rate {sample_rate}: must be at most {HIGHEST_RATE} Hz")
         is_mel = features == "log_mel"
-        super().__init__(mel_bands or MEL_BANDS if is_mel else frame_size, batch_size, **options)
-        self.hparams["download"] = False  # an option of this run: checkpoints do not repeat it
+        width = mel_bands or MEL_BANDS if is_mel else frame_size
+        super().__init__(root, num_features=width, batch_size=batch_size, **options)
         self.download = download
-        self.root = data_root(root)
-        self.max_gb = checked_limit(max_gb)
         self.frame_size = frame_size
         self.mel_window = mel_window or 4 * frame_size
         self.resample = resample
@@ -157,7 +143,7 @@ class Speech(SequenceDataModule):
         self._check_options(mel_bands, mel_window)
         self.full_scale = PCM16 if units == "pcm16" else 1.0
         """An amplitude of 1 in data units: players take a sample divided by it."""
-        self.corpus_splits = CorpusSplits(test, val, self.seed, self._folder)
+        self._random_splits = CorpusSplits(test, val, self.seed, self._folder, self._find_usable)
         if is_mel:  # frames of logarithms: a picture, but no sound
             self.modality = "roll"  # type: ignore[misc]  # of the class, but for these frames
             self.scaling = "per_feature"  # type: ignore[misc]  # as above
@@ -167,10 +153,7 @@ class Speech(SequenceDataModule):
         self._frame_counts: dict[str, int] | None = None
 
     def _check_options(self, mel_bands: int | None, mel_window: int | None) -> None:
-        """Raise if an option has an unknown value, or would be ignored beside others."""
-        for option, known in CHOICES.items():
-            if (value := getattr(self, option)) not in known:
-                raise UserError(f"--data.{option} {value}: must be {', '.join(known[:-1])} or {known[-1]}")
+        """Raise if an option would be ignored beside others."""
         if self.features == "raw":
             for option, samples in (("mel_bands", mel_bands), ("mel_window", mel_window)):
                 if samples is not None:
@@ -207,8 +190,7 @@ class Speech(SequenceDataModule):
 
     def prepare_data(self) -> None:
         """Fetch the spoken digits, if requested, and fill the cache, on one process of each machine."""
-        if self.download:
-            fetch("fsdd", self.root)
+        super().prepare_data()
         with suppress(UserError):  # setup raises it, on every process
             self._scan()
             trainer = self.trainer
@@ -232,14 +214,9 @@ class Speech(SequenceDataModule):
             return whole
         return Crops(sequences=whole, crop=self.crop, seed=self.seed)
 
-    def lengths(self, split: Split) -> Sequence[int]:
-        """Return the frames of each sequence of a split, from the headers alone."""
-        lengths = self._make_recordings(split).lengths
-        return lengths if self.crop is None or split != "train" else [min(self.crop, steps) for steps in lengths]
-
     def _make_recordings(self, split: Split) -> Recordings:
         counts = self._count_frames()
-        names = self.corpus_splits.names(split, *self._find_usable())
+        names = self.random_splits.names(split, self.sizes, self._folder)
         return Recordings(self._folder, names, [counts[name] for name in names], self.sample_rate, self._frames)
 
     def fit_scaler(self) -> Scaler:
@@ -275,17 +252,15 @@ class Speech(SequenceDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scaler, the sample rate in Hz and the files of each split, as paths below ``root``."""
-        splits = self.corpus_splits.state_dict(*self._find_usable())
-        return super().state_dict() | {"sample_rate": self.sample_rate} | splits
+        return super().state_dict() | {"sample_rate": self.sample_rate}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the checkpoint's scaler, sample rate and splits."""
         super().load_state_dict(state_dict)
-        self.corpus_splits.load_state_dict(state_dict)
+        self.random_splits.load_state_dict(state_dict)  # raises if it has no splits
         if self._rate != state_dict["sample_rate"]:
             self._rate = state_dict["sample_rate"]
             self._frame_counts = None
-        self._splits.clear()  # those of setup had random members
 
     @property
     def _frames(self) -> RawFrames | LogMelFrames:
@@ -299,10 +274,20 @@ class Speech(SequenceDataModule):
         """The folder below which paths are."""
         return self.root.parent if self.layout == "manifest" else self.root
 
-    def _find_usable(self) -> tuple[dict[str, Recording], dict[str, int]]:
-        """Return the files that have a frame, and the samples of all files."""
-        usable = {name: self._recordings[name] for name in self._count_frames()}
-        return usable, {name: file.samples for name, file in self._scan().items()}
+    @property
+    def random_splits(self) -> CorpusSplits:
+        """The splits that options and layout select."""
+        return self._random_splits
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The samples of all files that have a frame, by path."""
+        files = self._scan()
+        return {name: files[name].samples for name in self._count_frames()}
+
+    def _find_usable(self) -> dict[str, Recording]:
+        """Return the files that have a frame."""
+        return {name: self._recordings[name] for name in self._count_frames()}
 
     def _count_frames(self) -> dict[str, int]:
         """Return the frames of each file that has any, after checking every header against the options."""

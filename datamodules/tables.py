@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.data import (
-    MAX_GB,
-    Columns,
-    Modality,
-    Scaler,
-    SequenceDataModule,
-    SequenceLoader,
-    Split,
-    checked_limit,
-    data_root,
-    read_columns,
-)
+from vrnn_lightning.data import Columns, FileDataModule, Modality, Scaler, SequenceLoader, Split, read_columns, require
 from vrnn_lightning.data.folders import find_split, find_tables
+from vrnn_lightning.data.random_splits import require_untrained
 from vrnn_lightning.data.series import Rows, Series, SeriesWindows, format_time, group_rows, parse_step
 from vrnn_lightning.errors import UserError
 
@@ -35,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Tables"]
 
 
-class Tables(SequenceDataModule):
+class Tables(FileDataModule):
     r"""Columns of csv or parquet files: one or many series of numbers, cut by time or by series, with gaps.
 
     A file is one series, or holds many that a column tells apart (``id``). Its rows are in the order of time. An empty
@@ -79,9 +68,7 @@ class Tables(SequenceDataModule):
         missing: Allow missing values. False refuses them, and builds a model that doesn't ask.
         sort: Bring rows that are not in the order of time into it, instead of refusing them.
         delimiter: The character between the cells of a csv file.
-        max_gb: Gigabytes that the content of a file may take, as a damaged or hostile one declares more than it holds;
-            16 times its own size is always allowed.
-        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
+        options: The other options of ``FileDataModule``.
 
     Raises:
         UserError: An option is out of its range or makes no sense beside another. From ``setup`` on: a file is missing
@@ -94,8 +81,8 @@ class Tables(SequenceDataModule):
 
     modality: ClassVar[Modality] = "series"
     scaling: ClassVar[Literal["none", "scalar", "per_feature"]] = "per_feature"
-    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {
-        *("length", "stride", "context", "anomaly", "sort", "delimiter", "max_gb")
+    run_options: ClassVar[frozenset[str]] = FileDataModule.run_options | {
+        *("length", "stride", "context", "anomaly", "sort", "delimiter")
     }
 
     def __init__(
@@ -116,25 +103,25 @@ class Tables(SequenceDataModule):
         missing: bool = True,
         sort: bool = False,
         delimiter: str = ",",
-        max_gb: float = MAX_GB,
         **options: Any,
     ) -> None:
-        super().__init__(num_features=len(columns), **options)
-        self.root, self.max_gb = data_root(root), checked_limit(max_gb)
+        super().__init__(root, num_features=len(columns), **options)
         self._check_columns(columns, inputs or [], anomaly)
         self.columns, self.inputs = list(columns), list(inputs or [])
         self.num_inputs = len(self.inputs)
         self.missing = missing
         self.id, self.time, self.sort, self.delimiter = id, time, sort, delimiter
-        self.split_by, self.val_share, self.test_share = split, val_share, test_share
-        self.length, self.stride, self.context, self.anomaly = length, stride, context, anomaly
+        self.split_by, self.anomaly = split, anomaly
+        self.val_share = require("val_share", val_share, 0, below=1)
+        self.test_share = require("test_share", test_share, 0, below=1)
+        self.length, self.stride = require("length", length, 1), require("stride", stride, 1)
+        self.context = require("context", context, 0)
         self.step = None if step is None else parse_step(step)
         self._check_options()
         self._series_of: dict[str, list[Series]] = {}
         self._cuts: dict[str, list[float]] | None = None
         self._split_of: dict[str, tuple[str, int]] = {}
         self._clock = ""
-        self._warnings = WarningCache()
         self._predicted: SeriesWindows | None = None
 
     @staticmethod
@@ -157,19 +144,16 @@ class Tables(SequenceDataModule):
                 used[name] = option
 
     def _check_options(self) -> None:
-        val, test, length, stride, context = self.val_share, self.test_share, self.length, self.stride, self.context
+        val, test, stride, context = self.val_share, self.test_share, self.stride, self.context
         for is_wrong, problem in (
-            (self.split_by not in ("time", "id", "files"), f"split {self.split_by}: must be time, id or files"),
-            (not 0 <= val < 1, f"val_share {val}: must be at least 0 and below 1"),
-            (not 0 <= test < 1, f"test_share {test}: must be at least 0 and below 1"),
             (
                 val + test >= 1,
                 f"val_share {val} and --data.test_share {test}: add up to 1 or more and leave nothing to train on",
             ),
-            (length is not None and length < 1, f"length {length}: must be at least 1"),
-            (stride is not None and stride < 1, f"stride {stride}: must be at least 1"),
-            (stride is not None and length is None, f"stride {stride}: needs --data.length, the steps of a window"),
-            (context < 0, f"context {context}: must be at least 0"),
+            (
+                stride is not None and self.length is None,
+                f"stride {stride}: needs --data.length, the steps of a window",
+            ),
             (
                 context and self.split_by != "time",
                 f"context {context}: only a split by time has steps before the test, this is --data.split "
@@ -195,10 +179,6 @@ class Tables(SequenceDataModule):
     def sequences(self, split: Split) -> SeriesWindows:
         """Return a split's series, or their windows, in the order of the files."""
         return self._cut(split, 0)
-
-    def lengths(self, split: Split) -> Sequence[int]:
-        """Return the steps of each sequence of a split."""
-        return self._windows(split).lengths
 
     def _windows(self, split: Split) -> SeriesWindows:
         windows = self.split(split)
@@ -266,7 +246,6 @@ class Tables(SequenceDataModule):
         super().load_state_dict(state_dict)
         self._split_of = state_dict.get("drawn", {})
         self._cuts, self._clock = state_dict.get("cuts"), state_dict.get("clock", "")
-        self._splits.clear()  # setup's, which other cuts made
         self._predicted = None
 
     def _moments(self, scaler: Scaler | None) -> tuple[Tensor, Tensor]:
@@ -313,14 +292,9 @@ class Tables(SequenceDataModule):
 
     def _raise_if_trained(self, series: Series) -> None:
         """Raise if a file of the checkpoint has another path: its split would be another one."""
-        own = (PurePosixPath(series.name).name, len(series.times))
         here = {s.name for s in self._series("train")}
-        for name, (split, steps) in self._split_of.items():
-            if split != "test" and name not in here and (PurePosixPath(name).name, steps) == own:
-                raise UserError(
-                    f"{self.root}: {series.name} seems to be {name}, which the model was trained on; "
-                    f"choose --data.root so that {name} lies below it"
-                )
+        known = {n: steps for n, (split, steps) in self._split_of.items() if split != "test" and n not in here}
+        require_untrained({series.name: len(series.times)}, known, self.root)
 
     def _own_cuts(self, series: Series) -> list[float]:
         """Return the last time of training and the last of validation."""

@@ -121,11 +121,12 @@ def knows_its_shape_before_setup(make: Make) -> None:
 def saves_its_options(make: Make) -> None:
     """All arguments of ``__init__`` are in ``hparams``, from which a checkpoint rebuilds the datamodule."""
     datamodule = _ready(make)
-    parameters = inspect.signature(type(datamodule)).parameters.values()
+    bases = [base for base in type(datamodule).__mro__ if issubclass(base, SequenceDataModule)]
+    parameters = [p for base in bases for p in inspect.signature(base).parameters.values()]
     options = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     lost = options - set(datamodule.hparams)
     assert not lost, f"{sorted(lost)} are not in hparams; call super().__init__ from __init__ itself"
-    unknown = datamodule.run_options - options - SequenceDataModule.run_options
+    unknown = datamodule.run_options - options - {"root"}
     assert not unknown, f"run_options holds {sorted(unknown)}, which __init__ does not take"
 
 

@@ -243,7 +243,7 @@ class TestSplits:
         assert line.endswith("the first is a.wav")
 
     def test_no_such_layout(self):
-        with pytest.raises(UserError, match=r"--data.layout tedlium: must be folder, fsdd, .* or manifest"):
+        with pytest.raises(UserError, match=r"--data.layout tedlium: must be one of folder, fsdd, .* manifest"):
             Speech("nowhere", layout="tedlium")
 
     def test_an_empty_split_is_named(self, tmp_path):

@@ -671,6 +671,24 @@ def test_a_class_without_sequences_says_so():
         SequenceDataModule(num_features=1).split("train")
 
 
+def test_a_list_of_lengths_spares_the_reading():
+    class Measured(Lazily):
+        def __init__(self, given):
+            super().__init__(given)
+            self.lengths = [2, 3]
+
+    class Unmeasured(list):
+        def lengths(self):
+            return [0, 0]
+
+    of_two = ragged([2, 3])
+    measured = Given([*of_two])
+    measured.given = Measured(of_two)
+    assert measured.lengths("train") == [2, 3]
+    assert not measured.given.reads
+    assert Given(Unmeasured(of_two)).lengths("train") == [2, 3]
+
+
 def test_a_path_among_the_options_is_stored_as_words():
     class Rooted(SequenceDataModule):
         def __init__(self, root):

@@ -429,8 +429,8 @@ class TestOptions:
             ("clip", float("inf"), "must be positive"),
             ("smooth", 2, "must be an odd number of points, at least 1"),
             ("smooth", 0, "must be an odd number of points"),
-            ("augment", 1.0, "must be at least 0 and below 1"),
-            ("augment", -0.1, "must be at least 0 and below 1"),
+            ("augment", 1.0, "must lie in [0, 1)"),
+            ("augment", -0.1, "must lie in [0, 1)"),
             ("val", 1.5, "a fraction must be at least 0 and below 1"),
             ("test", -1, "a fraction must be at least 0 and below 1"),
             ("scale", "std", "must be one of shared, per_axis, none"),
@@ -661,7 +661,7 @@ class TestBadInput:
             return walked(top)
 
         monkeypatch.setattr(os, "walk", refuse)
-        refused(sources["inkml"], "writer1: may not be read by you")
+        refused(sources["inkml"], "writer1: Permission denied. Fix: give yourself permission")
 
     @pytest.mark.parametrize("layout", ["iam", "inkml", "quickdraw"])
     def test_files_without_permission(self, layout, sources, monkeypatch):

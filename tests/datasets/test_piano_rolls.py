@@ -505,7 +505,7 @@ def test_a_folder_without_permission(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", locked)
-    assert f"{tmp_path}: may not be read by you; give yourself the permission" in complaint(tmp_path)
+    assert f"{tmp_path}: Permission denied. Fix: give yourself permission" in complaint(tmp_path)
 
 
 def test_without_mido(tmp_path, monkeypatch):
@@ -637,8 +637,8 @@ def test_files_that_came_during_training_count_as_trained(tmp_path):
         ({"resolution": 0}, "--data.resolution 0: must lie between 1 and 960"),
         ({"resolution": 961}, "--data.resolution 961: must lie between 1 and 960"),
         ({"transpose": -1}, "--data.transpose -1: must lie between 0 and 87"),
-        ({"test": 1.0}, "--data.test 1.0: a fraction of the files must be at least 0 and below 1"),
-        ({"val": -0.1}, "--data.val -0.1: a fraction of the files must be at least 0 and below 1"),
+        ({"test": 1.0}, "--data.test 1.0: must lie in [0, 1)"),
+        ({"val": -0.1}, "--data.val -0.1: must lie in [0, 1)"),
     ],
 )
 def test_an_option_outside_its_range(options, message):

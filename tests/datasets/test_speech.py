@@ -467,10 +467,10 @@ class TestRefusals:
             ({"frame_size": 0}, "--data.frame_size 0: must be at least 1"),
             ({"sample_rate": 0}, "--data.sample_rate 0: must be at least 1"),
             ({"batch_size": 0}, "--data.batch_size 0: must be at least 1"),
-            ({"test": 1.0}, "--data.test 1.0: a fraction of the files must be at least 0 and below 1"),
-            ({"val": -0.1}, "--data.val -0.1: a fraction of the files must be at least 0 and below 1"),
-            ({"val": float("nan")}, "--data.val nan: a fraction of the files must be at least 0 and below 1"),
-            ({"test": 0.5, "val": 0.5}, "--data.test 0.5 and --data.val 0.5: add up to 1 or more"),
+            ({"test": 1.0}, "--data.test 1.0: a fraction must be at least 0 and below 1"),
+            ({"val": -0.1}, "--data.val -0.1: a fraction must be at least 0 and below 1"),
+            ({"val": float("nan")}, "--data.val nan: a fraction must be at least 0 and below 1"),
+            ({"test": 0.5, "val": 0.5}, "--data.val 0.5 and --data.test 0.5: add up to 1 or more"),
             ({"test": "("}, r"--data.test '\(': not a regular expression"),
             ({"val": "*"}, r"--data.val '\*': not a regular expression"),
         ],
@@ -641,7 +641,7 @@ class TestUnits:
         assert std.unique().tolist() == pytest.approx([samples.std(correction=0).item()], rel=1e-5)
 
     def test_other_units_are_refused(self):
-        with pytest.raises(UserError, match=r"--data.units decibel: must be scaled, amplitude or pcm16"):
+        with pytest.raises(UserError, match=r"--data.units decibel: must be one of scaled, amplitude, pcm16"):
             speech("nowhere", units="decibel")
 
     @pytest.mark.parametrize("tail", ["drop", "pad"])
@@ -720,7 +720,7 @@ class TestLogMel:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"features": "mfcc"}, "--data.features mfcc: must be raw or log_mel"),
+            ({"features": "mfcc"}, "--data.features mfcc: must be one of raw, log_mel"),
             ({"mel_bands": 40}, "--data.mel_bands 40: needs --data.features log_mel"),
             ({"mel_window": 40}, "--data.mel_window 40: needs --data.features log_mel"),
             ({"features": "log_mel", "mel_bands": 0}, "--data.mel_bands 0: must be at least 1"),

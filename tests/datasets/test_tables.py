@@ -639,7 +639,7 @@ class TestRefusals:
             ({"columns": ["a", "a"]}, "--data.columns 'a': is named twice"),
             ({"inputs": ["u", "u"]}, "--data.inputs 'u': is named twice"),
             ({"inputs": ["a"]}, "--data.inputs 'a': is in --data.columns too"),
-            ({"split": "random"}, "--data.split random: must be time, id or files"),
+            ({"split": "random"}, "--data.split random: must be one of time, id, files"),
             ({"val_share": -0.1}, "--data.val_share -0.1"),
             ({"test_share": 1}, "--data.test_share 1"),
             ({"val_share": 0.5, "test_share": 0.5}, "leave nothing to train on"),
@@ -782,7 +782,7 @@ class TestRefusals:
             return walked(top)
 
         monkeypatch.setattr(os, "walk", refuse)
-        refused(folder, r"sub1: may not be read by you")
+        refused(folder, r"sub1: Permission denied. Fix: give yourself permission")
 
     def test_roots(self, tmp_path):
         refused(tmp_path / "nowhere", "--data.root .*nowhere: no such file or folder")

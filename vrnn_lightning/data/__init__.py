@@ -5,6 +5,7 @@ from vrnn_lightning.data.archives import ArchiveSplit, archive_holds, read_archi
 from vrnn_lightning.data.columns import TABLE_SUFFIXES, Columns, read_columns
 from vrnn_lightning.data.datamodule import SequenceDataModule
 from vrnn_lightning.data.downloads import fetch
+from vrnn_lightning.data.files import FileDataModule
 from vrnn_lightning.data.folders import files_below
 from vrnn_lightning.data.ink import quickdraw_lines, read_iam, read_inkml, read_quickdraw, read_sketch_rnn
 from vrnn_lightning.data.invalid_files import InvalidFiles
@@ -33,6 +34,7 @@ __all__ = [
     "BatchSampler",
     "ChangingSequences",
     "Columns",
+    "FileDataModule",
     "InvalidFiles",
     "Modality",
     "RandomSplitDataModule",

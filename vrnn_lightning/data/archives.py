@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from vrnn_lightning.batch import SequenceSample
+from vrnn_lightning.data.folders import SPLIT_NAMES
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import MAX_GB, PIECE, explained, require_size, undamaged, zip_members
@@ -47,6 +48,20 @@ class ArchiveSplit:
     numbers: NDArray[np.int64]
     names: Sequence[str] | None = None
     begins: NDArray[np.int64] | None = None
+
+    @classmethod
+    def join(
+        cls,
+        path: Path,
+        word: str,
+        array: str,
+        values: NDArray[Any],
+        lengths: NDArray[np.int64],
+        names: Sequence[str] | None = None,
+    ) -> ArchiveSplit:
+        """Return sequences whose rows lie end to end in ``values``, with the steps of each, shape (sequences,)."""
+        ends = lengths.cumsum(dtype=np.int64)
+        return cls(path, word, array, values, np.stack([ends - lengths, ends], 1), np.arange(len(lengths)), names)
 
     def __len__(self) -> int:
         """Return the number of sequences."""
@@ -123,7 +138,7 @@ class ArchiveSplit:
 def archive_holds(path: Path, split: Split) -> bool:
     """Return whether a flat archive has a split; raise a UserError if it can't be read."""
     with opened_archive(path, "--data.root") as archive:
-        return f"{_word(split)}_values" in archive.names
+        return f"{SPLIT_NAMES[split][0]}_values" in archive.names
 
 
 def read_archive(
@@ -148,7 +163,7 @@ def read_archive(
         UserError: The file is missing or not such an archive, its arrays don't fit together or hold values that are not
             finite.
     """
-    word = _word(split)
+    word = SPLIT_NAMES[split][0]
     name, stack = f"{word}_values", f"{word}_{stacked}"
     with opened_archive(path, "--data.root") as archive:
         if stacked and stack in archive.names and name not in archive.names:
@@ -165,8 +180,7 @@ def read_archive(
         else:
             steps = _steps(path, word, archive.read(f"{word}_lengths", max_gb), shape[0])
         values = archive.read(name, max_gb).reshape(-1, width)
-    ends = steps.cumsum()
-    sequences = ArchiveSplit(path, word, name, values, np.stack([ends - steps, ends], axis=1), np.arange(len(steps)))
+    sequences = ArchiveSplit.join(path, word, name, values, steps)
     if values.dtype.kind == "f":
         sequences.raise_if(~np.isfinite(values), "remove the sequence or fix it")
     return sequences
@@ -188,10 +202,6 @@ def _steps(path: Path, word: str, lengths: NDArray[Any], rows: int) -> NDArray[n
             "write both from the same sequences"
         )
     return steps
-
-
-def _word(split: Split) -> str:
-    return "valid" if split == "val" else split
 
 
 @contextmanager

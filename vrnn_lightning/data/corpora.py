@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import posixpath
 import re
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Literal
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vrnn_lightning.data.audio import AUDIO_SUFFIXES
+from vrnn_lightning.data.folders import names_below
 from vrnn_lightning.data.invalid_files import SHOWN, InvalidFiles
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
@@ -84,7 +84,7 @@ def find_recordings(root: Path, layout: Layout, invalid: InvalidFiles) -> list[R
     if not root.is_dir():
         fix = "; for a manifest set --data.layout manifest" if root.suffix == ".csv" else ""
         raise UserError(f"--data.root {root}: is a file. Fix: give the folder that holds the recordings{fix}")
-    names = _audio_below(root, invalid)
+    names = names_below(root, AUDIO_SUFFIXES, invalid)
     if not names:
         raise UserError(f"--data.root {root}: no audio in it; expected {', '.join(AUDIO_SUFFIXES)} files")
     recordings = place_recordings(layout, names)
@@ -240,18 +240,3 @@ def _read_text(path: Path) -> str:
             return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8. Fix: save it as UTF-8") from None
-
-
-def _audio_below(root: Path, invalid: InvalidFiles) -> list[str]:
-    """Return the paths of all audio files below a folder, relative and with forward slashes, sorted."""
-
-    def raise_error(error: OSError) -> None:
-        with invalid.tolerated(), explained(error.filename):
-            raise error
-
-    names: list[str] = []
-    for folder, _, files in os.walk(root, onerror=raise_error):
-        below = Path(folder).relative_to(root).as_posix()
-        audio = (file for file in files if file.lower().endswith(AUDIO_SUFFIXES) and not file.startswith("."))
-        names += [posixpath.normpath(posixpath.join(below, file)) for file in audio]
-    return sorted(names)

@@ -59,7 +59,7 @@ class SequenceDataModule(LightningDataModule):
         super().__init__()
         self.batch_size = require("batch_size", batch_size, 1)
         self.num_workers = require("num_workers", num_workers, 0)
-        self.window = None if window is None else require("window", window, 1)
+        self.window = require("window", window, 1)
         if not 0 <= seed < 2**60:
             raise UserError(f"--data.seed {seed}: must lie between 0 and 2^60")
         self.save_hyperparameters(logger=False)
@@ -121,8 +121,10 @@ class SequenceDataModule(LightningDataModule):
         raise NotImplementedError(f"{type(self).__name__} must define sequences(split)")
 
     def lengths(self, split: Split) -> Sequence[int]:
-        """Return the steps of each sequence of a split; override it where reading them all would be slow."""
+        """Return the steps of each sequence of a split: the list ``lengths`` of its collection, else by reading all."""
         sequences = self.split(split)
+        if isinstance(known := getattr(sequences, "lengths", None), list):
+            return known
         if split not in self._lengths or self._lengths[split][0] is not sequences:
             self._lengths[split] = sequences, [len(sequences[i].x) for i in range(len(sequences))]
         return self._lengths[split][1]

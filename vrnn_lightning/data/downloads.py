@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vrnn_lightning.data.folders import SPLIT_NAMES
 from vrnn_lightning.data.ink import read_sketch_rnn
 from vrnn_lightning.data.rolls import read_note_lists
 from vrnn_lightning.data.sequences import Split
@@ -35,7 +36,7 @@ CHUNK = 2**14
 """Bytes that are written at once; a chunk that an interrupted transfer leaves incomplete is lost."""
 LARGEST = 2**28
 """Bytes that an archive may unpack to."""
-SPLITS: dict[Split, str] = {"train": "train", "val": "valid", "test": "test"}
+SPLITS: dict[Split, str] = {split: names[0] for split, names in SPLIT_NAMES.items()}
 """The name of each split in archives."""
 
 

@@ -4,27 +4,42 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NoReturn
 
 from vrnn_lightning.data.columns import TABLE_SUFFIXES
+from vrnn_lightning.data.invalid_files import InvalidFiles
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained
 
-__all__ = ["SPLIT_NAMES", "files_below", "find_split", "find_tables"]
+__all__ = ["SPLIT_NAMES", "files_below", "find_split", "find_tables", "names_below"]
 
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
 """Names that the files or folders of a split may have."""
 
 
-def files_below(root: Path) -> list[Path]:
-    """Return all files below a folder but hidden ones, sorted; raise a UserError if a folder may not be read."""
+def files_below(root: Path, invalid: InvalidFiles | None = None) -> list[Path]:
+    """Return all files below a folder but hidden ones, sorted.
 
-    def raise_error(error: OSError) -> NoReturn:
-        raise UserError(f"{error.filename}: may not be read by you; give yourself the permission") from None
+    Args:
+        root: The folder.
+        invalid: Decides about folders that can't be opened; by default they raise an error.
+
+    Raises:
+        UserError: A folder can't be opened, and ``invalid`` does not skip it.
+    """
+
+    def raise_error(error: OSError) -> None:
+        with (invalid or InvalidFiles(skip=False)).tolerated(), explained(error.filename):
+            raise error
 
     paths = (Path(folder, file) for folder, _, files in os.walk(root, onerror=raise_error) for file in files)
     return sorted(path for path in paths if not path.name.startswith("."))
+
+
+def names_below(root: Path, suffixes: tuple[str, ...], invalid: InvalidFiles | None = None) -> list[str]:
+    """Return the paths below a folder of all files with a suffix, with forward slashes, sorted as text."""
+    paths = files_below(root, invalid)
+    return sorted(path.relative_to(root).as_posix() for path in paths if path.name.lower().endswith(suffixes))
 
 
 def _stem(name: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -11,6 +12,7 @@ from vrnn_lightning.errors import UserError
 
 __all__ = ["InvalidFiles"]
 
+T = TypeVar("T")
 SHOWN = 5
 """Skipped files that the warning names."""
 
@@ -42,6 +44,19 @@ class InvalidFiles:
             if not self.skip:
                 raise
             self.problems.append(str(error))
+
+    def read_all(
+        self, readers: Iterable[tuple[str, Callable[[], T]]], where: object, noun: str = "files"
+    ) -> dict[str, T]:
+        """Return what each reader returns, by its name, and report those that fail, as :meth:`report` does."""
+        contents: dict[str, T] = {}
+        total = 0
+        for name, read in readers:
+            total += 1
+            with self.tolerated():
+                contents[name] = read()
+        self.report(total, where, noun)
+        return contents
 
     def report(self, total: int, where: object, noun: str = "files") -> None:
         """Warn of skipped files.

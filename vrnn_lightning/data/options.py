@@ -10,7 +10,7 @@ from vrnn_lightning.errors import UserError
 
 __all__ = ["checked_limit", "data_root", "require"]
 
-T = TypeVar("T", bound=float)
+T = TypeVar("T", bound="float | None")
 
 
 def data_root(root: str) -> Path:
@@ -42,7 +42,7 @@ def checked_limit(max_gb: float) -> float:
 
 
 def require(option: str, value: T, least: float, most: float | None = None, *, below: float | None = None) -> T:
-    """Return an option of a datamodule that is in its range; NaN is outside.
+    """Return an option of a datamodule that is in its range, or ``None``; NaN is outside.
 
     Args:
         option: Its name.
@@ -57,6 +57,8 @@ def require(option: str, value: T, least: float, most: float | None = None, *, b
     >>> require("memory", 0.5, 0, below=1)
     0.5
     """
+    if value is None:
+        return value
     if most is not None:
         allowed, bound = least <= value <= most, f"lie between {least} and {most}"
     elif below is not None:

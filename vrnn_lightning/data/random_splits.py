@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import WarningCache
 
 from vrnn_lightning.compatibility import keep_old_hooks
 from vrnn_lightning.data.datamodule import SequenceDataModule
@@ -15,7 +15,7 @@ from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.trust import require_types
 
-__all__ = ["RandomSplitDataModule", "RandomSplits"]
+__all__ = ["RandomSplitDataModule", "RandomSplits", "draw_groups", "require_untrained"]
 
 
 class RandomSplits:
@@ -34,6 +34,10 @@ class RandomSplits:
         UserError: A fraction outside its range.
     """
 
+    noun: ClassVar[str] = "sequences"
+    kept_part: ClassVar[Literal["name", "stem"]] = "name"
+    """The part of a path that a file keeps in another folder."""
+
     def __init__(self, val: float, test: float, seed: int) -> None:
         for option, value in (("val", val), ("test", test)):
             if not 0 <= value < 1:
@@ -43,7 +47,8 @@ class RandomSplits:
         self.val, self.test, self.seed = val, test, seed
         self._members: dict[Split, list[str]] | None = None
         self._trained: dict[str, int] = {}
-        self._warned = False
+        self._has_resumed = False
+        self._warnings = WarningCache()
 
     def names(self, split: Split, sizes: Mapping[str, int], root: object) -> list[str]:
         """Return the present sequences of a split.
@@ -57,21 +62,25 @@ class RandomSplits:
         Raises:
             UserError: Data that the checkpoint does not know hold a sequence that it was trained on.
         """
-        members = self._draw(list(sizes))
-        known = {name for names in members.values() for name in names}
-        unknown = [name for name in sizes if name not in known]
-        if unknown and not set(members["test"]).intersection(sizes):
-            self._refuse_trained({name: sizes[name] for name in unknown}, root)
-            members, unknown = {**members, "test": unknown}, []
-        if unknown and not self._warned:
-            self._warned = True
-            rank_zero_warn(f"{root}: {len(unknown)} sequences that are in no split of the checkpoint are left out")
+        members = self._members_of(sizes)
+        unknown: list[str] = []
+        if self._has_resumed:
+            known, own = {name for names in members.values() for name in names}, self.own_splits()
+            unknown = [name for name in sizes if name not in known and own.get(name) != "unused"]
+        if unknown and not sizes.keys() & members["test"]:
+            require_untrained({name: sizes[name] for name in unknown}, self._trained, root, self.kept_part)
+            test = [name for name in unknown if own.get(name) == "test"]
+            members, unknown = {**members, "test": test or unknown}, []
+        if unknown:
+            self._warnings.warn(
+                f"{root}: {len(unknown)} {self.noun} that are in no split of the checkpoint are left out"
+            )
         wanted = set(members[split])
         return [name for name in sizes if name in wanted]
 
     def state_dict(self, sizes: Mapping[str, int]) -> dict[str, Any]:
         """Return the names of each split, and the sizes of the training and validation sequences."""
-        members = self._draw(list(sizes))
+        members = self._members_of(sizes)
         seen = [name for name in [*members["train"], *members["val"]] if name in sizes]
         return {"members": dict(members), "trained": self._trained | {name: sizes[name] for name in seen}}
 
@@ -79,27 +88,49 @@ class RandomSplits:
         """Take the checkpoint's splits."""
         require_types(state_dict, self, members=dict, trained=dict)
         self._members, self._trained = state_dict["members"], state_dict["trained"]
+        self._has_resumed = True
 
-    def _draw(self, names: list[str]) -> dict[Split, list[str]]:
+    def draw(self, names: list[str]) -> dict[Split, set[str]]:
+        """Draw the names of each split."""
+        generator = torch.Generator().manual_seed(self.seed)
+        order = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
+        test, val = (max(1, round(part * len(names))) if part else 0 for part in (self.test, self.val))
+        rest = order[test:]
+        return {"train": set(rest[val:]), "val": set(rest[:val]), "test": set(order[:test])}
+
+    def own_splits(self) -> Mapping[str, str | None]:
+        """Return the splits that the data give to sequences, by name; those that are "unused" stay out of all."""
+        return {}
+
+    def _members_of(self, names: Iterable[str]) -> dict[Split, list[str]]:
         """Return the names of each split, drawn in the first call or loaded."""
         if self._members is None:
-            generator = torch.Generator().manual_seed(self.seed)
-            order = torch.randperm(len(names), generator=generator).tolist()
-            test, val = (max(1, round(part * len(names))) if part else 0 for part in (self.test, self.val))
-            rest = order[test:]
-            parts: dict[Split, list[int]] = {"train": rest[val:], "val": rest[:val], "test": order[:test]}
-            self._members = {split: [names[i] for i in sorted(part)] for split, part in parts.items()}
+            present = list(names)
+            splits = self.draw(present)
+            self._members = {split: [name for name in present if name in drawn] for split, drawn in splits.items()}
         return self._members
 
-    def _refuse_trained(self, sizes: Mapping[str, int], root: object) -> None:
-        trained = {(PurePosixPath(name).name, size): name for name, size in self._trained.items()}
-        for name, size in sizes.items():
-            known = trained.get((PurePosixPath(name).name, size))
-            if known is not None:
-                raise UserError(
-                    f"{root}: {name} seems to be {known}, which the model was trained on; "
-                    f"choose --data.root so that {known} lies below it"
-                )
+
+def require_untrained(
+    unknown: Mapping[str, int], trained: Mapping[str, int], root: object, kept_part: Literal["name", "stem"] = "name"
+) -> None:
+    """Raise if unknown sequences, given as sizes by name, hold one that was trained on, under another path."""
+    places = {(getattr(PurePosixPath(name), kept_part), size): name for name, size in trained.items()}
+    for name, size in unknown.items():
+        known = places.get((getattr(PurePosixPath(name), kept_part), size))
+        if known is not None:
+            raise UserError(
+                f"{root}: {name} seems to be {known}, which the model was trained on. Fix: "
+                f"choose --data.root so that {known} lies below it"
+            )
+
+
+def draw_groups(names: Mapping[str, str], share: float, generator: torch.Generator) -> set[str]:
+    """Draw a share of the groups of names, at least one unless it is 0, and return the names in them."""
+    groups = list(dict.fromkeys(names.values()))
+    count = max(1, round(share * len(groups))) if share > 0 else 0
+    drawn = {groups[i] for i in torch.randperm(len(groups), generator=generator)[:count].tolist()}
+    return {name for name, group in names.items() if group in drawn}
 
 
 class RandomSplitDataModule(SequenceDataModule):
@@ -140,6 +171,6 @@ class RandomSplitDataModule(SequenceDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the checkpoint's scaler and splits."""
         super().load_state_dict(state_dict)
-        if "members" in state_dict and self.random_splits:
+        if "trained" in state_dict and self.random_splits:
             self.random_splits.load_state_dict(state_dict)
             self._splits.clear()  # those that setup found were drawn again

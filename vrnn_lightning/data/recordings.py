@@ -92,6 +92,11 @@ class Crops(AugmentedSequences):
     sequences: Recordings
     crop: int
 
+    @property
+    def lengths(self) -> list[int]:
+        """Frames of each crop."""
+        return [min(self.crop, steps) for steps in self.sequences.lengths]
+
     def __getitem__(self, index: int, /) -> SequenceSample:
         steps = min(self.crop, self.sequences.lengths[index])
         part = self.window(index, 0, steps)

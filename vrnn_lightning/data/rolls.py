@@ -226,8 +226,7 @@ def read_note_lists(path: Path, split: Split, max_gb: float = MAX_GB) -> Archive
         bounds.append(bounds[-1] + len(roll))
     values = np.zeros((bounds[-1], KEYS), dtype=np.uint8)
     values[tuple(np.array(places, dtype=np.int64).reshape(-1, 2).T)] = 1
-    ends: NDArray[np.int64] = np.array(bounds, dtype=np.int64)
-    return ArchiveSplit(path, word, word, values, np.stack([ends[:-1], ends[1:]], 1), np.arange(len(rolls)))
+    return ArchiveSplit.join(path, word, word, values, np.array([len(roll) for roll in rolls], dtype=np.int64))
 
 
 def _mido() -> ModuleType:

@@ -80,6 +80,11 @@ class AugmentedSequences:
         """Return one sequence of the epoch."""
         return self.augmented(index, self.sequences[index])
 
+    @property
+    def lengths(self) -> list[int] | None:
+        """Steps of each sequence, if the sequences without augmentation have this list."""
+        return getattr(self.sequences, "lengths", None)
+
     def window(self, index: int, first: int, last: int, /) -> SequenceSample | None:
         """Return steps ``first`` to ``last - 1`` of one sequence of the epoch."""
         part = self.sequences.window(index, first, last)

@@ -1,0 +1,60 @@
+"""The base class of datamodules that read a file or folder."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from lightning_utilities.core.rank_zero import WarningCache
+
+from vrnn_lightning.data.datamodule import SequenceDataModule
+from vrnn_lightning.data.downloads import fetch
+from vrnn_lightning.data.options import checked_limit, data_root
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import MAX_GB
+
+__all__ = ["FileDataModule"]
+
+
+class FileDataModule(SequenceDataModule):
+    """Base class of datamodules that read the file or folder ``root``.
+
+    A subclass whose data can be fetched names them by ``dataset`` and sets ``self.download`` to its option.
+
+    Args:
+        root: The file or folder. It may lie elsewhere when a checkpoint is used again.
+        max_gb: Gigabytes that the content of a file (the samples of a recording) may take, as a damaged or hostile one
+            declares more than it holds; 16 times its own size is always allowed.
+        options: The other options of :class:`~vrnn_lightning.SequenceDataModule`.
+    """
+
+    run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {"max_gb"}
+    dataset: ClassVar[str] = ""
+    download: bool = False
+
+    def __init__(self, root: str, max_gb: float = MAX_GB, **options: Any) -> None:
+        super().__init__(**options)
+        if "download" in self.hparams:
+            self.hparams["download"] = False  # an option of this run: checkpoints do not repeat it
+        self.root, self.max_gb = data_root(root), checked_limit(max_gb)
+        self._warnings = WarningCache()
+        self._require_choices()
+
+    def _require_choices(self) -> None:
+        """Raise if an option whose type is a ``Literal`` has another value."""
+        for base in type(self).__mro__:
+            with suppress(NameError):  # a type that only type checkers import
+                hints = get_type_hints(vars(base).get("__init__")) if issubclass(base, FileDataModule) else {}
+                for option, kind in hints.items():
+                    if get_origin(kind) is Literal and (value := self.hparams[option]) not in get_args(kind):
+                        raise UserError(f"--data.{option} {value}: must be one of {', '.join(get_args(kind))}")
+
+    def prepare_data(self) -> None:
+        """Fetch the dataset into ``root``, if ``download`` asks for it."""
+        if self.download:
+            fetch(self.dataset, self.root)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the checkpoint's scaler, and forget the splits that ``setup`` found without it."""
+        super().load_state_dict(state_dict)
+        self._splits.clear()
