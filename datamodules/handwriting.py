@@ -208,7 +208,7 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
         if len(kept) == 0 < len(strokes):
             raise UserError(
                 f"--data.max_steps {self.max_steps}: all training sequences of {self.root} are longer, "
-                f"the shortest has {min(strokes.lengths)} steps; raise it or set --data.too_long split"
+                f"the shortest has {min(strokes.lengths)} steps. Fix: raise it or set --data.too_long split"
             )
         if longer:
             rank_zero_info(f"{problem} and are left out (--data.too_long drop)")
@@ -281,7 +281,9 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
         if not self.root.exists():
             raise UserError(f"--data.root {self.root}: no such file or folder")
         if self.root.is_file() and self._layout == "iam":
-            raise UserError(f"--data.root {self.root}: is a file; give the folder that holds lineStrokes and the lists")
+            raise UserError(
+                f"--data.root {self.root}: is a file. Fix: give the folder that holds lineStrokes and the lists"
+            )
         if self.root.is_file():
             return {self.root.name: self.root}
         files = _of_layout(files_below(self.root), self._layout)
@@ -338,7 +340,7 @@ def _find_layout(root: Path) -> str:
     if not present:
         raise UserError(f"--data.root {root}: no handwriting in it; looked for {LOOKED_FOR}")
     if len(present) > 1:
-        raise UserError(f"--data.root {root}: holds {' and '.join(present)}; choose one with --data.layout")
+        raise UserError(f"--data.root {root}: holds {' and '.join(present)}. Fix: choose one with --data.layout")
     return present[0]
 
 

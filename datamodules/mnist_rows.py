@@ -112,7 +112,9 @@ class MNISTRows(FileDataModule):
         if split == "test":
             return whole
         if self.val_size >= len(images):
-            raise UserError(f"--data.val_size {self.val_size}: {path} has {len(images)} images; leave some to train")
+            raise UserError(
+                f"--data.val_size {self.val_size}: {path} has {len(images)} images. Fix: leave some to train"
+            )
         return whole.take(whole.numbers[-self.val_size :] if split == "val" else whole.numbers[: -self.val_size])
 
 
@@ -172,7 +174,7 @@ def _find(root: Path, name: str) -> Path:
     if not root.exists():
         raise UserError(f"--data.root {root}: no such folder or archive; MNIST's files are at {SOURCE}")
     if root.is_file():
-        raise UserError(f"--data.root {root}: is a file; give the folder that holds it, or an .npz archive")
+        raise UserError(f"--data.root {root}: is a file. Fix: give the folder that holds it, or an .npz archive")
     spellings = [f"{name}-images{dot}idx3-ubyte{end}" for dot in "-." for end in ("", ".gz")]
     paths = [path for folder in (root, root / "MNIST" / "raw") for s in spellings if (path := folder / s).is_file()]
     if not paths:
@@ -190,7 +192,7 @@ def _read_idx(path: Path, max_gb: float) -> NDArray[Any]:
         try:
             return _images(path, gzip.open(file) if is_packed else file, max_gb)
         except (EOFError, gzip.BadGzipFile, zlib.error):
-            raise UserError(f"{path}: is damaged or no gzip file; copy it again from {SOURCE}") from None
+            raise UserError(f"{path}: is damaged or no gzip file. Fix: copy it again from {SOURCE}") from None
 
 
 def _images(path: Path, file: BinaryIO | gzip.GzipFile, max_gb: float) -> NDArray[Any]:

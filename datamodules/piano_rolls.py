@@ -144,7 +144,9 @@ class PianoRolls(FileDataModule):
             names = self._members_of(split)
             return _Songs(names, [self._song(name) for name in names])
         if suffix in MIDI:
-            raise UserError(f"--data.root {self.root}: is a single MIDI file; give the folder that holds it and others")
+            raise UserError(
+                f"--data.root {self.root}: is a single MIDI file. Fix: give the folder that holds it and others"
+            )
         if suffix in NOTE_LISTS:
             return read_note_lists(self.root, split, self.max_gb)
         rolls = read_archive(self.root, split, KEYS, max_gb=self.max_gb)
@@ -164,7 +166,7 @@ class PianoRolls(FileDataModule):
             return
         for option, is_given in idle.items():
             if is_given:
-                raise UserError(f"--data.{option}: does nothing, {self.root} {reason}; leave the option out")
+                raise UserError(f"--data.{option}: does nothing, {self.root} {reason}. Fix: leave the option out")
 
     def _song(self, name: str) -> Notes:
         """Read a MIDI file once."""
@@ -182,12 +184,12 @@ class PianoRolls(FileDataModule):
             if not names:
                 raise UserError(
                     f"--data.root {self.root}: its folders {' and '.join(self._folders)} split it, but no MIDI file is "
-                    f"in {' or '.join(SPLIT_NAMES[split])}; put some there"
+                    f"in {' or '.join(SPLIT_NAMES[split])}. Fix: put some there"
                 )
             trained = {*members["train"], *members["val"]} if split == "test" else set()
             for name in names:
                 if digests[name] in trained:
-                    raise UserError(f"{self.root / name}: is a copy of a file outside the test split; remove it")
+                    raise UserError(f"{self.root / name}: is a copy of a file outside the test split. Fix: remove it")
             return names
         known = {digest for part in members.values() for digest in part}
         unknown = [name for name in digests if digests[name] not in known]
@@ -202,7 +204,7 @@ class PianoRolls(FileDataModule):
         if not names:
             raise UserError(
                 f"--data.root {self.root}: the {split} split is empty: it has {len(set(digests.values()))} different "
-                "MIDI files; add some, or change --data.test and --data.val"
+                "MIDI files. Fix: add some, or change --data.test and --data.val"
             )
         return names
 
@@ -235,7 +237,7 @@ class PianoRolls(FileDataModule):
         """Return the files of a split that folders make."""
         folders = [name for name in SPLIT_NAMES[split] if name in self._folders]
         if len(folders) > 1:
-            raise UserError(f"--data.root {self.root}: has both {' and '.join(folders)}; rename one of them")
+            raise UserError(f"--data.root {self.root}: has both {' and '.join(folders)}. Fix: rename one of them")
         return [name for name in self._digests if name.partition("/")[0] in folders]
 
     @cached_property

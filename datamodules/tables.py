@@ -127,7 +127,7 @@ class Tables(FileDataModule):
     @staticmethod
     def _check_columns(columns: Sequence[str], inputs: Sequence[str], anomaly: str | None) -> None:
         if not columns:
-            raise UserError("--data.columns: is empty; name at least one, as in --data.columns '[temperature]'")
+            raise UserError("--data.columns: is empty. Fix: name at least one, as in --data.columns '[temperature]'")
         reasons = {"inputs": "what is known need not be modelled", "anomaly": "the model may not see it"}
         labels = [] if anomaly is None else [anomaly]
         used: dict[str, str] = {}
@@ -220,7 +220,7 @@ class Tables(FileDataModule):
         if len(short) == len(parts):
             raise UserError(
                 f"{self.root}: no series of the {split} split has as many steps as --data.length {self.length}, the "
-                f"longest has {max(short)}; lower it"
+                f"longest has {max(short)}. Fix: lower it"
             )
         if short:
             self._warnings.warn(
@@ -254,8 +254,8 @@ class Tables(FileDataModule):
         empty = x.isnan().all(0).tolist()
         if True in empty:
             raise UserError(
-                f"{self.root}: column {self.columns[empty.index(True)]!r} has no value in the training split; take it "
-                "out of --data.columns"
+                f"{self.root}: column {self.columns[empty.index(True)]!r} has no value in the training split. Fix: take "
+                "it out of --data.columns"
             )
         x = x if scaler is None else scaler.scale(x)
         mean = x.nanmean(0)
@@ -344,7 +344,7 @@ class Tables(FileDataModule):
             table.raise_if(wrong, fix)
         if self.step is not None and self.step.dated != table.dated:
             kind, fix = ("dates", "with a unit, as 1h") if table.dated else ("numbers", "without a unit")
-            raise UserError(f"{path}: --data.step {self.step.word}: times are {kind}; give the step {fix}")
+            raise UserError(f"{path}: --data.step {self.step.word}: times are {kind}. Fix: give the step {fix}")
         return table
 
     def _make_series(self, name: str, rows: Rows) -> Series:
@@ -367,4 +367,4 @@ class Tables(FileDataModule):
         absent = format_time(times[place[i] + 1], rows.clock)
         fix = "covariates (--data.inputs) must be known at each step: add the row"
         fix = fix if self.inputs else "add the row, or set --data.missing true"
-        raise UserError(f"{rows.place(i)}: no row for {absent} comes after it, which --data.step asks for; {fix}")
+        raise UserError(f"{rows.place(i)}: no row for {absent} comes after it, which --data.step asks for. Fix: {fix}")

@@ -69,7 +69,7 @@ def load(name: str) -> type[LightningDataModule]:
     place, *others = names[name].places
     if others:
         places = [f"{p.value} (entry point)" if isinstance(p, EntryPoint) else str(p) for p in (place, *others)]
-        raise UserError(f"--data {name}: defined in {' and in '.join(places)}; rename one")
+        raise UserError(f"--data {name}: defined in {' and in '.join(places)}. Fix: rename one")
     if isinstance(place, EntryPoint):
         return _datamodule(_import(place.module, None), place.attr, name)
     package = PACKAGE if place.parent == INSTALLED else local.__name__

@@ -123,7 +123,9 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         for key in [*own, *given]:
             here, there = (f"shape {tuple(part[key].shape)}" if key in part else "none" for part in (own, given))
             if here != there:
-                raise UserError(f"vrnn.{key}: {there} there, {here} here; give the architecture it was trained with")
+                raise UserError(
+                    f"vrnn.{key}: {there} there, {here} here. Fix: give the architecture it was trained with"
+                )
         self.vrnn.load_state_dict(given)
         self.is_initialized.fill_(True)
 
@@ -132,7 +134,7 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         make_resumable(self.trainer)
         precision, strategy = self.trainer.precision, self.trainer.strategy
         if precision in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
-            raise UserError(f"--trainer.precision {precision}: too narrow for densities; use bf16-mixed")
+            raise UserError(f"--trainer.precision {precision}: too narrow for densities. Fix: use bf16-mixed")
         if isinstance(strategy, FSDPStrategy) and strategy.mixed_precision is None and str(precision).endswith("mixed"):
             from torch.distributed.fsdp import MixedPrecision  # not in every build of torch
 
@@ -176,7 +178,7 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         for own, other in ((self.scale_mean, scaler.mean), (self.scale_std, scaler.std)):
             if not replace and not torch.allclose(own, other.to(own).expand_as(own), rtol=1e-4, atol=1e-6):
                 raise UserError(
-                    "the data were scaled otherwise than in training; give the checkpoint as ckpt_path, too"
+                    "the data were scaled otherwise than in training. Fix: give the checkpoint as ckpt_path, too"
                 )
             own.copy_(other)
 
@@ -270,7 +272,7 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         shown = f" on {', '.join(names[:8])}{', …' if len(names) > 8 else ''}" if names else ""
         last = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
         raise UserError(
-            f"{what} is {value.item()} at step {self.global_step}{shown}; {last}; try a lower learning rate, "
+            f"{what} is {value.item()} at step {self.global_step}{shown}; {last}. Fix: try a lower learning rate, "
             "--trainer.gradient_clip_val or a larger min_std"
         )
 

@@ -219,7 +219,7 @@ def test_mistake_is_one_line(lightning, folder, words, parts):
         (["--data.wrong=setup"], "error: pairs.txt: is empty"),
         (
             ["--data.wrong=value", "--data.num_workers=1"],
-            "error: pair 0: holds NaN or infinite values; remove it or fix it",
+            "error: pair 0: holds NaN or infinite values. Fix: correct or remove it",
         ),
     ],
 )

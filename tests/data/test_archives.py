@@ -104,7 +104,10 @@ def test_long_sequences_are_left_out_and_the_others_keep_their_names(tmp_path):
         ({"train_lengths": np.array([None])}, "train_lengths holds pickled objects, which are never loaded"),
         ({"train_values": VALUES.ravel()}, "train_values has shape (16,), expected (total steps, 2)"),
         ({"train_values": VALUES[:, :1]}, "train_values has shape (8, 1), expected (total steps, 2)"),
-        ({"train_values": VALUES.astype(str)}, "train_values is of type <U6; save it as integers, float32 or float64"),
+        (
+            {"train_values": VALUES.astype(str)},
+            "train_values is of type <U6. Fix: save it as integers, float32 or float64",
+        ),
         ({"train_values": VALUES.astype("complex64")}, "train_values is of type complex64; save it as"),
         ({"train_values": VALUES.astype(object)}, "train_values holds pickled objects, which are never loaded"),
         (

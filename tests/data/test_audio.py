@@ -344,7 +344,7 @@ class TestIndex:
             "gone.wav: No such file",
             "1.wav: cannot be read as audio",
             "2.wav: cannot be read as audio",
-            "3.wav: holds NaN or infinite samples. Fix: remove it or fix it",
+            "3.wav: holds NaN or infinite samples. Fix: correct or remove it",
         ]
 
     def test_files_are_read_to_their_end_once_if_bad_ones_are_skipped(self, corpus, monkeypatch):

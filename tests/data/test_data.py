@@ -498,7 +498,7 @@ class TestSequenceLoader:
         sequences = [SequenceSample(torch.tensor([[0.0, math.nan]]), name="bad.wav")]
         with pytest.raises(UserError) as raised:
             list(self.loader(sequences, num_workers=workers))
-        assert str(raised.value) == "bad.wav: holds NaN or infinite values; remove it or fix it"
+        assert str(raised.value) == "bad.wav: holds NaN or infinite values. Fix: correct or remove it"
         del raised
         gc.collect()  # ends the worker
 
@@ -617,7 +617,7 @@ class TestInputs:
             (torch.ones(3, 2), r"odd: inputs of shape \(3, 2\), expected \(3, 4\)"),
             (torch.ones(2, 4), r"odd: inputs of shape \(2, 4\), expected \(3, 4\)"),
             (torch.ones(4), r"odd: inputs of shape \(4,\), expected \(3, 4\)"),
-            (torch.full((3, 4), math.nan), "odd: holds NaN or infinite inputs; remove it or fix it"),
+            (torch.full((3, 4), math.nan), "odd: holds NaN or infinite inputs. Fix: correct or remove it"),
         ],
     )
     def test_a_sequence_without_them_is_named(self, inputs, message):

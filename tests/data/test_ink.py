@@ -118,7 +118,7 @@ class TestIam:
     def test_half_a_file_names_the_line(self, tmp_path):
         half = IAM[: IAM.index("890")]
         with pytest.raises(
-            UserError, match=r"a\.xml: line 6: is not valid XML \(unclosed token\); copy the file again"
+            UserError, match=r"a\.xml: line 6: is not valid XML \(unclosed token\). Fix: copy the file again"
         ):
             read_iam(write(tmp_path / "a.xml", half))
 
@@ -137,7 +137,7 @@ class TestIam:
         """Before any entity is declared, be it one that grows without bound or one that reads another file."""
         content = IAM.replace(HEAD, HEAD + doctype) if read is read_iam else HEAD + doctype + INKML.format("")
         with pytest.raises(
-            UserError, match=r"a\.xml: line 2: declares a document type, which is never read; remove it"
+            UserError, match=r"a\.xml: line 2: declares a document type, which is never read. Fix: remove it"
         ):
             read(write(tmp_path / "a.xml", content))
 

@@ -555,18 +555,18 @@ class TestBadInput:
         (lists / "trainset.txt").write_text(" \n\n")
         refused(iam_tree, r"trainset\.txt: names no form; expected a form per line")
         (lists / "trainset.txt").write_text("a01-000u c03-011")
-        refused(iam_tree, r"testset_f\.txt: names c03-011, as .*trainset\.txt does; keep it in one of them")
+        refused(iam_tree, r"testset_f\.txt: names c03-011, as .*trainset\.txt does. Fix: keep it in one of them")
         (lists / "trainset.txt").write_bytes(b"\xff\xfe\x00")
         refused(iam_tree, r"trainset\.txt: is not text")
         (lists / "trainset.txt").unlink()
-        refused(iam_tree, r"no trainset\.txt in it; put the lists of IAM-OnDB's task t1 into a folder below")
+        refused(iam_tree, r"no trainset\.txt in it. Fix: put the lists of IAM-OnDB's task t1 into a folder below")
 
     def test_lists_of_two_tasks(self, iam_tree):
         (iam_tree / "task2").mkdir()
         (iam_tree / "task2" / "trainset.txt").write_text("c03-011")
         assert len(found(iam_tree)) == 6  # those in task1
         (iam_tree / "task1").rename(iam_tree / "lists")
-        refused(iam_tree, r"both .*trainset\.txt and .*trainset\.txt; keep the list of task t1")
+        refused(iam_tree, r"both .*trainset\.txt and .*trainset\.txt. Fix: keep the list of task t1")
 
     @pytest.mark.parametrize("layout", ["iam", "inkml"])
     def test_bad_files(self, layout, sources):
@@ -580,7 +580,7 @@ class TestBadInput:
             (sources["iam"] / "task1" / "testset_t.txt").write_text("")
             files = [file for file in files if file.stem[:-3] in ("a01-000x", "a01-000u", "a01-001")]
             files[0].write_text(text[: len(text) // 2])
-        with pytest.raises(UserError, match=r"ml: line \d+: is not valid XML \(.*\); copy the file again"):
+        with pytest.raises(UserError, match=r"ml: line \d+: is not valid XML \(.*\). Fix: copy the file again"):
             found(sources[layout], **part)
         with pytest.warns(UserWarning, match=r"\d of \d+ files are skipped \(--data.skip_bad true\): .*not valid XML"):
             kept = found(sources[layout], skip_bad=True, **part)
@@ -645,7 +645,7 @@ class TestBadInput:
         refused(tmp_path / "empty", "no handwriting in it; looked for an .npz archive .* lineStrokes")
         (tmp_path / "a.txt").write_text("")
         refused(tmp_path / "a.txt", "is not a handwriting dataset; looked for")
-        refused(tmp_path, "holds iam and quickdraw and inkml; choose one with --data.layout")
+        refused(tmp_path, "holds iam and quickdraw and inkml. Fix: choose one with --data.layout")
         assert len(found(tmp_path, layout="inkml", val=0, test=0)) == 14
         refused(sources["inkml"], r"no \*.ndjson in it, which --data.layout quickdraw reads", layout="quickdraw")
         refused(sources["inkml"], r"no lineStrokes/\*\*/\*.xml in it", layout="iam")

@@ -225,7 +225,11 @@ BROKEN = {
         "begins with 1234, not with an idx file of images' magic number, 2051",
     ),
     "wrong size": (TRAIN, LARGE, "has images of 32 x 30 pixels, expected 28 x 28"),
-    "cut gzip": (f"{TRAIN}.gz", gzip.compress(WHOLE)[:-99], "is damaged or no gzip file; copy it again from https"),
+    "cut gzip": (
+        f"{TRAIN}.gz",
+        gzip.compress(WHOLE)[:-99],
+        "is damaged or no gzip file. Fix: copy it again from https",
+    ),
     "spoilt gzip": (f"{TRAIN}.gz", gzip.compress(WHOLE)[:40] + bytes(999), "is damaged or no gzip file"),
     "no gzip": (f"{TRAIN}.gz", WHOLE, "is damaged or no gzip file"),
     "truncated inside": (f"{TRAIN}.gz", gzip.compress(WHOLE[:-1]), "is truncated: it holds"),
@@ -285,7 +289,7 @@ def test_a_flat_archive_that_does_not_fit(tmp_path, arrays, message):
     [
         (IMAGES["train"][:, :, :27], "train_images has shape (17, 28, 27), expected (sequences, steps, 28)"),
         (IMAGES["train"].reshape(17, 784), "train_images has shape (17, 784), expected (sequences, steps, 28)"),
-        (IMAGES["train"].astype(str), "train_images is of type <U3; save it as integers, float32 or float64"),
+        (IMAGES["train"].astype(str), "train_images is of type <U3. Fix: save it as integers, float32 or float64"),
         (IMAGES["train"] * 1.0, "train_images holds"),
         (None, "has no array train_values; it holds valid_images"),
     ],

@@ -200,7 +200,10 @@ BAD_LISTS = [
     (GOOD | {"train": [60]}, "train 0 is 60, expected a list of steps"),
     (GOOD | {"train": [[[60]], [60]]}, "train 1, step 0 is 60, expected a list of notes"),
     (GOOD | {"train": [[[60], None]]}, "train 0, step 1 is None, expected a list of notes"),
-    (GOOD | {"train": [[[60], [20]]]}, "train 0, step 1 holds note 20, but a piano's are 21 to 108; fix or remove it"),
+    (
+        GOOD | {"train": [[[60], [20]]]},
+        "train 0, step 1 holds note 20, but a piano's are 21 to 108. Fix: correct or remove it",
+    ),
     (GOOD | {"train": [[[60]], [[60, 109]]]}, "train 1, step 0 holds note 109, but a piano's are 21 to 108"),
     (GOOD | {"train": [[[60.5]]]}, "holds note 60.5, but"),
     (GOOD | {"train": [[["C4"]]]}, "holds note 'C4', but"),
@@ -616,7 +619,9 @@ def test_a_copy_of_a_training_file_in_the_folder_test(tmp_path):
     shutil.copy(tmp_path / "train" / "1.mid", tmp_path / "test" / "innocent.mid")
     data = fitted(tmp_path)
     for found in (data, restored(data, tmp_path)):
-        with pytest.raises(UserError, match=r"innocent.mid: is a copy of a file outside the test split; remove it"):
+        with pytest.raises(
+            UserError, match=r"innocent.mid: is a copy of a file outside the test split. Fix: remove it"
+        ):
             found.test_dataloader()
 
 
@@ -666,7 +671,7 @@ def test_roots_that_are_no_music(archive, tmp_path):
     folder_of_midi(tmp_path / "half", train=2, test=2)
     assert "its folders train and test split it, but no MIDI file is in valid or val" in complaint(tmp_path / "half")
     folder_of_midi(tmp_path / "both", train=2, val=1, valid=1)
-    assert "has both valid and val; rename one of them" in complaint(tmp_path / "both")
+    assert "has both valid and val. Fix: rename one of them" in complaint(tmp_path / "both")
     folder_of_midi(tmp_path / "two", _=2)
     assert "the train split is empty: it has 2 different MIDI files; add some" in complaint(tmp_path / "two")
     assert "the val split is empty" in complaint(folder_of_midi(tmp_path / "five", _=5), val=0.0)

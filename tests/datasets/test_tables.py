@@ -792,7 +792,7 @@ class TestRefusals:
     def test_the_same_table_in_two_formats(self, tmp_path):
         write(tmp_path / "a.csv", {"x": [1]})
         write(tmp_path / "a.csv.gz", {"x": [1]})
-        refused(tmp_path, r"a\.csv\.gz: and .*a\.csv seem to hold the same; remove one")
+        refused(tmp_path, r"a\.csv\.gz: and .*a\.csv seem to hold the same. Fix: remove one")
 
     def test_times_of_two_kinds(self, tmp_path):
         write(tmp_path / "a.csv", {"t": hours(3), "x": [1, 2, 3]})
@@ -802,7 +802,7 @@ class TestRefusals:
     def test_a_column_without_a_training_value(self, tmp_path):
         path = write(tmp_path / "a.csv", {"x": noise(20), "y": [None] * 17 + [1, 2, 3]})
         data = Tables(path, ["x", "y"])
-        with pytest.raises(UserError, match="column 'y' has no value in the training split; take it out of"):
+        with pytest.raises(UserError, match=r"column 'y' has no value in the training split. Fix: take it out of"):
             data.train_dataloader()
 
     def test_without_pyarrow(self, tmp_path, monkeypatch):

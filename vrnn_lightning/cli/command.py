@@ -116,7 +116,9 @@ class CLI(LightningCLI):
         for data in self.data_classes:
             if checkpoint.data_class and checkpoint.data_class != path_of(data):
                 own = checkpoint.data_class.rpartition(".")[2]
-                raise UserError(f"--data {data.__name__}: {path} was trained on {own}; leave --data out or give {own}")
+                raise UserError(
+                    f"--data {data.__name__}: {path} was trained on {own}. Fix: leave --data out or give {own}"
+                )
         return checkpoint
 
     def _read_origin(self) -> Checkpoint | None:
@@ -127,7 +129,9 @@ class CLI(LightningCLI):
         option = f"--init_from {path}"
         if self.checkpoint:
             if any(word.partition("=")[0] == "--init_from" for word in self.argv):
-                raise UserError(f"{option}: --ckpt_path continues a run, which has its weights; give one of the two")
+                raise UserError(
+                    f"{option}: --ckpt_path continues a run, which has its weights. Fix: give one of the two"
+                )
             return None
         origin = Checkpoint.read(Path(path), "--init_from")
         origin.require_trusted(self._gate(option), training=False)

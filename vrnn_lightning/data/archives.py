@@ -132,7 +132,7 @@ class ArchiveSplit:
         row, feature = np.unravel_index(wrong.argmax(), wrong.shape)
         i = int(np.searchsorted(self.bounds[:, 1], row, side="right"))
         place = f"{self.name(i)}, step {row - self.bounds[i, 0]}, feature {feature}"
-        raise UserError(f"{self.path}: {self.array} holds {self.values[row, feature]} at {place}; {fix}")
+        raise UserError(f"{self.path}: {self.array} holds {self.values[row, feature]} at {place}. Fix: {fix}")
 
 
 def archive_holds(path: Path, split: Split) -> bool:
@@ -172,7 +172,7 @@ def read_archive(
             axes = "total steps"
         shape, dtype = archive.declared(name)  # all is checked before the rows are read, which may take long
         if dtype.kind not in "buif" or dtype.itemsize > 8:
-            raise UserError(f"{path}: {name} is of type {dtype}; save it as integers, float32 or float64")
+            raise UserError(f"{path}: {name} is of type {dtype}. Fix: save it as integers, float32 or float64")
         if len(shape) != (3 if name == stack else 2) or shape[-1] != width:
             raise UserError(f"{path}: {name} has shape {shape}, expected ({axes}, {width}){fix}")
         if name == stack:

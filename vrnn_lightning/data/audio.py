@@ -172,7 +172,7 @@ def resampled_length(samples: int, rate: int, wanted: int) -> int:
 
 def _require_finite(path: Path, samples: NDArray[np.floating[Any]]) -> None:
     if not math.isfinite(samples.sum(dtype="float64")):
-        raise UserError(f"{path}: holds NaN or infinite samples. Fix: remove it or fix it")
+        raise UserError(f"{path}: holds NaN or infinite samples. Fix: correct or remove it")
 
 
 def _find_source_span(start: int, stop: int, up: int, down: int, length: int) -> tuple[int, int]:

@@ -115,7 +115,7 @@ def read_columns(
             times, dated = _times(cells[time], dated, _Place(path, time, rows))
         parts.append((rows, table, codes, times))
     if not parts:
-        raise UserError(f"{path}: is empty, it has no row of data; remove it")
+        raise UserError(f"{path}: is empty, it has no row of data. Fix: remove it")
     rows, table, codes, times = (np.concatenate(part) for part in zip(*parts, strict=True))
     return Columns(path, rows, numbers, table, list(ids), codes, None if time is None else times, bool(dated))
 
@@ -142,14 +142,14 @@ def _chunks(path: Path, asked: list[tuple[str, str]], delimiter: str, max_gb: fl
     kind = "parquet" if path.name.lower().endswith(".parquet") else "csv"
     with explained(path), undamaged(f"{path}: can't be read as {kind}", "copy or write it again"):
         if path.stat().st_size == 0:
-            raise UserError(f"{path}: is empty, it has not even a header; remove it")
+            raise UserError(f"{path}: is empty, it has not even a header. Fix: remove it")
         try:
             if kind == "parquet":
                 yield from _parquet_chunks(path, asked, max_gb)
             else:
                 yield from _csv_chunks(path, asked, delimiter, max_gb)
         except UnicodeDecodeError:
-            raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+            raise UserError(f"{path}: is not UTF-8 text. Fix: save it as UTF-8") from None
 
 
 def _csv_chunks(path: Path, asked: list[tuple[str, str]], delimiter: str, max_gb: float) -> Iterator[Chunk]:
@@ -161,7 +161,9 @@ def _csv_chunks(path: Path, asked: list[tuple[str, str]], delimiter: str, max_gb
         while chunk := list(islice(numbered, CHUNK)):
             for line, row in chunk:
                 if len(row) != len(header):
-                    raise UserError(f"{path}: row {line} has {len(row)} cells, the header has {len(header)}; fix it")
+                    raise UserError(
+                        f"{path}: row {line} has {len(row)} cells, the header has {len(header)}. Fix: correct it"
+                    )
             columns = list(zip(*(row for _, row in chunk), strict=True))
             rows = np.array([line for line, _ in chunk], dtype=np.int64)
             yield rows, {name: columns[place] for name, place in places.items()}
@@ -201,7 +203,7 @@ def _parquet_chunks(path: Path, asked: list[tuple[str, str]], max_gb: float) -> 
                 start += len(batch)
                 yield rows, {name: _cells(batch.column(name), path, name) for name in names}
         except MemoryError as error:  # pyarrow's too, for the sizes that a damaged file declares
-            raise UserError(f"{path}: can't be read as parquet ({error}); write it again") from None
+            raise UserError(f"{path}: can't be read as parquet ({error}). Fix: write it again") from None
 
 
 def _cells(array: Any, path: Path, column: str) -> Cells:
@@ -238,7 +240,7 @@ def _locate(path: Path, header: list[str], asked: list[tuple[str, str]], delimit
         if count == 1:
             continue
         if count:
-            raise UserError(f"{path}: has {count} columns called {name!r} (--data.{option}); rename one")
+            raise UserError(f"{path}: has {count} columns called {name!r} (--data.{option}). Fix: rename one")
         near = difflib.get_close_matches(name.lower(), by_lower := {h.lower(): h for h in header}, n=1, cutoff=0.6)
         hint = f" Did you mean {by_lower[near[0]]!r}?" if near else ""
         more = f" and {len(header) - SHOWN} more" if len(header) > SHOWN else ""

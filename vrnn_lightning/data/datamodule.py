@@ -151,7 +151,9 @@ class SequenceDataModule(LightningDataModule):
             with explained(getattr(self, "root", type(self).__name__), "--data.root"):
                 sequences = self.sequences(split)
             if len(sequences) == 0:
-                raise UserError(f"{type(self).__name__}: the {split} split is empty; check the options that split data")
+                raise UserError(
+                    f"{type(self).__name__}: the {split} split is empty. Fix: check the options that split data"
+                )
             self._splits[split] = sequences
         return self._splits[split]
 

@@ -86,6 +86,6 @@ def find_tables(place: Path) -> dict[str, Path]:
     for path in paths:
         name = _stem(path.relative_to(place).as_posix())
         if name in files:
-            raise UserError(f"{path}: and {files[name]} seem to hold the same; remove one")
+            raise UserError(f"{path}: and {files[name]} seem to hold the same. Fix: remove one")
         files[name] = path
     return files

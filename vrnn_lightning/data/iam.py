@@ -71,15 +71,15 @@ def read_form_lists(root: Path, names: Sequence[str]) -> dict[str, FormList]:
         paths = [path for path in paths if path.parent.name in ("task1", "t1")] or paths
         if not paths:
             raise UserError(
-                f"--data.root {root}: no {name} in it; put the lists of IAM-OnDB's task t1 into a folder below"
+                f"--data.root {root}: no {name} in it. Fix: put the lists of IAM-OnDB's task t1 into a folder below"
             )
         if len(paths) > 1:
-            raise UserError(f"--data.root {root}: both {paths[0]} and {paths[1]}; keep the list of task t1")
+            raise UserError(f"--data.root {root}: both {paths[0]} and {paths[1]}. Fix: keep the list of task t1")
         forms = _read_forms(paths[0])
         for other in lists.values():
             both = sorted(set(other.forms).intersection(forms))
             if both:
-                raise UserError(f"{paths[0]}: names {both[0]}, as {other.path} does; keep it in one of them")
+                raise UserError(f"{paths[0]}: names {both[0]}, as {other.path} does. Fix: keep it in one of them")
         lists[name] = FormList(paths[0], forms)
     return lists
 

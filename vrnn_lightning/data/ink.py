@@ -51,7 +51,9 @@ def read_iam(path: Path) -> NDArray[np.float32]:
         if element.tag == "Stroke":
             strokes.append(np.array([_iam_point(path, point) for point in points]).reshape(-1, 2))
         elif points:
-            raise UserError(f"{path}: line {points[0].get(LINE)}: a <Point> outside a <Stroke>; fix or remove the file")
+            raise UserError(
+                f"{path}: line {points[0].get(LINE)}: a <Point> outside a <Stroke>. Fix: correct or remove the file"
+            )
     return _rows(path, strokes)
 
 
@@ -61,7 +63,7 @@ def _iam_point(path: Path, point: Element) -> tuple[float, float]:
     except (KeyError, ValueError):
         line, given = point.attrib.pop(LINE), " ".join(f'{key}="{value}"' for key, value in point.items())
         problem = f"line {line}: <Point {given}> has no numbers x and y"
-        raise UserError(f"{path}: {problem}; fix or remove the file") from None
+        raise UserError(f"{path}: {problem}. Fix: correct or remove the file") from None
 
 
 def read_inkml(path: Path) -> NDArray[np.float32]:
@@ -85,7 +87,9 @@ def read_inkml(path: Path) -> NDArray[np.float32]:
                     f"{place}: a traceFormat of the channels {', '.join(names)}, expected X and Y among them"
                 )
             if earlier != names and (earlier or strokes):
-                raise UserError(f"{place}: a second traceFormat, but one for the whole file is read; split the file")
+                raise UserError(
+                    f"{place}: a second traceFormat, but one for the whole file is read. Fix: split the file"
+                )
             channels = given
         elif element.tag == "trace":
             if "continuation" in element.attrib:
@@ -160,7 +164,7 @@ def _read_xml(path: Path, root: str) -> Element:
 
     def doctype(*_: Any) -> NoReturn:
         raise UserError(
-            f"{path}: line {parser.CurrentLineNumber}: declares a document type, which is never read; remove it"
+            f"{path}: line {parser.CurrentLineNumber}: declares a document type, which is never read. Fix: remove it"
         )
 
     def start(name: str, attributes: dict[str, str]) -> None:
@@ -178,9 +182,9 @@ def _read_xml(path: Path, root: str) -> Element:
             parser.ParseFile(file)
     except expat.ExpatError as error:
         reason = expat.ErrorString(error.code)
-        raise UserError(f"{path}: line {error.lineno}: is not valid XML ({reason}); copy the file again") from None
+        raise UserError(f"{path}: line {error.lineno}: is not valid XML ({reason}). Fix: copy the file again") from None
     except (LookupError, ValueError) as error:  # an encoding that Python does not know
-        raise UserError(f"{path}: can't be decoded ({error}); save it as UTF-8") from None
+        raise UserError(f"{path}: can't be decoded ({error}). Fix: save it as UTF-8") from None
     tree: Element = builder.close()
     if tree.tag != root:
         raise UserError(f"{path}: line {tree.get(LINE)}: begins with <{tree.tag}>, expected <{root}>")
@@ -220,10 +224,10 @@ def read_quickdraw(path: Path, number: int, line: bytes) -> NDArray[np.float32]:
         content = json.loads(line)
     except (RecursionError, ValueError) as error:
         problem = f"is not a valid JSON object ({str(error)[:200]})"
-        raise UserError(f"{place}: {problem}; remove the line or copy the file again") from None
+        raise UserError(f"{place}: {problem}. Fix: remove the line or copy the file again") from None
     drawing = content.get("drawing") if isinstance(content, dict) else None
     if not isinstance(drawing, list):
-        raise UserError(f'{place}: has no list "drawing", as QuickDraw\'s files have; remove the line')
+        raise UserError(f'{place}: has no list "drawing", as QuickDraw\'s files have. Fix: remove the line')
     return _rows(place, [_quickdraw_stroke(place, i, stroke) for i, stroke in enumerate(drawing)])
 
 
@@ -244,7 +248,7 @@ def _quickdraw_stroke(place: str, i: int, stroke: Any) -> NDArray[np.float64]:
 def _rows(place: object, strokes: Iterable[NDArray[np.float64]]) -> NDArray[np.float32]:
     rows = strokes_to_rows(list(strokes))
     if not np.isfinite(rows).all():
-        raise UserError(f"{place}: holds coordinates that are not finite; fix or remove it")
+        raise UserError(f"{place}: holds coordinates that are not finite. Fix: correct or remove it")
     return rows
 
 
@@ -314,7 +318,7 @@ def check_sketch(place: str, drawing: Any) -> NDArray[Any]:
             f"{place}: is of type {rows.dtype} and shape {rows.shape}, expected numbers of shape (steps, 3)"
         )
     if not np.isfinite(rows).all():
-        raise UserError(f"{place}: holds values that are not finite; remove it or fix it")
+        raise UserError(f"{place}: holds values that are not finite. Fix: correct or remove it")
     wrong = (rows[:, 2] != 0) & (rows[:, 2] != 1)
     if wrong.any():
         step = int(wrong.argmax())

@@ -238,7 +238,7 @@ class ScaledSequences(Dataset[SequenceBatch]):
             assert batch.names is not None
             name = batch.names[int(wrong.flatten(1).any(1).nonzero()[0])]
             path = getattr(self.sequences, "path", None)  # of a collection that is one file
-            raise UserError(f"{f'{path}: ' if path else ''}{name}: holds {what}; remove it or fix it")
+            raise UserError(f"{f'{path}: ' if path else ''}{name}: holds {what}. Fix: correct or remove it")
 
     def _read(self, item: int | Window) -> SequenceSample:
         """Return a sequence or a window in data units."""

@@ -28,9 +28,9 @@ def data_root(root: str) -> Path:
     except (FileNotFoundError, PermissionError, NotADirectoryError):
         return path
     except (RuntimeError, ValueError) as error:  # no such user; a null byte
-        raise UserError(f"--data.root {root}: {str(error).rstrip('.')}; write the whole path") from error
+        raise UserError(f"--data.root {root}: {str(error).rstrip('.')}. Fix: write the whole path") from error
     except OSError as error:
-        raise UserError(f"--data.root {root[:80]}: {error.strerror}; give a path of this machine") from error
+        raise UserError(f"--data.root {root[:80]}: {error.strerror}. Fix: give a path of this machine") from error
     return path
 
 

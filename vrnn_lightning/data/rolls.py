@@ -84,9 +84,9 @@ def read_midi(
     """
     file = _open(path)
     if file.ticks_per_beat <= 0:
-        raise UserError(f"{path}: counts its time in frames of a film, not in beats; export it again")
+        raise UserError(f"{path}: counts its time in frames of a film, not in beats. Fix: export it again")
     if file.type == 2:
-        raise UserError(f"{path}: is of format 2, several pieces in one file; export each as a file of its own")
+        raise UserError(f"{path}: is of format 2, several pieces in one file. Fix: export each as a file of its own")
 
     beat = int(file.ticks_per_beat)
 
@@ -105,7 +105,7 @@ def read_midi(
         )
     require_size(path, 8 * KEYS * steps, max_gb)
     if not spans:
-        raise UserError(f"{path}: has no notes (drums are left out); remove it")
+        raise UserError(f"{path}: has no notes (drums are left out). Fix: remove it")
     for note, first, _ in spans:
         if not LOWEST <= note < LOWEST + KEYS:
             raise UserError(
@@ -220,7 +220,7 @@ def read_note_lists(path: Path, split: Split, max_gb: float = MAX_GB) -> Archive
                 if not isinstance(note, (int, np.integer)) or not LOWEST <= note < LOWEST + KEYS:
                     raise UserError(
                         f"{path}: {word} {i}, step {t} holds note {_shorten(note)}, but a piano's are {LOWEST} to "
-                        f"{LOWEST + KEYS - 1}; fix or remove it"
+                        f"{LOWEST + KEYS - 1}. Fix: correct or remove it"
                     )
                 places.append((bounds[-1] + t, int(note) - LOWEST))
         bounds.append(bounds[-1] + len(roll))
@@ -302,9 +302,9 @@ def _load(path: Path) -> Any:
         with explained(path, "--data.root"), path.open("rb") as file:
             return unpickle(file) if path.suffix.lower() != ".json" else json.load(file)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: can't be read as a pickle of notes: {error}; copy or write it again") from None
+        raise UserError(f"{path}: can't be read as a pickle of notes: {error}. Fix: copy or write it again") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: can't be read as JSON ({error}); copy or write it again") from None
+        raise UserError(f"{path}: can't be read as JSON ({error}). Fix: copy or write it again") from None
 
 
 def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:

@@ -107,8 +107,10 @@ class Rows:
         place, time, last = self.place(i + 1), self.time(i + 1), self.time(i)
         if time == last:
             more = "" if self.id else ", or name the column that tells series apart, --data.id"
-            raise UserError(f"{place}: time {time} is that of {self.place(i)} too; keep one of them{more}")
-        raise UserError(f"{place}: time {time} comes after {last}; order the rows by time, or set --data.sort true")
+            raise UserError(f"{place}: time {time} is that of {self.place(i)} too. Fix: keep one of them{more}")
+        raise UserError(
+            f"{place}: time {time} comes after {last}. Fix: order the rows by time, or set --data.sort true"
+        )
 
     def grid(self, step: Step) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Return the times of a regular grid from the first row on, and the place of each row in it."""
@@ -125,7 +127,9 @@ class Rows:
             )
         count = int(place[-1]) + 1
         if count > SPARSEST * len(place):
-            raise UserError(f"{self.place(0)}: {option} makes {count} steps of {len(place)} rows; choose a longer one")
+            raise UserError(
+                f"{self.place(0)}: {option} makes {count} steps of {len(place)} rows. Fix: choose a longer one"
+            )
         return self.times[0] + np.arange(count) * (
             int(step.size) if float(step.size).is_integer() else step.size
         ), place
@@ -147,7 +151,7 @@ def group_rows(tables: Mapping[str, Columns], *, by_id: bool, sort: bool) -> dic
         if table.dated != first.dated:
             kinds = ("dates", "numbers") if table.dated else ("numbers", "dates")
             raise UserError(
-                f"{table.path}: times are {kinds[0]}, but in {first.path} they are {kinds[1]}; write them alike"
+                f"{table.path}: times are {kinds[0]}, but in {first.path} they are {kinds[1]}. Fix: write them alike"
             )
     if not by_id:
         return {name: Rows.join("", [(table, np.arange(len(table.rows)))], sort=sort) for name, table in tables.items()}
@@ -160,7 +164,7 @@ def group_rows(tables: Mapping[str, Columns], *, by_id: bool, sort: bool) -> dic
             if first.times is None and len(pieces[word]) > 1:
                 raise UserError(
                     f"{table.path}: id {word!r} is in {pieces[word][0][0].path} too, and without --data.time its rows "
-                    "have no order; name the column of times, or give each file ids of its own"
+                    "have no order. Fix: name the column of times, or give each file ids of its own"
                 )
     return {word: Rows.join(word, parts, sort=sort) for word, parts in pieces.items()}
 

@@ -15,6 +15,8 @@ from vrnn_lightning.vrnn.model import VRNN
 
 __all__ = ["build_vrnn"]
 
+CELLS = {"gru": (nn.GRU, nn.GRUCell), "lstm": (nn.LSTM, nn.LSTMCell)}
+
 
 def build_vrnn(
     num_features: int,
@@ -37,7 +39,7 @@ def build_vrnn(
     """Return a VRNN made of parts that fit each other.
 
     Args:
-        num_features: Width of a frame, D.
+        num_features: Width of a frame, D; a size that is too small is a UserError.
         latent_size: Dimensions of z_t; 0 for a plain recurrent network, which ignores the options of the latent.
         hidden_size: Units of the recurrence.
         layers: Layers of the recurrence; the networks read the top one.
@@ -54,20 +56,15 @@ def build_vrnn(
         num_inputs: Covariates per step; every network and the recurrence read them.
         missing: phi_x also reads which values were measured.
 
-    Raises:
-        UserError: A size is outside its range.
-
     >>> build_vrnn(num_features=3, latent_size=2).generate(steps=5, batch_size=4).x.shape
     torch.Size([4, 5, 3])
     """
-    for option, size in (("num_features", num_features), ("hidden_size", hidden_size), ("layers", layers)):
-        require(option, size, 1)
-    require("latent_size", latent_size, 0)
-    require("num_inputs", num_inputs, 0)
+    _require_at_least(1, num_features=num_features, hidden_size=hidden_size, layers=layers)
+    _require_at_least(0, latent_size=latent_size, num_inputs=num_inputs)
     require("dropout", dropout, 0, below=1)
-    if cell not in ("gru", "lstm"):
+    if cell not in CELLS:
         raise UserError(f"cell {cell!r}: choose 'gru' or 'lstm'")
-    rnn, kind = (nn.GRU, nn.GRUCell) if cell == "gru" else (nn.LSTM, nn.LSTMCell)
+    rnn, kind = CELLS[cell]
     h_width, z_width = hidden_size + num_inputs, phi_z.width if latent_size else 0
     x_width, future_width = phi_x.width + num_inputs, hidden_size if smoothing else 0
     x_network = MLP(num_features * (2 if missing else 1), phi_x)
@@ -81,3 +78,8 @@ def build_vrnn(
     cells = (kind(hidden_size if i else x_width + z_width, hidden_size) for i in range(layers))
     parts = (x_network, z_network, prior_network, encoder_network, decoder_network, nn.ModuleList(cells), backward_rnn)
     return VRNN(*parts, residual_posterior=residual_posterior, dropout=dropout, num_inputs=num_inputs, missing=missing)
+
+
+def _require_at_least(least: int, **sizes: int) -> None:
+    for option, size in sizes.items():
+        require(option, size, least)

@@ -231,7 +231,7 @@ class VRNN(Equations):
         if resampling is not None and resampling.gradient and self.checkpoint_every and torch.is_grad_enabled():
             raise UserError(
                 "objective.resampling_gradient: weighs each choice by all that follows, which loop.checkpoint_every "
-                "does not keep; give one of the two"
+                "does not keep. Fix: give one of the two"
             )
         whole = _Pass(batch, noise, masks, samples, self.backward_states(batch, masks))
         total = effective_sum = log_weights.new_zeros(len(batch))
@@ -308,7 +308,7 @@ class VRNN(Equations):
         state = self.initial_state(batch_size) if state is None else state
         self.require_state(state)
         if len(state.h) == 0:
-            raise UserError("state: has no rows; give at least one")
+            raise UserError("state: has no rows. Fix: give at least one")
         self.apply_pruning()
         needed = (len(state.h), steps, self.num_inputs)
         if self.num_inputs and (inputs is None or tuple(inputs.shape) != needed):
