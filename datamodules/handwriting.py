@@ -230,7 +230,7 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
             flat = read_archive(self.root, split, 3, max_gb=self.max_gb)
             wrong = (flat.values != 0) & (flat.values != 1)
             wrong[:, :2] = False
-            flat.raise_if(wrong, "expected rows (dx, dy, lift) whose lift is 0 or 1")
+            flat.raise_if(wrong, "write rows (dx, dy, lift) whose lift is 0 or 1")
             return flat
         if self._layout == "sketch-rnn":
             drawings = enumerate(read_sketch_rnn(self.root, name, self.max_gb))

@@ -97,7 +97,7 @@ class MNISTRows(FileDataModule):
     def _archived(self, split: Split) -> ArchiveSplit:
         images = read_archive(self.root, split, SIDE, stacked="images", max_gb=self.max_gb)
         is_whole = images.values.dtype.kind != "f"
-        fix = "grey values are whole numbers from 0 to 255, or floats from 0 to 1"
+        fix = "store grey values as whole numbers from 0 to 255, or floats from 0 to 1"
         images.raise_if((images.values < 0) | (images.values > (255 if is_whole else 1)), fix)
         if not is_whole:
             return replace(images, values=255 * images.values.astype(np.float32))

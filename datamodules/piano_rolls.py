@@ -150,7 +150,7 @@ class PianoRolls(FileDataModule):
         if suffix in NOTE_LISTS:
             return read_note_lists(self.root, split, self.max_gb)
         rolls = read_archive(self.root, split, KEYS, max_gb=self.max_gb)
-        rolls.raise_if((rolls.values != 0) & (rolls.values != 1), "a roll holds 0 and 1: binarise it")
+        rolls.raise_if((rolls.values != 0) & (rolls.values != 1), "binarise the rolls to 0 and 1")
         return rolls
 
     def _raise_if_idle(self) -> None:

@@ -108,15 +108,15 @@ def test_long_sequences_are_left_out_and_the_others_keep_their_names(tmp_path):
             {"train_values": VALUES.astype(str)},
             "train_values is of type <U6. Fix: save it as integers, float32 or float64",
         ),
-        ({"train_values": VALUES.astype("complex64")}, "train_values is of type complex64; save it as"),
+        ({"train_values": VALUES.astype("complex64")}, "train_values is of type complex64. Fix: save it as"),
         ({"train_values": VALUES.astype(object)}, "train_values holds pickled objects, which are never loaded"),
         (
             {"train_values": np.where(VALUES == 9, np.nan, VALUES)},
-            "train_values holds nan at train 2, step 1, feature 1; remove the sequence or fix it",
+            "train_values holds nan at train 2, step 1, feature 1. Fix: remove or correct the sequence",
         ),
         (
             {"train_values": np.where(VALUES == 14, np.inf, VALUES)},
-            "train_values holds inf at train 3, step 0, feature 0; remove the sequence or fix it",
+            "train_values holds inf at train 3, step 0, feature 0. Fix: remove or correct the sequence",
         ),
     ],
 )

@@ -225,7 +225,7 @@ def test_a_lift_that_is_neither_0_nor_1(archive, value):
     values = arrays["train_values"].astype(np.float32)
     values[0, 2] = value
     np.savez(archive, **arrays | {"train_values": values})
-    message = f"{archive}: train_values holds {value} at train 0, step 0, feature 2; expected rows (dx, dy, lift)"
+    message = f"{archive}: train_values holds {value} at train 0, step 0, feature 2. Fix: write rows (dx, dy, lift)"
     with pytest.raises(UserError, match=re.escape(message)):
         Handwriting(archive).setup("fit")
 
@@ -649,7 +649,7 @@ class TestBadInput:
         assert len(found(tmp_path, layout="inkml", val=0, test=0)) == 14
         refused(sources["inkml"], r"no \*.ndjson in it, which --data.layout quickdraw reads", layout="quickdraw")
         refused(sources["inkml"], r"no lineStrokes/\*\*/\*.xml in it", layout="iam")
-        refused(tmp_path / "a.txt", "is a file; give the folder that holds lineStrokes", layout="iam")
+        refused(tmp_path / "a.txt", "is a file. Fix: give the folder that holds lineStrokes", layout="iam")
         refused(sources["inkml"], "Is a directory. Fix: give an .npz archive", layout="archive")
         refused(sources["inkml"], "Is a directory", layout="sketch-rnn")
 

@@ -111,7 +111,7 @@ def test_values_are_left_as_they_are(archive):
 @pytest.mark.parametrize("value", [127, 0.5, -1])
 def test_a_value_that_is_neither_0_nor_1(archive, value):
     spoil(archive, value)
-    message = f"{archive}: valid_values holds {float(value)} at valid 1, step 0, feature 60; a roll holds 0 and 1"
+    message = f"{archive}: valid_values holds {float(value)} at valid 1, step 0, feature 60. Fix: binarise the rolls to 0 and 1"
     with pytest.raises(UserError, match=re.escape(message)):
         PianoRolls(archive).setup("fit")
 
@@ -673,7 +673,7 @@ def test_roots_that_are_no_music(archive, tmp_path):
     folder_of_midi(tmp_path / "both", train=2, val=1, valid=1)
     assert "has both valid and val. Fix: rename one of them" in complaint(tmp_path / "both")
     folder_of_midi(tmp_path / "two", _=2)
-    assert "the train split is empty: it has 2 different MIDI files; add some" in complaint(tmp_path / "two")
+    assert "the train split is empty: it has 2 different MIDI files. Fix: add some" in complaint(tmp_path / "two")
     assert "the val split is empty" in complaint(folder_of_midi(tmp_path / "five", _=5), val=0.0)
 
 

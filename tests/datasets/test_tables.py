@@ -689,7 +689,7 @@ class TestRefusals:
             ("x,x\n1,2\n", {}, r"a\.csv: has 2 columns called 'x'"),
             ('x\n"1\n2\n', {}, r"a\.csv: can't be read as csv"),
             ("t,x\n0,1\n1,2\n1,3\n", {"time": "t"}, r"a\.csv: row 4: time 1 is that of .*a\.csv: row 3 too"),
-            ("t,x\n0,1\n2,2\n1,3\n", {"time": "t"}, r"a\.csv: row 4: time 1 comes after 2; .*--data\.sort true"),
+            ("t,x\n0,1\n2,2\n1,3\n", {"time": "t"}, r"a\.csv: row 4: time 1 comes after 2. .*--data\.sort true"),
             ("t,x\n1,1\n0,2\n1,3\n", {"time": "t", "sort": True}, r"row 4: time 1 is that of .*row 2 too"),
             ("t,x\n0,1\n,2\n", {"time": "t"}, r"row 3, column 't': is empty; each row needs its time"),
             ("t,x\n2024-01-01,1\n,2\n", {"time": "t"}, r"row 3, column 't': is empty; each row needs its time"),

@@ -182,7 +182,7 @@ def read_archive(
         values = archive.read(name, max_gb).reshape(-1, width)
     sequences = ArchiveSplit.join(path, word, name, values, steps)
     if values.dtype.kind == "f":
-        sequences.raise_if(~np.isfinite(values), "remove the sequence or fix it")
+        sequences.raise_if(~np.isfinite(values), "remove or correct the sequence")
     return sequences
 
 
