@@ -18,11 +18,13 @@ Needed:
 
   ``SequenceSample`` also takes ``observed`` (True where a value was measured) and ``inputs`` (covariates that are known
   beforehand). The model is built for them where ``__init__`` sets ``self.missing = True`` and ``self.num_inputs = 4``
-  (covariates per step, which every sequence must then have). For a user's mistake raise a ``UserError`` of one line
-  that names the file or option and the fix.
+  (covariates per step, which every sequence must then have). Covariates are not scaled. For a user's mistake raise a
+  ``UserError`` of one line that names the file or option and the fix.
 
 Optional:
 
+- :class:`~vrnn_lightning.data.RandomSplitDataModule` as the base, where files are split at random: the checkpoint then
+  remembers the files of each split, and no file that was trained on is tested after the folder has grown.
 - ``modality``, how samples are shown: "audio", "strokes", "series", "roll" or "image".
 - ``scaling``, fitted on the training split: "per_feature", "scalar" (one mean and std for all features) or "none"
   (discrete data).

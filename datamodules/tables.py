@@ -254,8 +254,8 @@ class Tables(FileDataModule):
         empty = x.isnan().all(0).tolist()
         if True in empty:
             raise UserError(
-                f"{self.root}: column {self.columns[empty.index(True)]!r} has no value in the training split. Fix: take "
-                "it out of --data.columns"
+                f"{self.root}: column {self.columns[empty.index(True)]!r} has no value in the training split. "
+                "Fix: take it out of --data.columns"
             )
         x = x if scaler is None else scaler.scale(x)
         mean = x.nanmean(0)

@@ -195,7 +195,9 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         resumed, self._resumed = self._resumed, None
         if resumed is not None and all(len(x) == self.trainer.world_size for part in resumed for x in part):
             own = [[x[self.global_rank].to(self.device) for x in part] for part in resumed]
-            self._carried = StreamState(*(Particles(State(*states), log_weights) for log_weights, *states in own))
+            fields = [name for name, x in self.vrnn.initial_state(1)._asdict().items() if x is not None]
+            states = [State(**dict(zip(fields, part[1:], strict=True))) for part in own]
+            self._carried = StreamState(*(Particles(s, part[0]) for s, part in zip(states, own, strict=True)))
 
     def on_train_epoch_end(self) -> None:
         """Drop the state of streams: the next epoch starts from zero."""

@@ -111,7 +111,7 @@ def test_values_are_left_as_they_are(archive):
 @pytest.mark.parametrize("value", [127, 0.5, -1])
 def test_a_value_that_is_neither_0_nor_1(archive, value):
     spoil(archive, value)
-    message = f"{archive}: valid_values holds {float(value)} at valid 1, step 0, feature 60. Fix: binarise the rolls to 0 and 1"
+    message = f"{archive}: valid_values holds {float(value)} at valid 1, step 0, feature 60. Fix: binarise the rolls"
     with pytest.raises(UserError, match=re.escape(message)):
         PianoRolls(archive).setup("fit")
 

@@ -275,7 +275,7 @@ class ScaledSequences(Dataset[SequenceBatch]):
         """Return a sequence or a part of it under a name."""
         name, observed = s.name or f"sequence {index}", cast(Any, s.observed)
         if s.x.ndim != 2 or s.x.shape[1] != self.num_features:
-            raise UserError(f"{name}: shape {tuple(s.x.shape)}, expected (time, {self.num_features})")
+            raise UserError(f"{name}: shape {tuple(s.x.shape)}, expected (time, num_features={self.num_features})")
         is_tensor = isinstance(observed, Tensor)
         if observed is not None and not (is_tensor and observed.dtype == torch.bool and observed.shape == s.x.shape):
             shown = f"{observed.dtype} of shape {tuple(observed.shape)}" if is_tensor else type(observed).__name__

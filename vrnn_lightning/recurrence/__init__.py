@@ -1,8 +1,7 @@
-"""The time loops, the only rooms that step a VRNN.
+"""The fast time loops of a VRNN, on one layout of the step, :class:`~vrnn_lightning.recurrence.step.FastStep`.
 
-:func:`infer` is what training runs: it holds only what depends on z_t, and no autograd graph. :func:`generate` draws
-sequences, and :class:`Stream` follows them frame by frame. All three run one layout of the step,
-:class:`~vrnn_lightning.recurrence.step.FastStep`.
+:func:`infer` serves training, evaluation and the particle filter, :func:`generate` draws sequences, and :class:`Stream`
+follows them frame by frame. Imputation, decoding, sessions and exports call the model's four equations instead.
 """
 
 from vrnn_lightning.recurrence.generation import Generated, generate

@@ -24,7 +24,9 @@ READS = {
 
 DATA = ("x_features", "inputs", "future")
 GIVEN: dict[Purpose, tuple[str, ...]] = {"infer": DATA, "filter": DATA, "stream": DATA, "generate": ("inputs",)}
-"""Values that are given, or computed from given ones, for all steps beforehand; in the order of their columns."""
+"""Values that are given, or computed from given ones, for all steps beforehand, with a row per sequence.
+
+They lie side by side in this order; a network reads a contiguous part of them."""
 
 READ_AT_ONCE: dict[Purpose, tuple[str, ...]] = {
     "infer": (),

@@ -138,7 +138,9 @@ class FastStep:
         key = tuple(names)
         if key not in self._known_columns:
             order = GIVEN[self.purpose]
-            start = sum(self.widths[name] for name in order[: order.index(names[0])])
+            first = order.index(names[0])
+            assert order[first : first + len(key)] == key, "given values that a network reads lie side by side"
+            start = sum(self.widths[name] for name in order[:first])
             width = sum(self.widths[name] for name in names)
             is_whole = width == self._known.shape[-1]
             self._known_columns[key] = self._known if is_whole else self._known[..., start : start + width]
