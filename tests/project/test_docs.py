@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import partial
 
+import numpy as np
 import pytest
 from pages import BLOCKS, FILES, LINES, PAGES, README, ROOT, SHELLS, blocks_of, write_files
 
@@ -12,6 +14,7 @@ from vrnn_lightning import discovery
 from vrnn_lightning.cli.argv import mentions, with_configs, with_current_names
 from vrnn_lightning.cli.command import CLI
 from vrnn_lightning.datamodules import local
+from vrnn_lightning.testing import CHECKS
 
 EXAMPLES = ("configs/NAME.yaml", "datamodules/mydata.py", "tests/datasets/test_mydata.py")
 TRAINING = ("README.md", "docs/quickstart.md")
@@ -132,3 +135,29 @@ def test_links_lead_somewhere():
 
 def test_the_readme_is_short():
     assert len(README.read_text().splitlines()) <= 150
+
+
+def test_pairs_of_files_keep_their_splits(here):
+    """The dataset of the guide, before and after its folder has grown."""
+    rng = np.random.default_rng(0)
+
+    def write(names):
+        for name in names:
+            for kind, width in (("in", 1), ("out", 2)):
+                np.savetxt(here / f"{name}_{kind}.csv", rng.normal(size=(5, width)), delimiter=",")
+
+    write("abcdefghij")
+    make = partial(discovery.load("Pairs"), root=str(here), features=2, covariates=1)
+    for check in CHECKS:
+        check(make)
+    data = make()
+    data.setup("fit")
+    train = {sequence.name for sequence in data.split("train")}
+    write("klmnopqrst")
+    grown = make()
+    grown.setup("test")
+    grown.load_state_dict(data.state_dict())
+    with pytest.warns(UserWarning, match="left out"):
+        tested = {sequence.name for sequence in grown.split("test")}
+    assert tested
+    assert not tested & train
