@@ -36,7 +36,7 @@ class BouncingBall(SyntheticDataModule):
     """
 
     def __init__(
-        self, channels: int = 2, steps: int = 60, speed: float = 0.2, noise: float = 0.05, **options: Any
+        self, channels: int = 2, steps: int = 60, *, speed: float = 0.2, noise: float = 0.05, **options: Any
     ) -> None:
         super().__init__(num_features=channels, steps=steps, **options)
         require("channels", channels, 1)

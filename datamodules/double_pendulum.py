@@ -44,7 +44,7 @@ class DoublePendulum(MotionDataModule):
 
     scaling = "scalar"
 
-    def __init__(self, max_angle: float = 120.0, noise: float = 0.05, **options: Any) -> None:
+    def __init__(self, *, max_angle: float = 120.0, noise: float = 0.05, **options: Any) -> None:
         super().__init__(4, noise, **options)
         self.max_angle = require("max_angle", max_angle, 1, 180)
 

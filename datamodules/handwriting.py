@@ -134,6 +134,7 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
         smooth: int = 1,
         augment: float = 0.0,
         batch_size: int = 64,
+        *,
         download: bool = False,
         **options: Any,
     ) -> None:

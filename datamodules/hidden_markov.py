@@ -53,6 +53,7 @@ class HiddenMarkov(ExactDataModule):
         emission: Literal["bernoulli", "gaussian"] = "bernoulli",
         states: int = 4,
         channels: int = 8,
+        *,
         stay: float = 0.6,
         contrast: float = 2.0,
         missing_rate: float = 0.0,

@@ -48,6 +48,7 @@ class Jumps(ExactDataModule):
     def __init__(
         self,
         channels: int = 3,
+        *,
         memory: float = 0.5,
         jump: float = 1.0,
         noise: float = 0.2,

@@ -52,6 +52,7 @@ class LinearGaussian(ExactDataModule):
         self,
         state_size: int = 2,
         channels: int = 4,
+        *,
         memory: float = 0.9,
         state_noise: float = 0.5,
         observation_noise: float = 0.3,

@@ -33,7 +33,7 @@ class Lorenz(MotionDataModule):
 
     scaling = "per_feature"
 
-    def __init__(self, channels: int = 3, noise: float = 0.5, **options: Any) -> None:
+    def __init__(self, channels: int = 3, *, noise: float = 0.5, **options: Any) -> None:
         super().__init__(channels, noise, **options)
         require("channels", channels, 1, 3)
 

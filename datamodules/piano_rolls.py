@@ -93,6 +93,7 @@ class PianoRolls(FileDataModule):
         skip_bad: bool = False,
         download: bool = False,
         batch_size: int = 16,
+        *,
         max_quarters: int = 20_000,
         **options: Any,
     ) -> None:

@@ -45,6 +45,7 @@ class Sines(ExactDataModule):
     def __init__(
         self,
         channels: int = 3,
+        *,
         frequencies: int = 8,
         amplitude: float = 1.0,
         noise: float = 0.5,

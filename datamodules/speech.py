@@ -116,6 +116,7 @@ class Speech(RandomSplitDataModule, FileDataModule):
         tail: Literal["drop", "pad"] = "drop",
         units: Literal["scaled", "amplitude", "pcm16"] = "scaled",
         batch_size: int = 64,
+        *,
         layout: Layout = "folder",
         features: Literal["raw", "log_mel"] = "raw",
         mel_bands: int | None = None,

@@ -44,7 +44,9 @@ class Spirals(SyntheticDataModule):
 
     modality: ClassVar[Modality] = "strokes"
 
-    def __init__(self, arms: int = 2, turns: float = 1.5, steps: int = 60, noise: float = 0.01, **options: Any) -> None:
+    def __init__(
+        self, arms: int = 2, turns: float = 1.5, steps: int = 60, *, noise: float = 0.01, **options: Any
+    ) -> None:
         super().__init__(num_features=3, steps=steps, **options)
         self.arms = require("arms", arms, 1)
         if arms > self.min_steps:

@@ -38,7 +38,7 @@ class StochasticVolatility(SyntheticDataModule):
     """
 
     def __init__(
-        self, channels: int = 3, steps: int = 100, persistence: float = 0.95, volatility: float = 0.4, **options: Any
+        self, channels: int = 3, steps: int = 100, *, persistence: float = 0.95, volatility: float = 0.4, **options: Any
     ) -> None:
         super().__init__(num_features=channels, steps=steps, **options)
         require("channels", channels, 1)

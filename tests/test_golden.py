@@ -154,7 +154,7 @@ def test_a_format_is_a_positive_number(number):
 
 def test_names_of_the_last_release_are_found_with_a_warning():
     import vrnn_lightning
-    from vrnn_lightning import batch, data, nn
+    from vrnn_lightning import batch, data, filtering, nn, objectives
 
     for module, old, new in (
         (vrnn_lightning, "Sequence", "SequenceSample"),
@@ -164,6 +164,8 @@ def test_names_of_the_last_release_are_found_with_a_warning():
         (data, "BadFiles", "InvalidFiles"),
         (data, "DrawnDataModule", "RandomSplitDataModule"),
         (data, "DrawnSplits", "RandomSplits"),
+        (filtering, "Weights", "ParticleWeights"),
+        (objectives, "Found", "ObjectiveOutput"),
     ):
         with pytest.warns(FutureWarning, match=rf"{old} is now called {new}"):
             assert getattr(module, old) is getattr(module, new)
@@ -226,3 +228,44 @@ def test_hooks_of_the_last_release_still_override():
                 return RandomSplits(0.5, 0.0, 1)
 
     assert Halves(1).random_splits.val == 0.5
+
+
+def test_old_hooks_of_a_mixin_and_of_an_instance_still_override():
+    class Mixin:
+        def start_from(self, mean):
+            self.given = mean
+
+    class Kept(RandomSplits):
+        pass
+
+    with pytest.warns(FutureWarning, match="start_from is now called init_from_statistics"):
+
+        class Mixed(Mixin, Poisson):
+            pass
+
+    head = Mixed(4, 1)
+    head.init_from_statistics(torch.ones(1))
+    assert head.given == 1
+    with pytest.warns(FutureWarning, match="drawn is now called random_splits"):
+
+        class Assigned(RandomSplitDataModule):
+            drawn = None
+
+            def __init__(self):
+                super().__init__(1)
+                self.drawn = Kept(0.5, 0.0, 1)
+
+    assert type(Assigned().random_splits) is Kept
+
+
+def test_weights_and_attributes_of_a_module_of_the_last_release():
+    module = VRNNLightningModule(num_features=1, latent_size=1)
+    weights = {{"is_initialized": "prepared"}.get(name, name): value for name, value in module.state_dict().items()}
+    assert module.load_state_dict(weights)
+    inside = torch.nn.ModuleList([module])  # as callbacks that average weights keep it
+    assert inside.load_state_dict({f"0.{name}": value for name, value in weights.items()})
+    with pytest.warns(FutureWarning, match="traced is now called is_tracing"):
+        module.traced = False
+    assert not module.is_tracing
+    with pytest.warns(FutureWarning, match="prepared is now called is_initialized"):
+        assert module.prepared is module.is_initialized

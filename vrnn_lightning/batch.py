@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import collections.abc
-import warnings
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vrnn_lightning.compatibility import old_names
+from vrnn_lightning.compatibility import old_names, renamed
 from vrnn_lightning.errors import UserError
 
 __all__ = ["SequenceBatch", "SequenceSample", "pad"]
@@ -80,11 +79,7 @@ class SequenceBatch:
         mask = self.mask[..., None].expand_as(self.x)
         return mask if self.observed is None else mask & self.observed
 
-    @property
-    def counted(self) -> Tensor:
-        """The old name of :attr:`valid_mask`."""
-        warnings.warn("SequenceBatch.counted is now called valid_mask", FutureWarning, stacklevel=2)
-        return self.valid_mask
+    counted = renamed("counted", "valid_mask")
 
     def rows(self, index: collections.abc.Sequence[int]) -> SequenceBatch:
         """Return some of the sequences, padded to the longest of them."""

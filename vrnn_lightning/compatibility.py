@@ -29,6 +29,7 @@ __all__ = [
     "current_weights",
     "keep_old_hooks",
     "old_names",
+    "renamed",
     "require_known_format",
     "upgrade",
 ]
@@ -81,11 +82,41 @@ def keep_old_hooks(cls: type, hooks: Mapping[str, str]) -> None:
         hooks: The new name of each hook by its old one. The class that defines them has both.
     """
     for old, new in hooks.items():
-        if new in vars(cls):
-            setattr(cls, old, vars(cls)[new])  # a subclass of this one may call it by the old name
-        elif old in vars(cls):
-            warnings.warn(f"{cls.__qualname__}.{old} is now called {new}. Fix: rename it", FutureWarning, stacklevel=3)
-            setattr(cls, new, vars(cls)[old])
+        owner = next(c for c in cls.__mro__ if old in vars(c) or new in vars(c))  # cls, or a mixin before the base
+        if new in vars(owner):
+            if owner is cls:
+                setattr(cls, old, vars(cls)[new])  # a subclass of this one may call it by the old name
+            continue
+        warnings.warn(f"{cls.__qualname__}.{old} is now called {new}. Fix: rename it", FutureWarning, stacklevel=3)
+        is_plain = not hasattr(vars(owner)[old], "__get__")  # an instance may have a value of its own
+        setattr(cls, new, _Renamed(old) if is_plain else vars(owner)[old])
+
+
+class _Renamed:
+    """An attribute that is read under another name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        return getattr(owner if instance is None else instance, self.name)
+
+
+def renamed(old: str, new: str) -> Any:
+    """Return a property that reads and sets an attribute under its old name, with a warning."""
+
+    def warn(instance: object) -> None:
+        warnings.warn(f"{type(instance).__name__}.{old} is now called {new}", FutureWarning, stacklevel=3)
+
+    def read(instance: object) -> Any:
+        warn(instance)
+        return getattr(instance, new)
+
+    def write(instance: object, value: Any) -> None:
+        warn(instance)
+        setattr(instance, new, value)
+
+    return property(read, write, doc=f"The old name of :attr:`{new}`.")
 
 
 def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
+from vrnn_lightning.compatibility import old_names
 from vrnn_lightning.errors import UserError, require
 
 __all__ = [
@@ -33,6 +34,9 @@ __all__ = [
     "select_by_weight",
     "window_estimate",
 ]
+
+OLD = {"Filtered": "FilterResult", "Move": "ResamplingEvent", "Weights": "ParticleWeights", "evidence": "log_evidence"}
+__getattr__ = old_names(__name__, OLD)
 
 StateT = TypeVar("StateT")
 Step = Callable[[int, Any], tuple[Tensor, Any]]

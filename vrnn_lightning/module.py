@@ -45,7 +45,7 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
     Every argument is a hyperparameter: it travels in the checkpoint, and ``load_from_checkpoint`` needs nothing else.
 
     Args:
-        num_features: Width of a frame; on the command line the data say it.
+        num_features: Width of a frame; given by the data on the command line.
         objective: The bound to train on: a class of ``vrnn_lightning.objectives``, or a partial of one.
         optimizer: Called with the parameters: an optimiser class or a partial of one.
         lr_scheduler: Called with the optimiser: a scheduler class or a partial of one.
@@ -53,10 +53,9 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         network: The other options of :func:`~vrnn_lightning.vrnn.build_vrnn`.
 
     Raises:
-        UserError: A size that no network can have, or a factory that no checkpoint can hold.
+        UserError: An option is outside its range, or a checkpoint can't hold a factory.
 
-    >>> module = VRNNLightningModule(num_features=3, latent_size=2)
-    >>> module.vrnn.generate(steps=5, batch_size=4).x.shape
+    >>> VRNNLightningModule(num_features=3, latent_size=2).vrnn.generate(steps=5, batch_size=4).x.shape
     torch.Size([4, 5, 3])
     """
 
@@ -195,9 +194,8 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         resumed, self._resumed = self._resumed, None
         if resumed is not None and all(len(x) == self.trainer.world_size for part in resumed for x in part):
             own = [[x[self.global_rank].to(self.device) for x in part] for part in resumed]
-            fields = [name for name, x in self.vrnn.initial_state(1)._asdict().items() if x is not None]
-            states = [State(**dict(zip(fields, part[1:], strict=True))) for part in own]
-            self._carried = StreamState(*(Particles(s, part[0]) for s, part in zip(states, own, strict=True)))
+            names = [name for name, x in self.vrnn.initial_state(1)._asdict().items() if x is not None]
+            self._carried = StreamState(*(Particles(State(**dict(zip(names, p[1:], strict=True))), p[0]) for p in own))
 
     def on_train_epoch_end(self) -> None:
         """Drop the state of streams: the next epoch starts from zero."""
@@ -246,9 +244,7 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         self.vrnn.decoder.head.check(batch.x, batch.valid_mask)
         data = type(self._data).__name__
         if not self.vrnn.missing and batch.observed is not None and not batch.observed[batch.mask].all():
-            rank_zero_warn(
-                f"{data}: missing values read as the mean; `missing = True` in that class tells phi_x of them"
-            )
+            rank_zero_warn(f"{data}: missing values read as the mean; set `missing = True` in that class to mark them")
         if not self.vrnn.num_inputs and batch.inputs is not None:
             rank_zero_warn(f"{data}: covariates are not read; say in that class how many there are, `num_inputs`")
 
@@ -399,5 +395,5 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
 
 def _parameter_names(module: LightningModule, optimizer: Optimizer) -> list[str]:
     """Return the names of an optimiser's parameters, in its order."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return [names.get(id(parameter), "") for group in optimizer.param_groups for parameter in group["params"]]
+    names = {id(p): name for name, p in module.named_parameters()}
+    return [names.get(id(p), "") for group in optimizer.param_groups for p in group["params"]]

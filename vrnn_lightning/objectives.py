@@ -15,13 +15,15 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.compatibility import keep_old_hooks
+from vrnn_lightning.compatibility import keep_old_hooks, old_names
 from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.filtering import Particles, Resampling
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.vrnn import VRNN, Trace
 
 __all__ = ["ELBO", "FIVO", "IWAE", "ImportanceBound", "Objective", "ObjectiveOutput", "StreamState", "elbo", "iwae"]
+
+__getattr__ = old_names(__name__, {"Carried": "StreamState", "Found": "ObjectiveOutput"})
 
 Total = Callable[[Tensor], Tensor]
 

@@ -12,7 +12,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
-from vrnn_lightning.compatibility import FORMAT, current_options, current_weights, require_known_format
+from vrnn_lightning.compatibility import FORMAT, current_options, current_weights, renamed, require_known_format
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, undamaged, write_files
 from vrnn_lightning.inference.checks import require_numbers
@@ -29,7 +29,20 @@ Options = Mapping[str, Any]
 
 
 class Pretrained:
-    """What :class:`~vrnn_lightning.module.VRNNLightningModule` writes to a folder and reads from one."""
+    """The part of :class:`~vrnn_lightning.module.VRNNLightningModule` that saves and loads, old names included."""
+
+    prepared = renamed("prepared", "is_initialized")
+    traced = renamed("traced", "is_tracing")
+    held_out = renamed("held_out", "val_objective_metric")
+    whole_parameters = renamed("whole_parameters", "summon_full_params")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Load the module's own buffers, under the names of an earlier release too."""
+        own = {key.removeprefix(prefix): key for key in state_dict if key.startswith(prefix)}
+        for (name, key), new in zip(own.items(), current_weights(own), strict=True):
+            if name != new:
+                state_dict[prefix + new] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]  # torch's module follows
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json``, the options that make the networks, and ``model.safetensors``, weights and scaler.

@@ -509,7 +509,7 @@ class TestSequenceLoader:
         assert batch.x.tolist() == [[[1.0, 0.0]]]
 
     def test_a_wrong_width_is_named(self):
-        with pytest.raises(UserError, match=r"sequence 0: shape \(1, 3\), expected \(time, 2\)"):
+        with pytest.raises(UserError, match=r"sequence 0: shape \(1, 3\), expected \(time, num_features=2\)"):
             list(self.loader([SequenceSample(torch.zeros(1, 3))]))
 
     def test_a_process_without_data_still_has_covariates(self):

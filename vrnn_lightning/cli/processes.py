@@ -48,7 +48,7 @@ def _observe(children: list[subprocess.Popen[Any]]) -> None:
 
 def is_first_cause() -> bool:
     """Return whether no other process of this run has failed before; the store that connects them counts."""
-    if not _is_connected() or (_is_list_children() and os.getppid() != PARENT):  # the parent keeps the store
+    if not _is_connected() or (_is_launched() and os.getppid() != PARENT):  # the parent keeps the store
         return True
     try:
         count: int = torch.distributed.distributed_c10d._get_default_store().add(CAUSE, 1)
@@ -80,10 +80,10 @@ def end(code: int, line: str, stop: Stopped | None = None) -> int:
     if stop is not None and not stop.is_agreed:
         for process in filter(_is_alive, list_children()):
             os.kill(process.pid, stop.signum)
-        if _is_list_children() and os.getppid() == PARENT:
+        if _is_launched() and os.getppid() == PARENT:
             os.kill(PARENT, stop.signum)
     _wait(GRACE if stop is not None else GRACE / 4)
-    return 0 if stop is not None and _is_list_children() else code
+    return 0 if stop is not None and _is_launched() else code
 
 
 def end_without(error: BaseException) -> int:
@@ -120,7 +120,7 @@ def _is_connected() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _is_list_children() -> bool:
+def _is_launched() -> bool:
     """Return whether Lightning started this process beside another one."""
     return int(os.environ.get("LOCAL_RANK", 0)) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ
 
@@ -134,5 +134,5 @@ def follow_parent() -> None:
         time.sleep(GRACE)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if _is_list_children():
+    if _is_launched():
         threading.Thread(target=follow, daemon=True, name="follow-parent").start()
