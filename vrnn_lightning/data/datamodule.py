@@ -72,7 +72,7 @@ class SequenceDataModule(LightningDataModule):
         self._lengths: dict[str, tuple[Sequences, list[int]]] = {}
 
     @classmethod
-    def load_from_checkpoint(  # Lightning's, as far as a checkpoint of ours needs it
+    def load_from_checkpoint(
         cls,
         checkpoint_path: Any,
         map_location: Any = None,
