@@ -173,10 +173,8 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
         offsets = offsets.reshape(-1, 1) if self.scale == "shared" else offsets
         if not offsets.size:
             return Scaler(torch.zeros(3).double(), torch.ones(3).double())
-        mean, std = offsets.mean(0), offsets.std(0)
-        std = np.where(std > 1e-12 * abs(mean), std, 1.0)
-        mean, std = (np.append(np.broadcast_to(value, 2), lift) for value, lift in ((mean, 0.0), (std, 1.0)))
-        return Scaler(torch.from_numpy(mean), torch.from_numpy(std))
+        mean, std = (torch.from_numpy(moment).expand(2) for moment in (offsets.mean(0), offsets.std(0)))
+        return Scaler.from_moments(mean, std, unscaled=1)
 
     def _edit(self, strokes: ArchiveSplit, split: Split) -> ArchiveSplit:
         """Return smoothed and clipped strokes."""

@@ -189,9 +189,7 @@ class SequenceDataModule(LightningDataModule):
         """Fit the scaler on the training split: none, one scalar mean and std, or one per feature (``scaling``)."""
         if self.scaling == "none":
             return Scaler()
-        mean, std = self._moments(None)
-        varies = std > 1e-12 * mean.abs()  # else it is rounding: a constant feature is only centred
-        return Scaler(mean, torch.where(varies, std, 1.0))
+        return Scaler.from_moments(*self._moments(None))
 
     def fitted_on(self) -> tuple[Sequences, Iterable[int]]:
         """Return the sequences that the moments are taken over, and their steps: by default the training split."""

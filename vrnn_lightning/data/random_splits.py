@@ -148,14 +148,14 @@ class RandomSplitDataModule(SequenceDataModule):
     @property
     def random_splits(self) -> RandomSplits | None:
         """The random splits; ``None`` where the data have their own."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define random_splits")
 
     drawn = random_splits
 
     @property
     def sizes(self) -> Mapping[str, int]:
         """All sequences whose split is random, as :meth:`RandomSplits.names` takes them."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define sizes")
 
     def setup(self, stage: str) -> None:
         """Make the sequences of a stage, so that errors in them are raised before training starts."""

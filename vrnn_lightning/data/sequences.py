@@ -127,6 +127,23 @@ class Scaler:
     mean: Tensor = field(default_factory=lambda: torch.zeros(()))
     std: Tensor = field(default_factory=lambda: torch.ones(()))
 
+    @classmethod
+    def from_moments(cls, mean: Tensor, std: Tensor, unscaled: int = 0) -> Self:
+        """Return the scaler of data with these moments; a constant feature is only centred.
+
+        Args:
+            mean: Shape () or (features,).
+            std: Shape of ``mean``; below 1e-12 of the mean it is rounding.
+            unscaled: Number of features after those that are left as they are.
+
+        >>> Scaler.from_moments(torch.tensor([2.0, 3.0]), torch.tensor([0.5, 0.0]), unscaled=1)
+        Scaler(mean=tensor([2., 3., 0.]), std=tensor([0.5000, 1.0000, 1.0000]))
+        """
+        std = torch.where(std > 1e-12 * mean.abs(), std, 1.0)
+        if unscaled:
+            mean, std = torch.cat([mean, mean.new_zeros(unscaled)]), torch.cat([std, std.new_ones(unscaled)])
+        return cls(mean, std)
+
     def scale(self, x: Tensor) -> Tensor:
         """Return data of shape (..., features) in the model's units."""
         return (x - self.mean.to(x)) / self.std.to(x)
