@@ -241,7 +241,7 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
 
     def _check(self, batch: SequenceBatch) -> None:
         """Raise if the emission can't score a value, and warn of what the model does not read."""
-        self.vrnn.decoder.head.check(batch.x, batch.valid_mask)
+        self.vrnn.head.check(batch.x, batch.valid_mask)
         data = type(self._data).__name__
         if not self.vrnn.missing and batch.observed is not None and not batch.observed[batch.mask].all():
             rank_zero_warn(f"{data}: missing values read as the mean; set `missing = True` in that class to mark them")
@@ -317,7 +317,7 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         return self.vrnn.trace(batch, self._noise(batch, batch_idx))
 
     def _evaluate(self, batch: SequenceBatch, batch_idx: int) -> Trace:
-        self.vrnn.decoder.head.check(batch.x, batch.valid_mask)
+        self.vrnn.head.check(batch.x, batch.valid_mask)
         trace = self.trace(batch, batch_idx)
         valid = batch.valid_mask
         log_scale = (valid * self.scale_std.log()).sum()
@@ -342,7 +342,7 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
     def _report(self, stage: str) -> Tensor:
         figures = {f"{stage}/{name}": value.float() for name, value in self.bound.compute().items()}
         elbo = figures[f"{stage}/elbo"]
-        if self.vrnn.decoder.head.likelihood == "mixed":
+        if self.vrnn.head.likelihood == "mixed":
             del figures[f"{stage}/bits_per_dim"]  # a density and a mass have no common bit
         if self.vrnn.latent_size:
             figures[f"{stage}/active_units"] = self.active.compute().float()

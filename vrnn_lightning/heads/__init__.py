@@ -4,6 +4,7 @@ from vrnn_lightning.heads.base import Factorised, Head, Mixture, Network, log_pr
 from vrnn_lightning.heads.continuous import Gaussian, GaussianMixture, Laplace, StudentT
 from vrnn_lightning.heads.counts import NegativeBinomial, Poisson
 from vrnn_lightning.heads.discrete import Bernoulli, DiscretisedLogisticMixture, MuLaw
+from vrnn_lightning.heads.latent import GaussianLatent, Latent, gaussian
 from vrnn_lightning.heads.pen import Pen
 
 __all__ = [
@@ -11,9 +12,11 @@ __all__ = [
     "DiscretisedLogisticMixture",
     "Factorised",
     "Gaussian",
+    "GaussianLatent",
     "GaussianMixture",
     "Head",
     "Laplace",
+    "Latent",
     "Mixture",
     "MuLaw",
     "NegativeBinomial",
@@ -21,6 +24,7 @@ __all__ = [
     "Pen",
     "Poisson",
     "StudentT",
+    "gaussian",
     "log_prob",
     "tempered",
 ]

@@ -78,7 +78,7 @@ class _Step(nn.Module):
         nats = nats + log_ratio(prior, posterior, z)
         h, state = model.next_state(x_features, z_features, state, inputs)
         features = upcoming(model, h, given.get("next_inputs"), given.get("next_noise", none))
-        emission = model.decoder.head(features)
+        emission = model.emission_head(features)
         outputs = {"nats": nats, "next_mean": emission.mean * std + mean}
         with suppress(NotImplementedError):  # not every emission has a variance
             outputs["next_std"] = emission.variance.sqrt() * std
@@ -141,7 +141,7 @@ def _as_onnx(step: _Step) -> bytes:
         import onnxscript  # noqa: F401  # what torch exports with
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed. Fix: pip install 'vrnn-lightning[export]'") from error
-    emission = type(step.model.decoder.head).__name__
+    emission = type(step.model.head).__name__
     try:
         program = _program(step)
         if any(node.target is torch.ops.aten.lgamma.default for node in program.graph.nodes):  # counts, Student's t

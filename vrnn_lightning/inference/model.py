@@ -156,7 +156,7 @@ class Inference:
             like, state, frames = model.input_mean, model.initial_state(len(latents)), []
             for t, z_features in enumerate(model.extract_z(latents.to(like)).unbind(1)):
                 u = inputs[:, t].to(like) if model.num_inputs and inputs is not None else None
-                frame = _round_binary(model.decoder.head, model.emission_dist(z_features, output(state), u).mean)
+                frame = _round_binary(model.head, model.emission_dist(z_features, output(state), u).mean)
                 _, state = model.next_state(model.extract_x(frame), z_features, state, u)
                 frames.append(frame)
             return self.scaler.unscale(torch.stack(frames, 1))

@@ -17,9 +17,18 @@ class Buffer:
         dtype: Their type.
         parent: The buffer that this one is a view of.
         place: Index of the view in its parent.
+        requires_grad: Whether its gradient is computed.
     """
 
-    def __init__(self, width: int, dtype: torch.dtype, parent: Buffer | None = None, place: Any = None) -> None:
+    def __init__(
+        self,
+        width: int,
+        dtype: torch.dtype,
+        parent: Buffer | None = None,
+        place: Any = None,
+        requires_grad: bool = True,
+    ) -> None:
+        self.requires_grad = requires_grad
         self.width, self.dtype = width, dtype
         self.parent, self.place = parent, place
 

@@ -53,7 +53,8 @@ def generate(
     known = state.h.new_zeros(at_once, rows, width, dtype=tape.narrow)
     step = FastStep(model, tape, state, "generate", known, {"inputs": width}, temperature=temperature)
     stepper = TapeStepper(tape)
-    buffers = [buffer for buffer in (step.x, step.emission, step.z) if buffer is not None]
+    means = step.emission if step.mean is None else step.mean  # a mean, or what the head makes it of
+    buffers = [buffer for buffer in (step.x, means, step.z) if buffer is not None]
     values = [stepper.values.value(buffer) for buffer in buffers]
     kept = [value.new_empty(steps, *value.shape[1:]) for value in values]
     for first in range(0, steps, at_once):
@@ -65,8 +66,9 @@ def generate(
             whole[first : first + count] = value[:count]
     x, features, *z = kept
     chunk = max(1, CHUNK // rows)
-    means = [tempered(model.decoder.head(part), temperature).mean for part in features.split(chunk)]
+    if step.mean is None:
+        features = torch.cat([tempered(model.emission_head(x), temperature).mean for x in features.split(chunk)])
     latents = z[0] if z else x[..., :0]
-    frames, mean, latents = (part.transpose(0, 1).contiguous() for part in (x, torch.cat(means), latents))
-    last = State.from_layers([stepper.values.steps(part)[0].clone() for part in step.states], len(model.cells))
+    frames, mean, latents = (part.transpose(0, 1).contiguous() for part in (x, features, latents))
+    last = state.with_layers([stepper.values.steps(part)[0].clone() for part in step.states])
     return Generated(frames, mean, latents, last)

@@ -39,7 +39,8 @@ class InferenceSteps(NamedTuple):
 
     Args:
         h: h_{t-1} of the top layer as the networks read it, shape (..., rows, hidden).
-        posterior: Mean and standard deviation of the posterior, each (..., rows, latent); with a latent.
+        posterior: Parameters of the posterior, of a Gaussian mean and standard deviation, each (..., rows, width); with
+            a latent.
         z: The latent drawn, shape (..., rows, latent); with a latent.
         z_features: Its features, shape (..., rows, width); with a latent.
         prior: Mean and standard deviation of the prior, each (..., rows, latent), if it was computed step by step.
@@ -47,7 +48,7 @@ class InferenceSteps(NamedTuple):
     """
 
     h: Tensor
-    posterior: Moments | None = None
+    posterior: tuple[Tensor, ...] | None = None
     z: Tensor | None = None
     z_features: Tensor | None = None
     prior: Moments | None = None
@@ -90,20 +91,29 @@ def infer(
     known = data.x_features if len(given) == 1 else torch.cat(list(given.values()), -1)
     widths = {name: value.shape[-1] for name, value in given.items()}
     step = FastStep(model, tape, state, "infer" if resample is None else "filter", known, widths, noise, masks, samples)
-    buffers: dict[str, Buffer] = {
-        name: buffer for name in InferenceSteps._fields if (buffer := getattr(step, name)) is not None
-    }
+    buffers: dict[str, tuple[Buffer, ...]] = {}
+    for name in InferenceSteps._fields:
+        found = getattr(step, name) or ()
+        buffers |= {name: found if isinstance(found, tuple) else (found,)} if found else {}
 
     def read(tensors: list[Tensor]) -> InferenceSteps:
-        parts: dict[str, Any] = dict(zip(buffers, tensors, strict=True))
-        for name, network in (("posterior", model.encoder), ("prior", model.prior)):
+        rest = iter(tensors)
+        values = {name: tuple(next(rest) for _ in found) for name, found in buffers.items()}
+        parts: dict[str, Any] = {name: found[0] for name, found in values.items()}
+        for name, network, is_compiled in (
+            ("posterior", model.encoder, step.parts.posterior is not None),
+            ("prior", model.prior, True),
+        ):
             if name in parts:
-                parts[name] = cast("Network[Gaussian]", network).head.moments(parts[name])
+                head = cast("Network[Gaussian]", network).head if is_compiled else None
+                parts[name] = values[name] if head is None else head.moments(parts[name])
         return InferenceSteps(**parts)
 
     def resample_step(t: int, values: Pass) -> Tensor | None:
         assert resample is not None
-        return resample(t, read([values.steps(buffer)[t] for buffer in buffers.values()]))
+        return resample(t, read([values.steps(buffer)[t] for buffer in flat]))
 
-    tensors, last = tape.run(list(buffers.values()), lengths, None if resample is None else resample_step)
-    return read(tensors), State.from_layers(last, len(model.cells))
+    flat = [buffer for found in buffers.values() for buffer in found]
+    tensors, last = tape.run(flat, lengths, None if resample is None else resample_step)
+    model.called_parts.update(tape.shares)
+    return read(tensors), state.with_layers(last)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
-from vrnn_lightning.heads import Factorised, Gaussian, Head, Network
-from vrnn_lightning.nn import MLP
+from vrnn_lightning.heads import Factorised, Head, Latent, Network
 
 __all__ = ["Masks", "Networks", "Prior", "State", "log_ratio", "output", "repeat_rows"]
 
@@ -22,21 +22,24 @@ class State(NamedTuple):
 
     Args:
         h: Output of each layer of the recurrence, shape (batch, layers, hidden).
-        c: Cell state of an LSTM, shape (batch, layers, hidden); ``None`` for a GRU.
+        c: Cell state of an LSTM, shape (batch, layers, hidden); of other cells their state as a tuple of tensors, each
+            (batch, ...); ``None`` for a cell whose state is its output.
     """
 
     h: Tensor
-    c: Tensor | None = None
-
-    @classmethod
-    def from_layers(cls, parts: Sequence[Tensor], count: int) -> State:
-        """Return the state of h of each of ``count`` layers, then c of each layer, each (batch, hidden)."""
-        h, c = parts[:count], parts[count:]
-        return cls(torch.stack(tuple(h), 1), torch.stack(tuple(c), 1) if c else None)
+    c: Tensor | tuple[Tensor, ...] | None = None
 
     def layers(self) -> tuple[Tensor, ...]:
-        """Return h of each layer, then c of each layer, each (batch, hidden)."""
-        return (*self.h.unbind(1), *(() if self.c is None else self.c.unbind(1)))
+        """Return h of each layer, then each part of c, each (batch, width)."""
+        c = self.c.unbind(1) if isinstance(self.c, Tensor) else [x.flatten(1) for x in self.c or ()]
+        return (*self.h.unbind(1), *c)
+
+    def with_layers(self, parts: Sequence[Tensor]) -> State:
+        """Return a state like this one from what :meth:`layers` returns, with any number of rows."""
+        h, c = torch.stack(tuple(parts[: self.h.shape[1]]), 1), parts[self.h.shape[1] :]
+        if isinstance(self.c, tuple):
+            return State(h, tuple(x.reshape(-1, *like.shape[1:]) for x, like in zip(c, self.c, strict=True)))
+        return State(h, torch.stack(tuple(c), 1) if c else None)
 
 
 class Masks(NamedTuple):
@@ -53,22 +56,39 @@ class Masks(NamedTuple):
     phi_z: Tensor
     h: Tensor
 
+    def repeat(self, samples: int) -> Masks:
+        """Return the dropout of each sample's rows."""
+        return Masks(*(repeat_rows(mask, samples) for mask in self))
+
 
 class Networks(Protocol):
     """What the time loops read of a model, see :class:`~vrnn_lightning.vrnn.Equations`."""
 
-    phi_x: MLP
-    phi_z: MLP | None
+    phi_x: nn.Module
+    phi_z: nn.Module | None
     prior: Prior | None
-    encoder: Network[Gaussian] | None
+    encoder: nn.Module | None
     decoder: Network[Head]
     cells: nn.ModuleList
     backward_rnn: nn.GRU | nn.LSTM | None
+    latent: Latent
     residual_posterior: bool
     num_inputs: int
+    num_features: int
+    prior_dist: Callable[..., Factorised]
+    posterior_dist: Callable[..., Distribution]
+    emission_dist: Callable[..., Distribution]
+    emission_features: Callable[..., Tensor]
+    next_state: Callable[..., tuple[Tensor, State]]
+    extract_x: Callable[..., Tensor]
+    extract_z: Callable[..., Tensor]
+    standardize_input: Callable[..., Tensor]
+    runs_own_method: Callable[[str], bool]
 
-    def standardize_input(self, x: Tensor, valid: Tensor | None = None) -> Tensor: ...
-    def prior_dist(self, h: Tensor, inputs: Tensor | None = None) -> Factorised: ...
+    @property
+    def feature_widths(self) -> tuple[int, int]: ...
+    @property
+    def emission_head(self) -> Any: ...
 
 
 def output(state: State, masks: Masks | None = None) -> Tensor:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby, repeat
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from vrnn_lightning.heads import Gaussian, Network
+from vrnn_lightning.heads import Gaussian, Network, tempered
 from vrnn_lightning.heads.base import require_temperature
-from vrnn_lightning.nn import MLP
 from vrnn_lightning.recurrence.buffers import Buffer, ParameterRef
 from vrnn_lightning.recurrence.operations import (
     GRU,
@@ -21,10 +20,12 @@ from vrnn_lightning.recurrence.operations import (
     Call,
     Cast,
     GaussianSample,
+    Given,
     MatMul,
     Relu,
     StandardNormal,
 )
+from vrnn_lightning.recurrence.parts import Parts, is_plain, trained_tensors
 from vrnn_lightning.recurrence.placement import GIVEN, READS, Purpose, partition
 from vrnn_lightning.recurrence.state import Masks, Networks, State, repeat_rows
 from vrnn_lightning.recurrence.tape import Tape
@@ -35,8 +36,9 @@ __all__ = ["FastStep", "lay_features"]
 class FastStep:
     """The part of a model's step that is inside the loop, laid out on a tape.
 
-    One product with h_{t-1} serves all networks that read it. What a network reads of given values is multiplied with
-    its weight for all steps, before the first one.
+    A part that the loop knows is compiled. One product with h_{t-1} serves all networks that read it. What a network
+    reads of given values is multiplied with its weight for all steps, before the first one. Any other part is called at
+    each step, by the model's own method.
 
     Args:
         model: The networks.
@@ -51,12 +53,13 @@ class FastStep:
         temperature: Temperature of the emission, for generation.
     """
 
-    prior: Buffer | None = None  # mean and spread, if it is inside and a network
-    posterior: Buffer | None = None  # mean and spread
+    prior: tuple[Buffer, ...] = ()  # mean and spread, if it is inside and compiled
+    posterior: tuple[Buffer, ...] = ()  # mean and spread, or the parameters that the latent keeps
     z: Buffer | None = None
     z_features: Buffer | None = None
-    emission: Buffer | None = None  # what its head reads, if it is inside
+    emission: Buffer | None = None  # what its head reads, if it is inside and compiled
     x: Buffer | None = None  # the frame drawn
+    mean: Buffer | None = None  # the mean of its emission, if that is called
 
     def __init__(
         self,
@@ -73,15 +76,11 @@ class FastStep:
     ) -> None:
         self.model, self.tape, self.purpose = model, tape, purpose
         self.noise, self.masks, self.samples, self.temperature = noise, masks, samples, temperature
+        self.parts, self.state = Parts.of(model), state
         self.states = [tape.state(part) for part in state.layers()]
-        self.widths = {
-            "inputs": 0,
-            "future": 0,
-            "x_features": model.phi_x.out_features,
-            "z_features": 0 if model.phi_z is None else model.phi_z.out_features,
-            "h": self.states[0].width,
-            **widths,
-        }
+        x_width, z_width = model.feature_widths
+        self.widths = {"inputs": 0, "future": 0, "x_features": x_width, "z_features": z_width}
+        self.widths |= {"h": self.states[0].width, **widths}
         self._known, self._known_columns = known, {GIVEN[purpose]: known}
         self._weights: dict[str, dict[str, Tensor]] = {}
         self._sums: dict[str, Buffer] = {}
@@ -96,21 +95,18 @@ class FastStep:
         hs, cs = self.states[:count], self.states[count:]
         narrow = [tape.cast(h, tape.narrow) for h in hs]
         self.h = hs[-1] if self.masks is None else self._masked(hs[-1], count - 1)
-        cells = [cast("nn.GRUCell | nn.LSTMCell", cell) for cell in model.cells]
+        cells = [cast("nn.GRUCell | nn.LSTMCell", cell) for cell in model.cells if self.parts.cells]
         self.cells = [_CellSums(tape, cell, h, c) for cell, h, c in zip(cells, hs, cs or repeat(None), strict=False)]
-        networks = {"prior": model.prior, "posterior": model.encoder, "emission": model.decoder}
-        firsts = {
-            name: next(network.body.linears())
-            for name, network in networks.items()
-            if isinstance(network, Network) and name in inside
-        }
+        networks = {name: getattr(self.parts, name) for name in ("prior", "posterior", "emission") if name in inside}
+        firsts = {name: cast(nn.Linear, layers[0]) for name, layers in networks.items() if layers is not None}
         front, start = tape.buffer(sum(first.out_features for first in firsts.values())), 0
         for name, first in firsts.items():
             self._sums[name] = front.columns(start, start + first.out_features)
             start += first.out_features
             self._add_known(name, first.weight, first.bias)
-        self._sums["state"] = self.cells[0].from_below
-        self._add_known("state", cells[0].weight_ih, self.cells[0].bias)
+        if self.cells:
+            self._sums["state"] = self.cells[0].from_below
+            self._add_known("state", cells[0].weight_ih, self.cells[0].bias)
         for cell in self.cells[1:]:
             tape.add(Affine(cell.from_below, tape.parameter(cell.bias)))
         for cell, h in zip(self.cells, narrow, strict=True):
@@ -162,29 +158,75 @@ class FastStep:
         weight = weights[0] if len(weights) == 1 else torch.cat(weights, 1)
         self.tape.add(MatMul(source, self.tape.parameter(weight.t()), self._sums[name]))
 
+    def _sources(self, *names: str) -> dict[str, Buffer]:
+        """Return buffers of the values that a call reads, without those that this model or purpose does not have."""
+        found: dict[str, Buffer] = {}
+        for name in names:
+            if name in GIVEN[self.purpose] and self.widths[name]:
+                found[name] = self.tape.buffer(self.widths[name])
+                self.tape.add(Given(self.tape.parameter(self._given([name])), found[name]))
+            elif name in ("h", "x_features", "z_features") and getattr(self, name) is not None:
+                found[name] = getattr(self, name)
+        return found
+
+    def _call(
+        self,
+        function: Callable[..., Tensor | Sequence[Tensor]],
+        sources: Sequence[Buffer],
+        targets: Sequence[Buffer],
+        *modules: nn.Module | None,
+        name: str = "",
+    ) -> None:
+        """Add a call of modules, with the tensors that they read."""
+        tensors = trained_tensors(*(module for module in modules if module is not None))
+        refs = [(self.tape.parameter(tensor, tensor.dtype), tensor) for tensor in tensors]
+        self.tape.add(Call(function, sources, targets, refs, name))
+
     def _lay_prior(self) -> None:
-        if isinstance(self.model.prior, Network):
-            self.prior = _lay_gaussian(self.tape, self._sums["prior"], self.model.prior)
+        if self.parts.prior is not None:
+            self.prior = (_lay_gaussian(self.tape, self._sums["prior"], self.parts.prior, self.model.prior),)
 
     def _lay_posterior(self) -> None:
-        encoder = cast("Network[Gaussian]", self.model.encoder)
-        self.posterior = _lay_gaussian(self.tape, self._sums["posterior"], encoder)
+        tape, model, latent = self.tape, self.model, self.model.latent
+        if self.parts.posterior is not None:
+            self.posterior = (_lay_gaussian(tape, self._sums["posterior"], self.parts.posterior, model.encoder),)
+            return
+        self.posterior = tuple(tape.buffer(width, tape.wide) for width in latent.widths)
+        sources = self._sources("x_features", "h", "inputs", "future")
+
+        def posterior(*values: Tensor) -> Sequence[Tensor]:
+            return latent.posterior_parameters(model.posterior_dist(**dict(zip(sources, values, strict=True))))
+
+        prior = model.prior if model.residual_posterior and isinstance(model.prior, nn.Module) else None
+        self._call(posterior, list(sources.values()), self.posterior, model.encoder, prior, name="encoder")
 
     def _lay_z(self) -> None:
-        tape, model = self.tape, self.model
-        assert model.phi_z is not None
-        self.z = z = tape.buffer(next(model.phi_z.linears()).in_features, tape.wide)
-        if self.posterior is not None:
-            noise = tape.constant(cast(Tensor, self.noise))
-            moved_by = self.prior if model.residual_posterior else None
+        tape, model, latent = self.tape, self.model, self.model.latent
+        self.z = z = tape.buffer(latent.size, tape.wide)
+        if self.purpose == "generate":
+            if self.prior:
+                self._draw(self.prior[0], z, cast("Network[Gaussian]", model.prior).head.min_std)
+                return
+            sources = self._sources("h", "inputs")
+            draw = self._with_names(sources, lambda **values: model.prior_dist(**values).sample())
+            self._call(draw, list(sources.values()), [z])
+            return
+        noise = tape.constant(cast(Tensor, self.noise))
+        if self.parts.draws_gaussian:
+            moved_by = self.prior[0] if model.residual_posterior else None
             floor = cast("Network[Gaussian]", model.encoder).head.min_std
-            tape.add(GaussianSample(self.posterior, noise, z, floor, moved_by))
-        elif self.prior is not None:
-            self._draw(self.prior, z, cast("Network[Gaussian]", model.prior).head.min_std)
-        else:
-            prior = model.prior_dist
-            reads = [self.h, tape.constant(self._known)] if self._known.shape[-1] else [self.h]
-            tape.add(Call(lambda h, inputs=None: prior(h, inputs).sample(), reads, z))
+            tape.add(GaussianSample(self.posterior[0], noise, z, floor, moved_by))
+            return
+
+        def rsample(*values: Tensor) -> Tensor:
+            return latent.rsample(latent.dist(*values[:-1]), values[-1])
+
+        self._call(rsample, [*self.posterior, noise], [z], model.encoder)
+
+    @staticmethod
+    def _with_names(sources: dict[str, Buffer], function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a function of the sources in their order."""
+        return lambda *values: function(**dict(zip(sources, values, strict=True)))
 
     def _draw(self, raw: Buffer, target: Buffer, floor: float, std: float = 1.0) -> None:
         """Add a draw from a Gaussian with noise of a standard deviation."""
@@ -193,44 +235,70 @@ class FastStep:
         self.tape.add(GaussianSample(raw, noise, target, floor))
 
     def _lay_z_features(self) -> None:
-        tape, masks, into = self.tape, self.masks, None
+        tape, model, masks, into = self.tape, self.model, self.masks, None
+        assert self.z is not None
         if self.purpose == "generate":  # the cells read features of x and z at once
             self._both = tape.buffer(self.widths["x_features"] + self.widths["z_features"])
             into = self._both.columns(self.widths["x_features"], self._both.width)
-        mask = None if masks is None else self._mask(masks.phi_z, tape.narrow)
-        assert self.z is not None
-        self.z_features = lay_features(tape, self.z, cast(MLP, self.model.phi_z), mask, into)
+        if self.parts.phi_z is not None:
+            mask = None if masks is None else self._mask(masks.phi_z, tape.narrow)
+            self.z_features = lay_features(tape, self.z, self.parts.phi_z, mask, into)
+        else:
+            self.z_features = tape.buffer(self.widths["z_features"]) if into is None else into
+            rows = None if masks is None else masks.repeat(self.samples)
+            self._call(lambda z: model.extract_z(z, rows), [self.z], [self.z_features], model.phi_z, name="phi_z")
         if "emission" in self._sums:
             self._read(self.z_features, "emission", ["z_features"])
-        if self.purpose != "generate":
+        if self.purpose != "generate" and self.cells:
             self._read(self.z_features, "state", ["z_features"])
 
     def _lay_emission(self) -> None:
-        self.emission = _lay_perceptron(self.tape, self._sums["emission"], self.model.decoder.body.linears())
+        if self.parts.emission is not None:
+            self.emission = _lay_perceptron(self.tape, self._sums["emission"], self.parts.emission)
 
     def _lay_x(self) -> None:
-        tape, head, temperature = self.tape, self.model.decoder.head, self.temperature
+        tape, model, temperature = self.tape, self.model, self.temperature
         wide = torch.promote_types(tape.wide, torch.float32)
-        assert self.emission is not None
-        self.x = tape.buffer(head.num_features, wide)
-        if type(head) is Gaussian and head.covariance == "diagonal":
+        self.x = tape.buffer(model.num_features, wide)
+        head = model.emission_head
+        if self.emission is None:
+            require_temperature(temperature)
+            self.mean = tape.buffer(model.num_features, wide)
+            sources = self._sources("z_features", "h", "inputs")
+
+            def draw(*values: Tensor) -> Sequence[Tensor]:
+                emission = tempered(model.emission_dist(**dict(zip(sources, values, strict=True))), temperature)
+                return emission.sample(), emission.mean
+
+            self._call(draw, list(sources.values()), [self.x, self.mean])
+        elif is_plain(head, Gaussian) and is_plain(head.linear, nn.Linear) and head.covariance == "diagonal":
             require_temperature(temperature)
             raw = tape.cast(_lay_linear(tape, self.emission, head.linear), wide)
             self._draw(raw, self.x, head.min_std, math.sqrt(temperature))
+        elif is_plain(head, type(head)):
+            self._call(lambda features: head.draw(features, temperature), [self.emission], [self.x])
         else:
-            tape.add(Call(lambda features: head.draw(features, temperature), [self.emission], self.x))
+            self._call(lambda features: tempered(head(features), temperature).sample(), [self.emission], [self.x])
 
     def _lay_x_features(self) -> None:
         tape, model = self.tape, self.model
         assert self.x is not None
         both = self._both if self.z_features is not None else tape.buffer(self.widths["x_features"])
-        standardized = tape.buffer(next(model.phi_x.linears()).in_features)
-        tape.add(Call(lambda x: model.standardize_input(x, None), [self.x], standardized))
-        lay_features(tape, standardized, model.phi_x, into=both.columns(0, self.widths["x_features"]))
-        self._read(both, "state", ["x_features", *["z_features"] * (self.z_features is not None)])
+        self.x_features = both.columns(0, self.widths["x_features"])
+        if self.parts.phi_x is None:
+            self._call(model.extract_x, [self.x], [self.x_features], name="phi_x")
+        else:
+            standardized = tape.buffer(cast(nn.Linear, self.parts.phi_x[0]).in_features)
+            self._call(model.standardize_input, [self.x], [standardized])
+            lay_features(tape, standardized, self.parts.phi_x, into=self.x_features)
+        if self.cells:
+            self._read(both, "state", ["x_features", *["z_features"] * (self.z_features is not None)])
 
     def _lay_state(self) -> None:
         tape = self.tape
+        if not self.cells:
+            self._call_cells()
+            return
         self.cells[0].lay(tape)
         for i, cell in enumerate(self.cells[1:]):
             below = self.states[i].next_step()
@@ -240,6 +308,20 @@ class FastStep:
                 below = tape.copy(below)  # resampling overwrites the state
             tape.add(MatMul(tape.cast(below, tape.narrow), tape.parameter(cell.cell.weight_ih.t()), cell.from_below))
             cell.lay(tape)
+
+    def _call_cells(self) -> None:
+        """Add a call of the recurrence."""
+        model, like = self.model, self.state
+        masks = None if self.masks is None else self.masks.repeat(self.samples)
+        sources = self._sources("x_features", "z_features", "inputs")
+
+        def next_state(*values: Tensor) -> Sequence[Tensor]:
+            reads = dict(zip(sources, values, strict=False))
+            reads = {"z_features": None, **reads, "state": like.with_layers(values[len(sources) :])}
+            return model.next_state(**reads, masks=masks)[1].layers()
+
+        after = [state.next_step() for state in self.states]
+        self._call(next_state, [*sources.values(), *self.states], after, model.cells, name="cells")
 
 
 class _CellSums:
@@ -272,21 +354,30 @@ class _CellSums:
 
 
 def lay_features(
-    tape: Tape, source: Buffer, network: MLP, mask: ParameterRef | None = None, into: Buffer | None = None
+    tape: Tape,
+    source: Buffer,
+    layers: Sequence[nn.Module],
+    mask: ParameterRef | None = None,
+    into: Buffer | None = None,
 ) -> Buffer:
     """Add a perceptron to a tape; return its features, which may go into a given buffer."""
-    linears = list(network.linears())
-    first = _lay_linear(tape, tape.cast(source, tape.narrow), linears[0], into if len(linears) == 1 else None)
-    return _lay_perceptron(tape, first, linears, mask, into)
+    first = _lay_linear(
+        tape, tape.cast(source, tape.narrow), cast(nn.Linear, layers[0]), into if len(layers) == 2 else None
+    )
+    return _lay_perceptron(tape, first, layers, mask, into)
 
 
 def _lay_perceptron(
-    tape: Tape, sums: Buffer, linears: Iterable[nn.Linear], mask: ParameterRef | None = None, into: Buffer | None = None
+    tape: Tape,
+    sums: Buffer,
+    layers: Sequence[nn.Module],
+    mask: ParameterRef | None = None,
+    into: Buffer | None = None,
 ) -> Buffer:
-    """Add a perceptron from the sums of its first layer on."""
-    rest = list(linears)[1:]
+    """Add a perceptron from the sums of its first layer on; mask and ``into`` are for the features."""
+    rest = [layer for layer in layers[1:] if isinstance(layer, nn.Linear)]
     tape.add(Relu(sums, None if rest else mask))
-    for i, linear in enumerate(rest, start=1):
+    for i, linear in enumerate(rest, 1):
         is_last = i == len(rest)
         sums = _lay_linear(tape, sums, linear, into if is_last else None)
         tape.add(Relu(sums, mask if is_last else None))
@@ -299,7 +390,7 @@ def _lay_linear(tape: Tape, source: Buffer, linear: nn.Linear, into: Buffer | No
     return target
 
 
-def _lay_gaussian(tape: Tape, sums: Buffer, network: Network[Gaussian]) -> Buffer:
+def _lay_gaussian(tape: Tape, sums: Buffer, layers: Sequence[nn.Module], network: object) -> Buffer:
     """Add a network with a Gaussian head, from the sums of its first layer on; return mean and spread."""
-    body = _lay_perceptron(tape, sums, network.body.linears())
-    return tape.cast(_lay_linear(tape, body, network.head.linear), tape.wide)
+    head = cast("Network[Gaussian]", network).head
+    return tape.cast(_lay_linear(tape, _lay_perceptron(tape, sums, layers), head.linear), tape.wide)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import ParticleWeights, Resampling
 from vrnn_lightning.heads import Gaussian, Network, log_prob
-from vrnn_lightning.recurrence.state import Networks, State, repeat_rows
+from vrnn_lightning.recurrence.parts import Parts
+from vrnn_lightning.recurrence.state import Networks, State, log_ratio, repeat_rows
 from vrnn_lightning.recurrence.step import FastStep, lay_features
 from vrnn_lightning.recurrence.tape import Tape, TapeStepper
 
@@ -50,24 +52,24 @@ class Stream:
 
     def _lay(self, state: State) -> None:
         """Lay out the step, and before it the features of a frame, which all particles of a sequence share."""
-        model, rows = self.model, len(state.h)
-        before, tape = Tape(1, self.batch, state.h), Tape(1, rows, state.h)
-        x = before.buffer(next(model.phi_x.linears()).in_features)
-        x_features = lay_features(before, x, model.phi_x)
-        self._before = TapeStepper(before)
-        self._x, self._x_features = (self._before.values.steps(buffer)[0] for buffer in (x, x_features))
-        width = model.phi_x.out_features
+        model, tape = self.model, Tape(1, len(state.h), state.h)
+        width, _ = model.feature_widths
         known = state.h.new_zeros(1, self.batch, width + model.num_inputs, dtype=tape.narrow)
         self._known_x, self._known_inputs = known[0, :, :width], known[0, :, width:]
-        latent = 0 if model.phi_z is None else next(model.phi_z.linears()).in_features
-        self._noise = state.h.new_zeros(rows, latent)
-        widths, noise = {"inputs": model.num_inputs}, self._noise[None]
+        self._like, layers = state, Parts.of(model).phi_x
+        self._before = None if layers is None else _Features(model, layers, self.batch, state.h)
+        self._noise = state.h.new_zeros(len(state.h), 0 if model.phi_z is None else model.latent.noise_size)
+        widths, noise = {"inputs": model.num_inputs, "x_features": width}, self._noise[None]
         step = FastStep(model, tape, state, "stream", known, widths, noise, samples=self.samples)
-        self._step = TapeStepper(tape)
+        self._step, self._is_compiled = TapeStepper(tape), step.parts.posterior is not None
         self._states = [self._step.values.steps(part)[0] for part in step.states]
-        self._h, self._z, self._posterior, self._prior, self._emission = (
+        self._h, self._z, self._z_features, self._emission = (
             None if buffer is None else self._step.values.steps(buffer)[0]
-            for buffer in (step.h, step.z, step.posterior, step.prior, step.emission)
+            for buffer in (step.h, step.z, step.z_features, step.emission)
+        )
+        self._reads_h = step.emission is None or not (self._is_compiled and step.prior)
+        self._posterior, self._prior = (
+            [self._step.values.steps(buffer)[0] for buffer in buffers] for buffers in (step.posterior, step.prior)
         )
 
     @property
@@ -78,7 +80,7 @@ class Stream:
     @property
     def state(self) -> State:
         """State after the last step, of samples * batch rows."""
-        return State.from_layers([part.clone() for part in self._states], len(self.model.cells))
+        return self._like.with_layers([part.clone() for part in self._states])
 
     @torch.no_grad()
     def step(
@@ -96,7 +98,7 @@ class Stream:
             UserError: Something is missing or has another shape.
         """
         like = self._states[0]
-        self._require("x", x, self.batch, self.model.decoder.head.num_features)
+        self._require("x", x, self.batch, self.model.num_features)
         valid = torch.ones_like(x, dtype=torch.bool) if observed is None else observed
         self._require("observed", valid, *x.shape)
         x = x.to(like) if observed is None else x.to(like).masked_fill(~valid, 0.0)
@@ -108,31 +110,35 @@ class Stream:
         else:
             self._require("noise", noise, *self._noise.shape)
             self._noise.copy_(noise)
-        self._x.copy_(self.model.standardize_input(x, valid))
-        self._before.step()
-        self._known_x.copy_(self._x_features)
-        h = None if self._posterior is None or self._prior is not None else cast("Tensor", self._h).clone()
+        model = self.model
+        features = model.extract_x(x, valid) if self._before is None else self._before(model.standardize_input(x, valid))
+        self._known_x.copy_(features)
+        h = cast("Tensor", self._h).clone() if self._reads_h else cast("Tensor", self._h)  # the step overwrites it
         self._step.step()
+        inputs = repeat_rows(self._known_inputs, self.samples).to(h) if model.num_inputs else None
         seen = None if observed is None else repeat_rows(observed, self.samples)
-        increments = log_prob(self.model.decoder.head(self._emission), repeat_rows(x, self.samples), seen)
-        increments = increments.to(self.log_weights) + self._log_ratio(h)
+        features = self._emission
+        if features is None:
+            features = model.emission_features(self._z_features, h, inputs)
+        increments = log_prob(model.emission_head(features), repeat_rows(x, self.samples), seen)
+        increments = increments.to(self.log_weights) + self._log_ratio(h, inputs)
         nats, rows = self._weights.follow(increments.unflatten(0, (self.samples, self.batch)))
         if rows is not None:
             self._step.select_rows(rows)
         return nats
 
-    def _log_ratio(self, h: Tensor | None) -> Tensor | float:
+    def _log_ratio(self, h: Tensor, inputs: Tensor | None) -> Tensor | float:
         """Return log p(z_t | .) - log q(z_t | .) of the step's latents, shape (rows,)."""
-        if self._posterior is None:
+        if not self._posterior:
             return 0.0
-        z = cast("Tensor", self._z)
-        _, std = cast("Network[Gaussian]", self.model.encoder).head.moments(self._posterior)
-        if self._prior is None:
-            assert h is not None
-            inputs = repeat_rows(self._known_inputs, self.samples).to(h) if self.model.num_inputs else None
-            log_p: Tensor = self.model.prior_dist(h, inputs).log_prob(z) + z.shape[-1] * 0.5 * math.log(2 * math.pi)
+        z, model = cast("Tensor", self._z), self.model
+        if not self._is_compiled:
+            return log_ratio(model.prior_dist(h, inputs), model.latent.dist(*self._posterior), z)
+        _, std = cast("Network[Gaussian]", model.encoder).head.moments(self._posterior[0])
+        if not self._prior:
+            log_p: Tensor = model.prior_dist(h, inputs).log_prob(z) + z.shape[-1] * 0.5 * math.log(2 * math.pi)
         else:
-            mean_0, std_0 = cast("Network[Gaussian]", self.model.prior).head.moments(self._prior)
+            mean_0, std_0 = cast("Network[Gaussian]", model.prior).head.moments(self._prior[0])
             log_p = -(0.5 * ((z - mean_0) / std_0).square() + std_0.log()).sum(-1)
         return log_p + (0.5 * self._noise.square() + std.log()).sum(-1)
 
@@ -141,3 +147,20 @@ class Stream:
         if given is None or given.shape != shape:
             got = "none" if given is None else f"shape {tuple(given.shape)}"
             raise UserError(f"{name}: a step takes shape {shape}, but got {got}")
+
+
+class _Features:
+    """Compiled features of a frame."""
+
+    def __init__(self, model: Networks, layers: Sequence[nn.Module], batch: int, like: Tensor) -> None:
+        tape = Tape(1, batch, like)
+        x = tape.buffer(cast(nn.Linear, layers[0]).in_features)
+        features = lay_features(tape, x, layers)
+        self._stepper = TapeStepper(tape)
+        self._x, self._features = (self._stepper.values.steps(buffer)[0] for buffer in (x, features))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the features of what phi_x reads, until the next call."""
+        self._x.copy_(x)
+        self._stepper.step()
+        return self._features

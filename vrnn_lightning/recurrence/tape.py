@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any, cast
 
 import torch
@@ -49,6 +50,8 @@ class Tape:
         self.inputs: dict[Buffer | ParameterRef, Tensor] = {}
         """The tensors that are given: parameters, constants, and the first value of each state."""
         self.buffers: list[Buffer] = []
+        self.shares: dict[str, float] = {}
+        """Share of a run's time that calls of each part took."""
 
     def parameter(self, tensor: Tensor, dtype: torch.dtype | None = None) -> ParameterRef:
         """Register a tensor that all steps read, in the type of products or in another one."""
@@ -66,7 +69,7 @@ class Tape:
 
     def constant(self, value: Tensor) -> Buffer:
         """Return the buffer of numbers that are given and have no gradient, shape (steps, rows, width)."""
-        buffer = Buffer(value.shape[-1], value.dtype)
+        buffer = Buffer(value.shape[-1], value.dtype, requires_grad=False)
         self.inputs[buffer] = value.detach()
         return buffer
 
@@ -91,7 +94,9 @@ class Tape:
         self.add(Cast(source, target))
         return target
 
-    def new_pass(self, inputs: Mapping[Buffer | ParameterRef, Tensor]) -> Pass:
+    def new_pass(
+        self, inputs: Mapping[Buffer | ParameterRef, Tensor], graphs: dict[Buffer, list[Any]] | None = None
+    ) -> Pass:
         """Return a pass with memory for all steps."""
         values = {key: tensor.detach() for key, tensor in inputs.items()}
         for buffer in self.buffers:
@@ -99,7 +104,7 @@ class Tape:
             values[buffer] = empty((steps, self.rows, buffer.width), buffer.dtype, self.device)
         for state in self.states:
             values[state][0] = inputs[state].detach()
-        return Pass(values)
+        return Pass(values, graphs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # unrolled, it would take minutes and gain nothing
     def run(
@@ -119,6 +124,7 @@ class Tape:
         last = lengths.clamp(max=self.steps), torch.arange(self.rows, device=self.device)
         loop = _Loop(self, list(outputs), last, list(inputs))
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.values()):
+            loop.graphs = {}
             tensors = cast("tuple[Tensor, ...]", _LoopFunction.apply(loop, resample, *inputs.values()))
         else:
             tensors = loop.forward(inputs, resample)[0]
@@ -134,6 +140,7 @@ class _Loop:
     last: tuple[Tensor, Tensor]  # index of each state after its row's last real step
     inputs: list[Buffer | ParameterRef]  # what the tensors that autograd keeps are
     resampled: dict[int, Tensor] = field(default_factory=dict)  # rows that continue after the steps where some do not
+    graphs: dict[Buffer, list[Any]] | None = None  # of calls
 
     @torch.no_grad()
     def forward(
@@ -141,7 +148,7 @@ class _Loop:
     ) -> tuple[tuple[Tensor, ...], Pass]:
         """Take all steps; return outputs and last states, and the pass."""
         tape = self.tape
-        values = tape.new_pass(inputs)
+        values, started = tape.new_pass(inputs, self.graphs), perf_counter()
         begins, forwards = _bind(tape, values)
         for begin in begins:
             begin()
@@ -154,6 +161,8 @@ class _Loop:
                 for state in tape.states:
                     after = values.steps(state)[t + 1]
                     after.copy_(after.index_select(0, rows))
+        whole = perf_counter() - started
+        tape.shares = {part: seconds / whole for part, seconds in values.seconds.items()}
         outputs = [values.value(buffer)[: tape.steps] for buffer in self.outputs]
         return (*outputs, *(values.value(state)[self.last] for state in tape.states)), values
 
@@ -234,7 +243,7 @@ class _LoopFunction(torch.autograd.Function):
         loop = ctx.loop
         values = dict(zip([*loop.inputs, *loop.tape.buffers], ctx.saved_tensors, strict=True))
         with torch.autocast(loop.tape.device.type, enabled=False):  # the types are those of the way forwards
-            return None, None, *loop.backward(Pass(values), grads)
+            return None, None, *loop.backward(Pass(values, loop.graphs), grads)
 
 
 class TapeStepper:

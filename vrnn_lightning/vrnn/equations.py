@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Normal
+from torch.distributions import Distribution
 from torch.nn.utils.prune import BasePruningMethod
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.heads import Factorised, Gaussian, Head, Network
-from vrnn_lightning.nn import MLP
+from vrnn_lightning.heads import Factorised, Gaussian, GaussianLatent, Head, Latent, Network, gaussian
 from vrnn_lightning.noise import Noise
-from vrnn_lightning.recurrence import Masks, NetworkInputs, Prior, Purpose, State, partition
+from vrnn_lightning.recurrence import Masks, NetworkInputs, Prior, Purpose, State, feature_width, is_plain, partition
 
-__all__ = ["Equations", "StandardNormal", "gaussian"]
+__all__ = ["Equations", "StandardNormal"]
 
 
 def join(*values: Tensor | None) -> Tensor:
     """Return values side by side, without those that are absent."""
     there = [value for value in values if value is not None]
     return there[0] if len(there) == 1 else torch.cat(there, -1)
-
-
-def gaussian(mean: Tensor, std: Tensor) -> Factorised:
-    """Return a Gaussian of independent dimensions, from moments of shape (..., latent)."""
-    return Factorised(Normal(mean, std, validate_args=False))
 
 
 class StandardNormal(nn.Module):
@@ -92,8 +87,8 @@ class Equations(nn.Module):
 
     def __init__(
         self,
-        phi_x: MLP,
-        phi_z: MLP | None,
+        phi_x: nn.Module,
+        phi_z: nn.Module | None,
         prior: Prior | None,
         encoder: Network[Gaussian] | None,
         decoder: Network[Head],
@@ -108,6 +103,7 @@ class Equations(nn.Module):
         super().__init__()
         self.num_features = decoder.head.num_features
         self.latent_size = 0 if encoder is None else encoder.head.num_features
+        self.latent: Latent = GaussianLatent(self.latent_size)
         self.hidden_size = cast(nn.GRUCell, cells[0]).hidden_size
         self.residual_posterior, self.dropout = residual_posterior, dropout
         self.num_inputs, self.missing = num_inputs, missing
@@ -116,6 +112,8 @@ class Equations(nn.Module):
         self.checkpoint_every: int | None = None
         """In training keep only the states between windows of so many steps, and infer each window again on the way
         back (Chen et al. 2016, arXiv 1604.06174); ``None`` keeps all. It changes no value: an option of the run."""
+        self.called_parts: dict[str, float] = {}
+        """Parts that the time loop called at each step of the last passes, with their share of its time."""
         self.compiled = False
         """Score with :func:`torch.compile`: all that is outside the time loop. An option of the run, too."""
         self.register_buffer("input_mean", torch.zeros(self.num_features))
@@ -125,8 +123,8 @@ class Equations(nn.Module):
     def init_from_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Centre what phi_x reads, and start the emission's bias, from the data's moments, each (features,)."""
         self.input_mean.copy_(mean)
-        self.input_std.copy_(torch.where((std > 0) & self.decoder.head.scales_inputs, std, 1.0))
-        self.decoder.head.init_from_statistics(mean)
+        self.input_std.copy_(torch.where((std > 0) & self.head.scales_inputs, std, 1.0))
+        self.head.init_from_statistics(mean)
 
     def standardize_input(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """Return what phi_x reads of frames: standardised values and, if it reads that, which were measured.
@@ -160,11 +158,58 @@ class Equations(nn.Module):
 
     def emission_dist(self, z_features: Tensor, h: Tensor, inputs: Tensor | None = None) -> Distribution:
         r"""Return the emission :math:`p(x_t \mid z_{\le t}, x_{<t})` (Chung et al. 2015, eq. 6)."""
-        return cast(Distribution, self.decoder.head(self.emission_features(z_features, h, inputs)))
+        return cast(Distribution, self.decoder(join(z_features, h, inputs)))
+
+    @property
+    def emission_parts(self) -> tuple[nn.Module | None, Callable[[Tensor], Distribution]]:
+        """The decoder's network, and the head that makes the emission of its features.
+
+        A decoder that is no plain :class:`~vrnn_lightning.heads.Network` is called as a whole: ``None``, and a head that
+        reads z_features, h and inputs side by side.
+        """
+        if not self.runs_own_method("emission_dist"):
+            return None, self._emission_of_joined
+        if is_plain(self.decoder, Network):
+            return self.decoder.body, self.decoder.head
+        return None, self.decoder
+
+    @property
+    def emission_head(self) -> Callable[[Tensor], Distribution]:
+        """What makes the emission of :meth:`emission_features`."""
+        return self.emission_parts[1]
 
     def emission_features(self, z_features: Tensor | None, h: Tensor, inputs: Tensor | None = None) -> Tensor:
-        """Return what the head of the emission reads, shape (..., width)."""
-        return cast(Tensor, self.decoder.body(join(z_features, h, inputs)))
+        """Return what :attr:`emission_head` reads, shape (..., width)."""
+        joined, body = join(z_features, h, inputs), self.emission_parts[0]
+        return joined if body is None else cast(Tensor, body(joined))
+
+    def _emission_of_joined(self, joined: Tensor) -> Distribution:
+        widths = [joined.shape[-1] - self.hidden_size - self.num_inputs, self.hidden_size, self.num_inputs]
+        z_features, h, inputs = joined.split(widths, -1)
+        return self.emission_dist(z_features, h, inputs if self.num_inputs else None)
+
+    def runs_own_method(self, name: str) -> bool:
+        """Return whether a method is the one of this class, which the time loop knows."""
+        return getattr(type(self), name) is getattr(Equations, name) and name not in vars(self)
+
+    @property
+    def head(self) -> Head:
+        """The emission's head: the support of the data, the kind of its likelihood, and its first bias.
+
+        Raises:
+            UserError: A decoder of another class has none.
+        """
+        head = getattr(self.decoder, "head", None)
+        if not isinstance(head, Head):
+            raise UserError(f"decoder: {type(self.decoder).__name__} has no head. Fix: give it the emission's Head as `head`")
+        return head
+
+    @property
+    def feature_widths(self) -> tuple[int, int]:
+        """Widths of the features of x_t and of z_t."""
+        like = self.input_mean
+        x_width = feature_width(self.phi_x, self.num_features * (2 if self.missing else 1), like, "phi_x")
+        return x_width, 0 if self.phi_z is None else feature_width(self.phi_z, self.latent_size, like, "phi_z")
 
     def next_state(
         self,
@@ -256,8 +301,7 @@ class Equations(nn.Module):
         """Draw the dropout of a pass; ``None`` in evaluation, or where the probability is 0."""
         if not self.training or not self.dropout:
             return None
-        z_width = 0 if self.phi_z is None else self.phi_z.out_features
-        widths = [self.phi_x.out_features, z_width, len(self.cells) * self.hidden_size]
+        widths = [*self.feature_widths, len(self.cells) * self.hidden_size]
         kept = noise.uniform(sum(widths)) >= self.dropout
         phi_x, phi_z, h = (kept.to(self.input_mean) / (1 - self.dropout)).split(widths, -1)
         return Masks(phi_x, phi_z, h.unflatten(-1, (-1, self.hidden_size)))

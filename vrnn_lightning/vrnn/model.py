@@ -34,7 +34,7 @@ from vrnn_lightning.recurrence import (
     log_ratio,
     repeat_rows,
 )
-from vrnn_lightning.vrnn.equations import Equations, gaussian
+from vrnn_lightning.vrnn.equations import Equations
 from vrnn_lightning.vrnn.trace import Frames, Trace, latent_dists, make_trace
 
 __all__ = ["VRNN"]
@@ -177,12 +177,13 @@ class VRNN(Equations):
             return cast(Trace, self(batch, noise.over_time(self.latent_size)))
 
         def select(trace: Trace) -> tuple[Tensor, ...]:
-            dists = [dist.base_dist for dist in (trace.posterior, trace.prior) if dist is not None]
-            return trace.log_px, trace.kl, trace.z, *(moment for dist in dists for moment in (dist.loc, dist.scale))
+            dists = [dist for dist in (trace.posterior, trace.prior) if dist is not None]
+            return trace.log_px, trace.kl, trace.z, *(x for dist in dists for x in self.latent.parameters(dist))
 
-        (log_px, kl, z, *moments), state = self.collect(batch, noise, select, masks=self.draw_masks(noise))
-        posterior, prior = (gaussian(*moments[:2]), gaussian(*moments[2:])) if moments else (None, None)
-        return Trace(log_px, kl, batch.mask, None, self.decoder.head, posterior, prior, z, state)
+        (log_px, kl, z, *found), state = self.collect(batch, noise, select, masks=self.draw_masks(noise))
+        count = len(self.latent.widths)
+        posterior, prior = (self.latent.dist(*x) if x else None for x in (found[:count], found[count:]))
+        return Trace(log_px, kl, batch.mask, None, self.emission_head, posterior, prior, z, state)
 
     def _window_size(self, batch: SequenceBatch, most: int) -> int:
         return (self.checkpoint_every or batch.x.shape[1]) if torch.is_grad_enabled() else most
@@ -267,7 +268,10 @@ class VRNN(Equations):
 
         def resample(t: int, step: InferenceSteps) -> Tensor | None:
             observed, inputs = (None if part is None else part[t] for part in (frames.observed, frames.inputs))
-            increments = log_prob(self.decoder.head(step.emission), frames.x[t], observed)
+            features = step.emission
+            if features is None:
+                features = self.emission_features(step.z_features, step.h, inputs)
+            increments = log_prob(self.emission_head(features), frames.x[t], observed)
             latent = latent_dists(self, step, inputs)
             if latent is not None and step.z is not None:
                 increments = increments + beta * log_ratio(*latent, step.z)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.heads import Factorised, Head, log_prob
+from vrnn_lightning.heads import Factorised, gaussian, log_prob
 from vrnn_lightning.recurrence import InferenceSteps, State, log_ratio, repeat_rows
-from vrnn_lightning.vrnn.equations import Equations, gaussian
+from vrnn_lightning.vrnn.equations import Equations, join
 
 __all__ = ["Frames", "Trace", "latent_dists", "make_trace"]
 
@@ -25,12 +25,14 @@ class Trace:
 
     Args:
         log_px: log p(x_t | z_<=t, x_<t) in nats, zero at padding, shape (batch, time).
-        kl: KL of each latent dimension in nats, zero at padding, shape (batch, time, latent).
+        kl: KL of each latent dimension in nats, zero at padding, shape (batch, time, latent); of width 1 if it is
+            estimated for the whole latent.
         mask: True at real steps, shape (batch, time).
         features: What the emission's head reads, shape (batch, time, width); ``None`` if a long pass did not keep it.
-        head: The emission's head.
+        head: What makes the emission of the features, the head of the decoder or the decoder.
         posterior: q(z_t | x_<=t, z_<t), or ``None`` without a latent.
-        prior: p(z_t | x_<t, z_<t), or ``None`` without a latent.
+        prior: p(z_t | x_<t, z_<t), or ``None`` without a latent. A prior of another family than the latent's is
+            ``None`` as well, and its KL is log q(z) - log p(z) of the latents drawn.
         z: The latents drawn, shape (batch, time, latent).
         state: State after the last real step of each sequence.
         hidden: h_{t-1} of the top layer before each step, shape (batch, time, hidden); ``None`` if a long pass did not
@@ -41,9 +43,9 @@ class Trace:
     kl: Tensor
     mask: Tensor
     features: Tensor | None
-    head: Head
-    posterior: Factorised | None
-    prior: Factorised | None
+    head: Callable[[Tensor], Distribution]
+    posterior: Distribution | None
+    prior: Distribution | None
     z: Tensor
     state: State
     hidden: Tensor | None = None
@@ -52,13 +54,13 @@ class Trace:
     def emission(self) -> Distribution:
         """p(x_t | z_<=t, x_<t), batch shape (batch, time)."""
         assert self.features is not None, "a pass in windows does not keep its emission"
-        return cast(Distribution, self.head(self.features))
+        return self.head(self.features)
 
     @property
     def log_ratio(self) -> Tensor:
         """Log p(z_t | .) - log q(z_t | .) of the latents drawn in nats, zero at padding, shape (batch, time)."""
         if self.prior is None or self.posterior is None:
-            return torch.zeros_like(self.log_px)
+            return -self.kl.sum(-1)
         return torch.where(self.mask, log_ratio(self.prior, self.posterior, self.z), 0.0)
 
 
@@ -83,43 +85,59 @@ class Frames(NamedTuple):
 
 def latent_dists(
     model: Equations, steps: InferenceSteps, inputs: Tensor | None
-) -> tuple[Factorised, Factorised] | None:
+) -> tuple[Factorised, Distribution] | None:
     """Return prior and posterior of steps, batch shape (..., rows); ``None`` without a latent."""
     if steps.posterior is None:
         return None
     prior = model.prior_dist(steps.h, inputs) if steps.prior is None else gaussian(*steps.prior)
-    return prior, gaussian(*steps.posterior)
+    return prior, model.latent.dist(*steps.posterior)
 
 
 def make_trace(model: Equations, steps: InferenceSteps, state: State, frames: Frames, *, compiled: bool) -> Trace:
     """Return the trace of all steps of a loop, scored on frames with or without :func:`torch.compile`."""
-    terms = (_compiled_score() if compiled else _score)(model, steps, frames)
+    body, head = model.emission_parts
+    score = _compiled_score() if compiled and body is not None else _score
+    terms = score(model, body, head, steps, frames)
     features, log_px, *latent = (part.transpose(0, 1) for part in (*terms, *(steps.posterior or ())))
-    head, hidden, mask = model.decoder.head, steps.h.transpose(0, 1), frames.mask.t()
+    hidden, mask = steps.h.transpose(0, 1), frames.mask.t()
     if steps.posterior is None or steps.z is None:
         none = hidden[..., :0]
         return Trace(log_px, none, mask, features, head, None, None, none, state, hidden)
-    kl, posterior, prior = latent[0], gaussian(*latent[3:]), gaussian(*latent[1:3])
+    kl, *latent = latent
+    posterior = model.latent.dist(*latent[-len(steps.posterior) :])
+    prior = model.latent.dist(*latent[: -len(steps.posterior)]) if len(latent) > len(steps.posterior) else None
     return Trace(log_px, kl, mask, features, head, posterior, prior, steps.z.transpose(0, 1), state, hidden)
 
 
-def _score(model: Equations, steps: InferenceSteps, frames: Frames) -> tuple[Tensor, ...]:
+def _score(
+    model: Equations, body: nn.Module | None, head: Callable[..., Any], steps: InferenceSteps, frames: Frames
+) -> tuple[Tensor, ...]:
     """Score what the loop computed, for all steps at once and time first.
 
+    Args:
+        model: The model.
+        body: Its :attr:`~Equations.emission_parts`, as the head.
+        head: What makes the emission of features.
+        steps: What the loop computed.
+        frames: What to score it on.
+
     Returns:
-        What the emission's head reads, and log p(x_t | .); with a latent also the KL of each of its dimensions and the
-        prior's mean and standard deviation.
+        What the emission's head reads, and log p(x_t | .); with a latent also the KL in nats, and the parameters of a
+        prior of the latent's family.
     """
     features = steps.emission
     if features is None:
-        features = model.emission_features(steps.z_features, steps.h, frames.inputs)
-    log_px = torch.where(frames.mask, log_prob(model.decoder.head(features), frames.x, frames.observed), 0.0)
+        features = join(steps.z_features, steps.h, frames.inputs)
+        features = features if body is None else body(features)
+    log_px = torch.where(frames.mask, log_prob(head(features), frames.x, frames.observed), 0.0)
     latent = latent_dists(model, steps, frames.inputs)
     if latent is None:
         return features, log_px
-    prior, posterior = (part.base_dist for part in latent)
-    kl = torch.where(frames.mask[..., None], kl_divergence(posterior, prior), 0.0)
-    return features, log_px, kl, prior.loc, prior.scale
+    prior, posterior = latent
+    is_own = model.latent.is_own(prior)
+    kl = model.latent.kl(posterior, prior, steps.z) if is_own else model.latent.sampled_kl(posterior, prior, steps.z)
+    kl = torch.where(frames.mask[..., None], kl, 0.0)
+    return features, log_px, kl, *(model.latent.parameters(prior) if is_own else ())
 
 
 @cache

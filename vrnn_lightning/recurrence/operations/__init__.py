@@ -1,10 +1,11 @@
 """The operations that a step is made of, one file for each family."""
 
 from vrnn_lightning.recurrence.operations.base import Operation, Pass
+from vrnn_lightning.recurrence.operations.calls import Call, Given
 from vrnn_lightning.recurrence.operations.cells import GRU, LSTM
 from vrnn_lightning.recurrence.operations.elementwise import Cast, Relu
 from vrnn_lightning.recurrence.operations.linear import Affine, MatMul
-from vrnn_lightning.recurrence.operations.sampling import Call, GaussianSample, StandardNormal
+from vrnn_lightning.recurrence.operations.sampling import GaussianSample, StandardNormal
 
 __all__ = [
     "GRU",
@@ -13,6 +14,7 @@ __all__ = [
     "Call",
     "Cast",
     "GaussianSample",
+    "Given",
     "MatMul",
     "Operation",
     "Pass",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,15 @@ class Pass:
 
     Args:
         values: The value of each buffer that is not a view, and of each parameter.
+        graphs: The graphs that calls keep for the way back; ``None`` without a gradient.
     """
 
-    def __init__(self, values: Mapping[Buffer | ParameterRef, Tensor]) -> None:
+    def __init__(
+        self, values: Mapping[Buffer | ParameterRef, Tensor], graphs: dict[Buffer, list[Any]] | None = None
+    ) -> None:
+        self._graphs = graphs
+        self.seconds: dict[str, float] = {}
+        """Time that calls of each part took."""
         self._values = dict(values)
         self._steps: dict[Buffer, Steps] = {}
         self._grads: dict[Buffer, Tensor] = {}
@@ -50,6 +57,10 @@ class Pass:
         if value.dtype != ref.dtype:
             value = self._values[ref] = value.to(ref.dtype)
         return value
+
+    def graphs_of(self, buffer: Buffer) -> list[Any] | None:
+        """Return the list of graphs, one for each step, that a call keeps; ``None`` without a gradient."""
+        return None if self._graphs is None else self._graphs.setdefault(buffer, [])
 
     def grad(self, buffer: Buffer) -> Tensor:
         """Return the gradient of a buffer, shape (steps, rows, width); it is uninitialised until it is written."""

@@ -1,0 +1,161 @@
+"""Which parts of a model the time loop compiles: the exact modules that it knows. It calls all others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+from torch.nn.utils.prune import BasePruningMethod
+
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.heads import Gaussian, GaussianLatent, Network
+from vrnn_lightning.nn import MLP
+from vrnn_lightning.recurrence.state import Networks
+
+__all__ = ["Parts", "feature_width", "is_plain", "is_plain_linear", "known_layers", "trained_tensors"]
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = [f"_global{name}" for name in HOOKS]
+PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer) if hasattr(nn, "Buffer") else (Tensor, nn.Parameter)
+
+
+def is_plain(module: object, *classes: type[nn.Module]) -> bool:
+    """Return whether a call of a module does what its class says: an exact class, no hooks, plain tensors.
+
+    Of a parametrised module the class under the parametrisation counts. Hooks of :mod:`torch.nn.utils.prune` are
+    allowed: see :meth:`Equations.apply_pruning`.
+    """
+    if not isinstance(module, nn.Module) or type_before_parametrizations(module) not in classes:
+        return False
+    attributes = vars(module)
+    if "forward" in attributes or any(getattr(global_hooks, name) for name in GLOBAL_HOOKS):
+        return False
+    hooks = [hook for name in HOOKS for hook in attributes[name].values()]
+    return all(isinstance(hook, BasePruningMethod) for hook in hooks) and all(
+        tensor is None or type(tensor) in PLAIN_TENSORS for tensor in _tensors(module)
+    )
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor | None]:
+    """Yield the tensors that a module without children reads."""
+    yield from module._parameters.values()
+    if is_parametrized(module):
+        yield from (getattr(module, name) for name in module.parametrizations)
+
+
+def known_layers(network: object) -> list[nn.Module] | None:
+    """Return the layers of a network that the loop compiles; ``None`` for any other network."""
+    if not is_plain(network, MLP, nn.Sequential):
+        return None
+    layers = list(network)  # type: ignore[call-overload]  # an nn.Sequential
+    pairs = zip(layers[::2], layers[1::2], strict=False)
+    is_known = all(is_plain_linear(linear) and is_plain(relu, nn.ReLU) for linear, relu in pairs)
+    return layers if is_known and layers and len(layers) % 2 == 0 else None
+
+
+def is_plain_linear(module: object) -> bool:
+    """Return whether a module is a linear map with a bias that the loop compiles."""
+    return is_plain(module, nn.Linear) and module.bias is not None  # type: ignore[attr-defined]  # an nn.Linear
+
+
+class Parts(NamedTuple):
+    """What the loop compiles of a model: the layers of each network, ``None`` for a network that it calls.
+
+    Args:
+        phi_x: Layers of the feature extractor of x_t.
+        phi_z: Layers of the feature extractor of z_t.
+        prior: Layers before the prior's head.
+        posterior: Layers before the encoder's head.
+        emission: Layers before the emission's head.
+        draws_gaussian: Whether z_t is drawn from the Gaussian that ``posterior`` returns.
+        cells: Whether all cells are known.
+    """
+
+    phi_x: list[nn.Module] | None
+    phi_z: list[nn.Module] | None
+    prior: list[nn.Module] | None
+    posterior: list[nn.Module] | None
+    emission: list[nn.Module] | None
+    draws_gaussian: bool
+    cells: bool
+
+    @classmethod
+    def of(cls, model: Networks) -> Parts:
+        """Look at a model as it is now."""
+        own = model.runs_own_method
+        is_gaussian = type(model.latent) is GaussianLatent
+        prior = _gaussian_layers(model.prior) if is_gaussian and own("prior_dist") else None
+        posterior = _gaussian_layers(model.encoder) if is_gaussian and own("posterior_dist") else None
+        if posterior is not None and model.residual_posterior and prior is None:
+            posterior = None
+        return cls(
+            known_layers(model.phi_x) if own("extract_x") and own("standardize_input") else None,
+            known_layers(model.phi_z) if own("extract_z") else None,
+            prior,
+            posterior,
+            known_layers(model.decoder.body) if own("emission_dist") and is_plain(model.decoder, Network) else None,
+            posterior is not None,
+            own("next_state") and all(_is_known_cell(cell) for cell in model.cells),
+        )
+
+
+def _gaussian_layers(network: object) -> list[nn.Module] | None:
+    """Return the layers before the head of a network with a Gaussian head, if the loop compiles both."""
+    if not is_plain(network, Network):
+        return None
+    head = network.head  # type: ignore[attr-defined]  # a Network
+    is_known = is_plain(head, Gaussian) and head.covariance == "diagonal" and is_plain_linear(head.linear)
+    return known_layers(network.body) if is_known else None  # type: ignore[attr-defined]  # a Network
+
+
+def _is_known_cell(cell: nn.Module) -> bool:
+    return is_plain(cell, nn.GRUCell, nn.LSTMCell) and bool(cell.bias)
+
+
+_widths: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def feature_width(network: nn.Module, in_features: int, like: Tensor, part: str) -> int:
+    """Return the width of a network's output; one that the loop does not know is called once.
+
+    Raises:
+        UserError: It returns no features.
+    """
+    layers = known_layers(network)
+    if layers is not None:
+        return cast("nn.Linear", layers[-2]).out_features
+    if network not in _widths:
+        with evaluating(network), torch.random.fork_rng([like.device] if like.is_cuda else []):
+            features = network(like.new_zeros(2, in_features))
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 2:
+            got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+            raise UserError(f"{part}: returned {got} of 2 rows of {in_features} numbers, expected shape (2, width)")
+        _widths[network] = features.shape[-1]
+    return _widths[network]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Set a module and what it contains to evaluation for a while."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for part, is_training in modes:
+            part.training = is_training
+
+
+def trained_tensors(*modules: nn.Module) -> list[Tensor]:
+    """Return the tensors with a gradient that calls of modules read: parameters and parametrised weights."""
+    found: dict[int, Tensor] = {}
+    for part in (part for module in modules for part in module.modules()):
+        found |= {id(x): x for x in _tensors(part) if x is not None and x.requires_grad}
+    return list(found.values())
