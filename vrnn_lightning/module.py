@@ -194,8 +194,10 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         resumed, self._resumed = self._resumed, None
         if resumed is not None and all(len(x) == self.trainer.world_size for part in resumed for x in part):
             own = [[x[self.global_rank].to(self.device) for x in part] for part in resumed]
-            names = [name for name, x in self.vrnn.initial_state(1)._asdict().items() if x is not None]
-            self._carried = StreamState(*(Particles(State(**dict(zip(names, p[1:], strict=True))), p[0]) for p in own))
+            names = list(self.vrnn.initial_state(1).tensors())
+            self._carried = StreamState(
+                *(Particles(State.of_tensors(dict(zip(names, p[1:], strict=True))), p[0]) for p in own)
+            )
 
     def on_train_epoch_end(self) -> None:
         """Drop the state of streams: the next epoch starts from zero."""
@@ -382,7 +384,7 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         if self._carried is not None:  # as lists of tensors, which load without running pickled code
             is_alone = self._trainer is None or self.trainer.world_size == 1
             gather = (lambda x: x[None]) if is_alone else self.all_gather  # to shape (processes, ...)
-            parts = [(part.log_weights, *part.state) for part in self._carried if part is not None]
+            parts = [(part.log_weights, *part.state.tensors().values()) for part in self._carried if part is not None]
             checkpoint["carried"] = [[gather(x) for x in part if x is not None] for part in parts]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.compatibility import keep_old_hooks, old_names
 from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.filtering import Particles, Resampling
+from vrnn_lightning.heads import Factorised
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.vrnn import VRNN, Trace
 
@@ -207,7 +208,7 @@ class ELBO(Objective):
     def _kl(self, trace: Trace, residual: bool) -> Tensor:
         if trace.posterior is None or trace.prior is None or (self.kl == "analytic" and self.balance is None):
             return trace.kl
-        q, p = trace.posterior.base_dist, trace.prior.base_dist
+        q, p = cast(Factorised, trace.posterior).base_dist, cast(Factorised, trace.prior).base_dist
         if self.balance is None:
             kl = q.log_prob(trace.z) - p.log_prob(trace.z)
         else:

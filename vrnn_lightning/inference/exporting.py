@@ -23,6 +23,7 @@ from vrnn_lightning.heads import log_prob
 from vrnn_lightning.inference.session import upcoming
 from vrnn_lightning.recurrence import State, log_ratio, output
 from vrnn_lightning.vrnn import VRNN
+from vrnn_lightning.vrnn.checks import apply_pruning
 
 __all__ = ["export_step"]
 
@@ -35,7 +36,7 @@ class _Step(nn.Module):
 
     def __init__(self, model: VRNN, scaler: Scaler) -> None:
         super().__init__()
-        model.apply_pruning()
+        model.apply(apply_pruning)
         self.model = copy.deepcopy(model).cpu().eval()
         self.register_buffer("scale_mean", scaler.mean.detach().clone().cpu())
         self.register_buffer("scale_std", scaler.std.detach().clone().cpu())
@@ -45,17 +46,16 @@ class _Step(nn.Module):
     def example(self, batch_size: int) -> dict[str, Tensor]:
         """Return tensors of the shapes that a step takes, by name, in the order of its arguments."""
         model, like = self.model, self.model.input_mean
-        h, c = model.initial_state(batch_size)
+        state = model.initial_state(batch_size).tensors()
         row = torch.arange(batch_size).to(like)[:, None] / batch_size
         tensors = {
             "x": like.new_ones(batch_size, model.num_features),
             "observed": torch.ones(batch_size, model.num_features * model.missing, dtype=torch.bool),
             "inputs": 0.5 - row.expand(-1, model.num_inputs),
-            "noise": row.expand(-1, model.latent_size) - 0.3,
+            "noise": row.expand(-1, model.latent.noise_size) - 0.3,
             "next_inputs": row.expand(-1, model.num_inputs) - 0.7,
-            "next_noise": 0.4 - row.expand(-1, model.latent_size),
-            "h": h + 0.1 + row[:, None] / 2,
-            "c": like.new_zeros(0) if c is None else c + 0.2 - row[:, None] / 2,
+            "next_noise": 0.4 - row.expand(-1, model.latent.noise_size),
+            **{name: x + 0.1 + row.view(-1, *[1] * (x.ndim - 1)) / 2 for name, x in state.items()},
         }
         return {name: tensor.contiguous() for name, tensor in tensors.items() if tensor.numel()}
 
@@ -68,7 +68,7 @@ class _Step(nn.Module):
             x = torch.where(observed, x, 0.0)
             log_std = torch.where(observed, std.log(), 0.0).sum(-1)
         model, inputs, none = self.model, given.get("inputs"), x[:, :0]
-        state = State(given["h"], given.get("c"))
+        state = State.of_tensors({name: x for name, x in given.items() if name == "h" or name.startswith("c")})
         h, x_features = output(state), model.extract_x(x, observed)
         prior = model.prior_dist(h, inputs)
         posterior = model.posterior_dist(x_features, h, prior, inputs)
@@ -82,7 +82,7 @@ class _Step(nn.Module):
         outputs = {"nats": nats, "next_mean": emission.mean * std + mean}
         with suppress(NotImplementedError):  # not every emission has a variance
             outputs["next_std"] = emission.variance.sqrt() * std
-        return outputs | {f"{name}_next": part for name, part in state._asdict().items() if part is not None}
+        return outputs | {f"{name}_next": part for name, part in state.tensors().items()}
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.take(dict(zip(self.inputs, tensors, strict=True))).values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import ClassVar, cast
 
@@ -13,10 +14,10 @@ from torch.distributions import Categorical, Distribution
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.filtering import select_by_weight
-from vrnn_lightning.heads import Head, log_prob
+from vrnn_lightning.heads import log_prob
 from vrnn_lightning.heads.base import SampleShape, at_least_float32
 from vrnn_lightning.inference.checks import log_std, require_shape
-from vrnn_lightning.recurrence import State, Stream, repeat_rows
+from vrnn_lightning.recurrence import State, Stream, draw_frames, repeat_rows
 from vrnn_lightning.vrnn import VRNN
 
 __all__ = ["Predictive", "Session", "Step", "upcoming"]
@@ -32,8 +33,7 @@ def upcoming(model: VRNN, hidden: Tensor, inputs: Tensor | None, noise: Tensor) 
         noise: Standard normal noise, shape (rows, latent).
     """
     inputs = cast(Tensor, inputs).to(hidden) if model.num_inputs else None
-    prior = model.prior_dist(hidden, inputs).base_dist
-    z = prior.loc + prior.scale * noise.to(prior.loc)
+    z = model.latent.rsample(model.prior_dist(hidden, inputs), noise.to(hidden)) if model.latent_size else noise
     return model.emission_features(model.extract_z(z.to(hidden)), hidden, inputs)
 
 
@@ -47,6 +47,7 @@ class Predictive(Distribution):
 
     Args:
         head: Maps features to an emission in scaled units.
+        num_features: Width of a frame.
         features: The head's input for each component, shape (batch, components, width).
         log_weights: Normalised log-weights of the components, shape (batch, components).
         scaler: Between data units and the model's.
@@ -54,8 +55,15 @@ class Predictive(Distribution):
 
     arg_constraints: ClassVar = {}
 
-    def __init__(self, head: Head, features: Tensor, log_weights: Tensor, scaler: Scaler) -> None:
-        super().__init__(log_weights.shape[:1], torch.Size([head.num_features]), validate_args=False)
+    def __init__(
+        self,
+        head: Callable[[Tensor], Distribution],
+        num_features: int,
+        features: Tensor,
+        log_weights: Tensor,
+        scaler: Scaler,
+    ) -> None:
+        super().__init__(log_weights.shape[:1], torch.Size([num_features]), validate_args=False)
         self._head, self._features, self._scaler = head, features, scaler
         self.log_weights = log_weights
 
@@ -63,7 +71,7 @@ class Predictive(Distribution):
     @torch.no_grad()
     def components(self) -> Distribution:
         """The emissions, batch shape (batch, components), in scaled units."""
-        return cast(Distribution, self._head(self._features))
+        return self._head(self._features)
 
     @property
     def mean(self) -> Tensor:
@@ -99,7 +107,7 @@ class Predictive(Distribution):
         """Draw frames, shape ``(*sample_shape, batch, features)``."""
         chosen = Categorical(logits=self.log_weights, validate_args=False).sample(torch.Size(sample_shape))
         rows = torch.arange(len(self._features), device=chosen.device)
-        return self._scaler.unscale(self._head.draw(self._features[rows, chosen]))
+        return self._scaler.unscale(draw_frames(self._head, self._features[rows, chosen]))
 
     def _average(self, each: Tensor) -> Tensor:
         """Return the weighted mean over components of values of shape (batch, components, features)."""
@@ -144,12 +152,12 @@ class Step:
             require_shape("inputs of the next step", inputs, batch, model.num_inputs)
             inputs = repeat_rows(cast(Tensor, inputs), draws * samples)
         if noise is None:
-            noise = torch.randn(rows, model.latent_size)
-        require_shape("noise of the next step", noise, rows, model.latent_size)
+            noise = torch.randn(rows, model.latent.noise_size)
+        require_shape("noise of the next step", noise, rows, model.latent.noise_size)
         features = upcoming(model, repeat_rows(self.state.h[:, -1], draws), inputs, noise)
         features = features.unflatten(0, (draws * samples, batch)).transpose(0, 1)
         log_weights = self.log_weights.repeat(draws, 1).t().to(at_least_float32(features)) - math.log(draws)
-        return Predictive(model.decoder.head, features, log_weights, self._scaler)
+        return Predictive(model.emission_head, model.num_features, features, log_weights, self._scaler)
 
     @torch.no_grad()
     def forecast(

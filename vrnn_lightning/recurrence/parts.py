@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,11 +14,20 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from torch.nn.utils.prune import BasePruningMethod
 
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.heads import Gaussian, GaussianLatent, Network
+from vrnn_lightning.heads import Gaussian, GaussianLatent, Head, Network, tempered
 from vrnn_lightning.nn import MLP
 from vrnn_lightning.recurrence.state import Networks
 
-__all__ = ["Parts", "feature_width", "is_plain", "is_plain_linear", "known_layers", "trained_tensors"]
+__all__ = [
+    "Parts",
+    "draw_frames",
+    "evaluating",
+    "feature_width",
+    "is_plain",
+    "is_plain_linear",
+    "known_layers",
+    "trained_tensors",
+]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = [f"_global{name}" for name in HOOKS]
@@ -29,7 +38,7 @@ def is_plain(module: object, *classes: type[nn.Module]) -> bool:
     """Return whether a call of a module does what its class says: an exact class, no hooks, plain tensors.
 
     Of a parametrised module the class under the parametrisation counts. Hooks of :mod:`torch.nn.utils.prune` are
-    allowed: see :meth:`Equations.apply_pruning`.
+    allowed, as the model computes pruned weights before each pass.
     """
     if not isinstance(module, nn.Module) or type_before_parametrizations(module) not in classes:
         return False
@@ -53,7 +62,7 @@ def known_layers(network: object) -> list[nn.Module] | None:
     """Return the layers of a network that the loop compiles; ``None`` for any other network."""
     if not is_plain(network, MLP, nn.Sequential):
         return None
-    layers = list(network)  # type: ignore[call-overload]  # an nn.Sequential
+    layers: list[nn.Module] = list(cast("Any", network))
     pairs = zip(layers[::2], layers[1::2], strict=False)
     is_known = all(is_plain_linear(linear) and is_plain(relu, nn.ReLU) for linear, relu in pairs)
     return layers if is_known and layers and len(layers) % 2 == 0 else None
@@ -151,6 +160,13 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, is_training in modes:
             part.training = is_training
+
+
+def draw_frames(head: Any, features: Tensor, temperature: float = 1.0) -> Tensor:
+    """Draw frames from the emission that a head, or a decoder, makes of features."""
+    if isinstance(head, Head) and is_plain(head, type(head)):
+        return head.draw(features, temperature)
+    return tempered(head(features), temperature).sample()
 
 
 def trained_tensors(*modules: nn.Module) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -28,6 +28,17 @@ class State(NamedTuple):
 
     h: Tensor
     c: Tensor | tuple[Tensor, ...] | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name: h, and c, or c_0, c_1 and so on of a tuple."""
+        c = {f"c_{i}": x for i, x in enumerate(self.c)} if isinstance(self.c, tuple) else {"c": self.c}
+        return {"h": self.h, **{name: x for name, x in c.items() if x is not None}}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> State:
+        """Return the state that :meth:`tensors` names."""
+        own = tuple(x for name, x in tensors.items() if name.startswith("c_"))
+        return cls(tensors["h"], own or tensors.get("c"))
 
     def layers(self) -> tuple[Tensor, ...]:
         """Return h of each layer, then each part of c, each (batch, width)."""
@@ -67,7 +78,7 @@ class Networks(Protocol):
     phi_x: nn.Module
     phi_z: nn.Module | None
     prior: Prior | None
-    encoder: nn.Module | None
+    encoder: Network[Any] | None
     decoder: Network[Head]
     cells: nn.ModuleList
     backward_rnn: nn.GRU | nn.LSTM | None
@@ -75,20 +86,24 @@ class Networks(Protocol):
     residual_posterior: bool
     num_inputs: int
     num_features: int
-    prior_dist: Callable[..., Factorised]
-    posterior_dist: Callable[..., Distribution]
-    emission_dist: Callable[..., Distribution]
-    emission_features: Callable[..., Tensor]
-    next_state: Callable[..., tuple[Tensor, State]]
-    extract_x: Callable[..., Tensor]
-    extract_z: Callable[..., Tensor]
-    standardize_input: Callable[..., Tensor]
-    runs_own_method: Callable[[str], bool]
+    called_parts: dict[str, float]
 
     @property
     def feature_widths(self) -> tuple[int, int]: ...
     @property
     def emission_head(self) -> Any: ...
+    def prior_dist(self, h: Tensor, inputs: Tensor | None = None) -> Distribution: ...
+    @property
+    def posterior_dist(self) -> Callable[..., Distribution]: ...
+    @property
+    def emission_dist(self) -> Callable[..., Distribution]: ...
+    @property
+    def next_state(self) -> Callable[..., tuple[Tensor, State]]: ...
+    def emission_features(self, z_features: Tensor | None, h: Tensor, inputs: Tensor | None = None) -> Tensor: ...
+    def extract_x(self, x: Tensor, valid: Tensor | None = None, masks: Masks | None = None) -> Tensor: ...
+    def extract_z(self, z: Tensor, masks: Masks | None = None) -> Tensor: ...
+    def standardize_input(self, x: Tensor, valid: Tensor | None = None) -> Tensor: ...
+    def runs_own_method(self, name: str) -> bool: ...
 
 
 def output(state: State, masks: Masks | None = None) -> Tensor:
@@ -102,7 +117,7 @@ def repeat_rows(x: Tensor, samples: int) -> Tensor:
     return x if samples == 1 else x.repeat(samples, *[1] * (x.ndim - 1))
 
 
-def log_ratio(prior: Factorised, posterior: Factorised, z: Tensor) -> Tensor:
+def log_ratio(prior: Distribution, posterior: Distribution, z: Tensor) -> Tensor:
     """Return log p(z) - log q(z) in nats, shape (...), of latents of shape (..., latent)."""
     ratio: Tensor = prior.log_prob(z) - posterior.log_prob(z)
     return ratio

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import groupby, repeat
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from vrnn_lightning.recurrence.operations import (
     Relu,
     StandardNormal,
 )
-from vrnn_lightning.recurrence.parts import Parts, is_plain, trained_tensors
+from vrnn_lightning.recurrence.parts import Parts, draw_frames, is_plain, trained_tensors
 from vrnn_lightning.recurrence.placement import GIVEN, READS, Purpose, partition
 from vrnn_lightning.recurrence.state import Masks, Networks, State, repeat_rows
 from vrnn_lightning.recurrence.tape import Tape
@@ -275,10 +275,8 @@ class FastStep:
             require_temperature(temperature)
             raw = tape.cast(_lay_linear(tape, self.emission, head.linear), wide)
             self._draw(raw, self.x, head.min_std, math.sqrt(temperature))
-        elif is_plain(head, type(head)):
-            self._call(lambda features: head.draw(features, temperature), [self.emission], [self.x])
         else:
-            self._call(lambda features: tempered(head(features), temperature).sample(), [self.emission], [self.x])
+            self._call(lambda features: draw_frames(head, features, temperature), [self.emission], [self.x])
 
     def _lay_x_features(self) -> None:
         tape, model = self.tape, self.model
@@ -316,9 +314,9 @@ class FastStep:
         sources = self._sources("x_features", "z_features", "inputs")
 
         def next_state(*values: Tensor) -> Sequence[Tensor]:
-            reads = dict(zip(sources, values, strict=False))
-            reads = {"z_features": None, **reads, "state": like.with_layers(values[len(sources) :])}
-            return model.next_state(**reads, masks=masks)[1].layers()
+            reads: dict[str, Any] = {"z_features": None, **dict(zip(sources, values, strict=False))}
+            state = like.with_layers(values[len(sources) :])
+            return model.next_state(**reads, state=state, masks=masks)[1].layers()
 
         after = [state.next_step() for state in self.states]
         self._call(next_state, [*sources.values(), *self.states], after, model.cells, name="cells")
@@ -368,11 +366,7 @@ def lay_features(
 
 
 def _lay_perceptron(
-    tape: Tape,
-    sums: Buffer,
-    layers: Sequence[nn.Module],
-    mask: ParameterRef | None = None,
-    into: Buffer | None = None,
+    tape: Tape, sums: Buffer, layers: Sequence[nn.Module], mask: ParameterRef | None = None, into: Buffer | None = None
 ) -> Buffer:
     """Add a perceptron from the sums of its first layer on; mask and ``into`` are for the features."""
     rest = [layer for layer in layers[1:] if isinstance(layer, nn.Linear)]

@@ -111,8 +111,8 @@ class Stream:
             self._require("noise", noise, *self._noise.shape)
             self._noise.copy_(noise)
         model = self.model
-        features = model.extract_x(x, valid) if self._before is None else self._before(model.standardize_input(x, valid))
-        self._known_x.copy_(features)
+        reads = self._before
+        self._known_x.copy_(model.extract_x(x, valid) if reads is None else reads(model.standardize_input(x, valid)))
         h = cast("Tensor", self._h).clone() if self._reads_h else cast("Tensor", self._h)  # the step overwrites it
         self._step.step()
         inputs = repeat_rows(self._known_inputs, self.samples).to(h) if model.num_inputs else None

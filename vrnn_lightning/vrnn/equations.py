@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.nn.utils.prune import BasePruningMethod
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.heads import Factorised, Gaussian, GaussianLatent, Head, Latent, Network, gaussian
+from vrnn_lightning.heads import Factorised, GaussianLatent, Head, Latent, Network, gaussian
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import Masks, NetworkInputs, Prior, Purpose, State, feature_width, is_plain, partition
 
@@ -74,12 +74,15 @@ class Equations(nn.Module):
         prior: The prior network, or another map from h_{t-1} to a distribution.
         encoder: The inference network.
         decoder: The network of the emission, and its head.
-        cells: The layers of the recurrence, ``GRUCell`` or ``LSTMCell``; the networks read the top one.
+        cells: The layers of the recurrence, each with ``hidden_size``; the networks read the top one. A cell is called
+            like ``nn.GRUCell`` or ``nn.LSTMCell``. One with ``initial_state(batch_size)``, a tree of tensors, is called
+            with the input and such a tree, and returns its output (batch, hidden_size) and the next tree.
         backward_rnn: The recurrence that reads backwards, for a smoothing posterior.
         residual_posterior: The encoder's mean is added to the prior's (Res_q in Fraccaro et al. 2016).
         dropout: Probability of dropping a unit of phi_x, phi_z or h, see :func:`build_vrnn`.
         num_inputs: Covariates per step.
         missing: phi_x also reads which values were measured.
+        latent: The kind of latent; Gaussian by default.
     """
 
     input_mean: Tensor
@@ -90,7 +93,7 @@ class Equations(nn.Module):
         phi_x: nn.Module,
         phi_z: nn.Module | None,
         prior: Prior | None,
-        encoder: Network[Gaussian] | None,
+        encoder: Network[Any] | None,
         decoder: Network[Head],
         cells: nn.ModuleList,
         backward_rnn: nn.GRU | nn.LSTM | None = None,
@@ -99,12 +102,14 @@ class Equations(nn.Module):
         dropout: float = 0.0,
         num_inputs: int = 0,
         missing: bool = False,
+        latent: Latent | None = None,
     ) -> None:
         super().__init__()
         self.num_features = decoder.head.num_features
-        self.latent_size = 0 if encoder is None else encoder.head.num_features
-        self.latent: Latent = GaussianLatent(self.latent_size)
+        self.latent = GaussianLatent(0 if encoder is None else encoder.head.num_features) if latent is None else latent
+        self.latent_size = self.latent.size
         self.hidden_size = cast(nn.GRUCell, cells[0]).hidden_size
+        self._has_cell_state = getattr(cells[0], "has_cell_state", isinstance(cells[0], nn.LSTMCell))
         self.residual_posterior, self.dropout = residual_posterior, dropout
         self.num_inputs, self.missing = num_inputs, missing
         self.phi_x, self.phi_z, self.prior, self.backward_rnn = phi_x, phi_z, prior, backward_rnn
@@ -112,6 +117,8 @@ class Equations(nn.Module):
         self.checkpoint_every: int | None = None
         """In training keep only the states between windows of so many steps, and infer each window again on the way
         back (Chen et al. 2016, arXiv 1604.06174); ``None`` keeps all. It changes no value: an option of the run."""
+        self.checked_structure: object = None
+        """The modules and hooks whose fast step was compared with the methods."""
         self.called_parts: dict[str, float] = {}
         """Parts that the time loop called at each step of the last passes, with their share of its time."""
         self.compiled = False
@@ -164,7 +171,7 @@ class Equations(nn.Module):
     def emission_parts(self) -> tuple[nn.Module | None, Callable[[Tensor], Distribution]]:
         """The decoder's network, and the head that makes the emission of its features.
 
-        A decoder that is no plain :class:`~vrnn_lightning.heads.Network` is called as a whole: ``None``, and a head that
+        Any decoder but a plain :class:`~vrnn_lightning.heads.Network` is called as a whole: ``None``, and a head that
         reads z_features, h and inputs side by side.
         """
         if not self.runs_own_method("emission_dist"):
@@ -201,7 +208,8 @@ class Equations(nn.Module):
         """
         head = getattr(self.decoder, "head", None)
         if not isinstance(head, Head):
-            raise UserError(f"decoder: {type(self.decoder).__name__} has no head. Fix: give it the emission's Head as `head`")
+            kind = type(self.decoder).__name__
+            raise UserError(f"decoder: {kind} has no head. Fix: set its attribute `head` to the emission's Head")
         return head
 
     @property
@@ -214,7 +222,7 @@ class Equations(nn.Module):
     def next_state(
         self,
         x_features: Tensor,
-        z_features: Tensor,
+        z_features: Tensor | None,
         state: State,
         inputs: Tensor | None = None,
         masks: Masks | None = None,
@@ -223,7 +231,7 @@ class Equations(nn.Module):
 
         Args:
             x_features: Features of x_t, shape (batch, width).
-            z_features: Features of z_t, shape (batch, width).
+            z_features: Features of z_t, shape (batch, width); ``None`` without a latent.
             state: State before the step.
             inputs: Covariates, shape (batch, covariates).
             masks: Dropout of what networks and upper layers read of h.
@@ -232,15 +240,32 @@ class Equations(nn.Module):
             h_t of the top layer as the networks read it, shape (batch, hidden), and the state after the step.
         """
         below, hs, cs = join(x_features, inputs, z_features), [], []
-        for layer, cell in enumerate(self.cells):
-            if state.c is None:
-                h = cell(below, state.h[:, layer])
-            else:
-                h, c = cell(below, (state.h[:, layer], state.c[:, layer]))
+        own = iter(state.c if isinstance(state.c, tuple) else ())
+        for layer, cell in enumerate(cast("list[Any]", self.cells)):
+            h = state.h[:, layer]
+            if hasattr(cell, "initial_state"):
+                leaves, spec = tree_flatten(cell.initial_state(1))
+                h, after = cell(below, tree_unflatten([next(own) for _ in leaves], spec))
+                cs += self._leaves(layer, after, spec)
+            elif isinstance(state.c, Tensor):
+                h, c = cell(below, (h, state.c[:, layer]))
                 cs.append(c)
+            else:
+                h = cell(below, h)
             hs.append(h)
             below = h if masks is None else h * masks.h[:, layer]
-        return below, State(torch.stack(hs, 1), torch.stack(cs, 1) if cs else None)
+        c = tuple(cs) if isinstance(state.c, tuple) else torch.stack(cs, 1) if cs else None
+        return below, State(torch.stack(hs, 1), c)
+
+    def _leaves(self, layer: int, state: object, spec: TreeSpec) -> list[Tensor]:
+        """Return the tensors of a cell's state."""
+        leaves, found = tree_flatten(state)
+        if found != spec:
+            kind = type(self.cells[layer]).__name__
+            raise UserError(
+                f"cells.{layer}: {kind} returned a state of another structure than its initial_state: {found}"
+            )
+        return leaves
 
     def posterior_dist(
         self,
@@ -278,7 +303,12 @@ class Equations(nn.Module):
     def initial_state(self, batch_size: int) -> State:
         """Return the zero state for ``batch_size`` sequences."""
         zeros = self.input_mean.new_zeros(batch_size, len(self.cells), self.hidden_size)
-        return State(zeros, zeros if isinstance(self.cells[0], nn.LSTMCell) else None)
+        own = [
+            cell.initial_state(batch_size) for cell in cast("list[Any]", self.cells) if hasattr(cell, "initial_state")
+        ]
+        if own:
+            return State(zeros, tuple(leaf.to(zeros) for tree in own for leaf in tree_flatten(tree)[0]))
+        return State(zeros, zeros if self._has_cell_state else None)
 
     def require_state(self, state: State) -> None:
         """Raise if a state has another shape or type than this model's."""
@@ -286,16 +316,12 @@ class Equations(nn.Module):
         for name, given, own in zip("hc", state, like, strict=True):
             if (given is None) != (own is None):
                 raise UserError(f"state: {name} is {'missing' if given is None else 'for an LSTM, and the cell a GRU'}")
-            if given is not None and own is not None and (given.shape != own.shape or given.dtype != own.dtype):
-                got, needed = (f"{tuple(part.shape)} in {part.dtype}" for part in (given, own))
-                raise UserError(f"state: {name} of shape {got}, the model's is {needed}")
-
-    def apply_pruning(self) -> None:
-        """Compute pruned weights, as the call of a module would: the fast loop reads weights and calls nothing."""
-        for module in self.modules():
-            for hook in module._forward_pre_hooks.values():
-                if isinstance(hook, BasePruningMethod):
-                    hook(module, ())
+            parts, own_parts = (tree_flatten(part)[0] for part in (given, own))
+            got, needed = (
+                [f"{tuple(x.shape)} in {x.dtype}" for x in part if x is not None] for part in (parts, own_parts)
+            )
+            if got != needed:
+                raise UserError(f"state: {name} of shape {' and '.join(got)}, the model's is {' and '.join(needed)}")
 
     def draw_masks(self, noise: Noise) -> Masks | None:
         """Draw the dropout of a pass; ``None`` in evaluation, or where the probability is 0."""

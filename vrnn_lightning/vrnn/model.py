@@ -34,6 +34,7 @@ from vrnn_lightning.recurrence import (
     log_ratio,
     repeat_rows,
 )
+from vrnn_lightning.vrnn.checks import prepared, random_state, weights_read, with_weights
 from vrnn_lightning.vrnn.equations import Equations
 from vrnn_lightning.vrnn.trace import Frames, Trace, latent_dists, make_trace
 
@@ -74,6 +75,7 @@ class _Pass(NamedTuple):
 class VRNN(Equations):
     """A recurrent network with a latent Gaussian at every step; see :class:`Equations` and :func:`build_vrnn`."""
 
+    @prepared
     def forward(
         self,
         batch: SequenceBatch,
@@ -101,7 +103,7 @@ class VRNN(Equations):
         batch = self.mask_invalid(batch)
         if noise is None or (masks is None and self.training and self.dropout):
             source = Noise(batch)
-            noise = source.over_time(self.latent_size, samples) if noise is None else noise
+            noise = source.over_time(self.latent.noise_size, samples) if noise is None else noise
             masks = self.draw_masks(source) if masks is None else masks
         state = self.initial_state(samples * len(batch)) if state is None else state
         return self._infer(_Pass(batch, noise, masks, samples, self.backward_states(batch, masks)), state)
@@ -114,14 +116,14 @@ class VRNN(Equations):
         if len(state.h) != samples * len(batch):
             raise UserError(f"a state of {len(state.h)} rows, but {samples} x {len(batch)} trajectories are inferred")
         self.require_state(state)
-        self.apply_pruning()
-        normal = noise if isinstance(noise, Tensor) else noise.over_time(self.latent_size, samples)
+        normal = noise if isinstance(noise, Tensor) else noise.over_time(self.latent.noise_size, samples)
         data, lengths = self.network_inputs(batch, masks, future), repeat_rows(batch.lengths, samples)
         noise = normal.transpose(0, 1).contiguous()
         steps, state = infer(self, data, noise, state, lengths, masks, samples, resample)
         frames = Frames.of_batch(batch, samples) if frames is None else frames
         return make_trace(self, steps, state, frames, compiled=self.compiled)
 
+    @prepared
     def collect(
         self,
         batch: SequenceBatch,
@@ -174,7 +176,7 @@ class VRNN(Equations):
             UserError: The batch has no steps, or not the covariates that the model reads.
         """
         if torch.is_grad_enabled() or batch.x.shape[1] <= MAX_WINDOW:
-            return cast(Trace, self(batch, noise.over_time(self.latent_size)))
+            return cast(Trace, self(batch, noise.over_time(self.latent.noise_size)))
 
         def select(trace: Trace) -> tuple[Tensor, ...]:
             dists = [dist for dist in (trace.posterior, trace.prior) if dist is not None]
@@ -192,8 +194,16 @@ class VRNN(Equations):
         """Call a function; with :attr:`checkpoint_every` keep only its arguments, and call it again on the way back."""
         if self.checkpoint_every is None or not torch.is_grad_enabled():
             return function(*args)
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+        weights = weights_read()
 
+        def run(*args: Any) -> Any:
+            with with_weights(weights):
+                return function(*args)
+
+        # noise is given, but a part that a user adds may draw its own
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=True)
+
+    @prepared
     def filter(
         self,
         batch: SequenceBatch,
@@ -268,6 +278,7 @@ class VRNN(Equations):
 
         def resample(t: int, step: InferenceSteps) -> Tensor | None:
             observed, inputs = (None if part is None else part[t] for part in (frames.observed, frames.inputs))
+            before = random_state(step.h.device) if t == 0 and self.training else None
             features = step.emission
             if features is None:
                 features = self.emission_features(step.z_features, step.h, inputs)
@@ -275,6 +286,11 @@ class VRNN(Equations):
             latent = latent_dists(self, step, inputs)
             if latent is not None and step.z is not None:
                 increments = increments + beta * log_ratio(*latent, step.z)
+            if before is not None and not torch.equal(before, random_state(step.h.device)):
+                raise UserError(
+                    "decoder or prior: draws random numbers, so that a particle filter can't weigh by the same ones "
+                    "twice. Fix: take out its Dropout or choose the objective ELBO"
+                )
             return weights.advance(t, increments.unflatten(0, (samples, -1)), draws[t].t())
 
         return resample
@@ -284,6 +300,7 @@ class VRNN(Equations):
         state = self.initial_state(samples * batch_size)
         return Particles(state, state.h.new_full((samples, batch_size), -math.log(samples)))
 
+    @prepared
     def generate(
         self,
         steps: int,
@@ -313,13 +330,13 @@ class VRNN(Equations):
         self.require_state(state)
         if len(state.h) == 0:
             raise UserError("state: has no rows. Fix: give at least one")
-        self.apply_pruning()
         needed = (len(state.h), steps, self.num_inputs)
         if self.num_inputs and (inputs is None or tuple(inputs.shape) != needed):
             given = "none" if inputs is None else f"shape {tuple(inputs.shape)}"
             raise UserError(f"inputs: the model reads covariates of shape {needed}, but got {given}")
         return generate(self, steps, state, inputs if self.num_inputs else None, temperature)
 
+    @prepared
     def stream(
         self, batch_size: int = 1, samples: int = 1, state: State | None = None, resampling: Resampling | None = None
     ) -> Stream:
@@ -345,5 +362,4 @@ class VRNN(Equations):
         if len(state.h) != samples * batch_size:
             raise UserError(f"state: {len(state.h)} rows, not {samples * batch_size} (samples * batch_size)")
         self.require_state(state)
-        self.apply_pruning()
         return Stream(self, state, samples, resampling)

@@ -135,7 +135,8 @@ def _score(
         return features, log_px
     prior, posterior = latent
     is_own = model.latent.is_own(prior)
-    kl = model.latent.kl(posterior, prior, steps.z) if is_own else model.latent.sampled_kl(posterior, prior, steps.z)
+    z = cast(Tensor, steps.z)
+    kl = model.latent.kl(posterior, prior, z) if is_own else model.latent.sampled_kl(posterior, prior, z)
     kl = torch.where(frames.mask[..., None], kl, 0.0)
     return features, log_px, kl, *(model.latent.parameters(prior) if is_own else ())
 

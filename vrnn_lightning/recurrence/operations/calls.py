@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ class Call(Operation):
         """Raise if the graph of a step leads to a parameter whose gradient would be lost."""
         known = {id(x) for x in (*leaves, *self.tensors)}
         seen = {x.grad_fn for x in self.tensors}
-        nodes = [x.grad_fn for x in outputs if x.grad_fn is not None]
+        nodes: list[Any] = [x.grad_fn for x in outputs]
         while nodes:
             node = nodes.pop()
             if node is None or node in seen:
@@ -135,7 +136,7 @@ class Call(Operation):
         inputs = [leaf for leaf in leaves if leaf.requires_grad]
         found: list[Tensor | None] = [None] * (len(inputs) + len(self.tensors))
         if wanted:
-            found = _gradients(*zip(*wanted, strict=True), [*inputs, *self.tensors])
+            found = _gradients([x for x, _ in wanted], [grad for _, grad in wanted], [*inputs, *self.tensors])
         rest = iter(found)
         for leaf, into, adds in zip(leaves, self.into, self.adds, strict=True):
             grad = next(rest) if leaf.requires_grad else None
@@ -154,9 +155,7 @@ class Call(Operation):
                 values.add_grad(ref, total)
 
 
-def _gradients(
-    outputs: Sequence[Tensor], grads: Sequence[Tensor], inputs: Sequence[Tensor]
-) -> list[Tensor | None]:
+def _gradients(outputs: Sequence[Tensor], grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
     """Return gradients without hooks of tensors, which run once on the gradient of the whole loop."""
     hooks = [x._backward_hooks for x in inputs]
     try:

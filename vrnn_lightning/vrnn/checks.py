@@ -1,0 +1,163 @@
+"""What is done before a pass: weights are read once, and a changed model's fast step is compared with its methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from vrnn_lightning.batch import SequenceBatch
+from vrnn_lightning.errors import UserError
+from vrnn_lightning.recurrence import evaluating, infer, output
+from vrnn_lightning.vrnn.equations import Equations
+
+__all__ = ["apply_pruning", "prepared", "random_state", "weights_read", "with_weights"]
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PARTS = {
+    "h": "cells",
+    "z_features": "phi_z",
+    "emission": "decoder",
+    "prior": "prior",
+    "posterior": "encoder",
+    "z": "encoder",
+}
+ROWS, STEPS = 2, 3  # of the batch that a model is checked on
+
+
+def prepared(method: FunctionT) -> FunctionT:
+    """Prepare the model for a method: read each parametrised weight once, and check a model whose modules changed."""
+
+    @wraps(method)
+    def call(self: Equations, *args: Any, **kwargs: Any) -> Any:
+        with parametrize.cached():
+            _prepare(self)
+            return method(self, *args, **kwargs)
+
+    return cast(FunctionT, call)
+
+
+def weights_read() -> dict[Any, Any]:
+    """Return the parametrised weights that the current pass has read."""
+    return dict(parametrize._cache)
+
+
+@contextmanager
+def with_weights(weights: dict[Any, Any]) -> Iterator[None]:
+    """Use the parametrised weights of an earlier pass, for what is computed again on the way back."""
+    with parametrize.cached():
+        parametrize._cache.update(weights)
+        yield
+
+
+def apply_pruning(module: nn.Module) -> None:
+    """Compute pruned weights, as a call of the module would: the fast loop only reads them."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod):
+            hook(module, ())
+
+
+def random_state(device: torch.device) -> Tensor:
+    """Return the state of torch's generator of a device."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at modules, not at tensors
+def _prepare(model: Equations) -> None:
+    structure = []
+    for module in model.modules():
+        attributes = vars(module)
+        structure.append((id(module), id(type(module)), "forward" in attributes, *(len(attributes[x]) for x in HOOKS)))
+        apply_pruning(module)
+        if module.training and any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()):
+            fix = "use torch.nn.utils.parametrizations.spectral_norm"
+            _refuse(model, module, "torch.nn.utils.spectral_norm changes the weight at every call", fix)
+        if isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats):
+            _refuse(model, module, "statistics of a batch mix sequences and padding", "use LayerNorm")
+        if parametrize.is_parametrized(module):
+            for name in cast("nn.ModuleDict", module.parametrizations):
+                getattr(module, name)
+    if structure != model.checked_structure:
+        _check_step(model)
+        model.checked_structure = structure
+
+
+def _refuse(model: nn.Module, module: nn.Module, what: str, fix: str) -> None:
+    name = next(name for name, other in model.named_modules() if other is module)
+    raise UserError(f"{name}: {what}. Fix: {fix}")
+
+
+@torch.no_grad()
+def _check_step(model: Equations) -> None:
+    """Raise if a step of the fast loop does not compute what the model's four methods compute.
+
+    Random numbers, buffers and the mode of modules are left as they were.
+
+    Raises:
+        UserError: It differs, or is not finite; the message names the part.
+    """
+    like = model.input_mean
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = [like.device] if like.is_cuda else []
+    try:
+        with evaluating(model), torch.random.fork_rng(devices), torch.autocast(like.device.type, enabled=False):
+            torch.manual_seed(0)
+            _compare(model)
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+
+def _compare(model: Equations) -> None:
+    """Take the steps of a small random batch both ways."""
+    like = model.input_mean
+    x, inputs = (like.new_empty(ROWS, STEPS, n).normal_() for n in (model.num_features, model.num_inputs))
+    lengths = torch.full((ROWS,), STEPS, device=like.device)
+    batch = SequenceBatch(x, lengths, None, inputs if model.num_inputs else None)
+    future = model.backward_states(batch, None)
+    data, state = model.network_inputs(batch, None, future), model.initial_state(ROWS)
+    noise = like.new_empty(STEPS, ROWS, model.latent.noise_size).normal_()
+    steps, last = infer(model, data, noise, state, lengths, resample=lambda t, step: None)
+    for t in range(STEPS):
+        now, later = (None if part is None else part[t] for part in (data.inputs, future))
+        h, x_features = output(state), data.x_features[t]
+        expected: dict[str, Any] = {"h": h}
+        prior, z_features = model.prior_dist(h, now), None
+        if steps.posterior is not None:
+            posterior = model.posterior_dist(x_features, h, None, now, later)
+            z = model.latent.rsample(posterior, noise[t])
+            z_features = model.extract_z(z)
+            expected |= {"posterior": model.latent.posterior_parameters(posterior), "z": z, "z_features": z_features}
+            expected |= {"prior": model.latent.parameters(prior)} if steps.prior is not None else {}
+        emission = model.emission_dist(x_features[:, :0] if z_features is None else z_features, h, now)
+        if steps.emission is not None:
+            fast = model.emission_head(steps.emission[t]).mean
+            _require_same("decoder", fast, emission.mean)
+        for name, values in expected.items():
+            fast = getattr(steps, name)
+            pairs = zip(fast, values, strict=True) if isinstance(values, tuple) else [(fast, values)]
+            for one, other in pairs:
+                _require_same(PARTS[name], one[t], other)
+        _, state = model.next_state(x_features, z_features, state, now)
+    for one, other in zip(last.layers(), state.layers(), strict=True):
+        _require_same("cells", one, other)
+
+
+def _require_same(part: str, fast: Tensor, expected: Tensor) -> None:
+    if not expected.isfinite().all():
+        raise UserError(f"{part}: returned NaN or infinity for standard normal data. Fix: check its weights")
+    tolerance = 1e-3 if expected.dtype != torch.float64 else 1e-9
+    if not torch.allclose(fast.to(expected), expected, rtol=tolerance, atol=tolerance):
+        raise UserError(
+            f"{part}: the time loop computes other values than the model's method of it does. Fix: make the part "
+            "a function of its inputs and its own parameters"
+        )
