@@ -240,10 +240,12 @@ class Equations(nn.Module):
         like = self.initial_state(len(state.h))
         for name, given, own in zip("hc", state, like, strict=True):
             if (given is None) != (own is None):
-                raise UserError(f"state: {name} is {'missing' if given is None else 'for an LSTM, and the cell a GRU'}")
+                raise UserError(
+                    f"state: {name} is {'missing' if given is None else 'of an LSTM, but the cell is a GRU'}"
+                )
             if given is not None and own is not None and (given.shape != own.shape or given.dtype != own.dtype):
                 got, needed = (f"{tuple(part.shape)} in {part.dtype}" for part in (given, own))
-                raise UserError(f"state: {name} of shape {got}, the model's is {needed}")
+                raise UserError(f"state: {name} has shape {got}, expected {needed}")
 
     def apply_pruning(self) -> None:
         """Compute pruned weights, as the call of a module would: the fast loop reads weights and calls nothing."""
@@ -269,7 +271,7 @@ class Equations(nn.Module):
             UserError: The batch has no steps, or not the covariates that the model reads.
         """
         if 0 in batch.x.shape[:2]:
-            raise UserError("a batch of no sequences or no time steps: pad it to one")
+            raise UserError("the batch has no sequences or no time steps. Fix: pad it to one")
         inputs = batch.inputs if self.num_inputs else None
         width = 0 if inputs is None else inputs.shape[-1]
         if width != self.num_inputs:

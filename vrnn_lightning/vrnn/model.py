@@ -112,7 +112,7 @@ class VRNN(Equations):
         """Infer the latents of a window, and score it."""
         batch, noise, masks, samples, future = window
         if len(state.h) != samples * len(batch):
-            raise UserError(f"a state of {len(state.h)} rows, but {samples} x {len(batch)} trajectories are inferred")
+            raise UserError(f"state: has {len(state.h)} rows, expected {samples} x {len(batch)} (samples * batch_size)")
         self.require_state(state)
         self.apply_pruning()
         normal = noise if isinstance(noise, Tensor) else noise.over_time(self.latent_size, samples)
@@ -339,7 +339,7 @@ class VRNN(Equations):
         require("samples", samples, 1)
         state = self.initial_state(samples * batch_size) if state is None else state
         if len(state.h) != samples * batch_size:
-            raise UserError(f"state: {len(state.h)} rows, not {samples * batch_size} (samples * batch_size)")
+            raise UserError(f"state: has {len(state.h)} rows, expected {samples * batch_size} (samples * batch_size)")
         self.require_state(state)
         self.apply_pruning()
         return Stream(self, state, samples, resampling)
