@@ -648,7 +648,7 @@ class TestBadInput:
         refused(
             sources["inkml"], r"holds no \*.ndjson. Fix: check the path and --data.layout quickdraw", layout="quickdraw"
         )
-        refused(sources["inkml"], r"no lineStrokes/\*\*/\*.xml in it", layout="iam")
+        refused(sources["inkml"], r"holds no lineStrokes/\*\*/\*.xml. Fix: check", layout="iam")
         refused(tmp_path / "a.txt", "is a file. Fix: give the folder that holds lineStrokes", layout="iam")
         refused(sources["inkml"], "Is a directory. Fix: give an .npz archive", layout="archive")
         refused(sources["inkml"], "Is a directory", layout="sketch-rnn")
