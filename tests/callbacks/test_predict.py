@@ -932,7 +932,7 @@ def test_command_line(lightning, folder):
     assert said.err.strip().splitlines()[-1].startswith("error: --ckpt_path bare.ckpt: holds no scaler")
     said = lightning("predict", "--ckpt_path", best, "--prediction.task=smple", *own)
     assert said.code == 2
-    assert said.err.strip().splitlines()[-1].startswith("error: --prediction.task smple: must be one of encode")
+    assert said.err.strip().splitlines()[-1].startswith("error: --prediction.task smple: choose encode")
 
 
 def sensor(path: Path, steps: int = 400) -> dict[str, np.ndarray]:
