@@ -125,7 +125,7 @@ class Archive(RandomSplitDataModule, FileDataModule):
 
     def _read(self, split: Split) -> ArchiveSplit:
         """Return a split of the archive without the excluded columns."""
-        fix = f"; give its width as --data.features, which is {self.features}"
+        fix = f". Fix: give its width as --data.features, which is {self.features}"
         whole = read_archive(self.root, split, self.features, fix=fix, max_gb=self.max_gb)
         return replace(whole, values=whole.values[:, self.kept])
 
@@ -133,7 +133,7 @@ class Archive(RandomSplitDataModule, FileDataModule):
 def _columns(exclude: Sequence[int], features: int) -> set[int]:
     for column in exclude:
         if not 0 <= column < features:
-            raise UserError(f"--data.exclude {column}: columns are counted from 0 to {features - 1}")
+            raise UserError(f"--data.exclude {column}: must lie between 0 and {features - 1}")
     if len(set(exclude)) == features:
-        raise UserError(f"--data.exclude {list(exclude)}: leaves no column of {features}")
+        raise UserError(f"--data.exclude {list(exclude)}: excludes all {features} columns. Fix: keep at least one")
     return set(exclude)

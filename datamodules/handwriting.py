@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["Handwriting"]
 
 SUFFIXES = {"iam": ".xml", "quickdraw": ".ndjson", "inkml": ".inkml"}
-LOOKED_FOR = (
+READABLE = (
     "an .npz archive with train_values (flat) or train (sketch-rnn), .ndjson files (QuickDraw), .inkml files, "
     "or lineStrokes/**/*.xml (IAM-OnDB)"
 )
@@ -278,7 +278,7 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
     def _files(self) -> dict[str, Path]:
         """All files of the layout, by their paths below the root."""
         if not self.root.exists():
-            raise UserError(f"--data.root {self.root}: no such file or folder")
+            raise UserError(f"--data.root {self.root}: no such file or folder. Fix: check the path")
         if self.root.is_file() and self._layout == "iam":
             raise UserError(
                 f"--data.root {self.root}: is a file. Fix: give the folder that holds lineStrokes and the lists"
@@ -288,7 +288,9 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
         files = _of_layout(files_below(self.root), self._layout)
         if not files:
             wanted = "lineStrokes/**/*.xml" if self._layout == "iam" else f"*{SUFFIXES[self._layout]}"
-            raise UserError(f"--data.root {self.root}: no {wanted} in it, which --data.layout {self._layout} reads")
+            raise UserError(
+                f"--data.root {self.root}: holds no {wanted}. Fix: check the path and --data.layout {self._layout}"
+            )
         return {path.relative_to(self.root).as_posix(): path for path in files}
 
     def _iam_files(self, split: Split) -> dict[str, Path]:
@@ -327,17 +329,17 @@ class _Stretched(AugmentedSequences):
 def _find_layout(root: Path) -> str:
     """Return the layout of a path by its suffix, its arrays or the files below it."""
     if not root.exists():
-        raise UserError(f"--data.root {root}: no such file or folder")
+        raise UserError(f"--data.root {root}: no such file or folder. Fix: check the path")
     if root.is_file():
         layouts = {".ndjson": "quickdraw", ".inkml": "inkml", ".npz": "archive"}
         layout = layouts.get(root.suffix.lower())
         if layout is None:
-            raise UserError(f"--data.root {root}: is not a handwriting dataset; looked for {LOOKED_FOR}")
+            raise UserError(f"--data.root {root}: is not a handwriting dataset. Fix: give {READABLE}")
         return "sketch-rnn" if layout == "archive" and _holds_objects(root) else layout
     files = files_below(root)
     present = [layout for layout in SUFFIXES if _of_layout(files, layout)]
     if not present:
-        raise UserError(f"--data.root {root}: no handwriting in it; looked for {LOOKED_FOR}")
+        raise UserError(f"--data.root {root}: holds no handwriting. Fix: give {READABLE}")
     if len(present) > 1:
         raise UserError(f"--data.root {root}: holds {' and '.join(present)}. Fix: choose one with --data.layout")
     return present[0]

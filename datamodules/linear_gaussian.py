@@ -71,8 +71,8 @@ class LinearGaussian(ExactDataModule):
         spread = loading**2 * state_noise**2 / (1 - memory**2)
         if channels * spread > 1e10 * observation_noise**2:
             raise UserError(
-                f"--data.observation_noise {observation_noise}: too small to compute with; the state alone spreads a "
-                f"channel by {spread**0.5:.3g}"
+                f"--data.observation_noise {observation_noise}: too small beside the state, which spreads a "
+                f"channel by {spread**0.5:.3g}. Fix: raise it or lower --data.state_noise"
             )
         self.missing = missing_rate > 0
         state = torch.eye(state_size, dtype=torch.float64)

@@ -172,15 +172,13 @@ class _RedrawnImages(_Images):
 def _find(root: Path, name: str) -> Path:
     """Return the file of training or test images in a folder."""
     if not root.exists():
-        raise UserError(f"--data.root {root}: no such folder or archive; MNIST's files are at {SOURCE}")
+        raise UserError(f"--data.root {root}: no such folder or archive. Fix: download MNIST's files from {SOURCE}")
     if root.is_file():
         raise UserError(f"--data.root {root}: is a file. Fix: give the folder that holds it, or an .npz archive")
     spellings = [f"{name}-images{dot}idx3-ubyte{end}" for dot in "-." for end in ("", ".gz")]
     paths = [path for folder in (root, root / "MNIST" / "raw") for s in spellings if (path := folder / s).is_file()]
     if not paths:
-        raise UserError(
-            f"--data.root {root}: holds no {name}-images-idx3-ubyte, with or without .gz; MNIST's files are at {SOURCE}"
-        )
+        raise UserError(f"--data.root {root}: holds no {name}-images-idx3-ubyte(.gz). Fix: download it from {SOURCE}")
     return paths[0]
 
 
@@ -192,7 +190,7 @@ def _read_idx(path: Path, max_gb: float) -> NDArray[Any]:
         try:
             return _images(path, gzip.open(file) if is_packed else file, max_gb)
         except (EOFError, gzip.BadGzipFile, zlib.error):
-            raise UserError(f"{path}: is damaged or no gzip file. Fix: copy it again from {SOURCE}") from None
+            raise UserError(f"{path}: is damaged or not a gzip file. Fix: copy it again from {SOURCE}") from None
 
 
 def _images(path: Path, file: BinaryIO | gzip.GzipFile, max_gb: float) -> NDArray[Any]:
@@ -202,12 +200,12 @@ def _images(path: Path, file: BinaryIO | gzip.GzipFile, max_gb: float) -> NDArra
         raise UserError(f"{path}: is truncated: it holds {len(start)} bytes. {fix}")
     magic, *shape = np.frombuffer(start, ">u4").tolist()
     if magic == LABELS:
-        raise UserError(f"{path}: holds labels (magic number {LABELS}), expected images ({IMAGES})")
+        raise UserError(f"{path}: holds labels (magic number {LABELS}), expected images ({IMAGES}). {fix}")
     if magic != IMAGES:
-        raise UserError(f"{path}: begins with {magic}, not with an idx file of images' magic number, {IMAGES}")
+        raise UserError(f"{path}: begins with {magic}, expected the magic number of images, {IMAGES}. {fix}")
     count, *size = shape
     if size != [SIDE, SIDE]:
-        raise UserError(f"{path}: has images of {size[0]} x {size[1]} pixels, expected {SIDE} x {SIDE}")
+        raise UserError(f"{path}: has images of {size[0]} x {size[1]} pixels, expected {SIDE} x {SIDE}. {fix}")
     expected = count * SIDE**2
     require_size(path, expected, max_gb)
     data = file.read(expected)

@@ -139,7 +139,8 @@ class PianoRolls(FileDataModule):
         suffix = self.root.suffix.lower()
         if not self.root.exists():
             raise UserError(
-                f"--data.root {self.root}: no such file or folder; --data.download true puts the JSB chorales there"
+                f"--data.root {self.root}: no such file or folder. Fix: check the path, or set --data.download true "
+                "to put the JSB chorales there"
             )
         if self.root.is_dir():
             names = self._members_of(split)
@@ -264,7 +265,7 @@ class PianoRolls(FileDataModule):
         """Return the paths of all MIDI files below the root, with forward slashes, sorted."""
         names = names_below(self.root, MIDI)
         if not names:
-            raise UserError(f"--data.root {self.root}: no MIDI files in it; expected {' or '.join(MIDI)}")
+            raise UserError(f"--data.root {self.root}: holds no MIDI files. Fix: give a folder of {' or '.join(MIDI)}")
         return names
 
 

@@ -62,7 +62,7 @@ class Sines(ExactDataModule):
         identity = torch.eye(channels, dtype=torch.float64)
         self.noise_covariance = noise**2 * ((1 - correlation) * identity + correlation)
         if torch.linalg.cholesky_ex(self.noise_covariance).info:
-            raise UserError(f"--data.correlation {correlation}: too close to 1 to compute with")
+            raise UserError(f"--data.correlation {correlation}: too close to 1 to compute with. Fix: lower it")
         self.diagonal_loss = -0.5 * torch.logdet(self.noise_covariance / noise**2).item()
         """What a diagonal Gaussian loses to the noise's correlation where the rest is known, in nats per step."""
 

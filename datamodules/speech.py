@@ -127,10 +127,9 @@ class Speech(RandomSplitDataModule, FileDataModule):
         **options: Any,
     ) -> None:
         counts = {"frame_size": frame_size, "mel_bands": mel_bands, "mel_window": mel_window, "crop": crop}
-        for option, count in (*counts.items(), ("sample_rate", sample_rate)):
+        for option, count in counts.items():
             require(option, count, 1)
-        if sample_rate is not None and sample_rate > HIGHEST_RATE:
-            raise UserError(f"--data.sample_rate {sample_rate}: must be at most {HIGHEST_RATE} Hz")
+        require("sample_rate", sample_rate, 1, HIGHEST_RATE)
         is_mel = features == "log_mel"
         width = mel_bands or MEL_BANDS if is_mel else frame_size
         super().__init__(root, num_features=width, batch_size=batch_size, **options)
@@ -158,7 +157,9 @@ class Speech(RandomSplitDataModule, FileDataModule):
         if self.features == "raw":
             for option, samples in (("mel_bands", mel_bands), ("mel_window", mel_window)):
                 if samples is not None:
-                    raise UserError(f"--data.{option} {samples}: needs --data.features log_mel")
+                    raise UserError(
+                        f"--data.{option} {samples}: needs --data.features log_mel. Fix: set it or leave {option} out"
+                    )
         elif self.units != "scaled":
             raise UserError(
                 f"--data.units {self.units}: is for samples. Fix: leave it out beside --data.features log_mel"
@@ -323,7 +324,7 @@ class Speech(RandomSplitDataModule, FileDataModule):
             )
         if file.rate != self.sample_rate and not self.resample:
             wanted = "--data.sample_rate is" if self._asked_rate else "the checkpoint's sample rate is"
-            raise UserError(f"{path}: {file.rate} Hz, but {wanted} {self.sample_rate} and --data.resample is off")
+            raise UserError(f"{path}: {file.rate} Hz, but {wanted} {self.sample_rate}. Fix: set --data.resample true")
         if file.rate < self.sample_rate:
             require_size(path, 4 * samples, self.max_gb)
 

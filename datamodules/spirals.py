@@ -50,7 +50,7 @@ class Spirals(SyntheticDataModule):
         super().__init__(num_features=3, steps=steps, **options)
         self.arms = require("arms", arms, 1)
         if arms > self.min_steps:
-            raise UserError(f"--data.arms {arms}: more than the points of the shortest drawing, {self.min_steps}")
+            raise UserError(f"--data.arms {arms}: must be at most --data.min_steps, {self.min_steps}")
         self.turns = require("turns", turns, 0, 20)
         self.noise = require("noise", noise, 0, 1e3)
 

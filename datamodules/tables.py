@@ -133,13 +133,11 @@ class Tables(FileDataModule):
         used: dict[str, str] = {}
         for option, names in (("columns", columns), ("inputs", inputs), ("anomaly", labels)):
             if isinstance(names, str):
-                raise UserError(
-                    f"--data.{option} {names!r}: must be a list of names, as in --data.{option} '[{names}]'"
-                )
+                raise UserError(f"--data.{option} {names!r}: must be a list. Fix: write --data.{option} '[{names}]'")
             for name in names:
                 if name in used:
-                    problem = f"is in --data.{used[name]} too; {reasons.get(option)}"
-                    problem = "is named twice" if used[name] == option else problem
+                    problem = f"is in --data.{used[name]} too, but {reasons.get(option)}. Fix: keep one"
+                    problem = "is named twice. Fix: remove one" if used[name] == option else problem
                     raise UserError(f"--data.{option} {name!r}: {problem}")
                 used[name] = option
 
@@ -148,21 +146,20 @@ class Tables(FileDataModule):
         for is_wrong, problem in (
             (
                 val + test >= 1,
-                f"val_share {val} and --data.test_share {test}: add up to 1 or more and leave nothing to train on",
+                f"val_share {val} and --data.test_share {test}: leave nothing to train on. Fix: lower them",
             ),
             (
                 stride is not None and self.length is None,
-                f"stride {stride}: needs --data.length, the steps of a window",
+                f"stride {stride}: needs --data.length. Fix: give the steps of a window",
             ),
             (
                 context and self.split_by != "time",
-                f"context {context}: only a split by time has steps before the test, this is --data.split "
-                f"{self.split_by}",
+                f"context {context}: needs a split by time, but --data.split is {self.split_by}. Fix: set it to time",
             ),
-            (self.sort and self.time is None, "sort: needs --data.time, the column of times"),
+            (self.sort and self.time is None, "sort: needs --data.time. Fix: name the column of times"),
             (
                 self.step and self.time is None,
-                f"step {self.step and self.step.word}: needs --data.time, the column of times",
+                f"step {self.step and self.step.word}: needs --data.time. Fix: name the column of times",
             ),
             (len(self.delimiter) != 1, f"delimiter {self.delimiter!r}: must be one character"),
         ):
@@ -213,7 +210,7 @@ class Tables(FileDataModule):
         parts = [(i, *self._part(s, split)) for i, s in enumerate(series)]
         parts = [(i, max(0, first - context), last) for i, first, last in parts if last > first]
         if not parts:
-            raise UserError(f"{self.root}: the {split} split is empty; {self._why_empty(len(series), split)}")
+            raise UserError(f"{self.root}: the {split} split is empty, {self._why_empty(len(series), split)}")
         if self.length is None:
             return SeriesWindows(series, np.array(parts), self.missing)
         short = [last - first for _, first, last in parts if last - first < self.length]
@@ -271,8 +268,8 @@ class Tables(FileDataModule):
         cuts = self._own_cuts(series) if self._cuts is None else self._cuts.get(series.name)
         if self._cuts is not None and series.clock != self._clock:
             raise UserError(
-                f"{self.root}: time is given by {series.clock}, but the checkpoint's data was split by {self._clock}; "
-                "choose another --data.root"
+                f"{self.root}: time is given by {series.clock}, but the checkpoint's data was split by {self._clock}. "
+                "Fix: choose another --data.root"
             )
         if cuts is None:  # a series that the checkpoint doesn't know
             latest = max(test for _, test in (self._cuts or {}).values())
@@ -303,15 +300,16 @@ class Tables(FileDataModule):
 
     def _why_empty(self, count: int, split: Split) -> str:
         if split != "train" and getattr(self, f"{split}_share") == 0:
-            return f"--data.{split}_share is 0"
+            return f"as --data.{split}_share is 0. Fix: raise it"
         if self.split_by == "id":
             less = "smaller shares" if split == "train" else f"a larger --data.{split}_share"
             return (
-                f"--data.split id puts none of {count} series there; try {less}, another --data.seed or split by time"
+                f"as --data.split id puts none of {count} series there. Fix: try {less}, another --data.seed or "
+                "--data.split time"
             )
         if self._cuts is not None:
-            return f"of {count} series no row lies where the checkpoint has it; choose another --data.root"
-        return f"no row of {count} series lies in it; raise --data.{split}_share"
+            return f"as no row of {count} series lies where the checkpoint has it. Fix: choose another --data.root"
+        return f"as no row of {count} series is in it. Fix: raise --data.{split}_share"
 
     def _series(self, split: Split) -> list[Series]:
         """Return all series of the files that hold a split, read once."""
@@ -333,13 +331,13 @@ class Tables(FileDataModule):
         is_feature, is_label = column < self.num_features, column >= self.num_features + self.num_inputs
         empty = np.isnan(numbers)
         for wrong, fix in (
-            (np.isinf(numbers), "is infinite; fix it, or leave the cell empty"),
-            (empty & (is_feature & (not self.missing)), "is empty; fill it, or set --data.missing true"),
+            (np.isinf(numbers), "is infinite. Fix: correct it, or leave the cell empty"),
+            (empty & (is_feature & (not self.missing)), "is empty. Fix: fill it, or set --data.missing true"),
             (
                 (numbers != 0) & (numbers != 1) & is_label,
-                "is neither 0 nor 1; --data.anomaly takes 1 at steps that are faulty and 0 at all others",
+                "is neither 0 nor 1 (--data.anomaly). Fix: write 1 at faulty steps and 0 at all others",
             ),
-            (empty & ~is_feature, "is empty; covariates (--data.inputs) must be known at each step: fill it"),
+            (empty & ~is_feature, "is empty, but covariates (--data.inputs) must be known at each step. Fix: fill it"),
         ):
             table.raise_if(wrong, fix)
         if self.step is not None and self.step.dated != table.dated:
@@ -365,6 +363,6 @@ class Tables(FileDataModule):
             return
         i = int((np.diff(place) > 1).argmax())
         absent = format_time(times[place[i] + 1], rows.clock)
-        fix = "covariates (--data.inputs) must be known at each step: add the row"
+        fix = "add the row, as covariates (--data.inputs) must be known at each step"
         fix = fix if self.inputs else "add the row, or set --data.missing true"
         raise UserError(f"{rows.place(i)}: no row for {absent} comes after it, which --data.step asks for. Fix: {fix}")

@@ -593,7 +593,7 @@ def test_a_loader_leaves_out_what_has_no_steps():
         assert all(lengths)
         assert len(loader) == -(-count // 2)
     source._splits["val"] = source.split("val")[1:3]
-    with pytest.raises(UserError, match="no sequence of the val split has a step"):
+    with pytest.raises(UserError, match="all sequences of the val split are empty"):
         source.val_dataloader()
 
 

@@ -278,7 +278,7 @@ def test_small_and_empty_batches_train(objective, lengths):
     [
         (lambda: IWAE(0), "objective.samples 0"),
         (lambda: FIVO(-1), "objective.particles -1"),
-        (lambda: ELBO(kl="exact"), "choose 'analytic' or 'sampled'"),
+        (lambda: ELBO(kl="exact"), "must be 'analytic' or 'sampled'"),
         (lambda: ELBO(free_bits=-1.0), "free_bits -1.0"),
         (lambda: ELBO(free_bits=float("nan")), "free_bits nan"),
         (lambda: ELBO(balance=2.0), "balance 2.0"),

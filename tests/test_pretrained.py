@@ -177,7 +177,7 @@ def test_a_trusted_class_is_imported(module, tmp_path, monkeypatch):
     again = VRNNLightningModule.from_pretrained(tmp_path / "again", trust=["own_heads_of_test"])
     assert torch.equal(again.sample(1, 3, seed=0), module.sample(1, 3, seed=0))
     change(tmp_path, hidden_size=10**12)
-    with pytest.raises(UserError, match="no model can be made of its options"):
+    with pytest.raises(UserError, match="VRNNLightningModule can't be made of its options"):
         VRNNLightningModule.from_pretrained(tmp_path, trust=["own_heads_of_test"])
 
 
@@ -230,24 +230,24 @@ HUGE = struct.pack("<Q", len(HEADER)) + HEADER
         (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-1]), "is not a safetensors file"),
         (lambda f: torch.save({"a": 1}, f / WEIGHTS), "model.safetensors: is not a safetensors file"),
         (lambda f: (f / WEIGHTS).write_bytes(HUGE), "model.safetensors: is not a safetensors file"),
-        (lambda f: change(f, hidden_size=7), "they do not fit"),
-        (lambda f: change(f, hidden_size=10**6), r"has shape \(64, 5\) .*1000000.*they do not fit"),
-        (lambda f: change(f, hidden_size=10**12), "no model can be made of its options"),
-        (lambda f: change(f, phi_x={"width": 10**9, "depth": 2}), "they do not fit"),
+        (lambda f: change(f, hidden_size=7), "Fix: give the options it was"),
+        (lambda f: change(f, hidden_size=10**6), r"has shape \(64, 5\) .*1000000.*Fix: give the options it was"),
+        (lambda f: change(f, hidden_size=10**12), "VRNNLightningModule can't be made of its options"),
+        (lambda f: change(f, phi_x={"width": 10**9, "depth": 2}), "Fix: give the options it was"),
         (lambda f: change(f, phi_x={"width": 1, "depth": 10**9}), "phi_x is deeper than its 29 weights"),
         (lambda f: change(f, layers=10**9), "layers is deeper than its 29 weights"),
-        (lambda f: change(f, hidden_size=-1), "no model can be made of its options"),
-        (lambda f: change(f, hidden_size="x"), "hidden_size 'x' is not of type int"),
-        (lambda f: change(f, hidden_size=True), "hidden_size 'True' is not of type int"),
+        (lambda f: change(f, hidden_size=-1), "VRNNLightningModule can't be made of its options"),
+        (lambda f: change(f, hidden_size="x"), "hidden_size 'x' must be of type int"),
+        (lambda f: change(f, hidden_size=True), "hidden_size 'True' must be of type int"),
         (lambda f: change(f, dropout=NAN), r"dropout nan: must lie in \[0, 1\)"),
-        (lambda f: change(f, phi_x="width"), "no model can be made of its options"),
+        (lambda f: change(f, phi_x="width"), "VRNNLightningModule can't be made of its options"),
         (lambda f: change(f, phi_x={"breadth": 3}), "breadth is not an option of MLPConfig"),
         (
             lambda f: change(f, no_such_option=1),
-            "no_such_option is not an option of VRNNLightningModule in this version",
+            "no_such_option is not an option of VRNNLightningModule. Fix: remove it",
         ),
-        (lambda f: emission(f, components="4"), "components '4' is not of type int"),
-        (lambda f: emission(f, in_features=4), "no model can be made of its options"),
+        (lambda f: emission(f, components="4"), "components '4' must be of type int"),
+        (lambda f: emission(f, in_features=4), "VRNNLightningModule can't be made of its options"),
         (lambda f: emission(f, "vrnn_lightning.heads.Nothing"), "Nothing can't be imported"),
         (
             lambda f: emission(f, "vrnn_lightning.heads.Head"),
@@ -262,11 +262,11 @@ HUGE = struct.pack("<Q", len(HEADER)) + HEADER
         (lambda f: reweigh(f, extra=torch.ones(1)), r"extra has .* of floats, but the options make no values"),
         (lambda f: reweigh(f, scale_std=torch.ones(2).long()), "int64, but the options make .*floats"),
         (lambda f: reweigh(f, scale_std=torch.ones(2, dtype=torch.complex64)), "complex64, but the options make"),
-        (lambda f: reweigh(f, scale_std=torch.zeros(2)), "scale_std must be positive"),
-        (lambda f: reweigh(f, vrnn__input_std=-torch.ones(2)), "input_std must be positive"),
+        (lambda f: reweigh(f, scale_std=torch.zeros(2)), "scale_std is not positive"),
+        (lambda f: reweigh(f, vrnn__input_std=-torch.ones(2)), "input_std is not positive"),
         (lambda f: reweigh(f, scale_mean=torch.full((2,), NAN)), "scale_mean holds values that are not numbers"),
-        (lambda f: narrow(f, torch.float16), "float16; densities need float32 or float64"),
-        (lambda f: narrow(f, torch.float8_e4m3fn), "densities need float32 or float64"),
+        (lambda f: narrow(f, torch.float16), "float16. Fix: convert it to float32 or float64"),
+        (lambda f: narrow(f, torch.float8_e4m3fn), "convert it to float32 or float64"),
     ],
 )
 def test_a_spoiled_folder_is_one_line(module, spoil, message, tmp_path):
@@ -325,7 +325,7 @@ def test_what_can_t_be_loaded_is_not_saved(module, tmp_path):
             module.save_pretrained(tmp_path / "model")
         assert not (tmp_path / "model").exists()
 
-    refused(copy.deepcopy(module).half(), "float16; densities need float32 or float64")
+    refused(copy.deepcopy(module).half(), "float16. Fix: convert it to float32 or float64")
     spoiled = copy.deepcopy(module)
     spoiled.scale_std.fill_(NAN)
     refused(spoiled, "the model: scale_std holds values that are not numbers")

@@ -171,7 +171,7 @@ def test_containers_that_multiply_are_refused():
         deep = [deep]
     text = "&a [&b [&c [*a]]]"
     for value in (cycle, laughs, deep, "[" * 3000, "x" * 20_000, text):
-        words = "nested more than|holds more than|holds a text of more than|neither a name nor YAML"
+        words = "nested more than|holds more than|neither a name nor YAML"
         with pytest.raises(UserError, match=f"option.*({words})"):
             GATE.check(value, Any, "option")
 
@@ -399,7 +399,7 @@ def test_a_model_of_own_classes_comes_back(own, folder):
         VRNNLightningModule.load_from_checkpoint("a.ckpt")
     assert type(VRNNLightningModule.load_from_checkpoint("a.ckpt", emission=head).vrnn.decoder.head) is head
     assert type(VRNNLightningModule.load_from_checkpoint("a.ckpt", trust=[own]).vrnn.decoder.head) is head
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="but the options make"):
         VRNNLightningModule.load_from_checkpoint("a.ckpt", emission=StudentT)
     for options in ({"hparams_file": "a.yaml"}, {"weights_only": False}):
         with pytest.raises(UserError, match="not supported"):
@@ -442,8 +442,8 @@ def test_wrong_types_are_one_line(lightning, run, content, message):
     ("options", "message"),
     [
         ({"hidden_size": 10**6}, "has shape"),
-        ({"hidden_size": 10**9}, "no model can be made of its options"),
-        ({"hidden_size": "4"}, "hidden_size '4' is not of type int"),
+        ({"hidden_size": 10**9}, "VRNNLightningModule can't be made of its options"),
+        ({"hidden_size": "4"}, "hidden_size '4' must be of type int"),
         ({"layers": 10**9}, "layers is deeper than"),
         ({"phi_x": {"width": 4, "depth": 10**9}}, "phi_x is deeper than"),
         ({"smoothing": True}, "numbers, but it holds|has shape"),

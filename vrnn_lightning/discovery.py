@@ -64,8 +64,8 @@ def load(name: str) -> type[LightningDataModule]:
         return _datamodule(_import(module, file if package == local.__name__ else None), attribute, name)
     names = known()
     if name not in names:
-        listed = f"known: {', '.join(names)}" if names else "none was found"
-        raise UserError(f"--data {name}: no such datamodule.{suggestion(name, names)} ({listed})")
+        fix = f"choose one of {', '.join(names)}" if names else "put its file into ./datamodules"
+        raise UserError(f"--data {name}: no such datamodule.{suggestion(name, names)} Fix: {fix}")
     place, *others = names[name].places
     if others:
         places = [f"{p.value} (entry point)" if isinstance(p, EntryPoint) else str(p) for p in (place, *others)]
@@ -132,7 +132,9 @@ def _import(module: str, file: Path | None) -> ModuleType:
             if error.name and error.name.partition(".")[0] == "datamodules":
                 error.add_note("Fix: import from vrnn_lightning.datamodules, or `from .name import ...` your own file")
             raise _broken(module, file, error) from error
-        raise UserError(f"cannot import {module}: there is no module {error.name} here or installed") from error
+        raise UserError(
+            f"cannot import {module}: no module {error.name}. Fix: install it or correct its name"
+        ) from error
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a user's file may raise anything while it is imported
@@ -153,7 +155,8 @@ def _broken(module: str, file: Path | None, error: BaseException) -> UserError:
 def _datamodule(module: ModuleType, attribute: str, path: str) -> type[LightningDataModule]:
     cls = getattr(module, attribute, None)
     if cls is None:
-        raise UserError(f"--data {path}: {module.__name__} has no {attribute}.{suggestion(attribute, vars(module))}")
+        hint = suggestion(attribute, vars(module))
+        raise UserError(f"--data {path}: {module.__name__} has no {attribute}.{hint} Fix: correct the name")
     if not (isinstance(cls, type) and issubclass(cls, LightningDataModule)):
         fix = "derive it from lightning.pytorch.LightningDataModule"
         raise UserError(f"--data {path}: is not a LightningDataModule. Fix: {fix}")

@@ -75,7 +75,7 @@ class Resampling:
     def __post_init__(self) -> None:
         """Raise if an option is outside its range."""
         if self.scheme not in ("multinomial", "systematic"):
-            raise UserError(f"resampling {self.scheme!r}: choose 'multinomial' or 'systematic'")
+            raise UserError(f"resampling {self.scheme!r}: must be 'multinomial' or 'systematic'")
         require("threshold", self.threshold, 0, 1)
         if self.gradient and self.scheme != "multinomial":
             raise UserError(

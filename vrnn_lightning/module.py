@@ -144,8 +144,8 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         width = getattr(self._data, "num_features", own)
         if width != own:
             raise UserError(
-                f"{type(self._data).__name__} has {width} features per step, but the model was made for {own}; "
-                "use the data it was trained on or train a new model"
+                f"{type(self._data).__name__} has {width} features per step, but the model was made for {own}. "
+                "Fix: use the data it was trained on or train a new model"
             )
 
     @property
@@ -238,7 +238,7 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         if batch.reset is None or batch.reset.all() or self._carried is None:
             return None
         if len(self._carried.trajectories.log_weights[0]) != len(batch):
-            raise UserError(f"{type(self._data).__name__}: streams must have as many rows in every batch of an epoch")
+            raise UserError(f"{type(self._data).__name__}: every batch of streams must have the same number of rows")
         return self._carried.reset_rows(batch.reset)
 
     def _check(self, batch: SequenceBatch) -> None:
@@ -352,7 +352,7 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         self.active.reset()
         self.log_dict(figures, sync_dist=True)  # the totals are reduced already; this only tells Lightning so
         if not math.isfinite(elbo) and not self.trainer.sanity_checking:
-            raise UserError(f"{stage}/elbo is {elbo.item()}: the data or the model holds such values")
+            raise UserError(f"{stage}/elbo is {elbo.item()}. Fix: correct the data or give an earlier checkpoint")
         return elbo
 
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> Trace | tuple[()]:

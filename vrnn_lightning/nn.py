@@ -9,7 +9,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from vrnn_lightning.compatibility import old_names
-from vrnn_lightning.errors import UserError
+from vrnn_lightning.errors import require
 
 __all__ = ["MLP", "MLPConfig"]
 __getattr__ = old_names(__name__, {"Layers": "MLPConfig"})
@@ -30,8 +30,7 @@ class MLPConfig:
     def __post_init__(self) -> None:
         """Raise if a size is below 1."""
         for option in ("width", "depth"):
-            if getattr(self, option) < 1:
-                raise UserError(f"{option} {getattr(self, option)}: a network needs at least 1")
+            require(option, getattr(self, option), 1)
 
 
 class MLP(nn.Sequential):

@@ -173,7 +173,7 @@ class ELBO(Objective):
         self, kl: Literal["analytic", "sampled"] = "analytic", free_bits: float = 0.0, balance: float | None = None
     ) -> None:
         if kl not in ("analytic", "sampled"):
-            raise UserError(f"objective.kl {kl!r}: choose 'analytic' or 'sampled'")
+            raise UserError(f"objective.kl {kl!r}: must be 'analytic' or 'sampled'")
         require("objective.free_bits", free_bits, 0, below=math.inf)
         if balance is not None:
             require("objective.balance", balance, 0, 1)

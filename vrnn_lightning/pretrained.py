@@ -22,6 +22,7 @@ __all__ = ["Pretrained", "require_model"]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FIX = "give a folder that save_pretrained wrote"
+OPTIONS = "give the options it was trained with"
 OF_TRAINING = frozenset({"optimizer", "lr_scheduler", "lr_interval", "objective", "_instantiator"})
 NAME = "vrnn-lightning"
 """The word before the number of the format."""
@@ -136,7 +137,7 @@ class Pretrained:
         try:
             module.load_state_dict(weights, strict=strict is not False)
         except RuntimeError as error:
-            raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from error
+            raise UserError(f"{path}: {' '.join(str(error).split())[:300]}. Fix: {OPTIONS}") from error
         device = next(iter(weights.values())).device if weights else "cpu"
         return cast("Self", module.to(device))
 
@@ -150,10 +151,10 @@ def require_model(
     for name in [*declared, *weights] if is_exact else declared.keys() & weights.keys():
         stored, expected = (_describe(part.get(name)) for part in (weights, declared))
         if stored != expected:
-            raise UserError(f"{source}: {name} has {stored}, but the options make {expected}; they do not fit")
+            raise UserError(f"{source}: {name} has {stored}, but the options make {expected}. Fix: {OPTIONS}")
     size, limit = (sum(value.numel() for value in part.values()) for part in (declared, weights))
     if size > limit:
-        raise UserError(f"{source}: the options make a model of {size} numbers, but it holds {limit}")
+        raise UserError(f"{source}: the options make a model of {size} numbers, but it holds {limit}. Fix: {OPTIONS}")
 
 
 def _declare_weights(
@@ -163,7 +164,7 @@ def _declare_weights(
     for name, value in arguments.items():
         depth = value if name == "layers" else getattr(value, "depth", 0)
         if isinstance(depth, int) and depth > len(weights):
-            raise UserError(f"{source}: {name} is deeper than its {len(weights)} weights")
+            raise UserError(f"{source}: {name} is deeper than its {len(weights)} weights. Fix: {OPTIONS}")
         if isinstance(value, partial) and _is_known(value):
             _require_options(source, cast("type", value.func), value.keywords)
     can_be_meta = _is_known(owner) and all(map(_is_known, arguments.values()))  # others may look at their values
@@ -189,7 +190,9 @@ def _require_options(config: object, owner: type, options: Options, *, is_traini
     known = parameters_of(owner)
     for name in options:
         if name not in known or (name in OF_TRAINING and not is_training):
-            raise UserError(f"{config}: {name} is not an option of {owner.__name__} in this version")
+            raise UserError(
+                f"{config}: {name} is not an option of {owner.__name__}. Fix: remove it or update the package"
+            )
 
 
 def _make(source: object, owner: type, options: Options) -> Any:
@@ -198,7 +201,7 @@ def _make(source: object, owner: type, options: Options) -> Any:
         return owner(**options)
     except (UserError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         line = " ".join(str(error).split())[:300]
-        raise UserError(f"{source}: no model can be made of its options: {line}") from error
+        raise UserError(f"{source}: {owner.__name__} can't be made of its options: {line}") from error
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

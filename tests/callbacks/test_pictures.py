@@ -261,8 +261,8 @@ def test_files_of_strokes(tmp_path):
     [
         (DRAWING, "a.jpg", r"a\.jpg: strokes are drawn as \.svg, \.png or \.gif"),
         (DRAWING[:, :2], "a.svg", r"strokes of shape \(5, 2\) can't be drawn, expected \(steps, 3\)"),
-        (DRAWING * float("nan"), "a.svg", "strokes that hold NaN or infinite values can't be drawn"),
-        (DRAWING * float("inf"), "a.png", "strokes that hold NaN or infinite values can't be drawn"),
+        (DRAWING * float("nan"), "a.svg", "strokes with NaN or infinite values can't be drawn"),
+        (DRAWING * float("inf"), "a.png", "strokes with NaN or infinite values can't be drawn"),
     ],
 )
 def test_what_is_no_drawing(strokes, name, message, tmp_path):

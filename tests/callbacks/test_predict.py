@@ -670,7 +670,7 @@ def test_each_task_of_other_models(tmp_path, options):
         assert found["test_values"].shape[1] == columns
         assert np.isfinite(found["test_values"]).all()
     if "smoothing" in options:
-        with pytest.raises(UserError, match="a smoothing model reads each sequence from its end"):
+        with pytest.raises(UserError, match="a smoothing model can't follow a stream"):
             predict(tmp_path, data, module, task="score", samples=3)
 
 
@@ -760,14 +760,17 @@ def test_a_refused_prediction_leaves_no_folder(tmp_path):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"task": "smple"}, "prediction.task smple: choose encode, sample"),
+        ({"task": "smple"}, "prediction.task smple: must be one of encode, sample"),
         ({"task": "sample", "count": 0}, "prediction.count 0"),
         ({"task": "sample", "steps": 0}, "prediction.steps 0"),
         ({"task": "sample", "temperature": 0.0}, "prediction.temperature 0"),
         ({"task": "sample", "temperature": math.inf}, "prediction.temperature inf"),
         ({"task": "sample", "seed": -1}, "prediction.seed -1"),
-        ({"task": "sample", "shown": 1000}, "prediction.shown 1000: a picture has room for 64 sequences"),
-        ({"task": "sample", "prefix": 3}, "prediction.prefix 3: is not an option of the task sample, but of forecast"),
+        ({"task": "sample", "shown": 1000}, "prediction.shown 1000: must be at most 64, the sequences of one picture"),
+        (
+            {"task": "sample", "prefix": 3},
+            "prediction.prefix 3: is not an option of the task sample. Fix: leave it out or choose forecast",
+        ),
         ({"task": "encode", "seed": 3}, "prediction.seed 3: is not an option of the task encode"),
         ({"task": "forecast"}, "prediction.steps: the forecast has no length. Fix: give"),
         ({"task": "forecast", "prefix": 0}, "prediction.prefix 0: is an empty prefix"),
@@ -777,7 +780,10 @@ def test_a_refused_prediction_leaves_no_folder(tmp_path):
         ({"task": "forecast", "prefix": 3, "steps": 2, "stride": 0}, "prediction.stride 0: must be at least 1"),
         ({"task": "forecast", "prefix": 3, "stride": 2}, "prediction.stride 2: needs prediction.steps"),
         ({"task": "forecast", "steps": 3, "stride": 2}, "prediction.stride 2: needs prediction.prefix"),
-        ({"task": "impute", "stride": 2}, "prediction.stride 2: is not an option of the task impute, but of forecast"),
+        (
+            {"task": "impute", "stride": 2},
+            "prediction.stride 2: is not an option of the task impute. Fix: leave it out or choose forecast",
+        ),
         ({"task": "impute", "hide": 1.0}, "prediction.hide 1.0"),
         ({"task": "score", "quantile": 1.0}, "prediction.quantile 1.0"),
         ({"task": "impute", "gap": 0}, "prediction.gap 0"),

@@ -164,5 +164,5 @@ def test_a_full_disk_is_said_of_sound_too(tmp_path):
 
 
 def test_more_than_a_picture_holds_is_refused():
-    with pytest.raises(UserError, match=r"samples\.count 65: a picture has room for 64"):
+    with pytest.raises(UserError, match=r"samples\.count 65: must be at most 64"):
         Samples(count=65)

@@ -97,7 +97,7 @@ def test_long_sequences_are_left_out_and_the_others_keep_their_names(tmp_path):
     ("arrays", "message"),
     [
         ({"train_lengths": LENGTHS + 1}, "train_lengths adds up to 12, but train_values has 8 rows"),
-        ({"train_lengths": np.array([9, -1])}, "train_lengths holds -1 at 1; a length is at least 0"),
+        ({"train_lengths": np.array([9, -1])}, "train_lengths holds -1 at 1. Fix: correct it"),
         ({"train_lengths": np.array([8.0])}, "train_lengths is of type float64 and shape (1,), expected integers"),
         ({"train_lengths": np.array([[8]])}, "train_lengths is of type int64 and shape (1, 1), expected integers"),
         ({"train_lengths": np.array(8)}, "train_lengths is of type int64 and shape (), expected integers"),
@@ -129,7 +129,7 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path, arrays, message):
 
 def test_a_missing_array_is_named_with_those_that_are_there(tmp_path):
     path = write(tmp_path)
-    with pytest.raises(UserError, match="has no array valid_values; it holds train_values, train_lengths"):
+    with pytest.raises(UserError, match="has no array valid_values, it holds train_values, train_lengths"):
         read_archive(path, "val", 2)
 
 
@@ -153,7 +153,7 @@ def test_what_is_no_archive(tmp_path, content):
 
 def test_a_single_array(tmp_path):
     np.save(tmp_path / "data.npy", VALUES)
-    with pytest.raises(UserError, match=r"is a single array, no .npz archive"):
+    with pytest.raises(UserError, match=r"is a single array, not an .npz archive"):
         read_archive(tmp_path / "data.npy", "train", 2)
 
 
@@ -185,7 +185,7 @@ def test_another_member_of_a_zip_is_no_array(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("train_values", "words")
         archive.writestr("train_lengths", "words")
-    with pytest.raises(UserError, match="train_values is damaged or no array"):
+    with pytest.raises(UserError, match="train_values is damaged or not an array"):
         read_archive(path, "train", 2)
 
 

@@ -237,10 +237,8 @@ class TestSplits:
     def test_a_folder_of_another_shape(self, layout, tmp_path):
         corpus(tmp_path, ["a.wav", "b.wav"])
         line = refusal(speech(tmp_path, layout))
-        assert line.startswith(
-            f"--data.root {tmp_path}: none of 2 audio files lies as --data.layout {layout} says, as "
-        )
-        assert line.endswith("the first is a.wav")
+        problem = f"none of 2 audio files, a.wav for example, has a path of --data.layout {layout}"
+        assert line.startswith(f"--data.root {tmp_path}: {problem}. Fix: choose another layout, or order the files as ")
 
     def test_no_such_layout(self):
         with pytest.raises(UserError, match=r"--data.layout tedlium: must be one of folder, fsdd, .* manifest"):
@@ -322,13 +320,13 @@ class TestManifest:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("", "has no column path; its first row is ''"),
-            ("file,split\na.wav,train\n", "has no column path; its first row is 'file,split'"),
+            ("", "has no column path, its first row is ''"),
+            ("file,split\na.wav,train\n", "has no column path, its first row is 'file,split'"),
             ("path,split\n", "names no files"),
             ("path,split\n,train\n", "row 2 has no path"),
-            ("path,split\na.wav,train\na.txt,test\n", "row 3 names a.txt; expected .wav, .flac, .ogg, .sph files"),
-            ("path,split\na.wav,training\n", "row 2 has the split 'training'; expected train, valid or test"),
-            ("path,split\na.wav\n", "row 2 has the split ''; expected train, valid or test"),
+            ("path,split\na.wav,train\na.txt,test\n", "row 3 names a.txt. Fix: name .wav, .flac, .ogg, .sph files"),
+            ("path,split\na.wav,training\n", "row 2 has the split 'training'. Fix: write train, valid or test"),
+            ("path,split\na.wav\n", "row 2 has the split ''. Fix: write train, valid or test"),
             ("path,split\na.wav,train\n./a.wav,test\n", "row 3 names a.wav again, after row 2"),
             ("path,split\na/b.wav,train\n{folder}/a/b.wav,test\n", "row 3 names {folder}/a/b.wav again, after row 2"),
             ("path,split\n../{name}/a.wav,train\na.wav,test\n", "row 3 names a.wav again, after row 2"),
@@ -349,11 +347,13 @@ class TestManifest:
         assert line == f"{tmp_path}/list.csv: none of 2 files that it names is there, not even a.wav. Fix: correct it"
 
     def test_what_is_no_manifest(self, tmp_path):
-        assert "is a folder; --data.layout manifest takes the csv file itself" in refusal(speech(tmp_path, "manifest"))
+        assert "is a folder. Fix: give the csv file, or choose another --data.layout" in refusal(
+            speech(tmp_path, "manifest")
+        )
         assert "no such file" in refusal(speech(tmp_path / "nowhere.csv", "manifest"))
         (tmp_path / "list.csv").write_bytes(b"path\n\xff.wav\n")
         assert "list.csv: byte 5 is not UTF-8" in refusal(speech(tmp_path / "list.csv", "manifest"))
-        assert "for a manifest set --data.layout manifest" in refusal(speech(tmp_path / "list.csv", "folder"))
+        assert "or set --data.layout manifest for a manifest" in refusal(speech(tmp_path / "list.csv", "folder"))
 
 
 class TestSkipBad:

@@ -388,7 +388,10 @@ class TestReadingWindows:
 
     @pytest.mark.parametrize("kind", [list, InParts])
     def test_a_sequence_shorter_than_promised_is_named(self, kind):
-        with pytest.raises(UserError, match=r"0: read 1 steps from step 4 on, expected 4; lengths\(\)"):
+        with pytest.raises(
+            UserError,
+            match=r"0: read 1 steps from step 4 on, expected 4. Fix: return the true lengths from lengths\(\)",
+        ):
             list(self.loader(kind(ragged([5])), [9], size=1))
 
     @pytest.mark.parametrize("workers", [0, 2])

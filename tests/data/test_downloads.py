@@ -180,7 +180,9 @@ def test_the_command(chorales, lightning, tiny, folder):
     (folder / "data" / "jsb.npz").unlink()
     said = lightning("test", "--ckpt_path", "last", "--data", "PianoRolls", "--data.root", "data/jsb.npz")
     assert said.code != 0
-    assert "data/jsb.npz: no such file or folder; --data.download true puts the JSB chorales there" in said.err
+    assert (
+        "data/jsb.npz: no such file or folder. Fix: .* --data.download true to put the JSB chorales there" in said.err
+    )
     assert len(chorales.asked) == 1
     chorales.files.clear()
     said = lightning("test", "--ckpt_path", "last", *words)
@@ -193,7 +195,7 @@ def test_the_command(chorales, lightning, tiny, folder):
 def test_nothing_is_fetched_unasked(chorales, tmp_path):
     PianoRolls(tmp_path / "jsb.npz").prepare_data()
     assert not chorales.asked
-    with pytest.raises(UserError, match=r"jsb.npz: no such file or folder; --data.download true puts"):
+    with pytest.raises(UserError, match=r"jsb.npz: no such file or folder. Fix: .* --data.download true to put"):
         PianoRolls(tmp_path / "jsb.npz").setup("fit")
 
 
@@ -520,7 +522,7 @@ def test_two_processes_at_once(chorales, tmp_path):
     [
         ("jsb", "jsb", "let the name end in .npz"),
         ("omniglot", "strokes.json", "let the name end in .npz"),
-        ("mnist", "mnist.npz", "give it a name without .npz"),
+        ("mnist", "mnist.npz", "give a name without .npz"),
         ("fsdd", "there", "holds other things than the spoken digits"),
         ("mnist", "there", "holds other things than MNIST"),
         ("mnist", ".", "is the working directory"),

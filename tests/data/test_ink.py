@@ -192,19 +192,19 @@ class TestInkML:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ("<trace>1 2, 3</trace>", "line 2: a point of 1 values, '3', expected X, Y"),
-            ("<trace>1 2 3, 4 5 6</trace>", "line 2: a point of 3 values, '1 2 3', expected X, Y"),
-            ("<trace>1 2,, 3 4</trace>", "line 2: a point of 0 values"),
-            ("<trace>1 two</trace>", "line 2: a trace that holds 'two' where a value is expected"),
-            ("<trace>1 NaN</trace>", "line 2: a trace that holds 'NaN'"),
-            ("<trace>'1 2, 3 4</trace>", "line 2: '1' as the channel X of a point; expected a number"),
-            ("<trace>* 2, 3 4</trace>", r"line 2: '\*' as the channel X"),
-            ("<trace>1 2, ? 4</trace>", r"line 2: '\?' as the channel X"),
-            ("<trace>1 2, 3 T</trace>", "line 2: 'T' as the channel Y"),
+            ("<trace>1 2, 3</trace>", "line 2: the point '3' has 1 values. Fix: write X, Y"),
+            ("<trace>1 2 3, 4 5 6</trace>", "line 2: the point '1 2 3' has 3 values. Fix: write X, Y"),
+            ("<trace>1 2,, 3 4</trace>", "line 2: the point '' has 0 values"),
+            ("<trace>1 two</trace>", "line 2: a trace holds 'two'. Fix: write a number"),
+            ("<trace>1 NaN</trace>", "line 2: a trace holds 'NaN'"),
+            ("<trace>'1 2, 3 4</trace>", "line 2: channel X of a point is '1'. Fix: write a number"),
+            ("<trace>* 2, 3 4</trace>", r"line 2: channel X of a point is '\*'"),
+            ("<trace>1 2, ? 4</trace>", r"line 2: channel X of a point is '\?'"),
+            ("<trace>1 2, 3 T</trace>", "line 2: channel Y of a point is 'T'"),
             ("<trace>1 2, 1e99 2</trace>", "holds coordinates that are not finite"),
             ("<trace>1 2, 1e999 2</trace>", "holds coordinates that are not finite"),
             ('<trace continuation="begin">1 2</trace>', "line 2: a trace with continuation, which is not read"),
-            (FORMAT.format(channel("X") + channel("T")), "line 2: a traceFormat of the channels X, T, expected X"),
+            (FORMAT.format(channel("X") + channel("T")), "line 2: a traceFormat has channels X, T. Fix: add the"),
             (FORMAT.format(channel("X") + channel("Y")) + FORMAT.format(channel("Y") + channel("X")), "line 2: a seco"),
             ("<trace>1 2</trace>" + FORMAT.format(channel("Y") + channel("X")), "line 2: a second traceFormat"),
             ("</ink><ink>", "line 2: is not valid XML"),
@@ -263,7 +263,9 @@ class TestSketchRnn:
         objects = np.empty(2, dtype=object)
         objects[:] = [np.zeros((1, 3)), Harm(target)]
         np.savez(tmp_path / "a.npz", train=objects)
-        message = r"a\.npz: train is not plain data: it names (posix|nt)\.system, which is never loaded; get the file"
+        message = (
+            r"a\.npz: train is not plain data: it names (posix|nt)\.system, which is never loaded. Fix: use a source"
+        )
         with pytest.raises(UserError, match=message):
             read_sketch_rnn(tmp_path / "a.npz", "train")
         assert not target.exists()
@@ -289,7 +291,7 @@ class TestSketchRnn:
             read_sketch_rnn(member(tmp_path / "a.npz", content), "train")
 
     def test_splits_that_are_not_there(self, tmp_path):
-        with pytest.raises(UserError, match=r"a\.npz: has no array valid; a sketch-rnn archive holds train, valid"):
+        with pytest.raises(UserError, match=r"a\.npz: has no array valid. Fix: give an archive with train, valid"):
             read_sketch_rnn(member(tmp_path / "a.npz", npy(b"")), "valid")
 
     def test_locked_and_damaged_archives(self, tmp_path):
@@ -341,7 +343,7 @@ def test_damaged_files_raise_nothing_else(tmp_path):
 def test_a_hexadecimal_number_that_no_float_holds(tmp_path):
     path = tmp_path / "a.inkml"
     path.write_text(f"<ink><trace>#{'F' * 5000} 0, 1 1</trace></ink>")
-    with pytest.raises(UserError, match=r"a\.inkml: line 1: a number of 5000 digits"):
+    with pytest.raises(UserError, match=r"a\.inkml: line 1: a coordinate has 5000 digits"):
         read_inkml(path)
 
 

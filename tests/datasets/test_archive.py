@@ -134,11 +134,11 @@ def test_columns_that_never_change_are_named(tmp_path):
     ("options", "message"),
     [
         ({"features": 0}, "--data.features 0: must be at least 1"),
-        ({"features": 3, "exclude": [3]}, "--data.exclude 3: columns are counted from 0 to 2"),
-        ({"features": 3, "exclude": [-1]}, "--data.exclude -1: columns are counted from 0 to 2"),
-        ({"features": 2, "exclude": [0, 1, 0]}, "--data.exclude [0, 1, 0]: leaves no column of 2"),
-        ({"features": 2, "val": 1}, "--data.val 1: a fraction must be at least 0 and below 1"),
-        ({"features": 2, "val": 0.5, "test": 0.6}, "--data.val 0.5 and --data.test 0.6: add up to 1 or more"),
+        ({"features": 3, "exclude": [3]}, "--data.exclude 3: must lie between 0 and 2"),
+        ({"features": 3, "exclude": [-1]}, "--data.exclude -1: must lie between 0 and 2"),
+        ({"features": 2, "exclude": [0, 1, 0]}, "--data.exclude [0, 1, 0]: excludes all 2 columns"),
+        ({"features": 2, "val": 1}, "--data.val 1: must lie in [0, 1)"),
+        ({"features": 2, "val": 0.5, "test": 0.6}, "--data.val 0.5 and --data.test 0.6: leave nothing to train on"),
     ],
 )
 def test_options_outside_their_range(options, message):
@@ -147,7 +147,7 @@ def test_options_outside_their_range(options, message):
 
 
 def test_another_width(archive):
-    message = r"train_values has shape \(\d+, 4\), expected \(total steps, 3\); give its width as --data.features"
+    message = r"train_values has shape \(\d+, 4\), expected \(total steps, 3\). Fix: give its width as --data.features"
     with pytest.raises(UserError, match=message):
         Archive(str(archive), 3).setup("fit")
 

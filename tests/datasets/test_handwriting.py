@@ -431,8 +431,8 @@ class TestOptions:
             ("smooth", 0, "must be an odd number of points"),
             ("augment", 1.0, "must lie in [0, 1)"),
             ("augment", -0.1, "must lie in [0, 1)"),
-            ("val", 1.5, "a fraction must be at least 0 and below 1"),
-            ("test", -1, "a fraction must be at least 0 and below 1"),
+            ("val", 1.5, "must lie in [0, 1)"),
+            ("test", -1, "must lie in [0, 1)"),
             ("scale", "std", "must be one of shared, per_axis, none"),
             ("too_long", "cut", "must be one of drop, split"),
             ("layout", "xml", "must be one of auto, archive, sketch-rnn, quickdraw, inkml, iam"),
@@ -444,7 +444,7 @@ class TestOptions:
             Handwriting("nowhere.npz", **{option: value})
 
     def test_fractions_that_leave_nothing(self):
-        with pytest.raises(UserError, match=r"--data.val 0.5 and --data.test 0.5: add up to 1 or more"):
+        with pytest.raises(UserError, match=r"--data.val 0.5 and --data.test 0.5: leave nothing to train on"):
             Handwriting("nowhere.npz", val=0.5, test=0.5)
 
 
@@ -549,11 +549,9 @@ class TestBadInput:
         with pytest.warns(UserWarning, match=re.escape(message)):
             assert len(found(iam_tree)) == 2
         (lists / "trainset.txt").write_text(forms)
-        refused(
-            iam_tree, r"trainset\.txt: names 7 forms, of none of which is a file below", r"z04-000, \.\.\.; expected"
-        )
+        refused(iam_tree, r"trainset\.txt: none of its 7 forms has a file below", r"z04-000, \.\.\.. Fix: add them")
         (lists / "trainset.txt").write_text(" \n\n")
-        refused(iam_tree, r"trainset\.txt: names no form; expected a form per line")
+        refused(iam_tree, r"trainset\.txt: names no form. Fix: write a form per line")
         (lists / "trainset.txt").write_text("a01-000u c03-011")
         refused(iam_tree, r"testset_f\.txt: names c03-011, as .*trainset\.txt does. Fix: keep it in one of them")
         (lists / "trainset.txt").write_bytes(b"\xff\xfe\x00")
@@ -600,12 +598,12 @@ class TestBadInput:
             ("[1, 2]", 'has no list "drawing"'),
             ('{"drawing": 3}', 'has no list "drawing"'),
             ('{"word": "cat"}', 'has no list "drawing"'),
-            ('{"drawing": [[1, 2]]}', r"stroke 0 is something else; expected \[xs, ys\]"),
-            ('{"drawing": [[[1], [2]], {"x": 1}]}', "stroke 1 is something else"),
+            ('{"drawing": [[1, 2]]}', r"stroke 0 is not a list of lists. Fix: write \[xs, ys\]"),
+            ('{"drawing": [[[1], [2]], {"x": 1}]}', "stroke 1 is not a list of lists"),
             ('{"drawing": [[[1, 2], [3]]]}', "stroke 0 has lists of 2 and 1"),
-            ('{"drawing": [[[1, "2"], [3, 4]]]}', "stroke 0 holds something else than numbers"),
-            ('{"drawing": [[[1, true], [3, 4]]]}', "stroke 0 holds something else than numbers"),
-            ('{"drawing": [[[1, null], [3, 4]]]}', "stroke 0 holds something else than numbers"),
+            ('{"drawing": [[[1, "2"], [3, 4]]]}', "stroke 0 holds other values than numbers"),
+            ('{"drawing": [[[1, true], [3, 4]]]}', "stroke 0 holds other values than numbers"),
+            ('{"drawing": [[[1, null], [3, 4]]]}', "stroke 0 holds other values than numbers"),
             ('{"drawing": [[[1, NaN], [3, 4]]]}', "holds coordinates that are not finite"),
             ('{"drawing": [[[1, 1e300], [3, 4]]]}', "holds coordinates that are not finite"),
             ('{"drawing": [[[1, 1%s], [3, 4]]]}' % ("0" * 400), "stroke 0 holds a number that is too large"),
@@ -624,10 +622,10 @@ class TestBadInput:
         [
             (np.array([[1, 2, 3]]), "lift is 3 at step 0"),
             (np.array([[1, 2, 0], [1, np.nan, 0]]), "not finite"),
-            (np.array([[1, 2], [3, 4]]), r"of type int64 and shape \(2, 2\), expected numbers of shape \(steps, 3\)"),
-            (np.array(["a", "b"], dtype=object), "expected numbers"),
-            ([[1, 2, 0], [1]], "expected numbers"),
-            (None, "expected numbers"),
+            (np.array([[1, 2], [3, 4]]), r"is int64 of shape \(2, 2\). Fix: write numbers of shape \(steps, 3\)"),
+            (np.array(["a", "b"], dtype=object), "Fix: write numbers"),
+            ([[1, 2, 0], [1]], "Fix: write numbers"),
+            (None, "Fix: write numbers"),
         ],
     )
     def test_bad_sketches(self, bad, message, tmp_path):
@@ -642,13 +640,15 @@ class TestBadInput:
     def test_roots(self, tmp_path, sources):
         refused(tmp_path / "nowhere", "--data.root .*nowhere: no such file or folder")
         (tmp_path / "empty").mkdir()
-        refused(tmp_path / "empty", "no handwriting in it; looked for an .npz archive .* lineStrokes")
+        refused(tmp_path / "empty", "holds no handwriting. Fix: give an .npz archive .* lineStrokes")
         (tmp_path / "a.txt").write_text("")
-        refused(tmp_path / "a.txt", "is not a handwriting dataset; looked for")
+        refused(tmp_path / "a.txt", "is not a handwriting dataset. Fix: give an .npz")
         refused(tmp_path, "holds iam and quickdraw and inkml. Fix: choose one with --data.layout")
         assert len(found(tmp_path, layout="inkml", val=0, test=0)) == 14
-        refused(sources["inkml"], r"no \*.ndjson in it, which --data.layout quickdraw reads", layout="quickdraw")
-        refused(sources["inkml"], r"no lineStrokes/\*\*/\*.xml in it", layout="iam")
+        refused(
+            sources["inkml"], r"holds no \*.ndjson. Fix: check the path and --data.layout quickdraw", layout="quickdraw"
+        )
+        refused(sources["inkml"], r"holds no lineStrokes/\*\*/\*.xml. Fix: check", layout="iam")
         refused(tmp_path / "a.txt", "is a file. Fix: give the folder that holds lineStrokes", layout="iam")
         refused(sources["inkml"], "Is a directory. Fix: give an .npz archive", layout="archive")
         refused(sources["inkml"], "Is a directory", layout="sketch-rnn")

@@ -94,7 +94,9 @@ def test_contract_of_an_archive_of_grey_images(check, archive):
 def test_construction_opens_no_file():
     assert MNISTRows("nowhere").num_features == 28
     assert MNISTRows("nowhere", read="pixels").num_features == 1
-    with pytest.raises(UserError, match=r"--data.root nowhere: no such folder or archive; MNIST's files are at https"):
+    with pytest.raises(
+        UserError, match=r"--data.root nowhere: no such folder or archive. Fix: download MNIST's files from https"
+    ):
         MNISTRows("nowhere").setup("fit")
     with pytest.raises(UserError, match=r"--data.root nowhere.npz: No such file"):
         MNISTRows("nowhere.npz").setup("fit")
@@ -219,25 +221,17 @@ BROKEN = {
     "empty": (TRAIN, b"", "is truncated: it holds 0 bytes"),
     "too long": (TRAIN, WHOLE + b"x", f"is damaged: it holds more bytes, but 23 images take {len(WHOLE)}"),
     "labels": (TRAIN, np.array([2049, 20], ">u4").tobytes() + bytes(20), "holds labels (magic number 2049), expected"),
-    "wrong magic": (
-        TRAIN,
-        idx(ALL_TRAIN, 1234),
-        "begins with 1234, not with an idx file of images' magic number, 2051",
-    ),
+    "wrong magic": (TRAIN, idx(ALL_TRAIN, 1234), "begins with 1234, expected the magic number of images, 2051"),
     "wrong size": (TRAIN, LARGE, "has images of 32 x 30 pixels, expected 28 x 28"),
     "cut gzip": (
         f"{TRAIN}.gz",
         gzip.compress(WHOLE)[:-99],
-        "is damaged or no gzip file. Fix: copy it again from https",
+        "is damaged or not a gzip file. Fix: copy it again from https",
     ),
-    "spoilt gzip": (f"{TRAIN}.gz", gzip.compress(WHOLE)[:40] + bytes(999), "is damaged or no gzip file"),
-    "no gzip": (f"{TRAIN}.gz", WHOLE, "is damaged or no gzip file"),
+    "spoilt gzip": (f"{TRAIN}.gz", gzip.compress(WHOLE)[:40] + bytes(999), "is damaged or not a gzip file"),
+    "no gzip": (f"{TRAIN}.gz", WHOLE, "is damaged or not a gzip file"),
     "truncated inside": (f"{TRAIN}.gz", gzip.compress(WHOLE[:-1]), "is truncated: it holds"),
-    "other file": (
-        "t10k-labels-idx1-ubyte",
-        b"",
-        "holds no train-images-idx3-ubyte, with or without .gz; MNIST's files",
-    ),
+    "other file": ("t10k-labels-idx1-ubyte", b"", "holds no train-images-idx3-ubyte(.gz). Fix: download it from"),
 }
 
 
@@ -291,7 +285,7 @@ def test_a_flat_archive_that_does_not_fit(tmp_path, arrays, message):
         (IMAGES["train"].reshape(17, 784), "train_images has shape (17, 784), expected (sequences, steps, 28)"),
         (IMAGES["train"].astype(str), "train_images is of type <U3. Fix: save it as integers, float32 or float64"),
         (IMAGES["train"] * 1.0, "train_images holds"),
-        (None, "has no array train_values; it holds valid_images"),
+        (None, "has no array train_values, it holds valid_images"),
     ],
 )
 def test_an_archive_of_images_that_does_not_fit(tmp_path, images, message):

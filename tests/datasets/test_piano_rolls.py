@@ -190,7 +190,7 @@ BAD_LISTS = [
     ("pickle", PYTHON_2[1][:-4], "can't be read as a pickle of notes"),
     ("pickle", b"\x80\x02\xff.", "can't be read as a pickle of notes"),
     ("pickle", pickle.dumps(GOOD | {"train": Harm()}), "mkdir, which is never loaded"),
-    ([1, 2], "has no 'train'; expected 'train', 'valid' and 'test', it holds a list"),
+    ([1, 2], "has no 'train', it holds a list. Fix: add 'train', 'valid' and 'test'"),
     ({}, "it holds nothing"),
     ({"Train": [], "valid": []}, "it holds 'Train', 'valid'"),
     (GOOD | {"train": 3}, "train is 3, expected a list of sequences"),
@@ -211,7 +211,7 @@ BAD_LISTS = [
     (GOOD | {"train": [[[float("nan")]]]}, "holds note nan, but"),
     (GOOD | {"train": [[[10**30]]]}, "holds note 1000000000000000000000000000000, but"),
     (GOOD | {"train": [[[[60]]]]}, "holds note [60], but"),
-    (GOOD | {"train": [[]]}, "no sequence of the train split has a step"),
+    (GOOD | {"train": [[]]}, "all sequences of the train split are empty"),
 ]
 
 
@@ -521,7 +521,7 @@ def test_without_mido(tmp_path, monkeypatch):
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=re.escape("MIDI files need mido: pip install 'vrnn-lightning[music]'")):
+    with pytest.raises(UserError, match=re.escape("MIDI files need mido. Fix: pip install 'vrnn-lightning[music]'")):
         PianoRolls(tmp_path).setup("fit")
 
 
@@ -666,7 +666,7 @@ def test_options_that_would_do_nothing(option, archive, tmp_path):
 def test_roots_that_are_no_music(archive, tmp_path):
     (tmp_path / "none").mkdir()
     assert "no such file or folder" in complaint(tmp_path / "nowhere")
-    assert "no MIDI files in it; expected .mid or .midi" in complaint(tmp_path / "none")
+    assert "holds no MIDI files. Fix: give a folder of .mid or .midi" in complaint(tmp_path / "none")
     assert "is a single MIDI file" in complaint(good(tmp_path / "a.mid"))
     folder_of_midi(tmp_path / "half", train=2, test=2)
     assert "its folders train and test split it, but no MIDI file is in valid or val" in complaint(tmp_path / "half")

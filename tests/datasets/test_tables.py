@@ -515,7 +515,7 @@ class TestSplits:
         refused(three, r"three: holds both test\.csv and test\.csv\.gz", split="files", stage="test")
         (three / "test.csv").unlink()
         (three / "test.csv.gz").unlink()
-        refused(three, r"three: holds no test; expected", split="files", stage="test")
+        refused(three, r"three: holds no test for --data.split files. Fix: add", split="files", stage="test")
 
     def test_only_the_files_of_the_stage_are_read(self, three):
         (three / "test.csv").write_text("nonsense")
@@ -528,7 +528,7 @@ class TestSplits:
         refused(path, r"the val split is empty", "1 series", "--data.seed", split="id", val_share=0.01)
         data = Tables(path, ["x"], test_share=0, val_share=0.4)
         data.setup("fit")
-        with pytest.raises(UserError, match=r"the test split is empty; --data.test_share is 0"):
+        with pytest.raises(UserError, match=r"the test split is empty, as --data.test_share is 0"):
             data.test_dataloader()
 
     def test_series_that_are_too_short(self, tmp_path):
@@ -568,7 +568,9 @@ class TestCheckpoints:
         cut = Tables(path, ["x"], time="t")
         cut.setup("test")
         cut.load_state_dict(state)
-        with pytest.raises(UserError, match="test split is empty; of 1 series no row lies where the checkpoint has it"):
+        with pytest.raises(
+            UserError, match="test split is empty, as no row of 1 series lies where the checkpoint has it"
+        ):
             cut.test_dataloader()
 
     def test_series_it_does_not_know_are_tested_after_its_latest_cut(self, tmp_path):
@@ -647,7 +649,7 @@ class TestRefusals:
             ({"length": 5, "stride": 0}, "--data.stride 0: must be at least 1"),
             ({"stride": 5}, "--data.stride 5: needs --data.length"),
             ({"context": -1}, "--data.context -1: must be at least 0"),
-            ({"context": 5, "split": "id"}, "--data.context 5: only a split by time has steps before the test"),
+            ({"context": 5, "split": "id"}, "--data.context 5: needs a split by time, but --data.split is"),
             ({"anomaly": "a"}, "--data.anomaly 'a': is in --data.columns too"),
             ({"anomaly": "u", "inputs": ["u"]}, "--data.anomaly 'u': is in --data.inputs too"),
             ({"sort": True}, "--data.sort: needs --data.time"),
@@ -671,15 +673,19 @@ class TestRefusals:
             ("x\n1\nhigh\n", {}, r"a\.csv: row 3, column 'x': 'high' is not a number"),
             ("x\n1\n12_34\n", {}, r"a\.csv: row 3, column 'x': '12_34' is not a number"),
             ("t,x\n0,1\n1_0,2\n", {"time": "t"}, r"row 3, column 't': '1_0' is not a number"),
-            ('x\n1\n"2,5"\n', {}, r"row 3, column 'x': '2,5' is not a number; write a decimal point"),
+            ('x\n1\n"2,5"\n', {}, r"row 3, column 'x': '2,5' is not a number. Fix: write a decimal point"),
             ("x\n1\ninf\n", {}, r"a\.csv: row 3, column 'x': is infinite"),
             ("x\n1\n-Infinity\n", {}, r"row 3, column 'x': is infinite"),
             ("x\n1\n\n2\n1e999\n", {}, r"row 5, column 'x': is infinite"),
-            ("t,x\n0,1\n1,\n", {"missing": False}, r"row 3, column 'x': is empty; .*--data\.missing true"),
-            ("u,x\n0,1\n,2\n", {"inputs": ["u"]}, r"row 3, column 'u': is empty; covariates"),
+            ("t,x\n0,1\n1,\n", {"missing": False}, r"row 3, column 'x': is empty. Fix: .*--data\.missing true"),
+            ("u,x\n0,1\n,2\n", {"inputs": ["u"]}, r"row 3, column 'u': is empty, but covariates"),
             ("u,x\n0,\nlow,2\n", {"inputs": ["u"]}, r"row 3, column 'u': 'low' is not a number"),
             ("u,x\n0,1\ninf,2\n", {"inputs": ["u"]}, r"row 3, column 'u': is infinite"),
-            ("f,x\n0,1\n2,2\n", {"anomaly": "f"}, r"row 3, column 'f': is neither 0 nor 1; --data\.anomaly takes"),
+            (
+                "f,x\n0,1\n2,2\n",
+                {"anomaly": "f"},
+                r"row 3, column 'f': is neither 0 nor 1 \(--data\.anomaly\). Fix: write 1",
+            ),
             ("f,x\n0,1\n,2\n", {"anomaly": "f"}, r"row 3, column 'f': is neither 0 nor 1"),
             ("f,x\n0,1\n", {"anomaly": "g"}, r"a\.csv: has no column 'g' \(--data\.anomaly\)"),
             ("x\n1,2\n", {}, r"a\.csv: row 2 has 2 cells, the header has 1"),
@@ -691,12 +697,12 @@ class TestRefusals:
             ("t,x\n0,1\n1,2\n1,3\n", {"time": "t"}, r"a\.csv: row 4: time 1 is that of .*a\.csv: row 3 too"),
             ("t,x\n0,1\n2,2\n1,3\n", {"time": "t"}, r"a\.csv: row 4: time 1 comes after 2. .*--data\.sort true"),
             ("t,x\n1,1\n0,2\n1,3\n", {"time": "t", "sort": True}, r"row 4: time 1 is that of .*row 2 too"),
-            ("t,x\n0,1\n,2\n", {"time": "t"}, r"row 3, column 't': is empty; each row needs its time"),
-            ("t,x\n2024-01-01,1\n,2\n", {"time": "t"}, r"row 3, column 't': is empty; each row needs its time"),
+            ("t,x\n0,1\n,2\n", {"time": "t"}, r"row 3, column 't': is empty. Fix: write the time of each row"),
+            ("t,x\n2024-01-01,1\n,2\n", {"time": "t"}, r"row 3, column 't': is empty. Fix: write the time of each row"),
             ("t,x\n0,1\ninf,2\n", {"time": "t"}, r"row 3, column 't': is infinite"),
             ("t,x\n0,1\nnoon,2\n", {"time": "t"}, r"row 3, column 't': 'noon' is not a number"),
-            ("t,x\n01.02.2024,1\n", {"time": "t"}, r"row 2, column 't': '01.02.2024' is not a time; .*ISO date"),
-            ("s,x\na,1\n,2\n", {"id": "s"}, r"row 3, column 's': is empty; each row needs its id"),
+            ("t,x\n01.02.2024,1\n", {"time": "t"}, r"row 2, column 't': '01.02.2024' is not a time. Fix: .*ISO date"),
+            ("s,x\na,1\n,2\n", {"id": "s"}, r"row 3, column 's': is empty. Fix: write the id of each row"),
             ("s,t,x\na,0,1\nb,0,1\na,0,2\n", {"id": "s", "time": "t"}, r"row 4, id 'a': time 0 is .*row 2, id 'a'"),
         ],
     )
@@ -716,12 +722,12 @@ class TestRefusals:
         near = "temperature" if option == "columns" else hint
         value = [wrong] if option in ("columns", "inputs") else wrong
         options = {"columns": ["temperature"]} | {option: value}
-        message = refused(long, rf"has no column '{wrong}' \(--data\.{option}\)", f"Did you mean '{near}'", **options)
-        assert message.endswith("It has date, sensor, temperature, humidity, hour")
+        message = refused(long, rf"has no column '{wrong}' \(--data\.{option}\)", f"Fix: name '{near}'", **options)
+        assert "it has date, sensor, temperature, humidity, hour." in message
 
     def test_a_column_that_one_file_lacks(self, folder):
         write(folder / "sub1" / "odd.csv", {"x": [1, 2], "z": [1, 2]})
-        refused(folder, r"odd\.csv: has no column 'y' \(--data\.columns\)", "It has x, z", columns=["x", "y"])
+        refused(folder, r"odd\.csv: has no column 'y' \(--data\.columns\)", "it has x, z", columns=["x", "y"])
 
     def test_a_wide_table_is_not_listed_in_full(self, tmp_path):
         path = write(tmp_path / "a.csv", {f"c{i:03}": [1] for i in range(200)})
@@ -745,7 +751,7 @@ class TestRefusals:
         monkeypatch.setattr("vrnn_lightning.data.columns.CHUNK", 4)
         times = pyarrow.array([0, 1, 2, 3, 4, 5, None])
         parquet.write_table(pyarrow.table({"t": times, "x": noise(7)}), tmp_path / "a.parquet", row_group_size=3)
-        refused(tmp_path / "a.parquet", r"row 6, column 't': is empty; each row needs its time", time="t")
+        refused(tmp_path / "a.parquet", r"row 6, column 't': is empty. Fix: write the time of each row", time="t")
 
     @pytest.mark.parametrize("name", ["a.csv.gz", "a.parquet"])
     @pytest.mark.parametrize("damage", ["cut", "other"])
@@ -786,8 +792,8 @@ class TestRefusals:
 
     def test_roots(self, tmp_path):
         refused(tmp_path / "nowhere", "--data.root .*nowhere: no such file or folder")
-        refused(tmp_path, "no table in it; expected .csv, .csv.gz, .parquet files")
-        refused(text(tmp_path / "a.xlsx", "x"), r"a\.xlsx: is not a table; expected .csv")
+        refused(tmp_path, "holds no table. Fix: give a folder of .csv, .csv.gz, .parquet files")
+        refused(text(tmp_path / "a.xlsx", "x"), r"a\.xlsx: is not a table. Fix: give one in .csv")
 
     def test_the_same_table_in_two_formats(self, tmp_path):
         write(tmp_path / "a.csv", {"x": [1]})
@@ -817,7 +823,9 @@ class TestRefusals:
             return imported(name, *options, **named)
 
         monkeypatch.setattr(builtins, "__import__", without)
-        refused(tmp_path / "a.parquet", r"a\.parquet: parquet needs pyarrow; pip install 'vrnn-lightning\[tables\]'")
+        refused(
+            tmp_path / "a.parquet", r"a\.parquet: parquet needs pyarrow. Fix: pip install 'vrnn-lightning\[tables\]'"
+        )
         Tables(tmp_path / "b.csv", ["x"]).setup("fit")
 
 

@@ -176,7 +176,7 @@ def test_what_an_export_cannot_do(tmp_path, monkeypatch):
     spoiled.vrnn.phi_x[0].bias.data.fill_(float("nan"))
     with pytest.raises(UserError, match=r"the model: vrnn\.phi_x\.0\.bias holds values that are not numbers"):
         spoiled.export(tmp_path / "step.onnx")
-    with pytest.raises(UserError, match="densities need float32"):
+    with pytest.raises(UserError, match="convert it to float32"):
         make().bfloat16().export(tmp_path / "step.pt2")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"onnxruntime is not installed. Fix: pip install 'vrnn-lightning\[export\]'"):

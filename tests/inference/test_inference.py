@@ -532,7 +532,7 @@ def test_latents_of_another_width():
         model().decode(torch.zeros(1, 0, 2))
     with pytest.raises(UserError, match=r"the model has no latent"):
         model(latent_size=0).decode(torch.zeros(1, 4, 0))
-    with pytest.raises(UserError, match=r"covariates of shape \(1, 4, 2\)"):
+    with pytest.raises(UserError, match=r"inputs: must have shape \(1, 4, 2\)"):
         model(num_inputs=2).decode(torch.zeros(1, 4, 2))
 
 
@@ -566,7 +566,7 @@ def test_covariates():
         (lambda m: m.forecast(torch.zeros(1, 4, 3), 0), "steps 0"),
         (lambda m: m.backtest([torch.zeros(4, 3)], [2, 2], 1), "origins [2, 2]: must increase, from 1 on"),
         (lambda m: m.backtest([torch.zeros(4, 3)], [0, 2], 1), "origins [0, 2]: must increase, from 1 on"),
-        (lambda m: m.backtest([torch.zeros(4, 3)], [3, 5], 1), "the last is 5, but a sequence has only 4 steps"),
+        (lambda m: m.backtest([torch.zeros(4, 3)], [3, 5], 1), "origins: 5 is beyond the 4 steps of a sequence"),
         (lambda m: m.backtest([torch.zeros(4, 3)], [3], 0), "steps 0: must be at least 1"),
         (lambda m: m.score([]), "no sequence is given"),
         (lambda m: m.score([torch.full((2, 3), math.inf)]), "sequence 0: holds infinite values"),
@@ -577,7 +577,7 @@ def test_covariates():
         (lambda m: m.session().now.forecast(0), "steps 0"),
         (lambda m: m.session().now.forecast(samples=0), "samples 0"),
         (lambda m: m.session().step(torch.zeros(1, 1)), "x: must have shape (1, 3), but got shape (1, 1)"),
-        (lambda m: m.session().step(torch.ones(1, 3), torch.ones(1, 3)), "observed: is of torch.float32"),
+        (lambda m: m.session().step(torch.ones(1, 3), torch.ones(1, 3)), "observed: must be torch.bool"),
         (
             lambda m: model(num_inputs=1).session().step(torch.ones(1, 3), inputs=torch.ones(1, 1) * NAN),
             "inputs: holds",

@@ -526,9 +526,9 @@ def nodes(root):
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (lambda m: State(torch.zeros(2, 2, 10).double()), "state: h of shape (2, 2, 10) in torch.float64, the model's"),
-        (lambda m: State(torch.zeros(2, 1, 10)), "in torch.float32, the model's is (2, 1, 10) in torch.float64"),
-        (lambda m: State(torch.zeros(2, 1, 10).double(), torch.zeros(2, 1, 10).double()), "c is for an LSTM"),
+        (lambda m: State(torch.zeros(2, 2, 10).double()), "state: h has shape (2, 2, 10) in torch.float64, expected"),
+        (lambda m: State(torch.zeros(2, 1, 10)), "in torch.float32, expected (2, 1, 10) in torch.float64"),
+        (lambda m: State(torch.zeros(2, 1, 10).double(), torch.zeros(2, 1, 10).double()), "c is of an LSTM"),
         (lambda m: m.initial_state(0), "has no rows"),
     ],
 )

@@ -131,7 +131,7 @@ def test_what_a_stream_refuses():
         make_model(smoothing=True).stream()
     with pytest.raises(UserError, match="samples 0"):
         make_model().stream(samples=0)
-    with pytest.raises(UserError, match="state: 2 rows, not 3"):
+    with pytest.raises(UserError, match="state: has 2 rows, expected 3"):
         make_model().stream(3, state=random_state(make_model(), 2))
     stream = make_model(num_inputs=2).stream(2)
     x = torch.zeros(2, 3).double()

@@ -274,13 +274,13 @@ def _build_task(task: str | type[Task], options: Mapping[str, Any]) -> Task:
         UserError: The task is unknown, or an option is outside its range or belongs to another task.
     """
     if isinstance(task, str) and task not in TASKS:
-        raise UserError(f"prediction.task {task}: choose {', '.join(TASKS)}")
+        raise UserError(f"prediction.task {task}: must be one of {', '.join(TASKS)}")
     cls = TASKS[task] if isinstance(task, str) else task
     for key, value in options.items():
         if key not in inspect.signature(cls).parameters:
             owners = [name for name, other in TASKS.items() if key in inspect.signature(other).parameters]
-            hint = f", but of {' or '.join(owners)}" if owners else ""
-            raise UserError(f"prediction.{key} {value}: is not an option of the task {cls.name}{hint}")
+            fix = f"leave it out or choose {' or '.join(owners)}" if owners else "leave it out"
+            raise UserError(f"prediction.{key} {value}: is not an option of the task {cls.name}. Fix: {fix}")
     require_at_least("prediction", options, LEAST)
     require_columns("prediction.shown", options.get("shown", 0))
     if not 0 < options.get("temperature", 1.0) < float("inf"):

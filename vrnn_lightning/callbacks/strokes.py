@@ -156,7 +156,7 @@ def _read(strokes: Tensor) -> tuple[list[np.ndarray], np.ndarray]:
     if strokes.ndim != 2 or strokes.shape[1] != 3:
         raise UserError(f"strokes of shape {tuple(strokes.shape)} can't be drawn, expected (steps, 3): dx, dy, lift")
     if not torch.isfinite(strokes).all():
-        raise UserError("strokes that hold NaN or infinite values can't be drawn")
+        raise UserError("strokes with NaN or infinite values can't be drawn. Fix: remove these steps")
     drawn = list(rows_to_strokes(strokes.detach().cpu().double().numpy()))
     return drawn, np.concatenate(drawn) if drawn else np.zeros((1, 2))
 

@@ -17,6 +17,7 @@ from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.pretrained import require_model
 from vrnn_lightning.resuming import Stage, resume_record
 from vrnn_lightning.trust import Gate, read_checkpoint
+from vrnn_lightning.trust.checkpoints import FIX
 
 __all__ = ["Checkpoint", "find_checkpoint", "runs_folder"]
 
@@ -61,13 +62,13 @@ class Checkpoint:
         content = read_checkpoint(path, option)
         model, data = content.get("hyper_parameters", {}), content.get("datamodule_hyper_parameters", {})
         if "num_features" not in model or not {"state_dict", "global_step", "epoch"} <= content.keys():
-            raise UserError(f"{option} {path}: is not a checkpoint that `lightning fit` of vrnn-lightning wrote")
+            raise UserError(f"{option} {path}: is not a checkpoint of vrnn-lightning. Fix: {FIX}")
         if "scale_mean" not in content["state_dict"]:
-            raise UserError(f"{option} {path}: holds no scaler, so `lightning fit` did not write it")
+            raise UserError(f"{option} {path}: holds no scaler. Fix: {FIX}")
         data_class = data.get("_class_path")
         data_state = content.get(str(data_class).rpartition(".")[2]) or {}
         if not isinstance(data_class, str | None) or not isinstance(data_state, dict):
-            raise UserError(f"{option} {path}: its datamodule is not one that `lightning fit` wrote")
+            raise UserError(f"{option} {path}: its record of the datamodule is invalid. Fix: {FIX}")
         model, data = ({key: part[key] for key in part if not key.startswith("_")} for part in (model, data))
         step, epoch, weights = content["global_step"], content["epoch"], content["state_dict"]
         return cls(path, step, epoch, model, data, data_class, data_state, weights, resume_record(content))
@@ -158,7 +159,7 @@ def find_checkpoint(argv: list[str], data: str | None) -> Path | None:
     root, name = runs_folder(argv), _run_name(argv) or (data.lower() if data else "*")
     files = sorted(root.glob(f"{name}/*/checkpoints/{path}.ckpt"), key=lambda file: file.stat().st_mtime)
     if not files:
-        raise UserError(f"--ckpt_path {path}: no run under {root / name} has a {path}.ckpt")
+        raise UserError(f"--ckpt_path {path}: no run under {root / name} has a {path}.ckpt. Fix: give a file's path")
     return files[-1]
 
 

@@ -190,10 +190,10 @@ class CLI(LightningCLI):
         try:
             width = operator.index(getattr(data, "num_features", None))  # type: ignore[arg-type]  # checked by the call
         except TypeError:
-            raise UserError(f"{option}: has no number `num_features` after its construction") from None
+            raise UserError(f"{option}: has no number `num_features`. Fix: set it in __init__") from None
         if self.checkpoint and width != self.checkpoint.model["num_features"]:
             own = self.checkpoint.model["num_features"]
-            raise UserError(f"{option}: {width} features, but {self.checkpoint.path} has {own}")
+            raise UserError(f"{option}: {width} features, but {self.checkpoint.path} has {own}. Fix: give other data")
         return width
 
     def parse_arguments(self, parser: LightningArgumentParser, args: object) -> None:

@@ -73,7 +73,9 @@ def explain_run(error: Exception, checkpoint: str | None) -> UserError | None:
     if checkpoint is None or not restores or _is_out_of_memory(error):
         return None
     line = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return UserError(f"--ckpt_path {checkpoint}: its state does not fit this run ({line})")
+    return UserError(
+        f"--ckpt_path {checkpoint}: its state does not fit this run ({line}). Fix: give the run's own options"
+    )
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -195,11 +195,11 @@ def _steps(path: Path, word: str, lengths: NDArray[Any], rows: int) -> NDArray[n
         )
     steps = lengths.astype(np.int64)
     if (steps < 0).any():
-        raise UserError(f"{path}: {word}_lengths holds {steps.min()} at {steps.argmin()}; a length is at least 0")
+        raise UserError(f"{path}: {word}_lengths holds {steps.min()} at {steps.argmin()}. Fix: correct it")
     if steps.sum() != rows:
         raise UserError(
-            f"{path}: {word}_lengths adds up to {steps.sum()}, but {word}_values has {rows} rows; "
-            "write both from the same sequences"
+            f"{path}: {word}_lengths adds up to {steps.sum()}, but {word}_values has {rows} rows. "
+            "Fix: write both from the same sequences"
         )
     return steps
 
@@ -208,7 +208,7 @@ def _steps(path: Path, word: str, lengths: NDArray[Any], rows: int) -> NDArray[n
 def opened_archive(path: Path, option: str = "") -> Iterator[OpenArchive]:
     """Open an .npz file; raise a UserError if it, or an array that the block reads, is missing or damaged."""
     if path.suffix == ".npy":
-        raise UserError(f"{path}: is a single array, no .npz archive. Fix: write it with numpy.savez")
+        raise UserError(f"{path}: is a single array, not an .npz archive. Fix: write it with numpy.savez")
     with (
         explained(path, option, "give an .npz archive"),
         undamaged(f"{path}: can't be read as an .npz archive", "copy it again, or write it with numpy.savez"),
@@ -266,9 +266,11 @@ class OpenArchive:
     @contextmanager
     def _opened(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype[Any]]]:
         if name not in self.names:
-            raise UserError(f"{self.path}: has no array {name}; it holds {', '.join(self.names)[:200] or 'nothing'}")
+            raise UserError(
+                f"{self.path}: has no array {name}, it holds {', '.join(self.names)[:200] or 'nothing'}. Fix: add it"
+            )
         stored = next(member for member in self.archive.infolist() if member.filename in (name, f"{name}.npy"))
-        damaged = undamaged(f"{self.path}: {name} is damaged or no array", "copy or write the file again")
+        damaged = undamaged(f"{self.path}: {name} is damaged or not an array", "copy or write the file again")
         with damaged, self.archive.open(stored) as member:
             shape, fortran, dtype = npy_header(member)
             if dtype.hasobject:

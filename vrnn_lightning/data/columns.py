@@ -184,7 +184,7 @@ def _parquet_chunks(path: Path, asked: list[tuple[str, str]], max_gb: float) -> 
     try:
         from pyarrow import parquet
     except ImportError:
-        raise UserError(f"{path}: parquet needs pyarrow; pip install 'vrnn-lightning[tables]'") from None
+        raise UserError(f"{path}: parquet needs pyarrow. Fix: pip install 'vrnn-lightning[tables]'") from None
     start, checked = 0, {"pre_buffer": False, "page_checksum_verification": True}
     with path.open("rb") as source:
         try:
@@ -229,7 +229,7 @@ def _cells(array: Any, path: Path, column: str) -> Cells:
     elif any(is_kind(kind) for is_kind in numeric):
         array = array.cast(pyarrow.float64(), safe=False)
     else:
-        raise UserError(f"{path}: column {column!r} is of type {kind}; expected numbers, text or dates")
+        raise UserError(f"{path}: column {column!r} is of type {kind}. Fix: write numbers, text or dates")
     return array.to_numpy(zero_copy_only=False)
 
 
@@ -242,12 +242,12 @@ def _locate(path: Path, header: list[str], asked: list[tuple[str, str]], delimit
         if count:
             raise UserError(f"{path}: has {count} columns called {name!r} (--data.{option}). Fix: rename one")
         near = difflib.get_close_matches(name.lower(), by_lower := {h.lower(): h for h in header}, n=1, cutoff=0.6)
-        hint = f" Did you mean {by_lower[near[0]]!r}?" if near else ""
+        fix = f"name {by_lower[near[0]]!r}" if near else f"name one of its columns as --data.{option}"
         more = f" and {len(header) - SHOWN} more" if len(header) > SHOWN else ""
         other = next((d for d in ";\t|" if delimiter and len(header) == 1 and d in header[0]), "")
-        fix = f"; is --data.delimiter {other!r}?" if other else ""
+        fix = f"set --data.delimiter {other!r}" if other else fix
         listed = ", ".join(header[:SHOWN]) + more
-        raise UserError(f"{path}: has no column {name!r} (--data.{option}).{hint} It has {listed}{fix}")
+        raise UserError(f"{path}: has no column {name!r} (--data.{option}), it has {listed}. Fix: {fix}")
     return {name: header.index(name) for name, _ in asked}
 
 
@@ -255,7 +255,7 @@ def _numbers(cells: Cells, place: _Place) -> NDArray[np.float64]:
     """Return numbers, NaN where one is missing."""
     if isinstance(cells, np.ndarray):
         if cells.dtype.kind == "M":
-            raise place.error(0, "is a date; expected a number")
+            raise place.error(0, "is a date. Fix: write a number")
         return cells.astype(np.float64)
     with suppress(TypeError, ValueError):  # cells without a gap, the fast way
         if "_" not in "".join(cells):  # Python reads 1_000 as a thousand
@@ -279,8 +279,8 @@ def _number(word: str) -> float:
     with suppress(ValueError):
         if "_" not in word:
             return float(word)
-    fix = "write a decimal point" if "," in word else "fix it, or leave the cell empty where nothing was measured"
-    raise ValueError(f"is not a number; {fix}")
+    fix = "write a decimal point" if "," in word else "correct it, or leave the cell empty where nothing was measured"
+    raise ValueError(f"is not a number. Fix: {fix}")
 
 
 def _date(word: str) -> int:
@@ -288,7 +288,7 @@ def _date(word: str) -> int:
     try:
         date = datetime.fromisoformat(word)
     except ValueError:
-        raise ValueError("is not a time; write a number or an ISO date, 2016-07-01 13:00") from None
+        raise ValueError("is not a time. Fix: write a number or an ISO date, 2016-07-01 13:00") from None
     return (date.replace(tzinfo=date.tzinfo or UTC) - EPOCH) // MICROSECOND
 
 
@@ -296,7 +296,7 @@ def _ids(cells: Cells, place: _Place) -> list[str]:
     listed = cells.tolist() if isinstance(cells, np.ndarray) else cells
     words = ["" if cell is None or cell != cell else read_cell(str(cell)).strip() for cell in listed]  # NaN != NaN
     if "" in words:
-        raise place.error(words.index(""), "is empty; each row needs its id")
+        raise place.error(words.index(""), "is empty. Fix: write the id of each row")
     return words
 
 
@@ -310,9 +310,9 @@ def _times(cells: Cells, dated: bool | None, place: _Place) -> tuple[NDArray[Any
         times = np.array(_parse(cells, place, _date, NO_DATE), dtype=np.int64) if dated else _ticks(cells, place)
     empty = times == NO_DATE if dated else np.isnan(times)
     if empty.any():
-        raise place.error(int(empty.argmax()), "is empty; each row needs its time")
+        raise place.error(int(empty.argmax()), "is empty. Fix: write the time of each row")
     if np.isinf(times).any():
-        raise place.error(int(np.isinf(times).argmax()), "is infinite; expected a time")
+        raise place.error(int(np.isinf(times).argmax()), "is infinite. Fix: write the time")
     return times, dated
 
 

@@ -78,20 +78,20 @@ def find_recordings(root: Path, layout: Layout, invalid: InvalidFiles) -> list[R
     """
     with explained(root, "--data.root"):
         if not root.exists():
-            raise UserError(f"--data.root {root}: no such {'file' if layout == 'manifest' else 'folder'}")
+            raise UserError(f"--data.root {root}: no such file or folder. Fix: check the path")
     if layout == "manifest":
         return _read_manifest(root, invalid)
     if not root.is_dir():
-        fix = "; for a manifest set --data.layout manifest" if root.suffix == ".csv" else ""
+        fix = ", or set --data.layout manifest for a manifest" if root.suffix == ".csv" else ""
         raise UserError(f"--data.root {root}: is a file. Fix: give the folder that holds the recordings{fix}")
     names = names_below(root, AUDIO_SUFFIXES, invalid)
     if not names:
-        raise UserError(f"--data.root {root}: no audio in it; expected {', '.join(AUDIO_SUFFIXES)} files")
+        raise UserError(f"--data.root {root}: holds no audio. Fix: give a folder of {', '.join(AUDIO_SUFFIXES)} files")
     recordings = place_recordings(layout, names)
     if not recordings:
         raise UserError(
-            f"--data.root {root}: none of {len(names)} audio files lies as --data.layout {layout} says, "
-            f"as {EXAMPLES[layout]}; the first is {names[0]}"
+            f"--data.root {root}: none of {len(names)} audio files, {names[0]} for example, has a path of "
+            f"--data.layout {layout}. Fix: choose another layout, or order the files as {EXAMPLES[layout]}"
         )
     if layout == "ljspeech":
         _require_clips(root, [recording.name for recording in recordings], invalid)
@@ -172,14 +172,14 @@ def _require_clips(root: Path, clips: list[str], invalid: InvalidFiles) -> None:
 def _read_manifest(path: Path, invalid: InvalidFiles) -> list[Recording]:
     """Read a csv file with the columns path (below the manifest's folder) and optionally split and speaker."""
     if not _is_file(path):
-        raise UserError(f"--data.root {path}: is a folder; --data.layout manifest takes the csv file itself")
+        raise UserError(f"--data.root {path}: is a folder. Fix: give the csv file, or choose another --data.layout")
     try:
         rows = [[cell.strip() for cell in row] for row in csv.reader(_read_text(path).splitlines(), strict=True)]
     except csv.Error as error:
         raise UserError(f"{path}: cannot be read as csv ({error}). Fix: write it with a header and commas") from None
     header = rows[0] if rows else []
     if "path" not in header:
-        raise UserError(f"{path}: has no column path; its first row is {','.join(header)[:80]!r}")
+        raise UserError(f"{path}: has no column path, its first row is {','.join(header)[:80]!r}. Fix: add it")
     recordings: dict[str, Recording] = {}
     rows_of: dict[str, int] = {}
     folder = path.parent.absolute().as_posix()
@@ -209,10 +209,10 @@ def _read_row(path: Path, number: int, cells: dict[str, str]) -> Recording:
     if not given:
         raise UserError(f"{path}: row {number} has no path. Fix: write one or remove the row")
     if not given.lower().endswith(AUDIO_SUFFIXES):
-        raise UserError(f"{path}: row {number} names {given}; expected {', '.join(AUDIO_SUFFIXES)} files")
+        raise UserError(f"{path}: row {number} names {given}. Fix: name {', '.join(AUDIO_SUFFIXES)} files")
     word = cells.get("split")
     if word is not None and word.lower() not in WORDS:
-        raise UserError(f"{path}: row {number} has the split {word!r}; expected train, valid or test")
+        raise UserError(f"{path}: row {number} has the split {word!r}. Fix: write train, valid or test")
     name = posixpath.normpath(given.replace("\\", "/"))
     return Recording(name, cells.get("speaker") or name, None if word is None else WORDS[word.lower()])
 

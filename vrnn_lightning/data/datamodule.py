@@ -105,7 +105,7 @@ class SequenceDataModule(LightningDataModule):
             raise
         except Exception as error:  # of any datamodule, for options and a state that are not its own
             line = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise UserError(f"{path}: no {made.__name__} can be made of its options and state ({line})") from error
+            raise UserError(f"{path}: does not fit {made.__name__} ({line}). Fix: give another checkpoint") from error
         return data
 
     def __str__(self) -> str:
@@ -236,7 +236,7 @@ class SequenceDataModule(LightningDataModule):
         sequences = self.split(split) if sequences is None else sequences
         lengths = self.lengths(split) if lengths is None else lengths
         if not any(lengths):
-            raise UserError(f"{type(self).__name__}: no sequence of the {split} split has a step")
+            raise UserError(f"{type(self).__name__}: all sequences of the {split} split are empty. Fix: add data")
         sampler = BatchSampler(
             lengths,
             self.batch_size,
@@ -279,5 +279,7 @@ class SequenceDataModule(LightningDataModule):
         """Take the checkpoint's scaler."""
         require_types(state_dict, self, mean=Tensor, std=Tensor)
         if any(state_dict[name].numel() not in (1, self.num_features) for name in ("mean", "std")):
-            raise UserError(f"{type(self).__name__}: the checkpoint's scaler is not for {self.num_features} features")
+            raise UserError(
+                f"the checkpoint's scaler is not for {self.num_features} features. Fix: give another checkpoint"
+            )
         self._scaler = Scaler(state_dict["mean"], state_dict["std"])

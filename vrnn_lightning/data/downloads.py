@@ -100,7 +100,7 @@ def _is_present(source: Source, root: Path) -> bool:
     """Return whether there is nothing to fetch; raise if ``root`` can't become what is fetched."""
     archive = source.holds is None
     if archive != (root.suffix == ".npz"):
-        kind = "an archive: let the name end in .npz" if archive else "a folder: give it a name without .npz"
+        kind = "an archive. Fix: let the name end in .npz" if archive else "a folder. Fix: give a name without .npz"
         raise UserError(f"--data.root {root}: {source.title} is downloaded as {kind}")
     if source.holds is None or not root.is_dir():
         return root.exists()

@@ -55,14 +55,16 @@ def _is_table(path: Path) -> bool:
 def find_split(root: Path, split: Split) -> Path:
     """Return the table or folder that is called as a split; raise a UserError if there is none or more than one."""
     if not root.is_dir():
-        raise UserError(f"--data.root {root}: --data.split files needs a folder with train, valid and test in it")
+        raise UserError(
+            f"--data.root {root}: --data.split files needs a folder. Fix: give one with train, valid and test"
+        )
     named = sorted(p for p in root.iterdir() if (_stem(p.name) if _is_table(p) else p.name) in SPLIT_NAMES[split])
     named = [path for path in named if path.is_dir() or _is_table(path)]
     if len(named) != 1:
         wanted = SPLIT_NAMES[split][0]
-        problem = f"both {named[0].name} and {named[1].name}; remove one" if named else f"no {wanted}"
-        fix = "" if named else f"; expected a folder of that name, or {wanted}.csv, .csv.gz or .parquet"
-        raise UserError(f"{root}: holds {problem}{fix}, for --data.split files")
+        problem = f"both {named[0].name} and {named[1].name}" if named else f"no {wanted}"
+        fix = "remove one" if named else f"add a folder {wanted}, or {wanted}.csv, .csv.gz or .parquet"
+        raise UserError(f"{root}: holds {problem} for --data.split files. Fix: {fix}")
     return named[0]
 
 
@@ -74,14 +76,14 @@ def find_tables(place: Path) -> dict[str, Path]:
     """
     with explained(place, "--data.root"):
         if not place.exists():
-            raise UserError(f"--data.root {place}: no such file or folder")
+            raise UserError(f"--data.root {place}: no such file or folder. Fix: check the path")
         if not place.is_dir():
             if not _is_table(place):
-                raise UserError(f"--data.root {place}: is not a table; expected {', '.join(TABLE_SUFFIXES)}")
+                raise UserError(f"--data.root {place}: is not a table. Fix: give one in {', '.join(TABLE_SUFFIXES)}")
             return {_stem(place.name): place}
         paths = [path for path in files_below(place) if _is_table(path)]
     if not paths:
-        raise UserError(f"--data.root {place}: no table in it; expected {', '.join(TABLE_SUFFIXES)} files")
+        raise UserError(f"--data.root {place}: holds no table. Fix: give a folder of {', '.join(TABLE_SUFFIXES)} files")
     files: dict[str, Path] = {}
     for path in paths:
         name = _stem(path.relative_to(place).as_posix())

@@ -43,8 +43,8 @@ class FormList(NamedTuple):
         listed = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
         if len(missing) == len(self.forms):
             raise UserError(
-                f"{self.path}: names {len(missing)} forms, of none of which is a file below {root}: {listed}; "
-                "expected lineStrokes/a01/a01-020/a01-020x-01.xml for the form a01-020x"
+                f"{self.path}: none of its {len(missing)} forms has a file below {root}: {listed}. Fix: add them, as "
+                "lineStrokes/a01/a01-020/a01-020x-01.xml for the form a01-020x"
             )
         if missing:
             rank_zero_warn(
@@ -89,7 +89,7 @@ def _read_forms(path: Path) -> list[str]:
         with explained(path):
             words = path.read_text(encoding="utf-8-sig").split()
     except UnicodeDecodeError:
-        raise UserError(f"{path}: is not text; expected a form per line, a01-020x for example") from None
+        raise UserError(f"{path}: is not text. Fix: write a form per line, a01-020x for example") from None
     if not words:
-        raise UserError(f"{path}: names no form; expected a form per line, a01-020x for example")
+        raise UserError(f"{path}: names no form. Fix: write a form per line, a01-020x for example")
     return list(dict.fromkeys(words))

@@ -83,9 +83,7 @@ def read_inkml(path: Path) -> NDArray[np.float32]:
         if element.tag == "traceFormat" and (given := _channels(element)):
             names, earlier = ([name for name, _ in pairs] for pairs in (given, channels))
             if "X" not in names or "Y" not in names:
-                raise UserError(
-                    f"{place}: a traceFormat of the channels {', '.join(names)}, expected X and Y among them"
-                )
+                raise UserError(f"{place}: a traceFormat has channels {', '.join(names)}. Fix: add the missing X or Y")
             if earlier != names and (earlier or strokes):
                 raise UserError(
                     f"{place}: a second traceFormat, but one for the whole file is read. Fix: split the file"
@@ -93,7 +91,7 @@ def read_inkml(path: Path) -> NDArray[np.float32]:
             channels = given
         elif element.tag == "trace":
             if "continuation" in element.attrib:
-                raise UserError(f"{place}: a trace with continuation, which is not read; join its parts to one trace")
+                raise UserError(f"{place}: a trace with continuation, which is not read. Fix: join its parts")
             text = (element.text or "").strip()
             if text and element.get("type", "penDown") == "penDown":
                 strokes.append(_trace_points(place, text, channels or [("X", 1.0), ("Y", 1.0)]))
@@ -118,12 +116,14 @@ def _trace_points(place: str, trace: str, channels: list[tuple[str, float]]) -> 
     for text in trace.strip(",").split(","):
         tokens = _tokens(place, text.rstrip())
         if not needed <= len(tokens) <= len(names):
-            raise UserError(f"{place}: a point of {len(tokens)} values, {text.strip()!r}, expected {', '.join(names)}")
+            raise UserError(
+                f"{place}: the point {text.strip()!r} has {len(tokens)} values. Fix: write {', '.join(names)}"
+            )
         for name, (mark, word) in zip(names, tokens, strict=False):
             orders[name] = ORDERS.get(mark, orders[name])
             if name in levels:
                 if word in "?TF" or (not points and (orders[name] or word == "*")):
-                    raise UserError(f"{place}: {word!r} as the channel {name} of a point; expected a number")
+                    raise UserError(f"{place}: channel {name} of a point is {word!r}. Fix: write a number")
                 _advance(levels[name], orders[name], word, place)
         points.append([level[0] * signs[axis] for axis, level in levels.items()])
     return np.array(points)
@@ -134,7 +134,7 @@ def _tokens(place: str, text: str) -> list[tuple[str, str]]:
     while start < len(text):
         match = TOKEN.match(text, start)
         if match is None:
-            raise UserError(f"{place}: a trace that holds {text[start:].strip()[:20]!r} where a value is expected")
+            raise UserError(f"{place}: a trace holds {text[start:].strip()[:20]!r}. Fix: write a number")
         tokens.append((match[1], match[2]))
         start = match.end()
     return tokens
@@ -144,7 +144,7 @@ def _advance(level: list[float], order: int, word: str, place: str) -> None:
     """Move a channel to its next value."""
     if word.startswith("#"):
         if len(word) > 1 + LONGEST:
-            raise UserError(f"{place}: a number of {len(word) - 1} digits; expected a coordinate")
+            raise UserError(f"{place}: a coordinate has {len(word) - 1} digits. Fix: correct or remove it")
         level[order] = float(int(word[1:], 16))
     elif word != "*":
         level[order] = float(word)
@@ -187,7 +187,9 @@ def _read_xml(path: Path, root: str) -> Element:
         raise UserError(f"{path}: can't be decoded ({error}). Fix: save it as UTF-8") from None
     tree: Element = builder.close()
     if tree.tag != root:
-        raise UserError(f"{path}: line {tree.get(LINE)}: begins with <{tree.tag}>, expected <{root}>")
+        raise UserError(
+            f"{path}: line {tree.get(LINE)}: begins with <{tree.tag}>, expected <{root}>. Fix: remove the file"
+        )
     return tree
 
 
@@ -232,17 +234,17 @@ def read_quickdraw(path: Path, number: int, line: bytes) -> NDArray[np.float32]:
 
 
 def _quickdraw_stroke(place: str, i: int, stroke: Any) -> NDArray[np.float64]:
-    wanted = "expected [xs, ys] or [xs, ys, times], lists of numbers of one length"
+    wanted = "Fix: write [xs, ys] or [xs, ys, times], lists of numbers of one length"
     if not isinstance(stroke, list) or len(stroke) not in (2, 3) or not all(isinstance(axis, list) for axis in stroke):
-        raise UserError(f"{place}: stroke {i} is something else; {wanted}")
+        raise UserError(f"{place}: stroke {i} is not a list of lists. {wanted}")
     if len({len(axis) for axis in stroke}) > 1:
-        raise UserError(f"{place}: stroke {i} has lists of {' and '.join(str(len(axis)) for axis in stroke)}; {wanted}")
+        raise UserError(f"{place}: stroke {i} has lists of {' and '.join(str(len(axis)) for axis in stroke)}. {wanted}")
     if not all(type(value) in (int, float) for axis in stroke[:2] for value in axis):
-        raise UserError(f"{place}: stroke {i} holds something else than numbers; {wanted}")
+        raise UserError(f"{place}: stroke {i} holds other values than numbers. {wanted}")
     try:
         return np.array(stroke[:2], dtype=np.float64).T.reshape(-1, 2)
     except OverflowError:
-        raise UserError(f"{place}: stroke {i} holds a number that is too large; {wanted}") from None
+        raise UserError(f"{place}: stroke {i} holds a number that is too large. {wanted}") from None
 
 
 def _rows(place: object, strokes: Iterable[NDArray[np.float64]]) -> NDArray[np.float32]:
@@ -268,16 +270,14 @@ def read_sketch_rnn(path: Path, word: str, max_gb: float = MAX_GB) -> list[Any]:
     """
     with opened_archive(path, "--data.root") as archive:
         if f"{word}.npy" not in archive.archive.namelist():
-            raise UserError(f"{path}: has no array {word}; a sketch-rnn archive holds train, valid and test")
+            raise UserError(f"{path}: has no array {word}. Fix: give an archive with train, valid and test")
         require_size(path, archive.archive.getinfo(f"{word}.npy").file_size, max_gb)
         damaged = undamaged(f"{path}: {word} can't be read", "copy the file again")
         with damaged, archive.archive.open(f"{word}.npy") as file:
             try:
                 drawings = _object_array(file)  # to its end, where its checksum is compared
             except UnsafePickleError as error:
-                raise UserError(
-                    f"{path}: {word} is not plain data: {error}; get the file from where you trust it"
-                ) from None
+                raise UserError(f"{path}: {word} is not plain data: {error}. Fix: use a source you trust") from None
     require_size(path, sum(map(_nbytes, drawings)), max_gb)
     return drawings
 
@@ -314,15 +314,13 @@ def check_sketch(place: str, drawing: Any) -> NDArray[Any]:
         is_valid = isinstance(listed, (list, tuple)) and all(map(_is_row, listed))
         rows = np.array(listed) if is_valid else np.empty(0, dtype=object)
     if rows.dtype.kind not in "iuf" or rows.dtype.itemsize > 8 or rows.ndim != 2 or rows.shape[1] != 3:
-        raise UserError(
-            f"{place}: is of type {rows.dtype} and shape {rows.shape}, expected numbers of shape (steps, 3)"
-        )
+        raise UserError(f"{place}: is {rows.dtype} of shape {rows.shape}. Fix: write numbers of shape (steps, 3)")
     if not np.isfinite(rows).all():
         raise UserError(f"{place}: holds values that are not finite. Fix: correct or remove it")
     wrong = (rows[:, 2] != 0) & (rows[:, 2] != 1)
     if wrong.any():
         step = int(wrong.argmax())
-        raise UserError(f"{place}: lift is {rows[step, 2]} at step {step}; expected rows (dx, dy, lift), lift 0 or 1")
+        raise UserError(f"{place}: lift is {rows[step, 2]} at step {step}. Fix: write rows (dx, dy, lift), lift 0 or 1")
     return rows
 
 

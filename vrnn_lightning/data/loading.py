@@ -255,8 +255,8 @@ class ScaledSequences(Dataset[SequenceBatch]):
             s = _steps(self._whole[index], first, last)
         if len(s.x) != last - first:
             raise UserError(
-                f"{s.name}: read {len(s.x)} steps from step {first} on, expected {last - first}; "
-                "lengths() must be what is there"
+                f"{s.name}: read {len(s.x)} steps from step {first} on, expected {last - first}. "
+                "Fix: return the true lengths from lengths()"
             )
         return s
 

@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import WarningCache
 
 from vrnn_lightning.compatibility import keep_old_hooks
 from vrnn_lightning.data.datamodule import SequenceDataModule
+from vrnn_lightning.data.options import require
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.trust import require_types
@@ -40,10 +41,9 @@ class RandomSplits:
 
     def __init__(self, val: float, test: float, seed: int) -> None:
         for option, value in (("val", val), ("test", test)):
-            if not 0 <= value < 1:
-                raise UserError(f"--data.{option} {value}: a fraction must be at least 0 and below 1")
+            require(option, value, 0, below=1)
         if val + test >= 1:
-            raise UserError(f"--data.val {val} and --data.test {test}: add up to 1 or more and leave nothing to train")
+            raise UserError(f"--data.val {val} and --data.test {test}: leave nothing to train on. Fix: lower them")
         self.val, self.test, self.seed = val, test, seed
         self._members: dict[Split, list[str]] | None = None
         self._trained: dict[str, int] = {}

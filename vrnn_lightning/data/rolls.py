@@ -109,8 +109,8 @@ def read_midi(
     for note, first, _ in spans:
         if not LOWEST <= note < LOWEST + KEYS:
             raise UserError(
-                f"{path}: step {first} holds note {note}, but a piano's are {LOWEST} to {LOWEST + KEYS - 1}; "
-                "fix or remove the file"
+                f"{path}: step {first} holds note {note}, but a piano's are {LOWEST} to {LOWEST + KEYS - 1}. "
+                "Fix: correct or remove it"
             )
     array = np.array(sorted(spans), dtype=np.int64)
     array[:, 0] -= LOWEST
@@ -201,7 +201,7 @@ def read_note_lists(path: Path, split: Split, max_gb: float = MAX_GB) -> Archive
     if not isinstance(content, dict) or word not in content:
         is_dict = isinstance(content, dict)
         holds = ", ".join(map(reprlib.repr, content))[:200] if is_dict else f"a {type(content).__name__}"
-        raise UserError(f"{path}: has no {word!r}; expected 'train', 'valid' and 'test', it holds {holds or 'nothing'}")
+        raise UserError(f"{path}: has no {word!r}, it holds {holds or 'nothing'}. Fix: add 'train', 'valid' and 'test'")
 
     def require_list(value: Any, place: str, of: str) -> None:
         if not _is_list(value):
@@ -233,7 +233,7 @@ def _mido() -> ModuleType:
     try:
         import mido
     except ImportError:
-        raise UserError("MIDI files need mido: pip install 'vrnn-lightning[music]'") from None
+        raise UserError("MIDI files need mido. Fix: pip install 'vrnn-lightning[music]'") from None
     from mido.midifiles import meta
 
     class MetaSpec_key_signature(meta.MetaSpec_key_signature):  # type: ignore[misc]  # noqa: N801  # mido reads the name

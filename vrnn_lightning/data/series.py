@@ -47,7 +47,7 @@ def parse_step(option: float | str) -> Step:
     with suppress(KeyError, OverflowError, ValueError):
         size = round(float(number) * UNITS[unit]) if unit else float(number)
     if not 0 < size < math.inf:
-        raise UserError(f"--data.step {option}: must be a positive number, of dates with a unit: {', '.join(UNITS)}")
+        raise UserError(f"--data.step {option}: must be a positive number, for dates with a unit of {', '.join(UNITS)}")
     return Step(size, bool(unit), str(option))
 
 
@@ -122,8 +122,8 @@ class Rows:
         if off.any():
             i = int(off.argmax())
             raise UserError(
-                f"{self.place(i)}: time {self.time(i)} is not a whole number of steps after {self.time(0)} ({option}); "
-                "round it, or choose a finer step"
+                f"{self.place(i)}: time {self.time(i)} is not a whole number of steps after {self.time(0)} ({option}). "
+                "Fix: round it, or choose a finer step"
             )
         count = int(place[-1]) + 1
         if count > SPARSEST * len(place):

@@ -28,11 +28,11 @@ def require_numbers(source: object, weights: Mapping[str, Tensor]) -> None:
     """Raise a :class:`UserError` if a weight is not finite or narrower than float32."""
     for name, value in weights.items():
         if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
-            raise UserError(f"{source}: {name} is of {value.dtype}; densities need float32 or float64. Fix: convert it")
+            raise UserError(f"{source}: {name} is {value.dtype}. Fix: convert it to float32 or float64")
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"{source}: {name} holds values that are not numbers. Fix: take an earlier checkpoint")
         if name.endswith(("scale_std", "input_std")) and not (value > 0).all():
-            raise UserError(f"{source}: {name} must be positive")
+            raise UserError(f"{source}: {name} is not positive. Fix: take an earlier checkpoint")
 
 
 def log_std(scaler: Scaler, valid: Tensor) -> Tensor:

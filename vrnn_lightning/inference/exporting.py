@@ -93,7 +93,7 @@ def export_step(model: VRNN, scaler: Scaler, path: Path) -> None:
     if path.suffix not in (".pt2", ".onnx"):
         raise UserError(f"{path}: a step is exported as .pt2 or .onnx. Fix: choose one of these")
     if model.backward_rnn is not None:
-        raise UserError("a smoothing model reads each sequence from its end: it has no step to export")
+        raise UserError("a smoothing model has no step to export. Fix: train one with model.smoothing false")
     with explained(path):
         if path.is_dir():
             raise UserError(f"{path}: is a folder. Fix: give another name")

@@ -16,7 +16,7 @@ from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.filtering import FilterResult, Particles
 from vrnn_lightning.heads import Bernoulli, Head, Pen
 from vrnn_lightning.inference.batches import Given, evaluating, make_batch, make_noise, trim
-from vrnn_lightning.inference.checks import RESAMPLING, log_std, require_numbers
+from vrnn_lightning.inference.checks import RESAMPLING, log_std, require_numbers, require_shape
 from vrnn_lightning.inference.exporting import export_step
 from vrnn_lightning.inference.imputing import Imputer
 from vrnn_lightning.inference.session import Session, Step
@@ -149,9 +149,8 @@ class Inference:
             raise UserError(f"latents: have shape {tuple(latents.shape)}, expected {expected}")
         if not latents.shape[1]:
             raise UserError("latents: have no step. Fix: give at least one")
-        needed = (*latents.shape[:2], model.num_inputs)
-        if model.num_inputs and (inputs is None or tuple(inputs.shape) != needed):
-            raise UserError(f"inputs: the model reads covariates of shape {needed}")
+        if model.num_inputs:
+            require_shape("inputs", inputs, *latents.shape[:2], model.num_inputs)
         with evaluating(self.vrnn, None):
             like, state, frames = model.input_mean, model.initial_state(len(latents)), []
             for t, z_features in enumerate(model.extract_z(latents.to(like)).unbind(1)):
@@ -230,7 +229,7 @@ class Inference:
         if any(later <= earlier for earlier, later in pairwise([0, *origins])):
             raise UserError(f"origins {list(origins)}: must increase, from 1 on")
         if origins and origins[-1] > shortest:
-            raise UserError(f"origins: the last is {origins[-1]}, but a sequence has only {shortest} steps")
+            raise UserError(f"origins: {origins[-1]} is beyond the {shortest} steps of a sequence. Fix: lower it")
 
         def paths() -> Iterator[Tensor]:  # between two origins, generators and mode are the caller's
             noise, new = make_noise(batch, seed), self.vrnn.new_particles(len(batch), samples)

@@ -233,9 +233,9 @@ class Session:
         require_shape("x", x, self._stream.batch, model.num_features)
         x = x.to(model.input_mean.device)
         if observed is not None and observed.dtype != torch.bool:
-            raise UserError(f"observed: is of {observed.dtype}, and must be bool: True where a value was measured")
+            raise UserError(f"observed: must be torch.bool, True where a value was measured, but got {observed.dtype}")
         if model.num_inputs and inputs is not None and not inputs.isfinite().all():
-            raise UserError("inputs: holds a value that is not a number")
+            raise UserError("inputs: holds a value that is not a number. Fix: correct it")
         observed = None if observed is None else observed.to(x.device)
         if not x.sum().isfinite():
             observed = ~x.isnan() if observed is None else observed

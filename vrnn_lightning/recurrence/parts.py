@@ -55,7 +55,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor | None]:
     """Yield the tensors that a module without children reads."""
     yield from module._parameters.values()
     if is_parametrized(module):
-        yield from (getattr(module, name) for name in module.parametrizations)
+        yield from (getattr(module, name) for name in cast("nn.ModuleDict", module.parametrizations))
 
 
 def known_layers(network: object) -> list[nn.Module] | None:

@@ -43,7 +43,7 @@ class Stream:
 
     def __init__(self, model: Networks, state: State, samples: int = 1, resampling: Resampling | None = None) -> None:
         if model.backward_rnn is not None:
-            raise UserError("a smoothing model reads each sequence from its end: it can't follow one as it comes")
+            raise UserError("a smoothing model can't follow a stream. Fix: train one with model.smoothing false")
         self.model, self.samples, self.batch = model, samples, len(state.h) // samples
         with torch.inference_mode(False), torch.no_grad():  # steps may be taken in either mode
             self._lay(state)

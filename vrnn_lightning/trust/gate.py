@@ -139,12 +139,14 @@ class Gate:
         for name, value in options.items():
             inner = f"{place}.{name}" if place else str(name)
             if not isinstance(name, str) or not name.removesuffix("+").isidentifier():
-                raise UserError(f"{self.source}: {inner[:80]!r} is not the name of an option")
+                raise UserError(f"{self.source}: {inner[:80]!r} is not the name of an option. Fix: correct it")
             if name not in known and is_dataclass(made):
-                raise UserError(f"{self.source}: {inner} is not an option of {made.__name__} in this version")
+                raise UserError(
+                    f"{self.source}: {inner} is not an option of {made.__name__}. Fix: remove it or update the package"
+                )
             annotation = known.get(name.removesuffix("+"), inspect.Parameter.empty)
             if annotation in SCALARS and not _is_scalar(value, annotation, is_text=not make):
-                raise UserError(f"{self.source}: {inner} {str(value)[:80]!r} is not of type {annotation.__name__}")
+                raise UserError(f"{self.source}: {inner} {str(value)[:80]!r} must be of type {annotation.__name__}")
             values[name] = self._walk(value, expected_of(annotation), inner, make=make)
         return values
 
@@ -170,7 +172,7 @@ class Gate:
             return text
         is_path = bool(expected.bases) and any(mark in text for mark in "/\\~")
         if expected.names and (is_path or self._is_file(text)):
-            raise UserError(f"{self.source}: {place} is the file {text}, which this file may not include")
+            raise UserError(f"{self.source}: {place} is the file {text}. Fix: write its content there")
         inner = self._yaml(text, place)
         if not isinstance(inner, str):
             self._walk(inner, expected, place, make=False)
@@ -216,7 +218,9 @@ class Gate:
         try:
             target = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise UserError(f"{self.source}: {place} {path} can't be imported ({error})") from error
+            raise UserError(
+                f"{self.source}: {place} {path} can't be imported ({error}). Fix: install it or correct it"
+            ) from error
         defined = f"{getattr(target, '__module__', None)}.{getattr(target, '__qualname__', attribute)}"
         is_explicit = path in self.trusted or path in self.named
         if isinstance(target, (type, FunctionType)) and not is_explicit and not self._allows(defined):
@@ -279,15 +283,15 @@ class Gate:
         """Return a text's YAML with every scalar as text: parsers differ in what they read as numbers or dates."""
         try:
             if len(text) > MAX_TEXT:
-                raise UserError(f"{self.source}: {place} holds a text of more than {MAX_TEXT} characters")
+                raise UserError(f"{self.source}: {place} holds more than {MAX_TEXT} characters. Fix: shorten it")
             inner = yaml.load(text, Loader=yaml.BaseLoader) if text.strip() else text
             require_bounded(inner, f"{self.source}: {place}")
             return inner
         except RecursionError as error:
-            raise UserError(f"{self.source}: {place} is nested more than {MAX_DEPTH} deep") from error
+            raise UserError(f"{self.source}: {place} is nested more than {MAX_DEPTH} deep. Fix: flatten it") from error
         except (yaml.YAMLError, ValueError, TypeError):  # a list as the name of an option is a TypeError
             if any(mark in text for mark in ("class_path", "{", "[")):
-                raise UserError(f"{self.source}: {place} holds a text that is neither a name nor YAML") from None
+                raise UserError(f"{self.source}: {place} is neither a name nor YAML. Fix: correct it") from None
             return text
 
 
@@ -298,11 +302,11 @@ def require_bounded(value: Any, source: str) -> None:
         containers = [part for part in level if isinstance(part, (Mapping, list, tuple, set, frozenset))]
         size += sum(map(len, containers))
         if size > MAX_SIZE:
-            raise UserError(f"{source}: holds more than {MAX_SIZE} values")
+            raise UserError(f"{source}: holds more than {MAX_SIZE} values. Fix: shorten it")
         level = [x for part in containers for x in (part.values() if isinstance(part, Mapping) else part)]
         if not level:
             return
-    raise UserError(f"{source}: is nested more than {MAX_DEPTH} deep")
+    raise UserError(f"{source}: is nested more than {MAX_DEPTH} deep. Fix: flatten it")
 
 
 def strings_of(value: Any) -> Iterator[str]:

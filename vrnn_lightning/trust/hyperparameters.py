@@ -30,7 +30,7 @@ def make_storable(hparams: Any) -> None:
             elif name in ("optimizer", "lr_scheduler"):
                 del hparams[name]
             else:
-                raise UserError(f"{name}: a checkpoint can only hold a class or functools.partial(class, option=value)")
+                raise UserError(f"{name}: can't be stored. Fix: pass a class or functools.partial(class, option=value)")
     hparams.setdefault("_instantiator", "lightning.pytorch.cli.instantiate_module")
 
 

@@ -63,7 +63,7 @@ def build_vrnn(
     _require_at_least(0, latent_size=latent_size, num_inputs=num_inputs)
     require("dropout", dropout, 0, below=1)
     if cell not in CELLS:
-        raise UserError(f"cell {cell!r}: choose 'gru' or 'lstm'")
+        raise UserError(f"cell {cell!r}: must be 'gru' or 'lstm'")
     rnn, kind = CELLS[cell]
     h_width, z_width = hidden_size + num_inputs, phi_z.width if latent_size else 0
     x_width, future_width = phi_x.width + num_inputs, hidden_size if smoothing else 0

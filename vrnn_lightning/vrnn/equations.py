@@ -315,13 +315,13 @@ class Equations(nn.Module):
         like = self.initial_state(len(state.h))
         for name, given, own in zip("hc", state, like, strict=True):
             if (given is None) != (own is None):
-                raise UserError(f"state: {name} is {'missing' if given is None else 'for an LSTM, and the cell a GRU'}")
-            parts, own_parts = (tree_flatten(part)[0] for part in (given, own))
-            got, needed = (
-                [f"{tuple(x.shape)} in {x.dtype}" for x in part if x is not None] for part in (parts, own_parts)
-            )
+                raise UserError(
+                    f"state: {name} is {'missing' if given is None else 'of an LSTM, but the cell is a GRU'}"
+                )
+            parts = ([x for x in tree_flatten(part)[0] if x is not None] for part in (given, own))
+            got, needed = (" and ".join(f"{tuple(x.shape)} in {x.dtype}" for x in part) for part in parts)
             if got != needed:
-                raise UserError(f"state: {name} of shape {' and '.join(got)}, the model's is {' and '.join(needed)}")
+                raise UserError(f"state: {name} has shape {got}, expected {needed}")
 
     def draw_masks(self, noise: Noise) -> Masks | None:
         """Draw the dropout of a pass; ``None`` in evaluation, or where the probability is 0."""
@@ -339,7 +339,7 @@ class Equations(nn.Module):
             UserError: The batch has no steps, or not the covariates that the model reads.
         """
         if 0 in batch.x.shape[:2]:
-            raise UserError("a batch of no sequences or no time steps: pad it to one")
+            raise UserError("the batch has no sequences or no time steps. Fix: pad it to one")
         inputs = batch.inputs if self.num_inputs else None
         width = 0 if inputs is None else inputs.shape[-1]
         if width != self.num_inputs:

@@ -114,7 +114,7 @@ class VRNN(Equations):
         """Infer the latents of a window, and score it."""
         batch, noise, masks, samples, future = window
         if len(state.h) != samples * len(batch):
-            raise UserError(f"a state of {len(state.h)} rows, but {samples} x {len(batch)} trajectories are inferred")
+            raise UserError(f"state: has {len(state.h)} rows, expected {samples} x {len(batch)} (samples * batch_size)")
         self.require_state(state)
         normal = noise if isinstance(noise, Tensor) else noise.over_time(self.latent.noise_size, samples)
         data, lengths = self.network_inputs(batch, masks, future), repeat_rows(batch.lengths, samples)
@@ -360,6 +360,6 @@ class VRNN(Equations):
         require("samples", samples, 1)
         state = self.initial_state(samples * batch_size) if state is None else state
         if len(state.h) != samples * batch_size:
-            raise UserError(f"state: {len(state.h)} rows, not {samples * batch_size} (samples * batch_size)")
+            raise UserError(f"state: has {len(state.h)} rows, expected {samples * batch_size} (samples * batch_size)")
         self.require_state(state)
         return Stream(self, state, samples, resampling)

@@ -123,7 +123,7 @@ class Task(ABC):
 
     def why_nothing(self) -> str:
         """Return the message of the error where no sequence has a result."""
-        return f"prediction.task {self.name}: no test sequence has an observed value to start from"
+        return f"prediction.task {self.name}: no test sequence has an observed value. Fix: choose other test data"
 
     def predict(
         self, batch: SequenceBatch, i: int, values: Tensor, rows: dict[str, Tensor], **more: NDArray[Any]

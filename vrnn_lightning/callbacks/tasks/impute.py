@@ -12,7 +12,7 @@ from torch import Tensor
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.pictures import Fan
 from vrnn_lightning.callbacks.tasks.base import Gather, Prediction, Task, first_rows, numbers
-from vrnn_lightning.errors import UserError
+from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.module import VRNNLightningModule as Module
 
 __all__ = ["Impute"]
@@ -40,8 +40,7 @@ class Impute(Task):
     gap: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.hide < 1:
-            raise UserError(f"prediction.hide {self.hide}: must be at least 0 and below 1")
+        require("prediction.hide", self.hide, 0, below=1)
         if self.particles is not None and self.particles < self.samples:
             raise UserError(
                 f"prediction.particles {self.particles}: must be at least prediction.samples {self.samples}"

@@ -66,7 +66,7 @@ class Score(Task):
         every = torch.cat(gather(scores)).double().numpy()
         every = every[np.isfinite(every)]
         if not len(every):
-            raise UserError(f"prediction.quantile {self.quantile}: no validation step has a finite score")
+            raise UserError(f"prediction.quantile {self.quantile}: no validation score is finite. Fix: leave it out")
         self.threshold = float(np.quantile(every, self.quantile))
 
     def _scores(self, module: Module, batch: SequenceBatch, real: list[int]) -> list[Tensor]:
