@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.weight_norm import WeightNorm
 
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads import Gaussian, GaussianLatent, Head, Network, tempered
@@ -19,6 +20,7 @@ from vrnn_lightning.nn import MLP
 from vrnn_lightning.recurrence.state import Networks
 
 __all__ = [
+    "compute_weights",
     "Parts",
     "draw_frames",
     "evaluating",
@@ -29,6 +31,7 @@ __all__ = [
     "trained_tensors",
 ]
 
+WEIGHT_HOOKS = (BasePruningMethod, WeightNorm)  # they do nothing but compute a weight
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = [f"_global{name}" for name in HOOKS]
 PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer) if hasattr(nn, "Buffer") else (Tensor, nn.Parameter)
@@ -37,8 +40,8 @@ PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer) if hasattr(nn, "Buffer") else 
 def is_plain(module: object, *classes: type[nn.Module]) -> bool:
     """Return whether a call of a module does what its class says: an exact class, no hooks, plain tensors.
 
-    Of a parametrised module the class under the parametrisation counts. Hooks of :mod:`torch.nn.utils.prune` are
-    allowed, as the model computes pruned weights before each pass.
+    Of a parametrised module the class under the parametrisation counts. Hooks that only compute a weight are
+    allowed, as the model calls them before each pass.
     """
     if not isinstance(module, nn.Module) or type_before_parametrizations(module) not in classes:
         return False
@@ -46,7 +49,7 @@ def is_plain(module: object, *classes: type[nn.Module]) -> bool:
     if "forward" in attributes or any(getattr(global_hooks, name) for name in GLOBAL_HOOKS):
         return False
     hooks = [hook for name in HOOKS for hook in attributes[name].values()]
-    return all(isinstance(hook, BasePruningMethod) for hook in hooks) and all(
+    return all(isinstance(hook, WEIGHT_HOOKS) for hook in hooks) and all(
         tensor is None or type(tensor) in PLAIN_TENSORS for tensor in _tensors(module)
     )
 
@@ -56,6 +59,13 @@ def _tensors(module: nn.Module) -> Iterator[Tensor | None]:
     yield from module._parameters.values()
     if is_parametrized(module):
         yield from (getattr(module, name) for name in cast("nn.ModuleDict", module.parametrizations))
+
+
+def compute_weights(module: nn.Module) -> None:
+    """Compute the weight of a pruned or weight-normed module, as a call of it would: the loop only reads it."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WEIGHT_HOOKS):
+            hook(module, ())
 
 
 def known_layers(network: object) -> list[nn.Module] | None:

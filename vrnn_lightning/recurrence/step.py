@@ -109,7 +109,7 @@ class FastStep:
             self._add_known("state", cells[0].weight_ih, self.cells[0].bias)
         for cell in self.cells[1:]:
             tape.add(Affine(cell.from_below, tape.parameter(cell.bias)))
-        for cell, h in zip(self.cells, narrow, strict=True):
+        for cell, h in zip(self.cells, narrow, strict=False):
             tape.add(MatMul(h, tape.parameter(cell.weight_h.t()), cell.from_h))
         if firsts:
             source = narrow[-1] if self.masks is None else tape.cast(self.h, tape.narrow)

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.recurrence import evaluating, infer, output
+from vrnn_lightning.recurrence import compute_weights, evaluating, infer, output
 from vrnn_lightning.vrnn.equations import Equations
 
-__all__ = ["apply_pruning", "prepared", "random_state", "weights_read", "with_weights"]
+__all__ = ["prepared", "random_state", "weights_read", "with_weights"]
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -59,13 +58,6 @@ def with_weights(weights: dict[Any, Any]) -> Iterator[None]:
         yield
 
 
-def apply_pruning(module: nn.Module) -> None:
-    """Compute pruned weights, as a call of the module would: the fast loop only reads them."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, BasePruningMethod):
-            hook(module, ())
-
-
 def random_state(device: torch.device) -> Tensor:
     """Return the state of torch's generator of a device."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
@@ -77,7 +69,7 @@ def _prepare(model: Equations) -> None:
     for module in model.modules():
         attributes = vars(module)
         structure.append((id(module), id(type(module)), "forward" in attributes, *(len(attributes[x]) for x in HOOKS)))
-        apply_pruning(module)
+        compute_weights(module)
         if module.training and any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()):
             fix = "use torch.nn.utils.parametrizations.spectral_norm"
             _refuse(model, module, "torch.nn.utils.spectral_norm changes the weight at every call", fix)
@@ -89,6 +81,7 @@ def _prepare(model: Equations) -> None:
     if structure != model.checked_structure:
         _check_step(model)
         model.checked_structure = structure
+        model.apply(compute_weights)  # its calls left weights without a gradient
 
 
 def _refuse(model: nn.Module, module: nn.Module, what: str, fix: str) -> None:
