@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
 
 from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data import (
@@ -41,9 +42,6 @@ from vrnn_lightning.data.folders import SPLIT_NAMES
 from vrnn_lightning.data.iam import LISTS, SECOND, FormList, read_form_lists
 from vrnn_lightning.data.ink import check_sketch
 from vrnn_lightning.errors import UserError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 __all__ = ["Handwriting"]
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 import zipfile
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.files import explained, replacing, require_local
+from vrnn_lightning.files import explained, replacing, require_local, temporary_name
 
 __all__ = ["FOLDER", "ArchiveWriter", "archive_path", "described", "run_folder", "write_archive"]
 
@@ -72,38 +71,19 @@ def write_archive(path: Path, parts: list[dict[str, np.ndarray]], split: str, **
 
 @dataclass
 class _Column:
-    """The parts of an array: the bytes of each sequence's rows, end to end in a file."""
+    """An array of the archive, whose rows lie sequence by sequence in the writer's file."""
 
-    file: IO[bytes]
-    empty: np.ndarray  # of its type and width
-    rows: array[int] = field(default_factory=lambda: array("q"))
-    sizes: array[int] = field(default_factory=lambda: array("q"))  # bytes of a row: names differ
-
-    def add(self, values: np.ndarray) -> None:
-        if values.dtype.itemsize > self.empty.dtype.itemsize:
-            self.empty = values[:0]
-        self.file.write(np.ascontiguousarray(values).tobytes())
-        self.rows.append(len(values))
-        self.sizes.append(values.dtype.itemsize)
-
-    def read(self, order: np.ndarray) -> Iterator[np.ndarray]:
-        width = int(np.prod(self.empty.shape[1:]))
-        ends = np.cumsum(np.array(self.rows) * np.array(self.sizes) * width)
-        is_text = self.empty.dtype.kind == "U"
-        for i in order.tolist():
-            nbytes = self.rows[i] * self.sizes[i] * width
-            self.file.seek(int(ends[i]) - nbytes)
-            kind = np.dtype(f"<U{self.sizes[i] // 4}") if is_text else self.empty.dtype
-            values = np.frombuffer(self.file.read(nbytes), kind).reshape(self.rows[i], *self.empty.shape[1:])
-            yield values.astype(self.empty.dtype, copy=False)
+    empty: np.ndarray  # of its type and width; names differ in length, the longest counts
+    rows: int = 0
+    places: array[int] = field(default_factory=lambda: array("q"))  # where each sequence's rows begin
 
 
 class ArchiveWriter:
     """Writes the archive of a corpus that comes sequence by sequence in any order, in memory that does not grow.
 
-    The arrays lie in a hidden folder beside the archive, in a file each; :meth:`finish` joins the files in the order of
-    the sequences. Memory holds 8 bytes for each sequence, and 16 for each array of it. While the files are joined, the
-    disk holds everything twice.
+    The arrays lie in a file without a name beside the archive, which ends with the process; :meth:`finish` joins them
+    in the order of the sequences. Memory holds 8 bytes for each sequence, and as many for each array of it. While they
+    are joined, the disk holds everything twice.
 
     Args:
         path: The archive.
@@ -122,12 +102,13 @@ class ArchiveWriter:
 
     def __init__(self, path: Path, split: str) -> None:
         self.path, self.split = path, split
-        self._folder = path.with_name(f".{path.name}.parts")
         self._index = array("q")
         self._columns: dict[str, _Column] = {}
         with explained(path, FOLDER):
-            shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
-            self._folder.mkdir(parents=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(temporary_name(path.name))
+            self._file = temporary.open("w+b")
+            temporary.unlink()
 
     def __len__(self) -> int:
         """Return the number of sequences so far."""
@@ -145,16 +126,23 @@ class ArchiveWriter:
         """
         with explained(self.path, FOLDER):
             for name, values in arrays.items():
-                if name not in self._columns:
-                    self._columns[name] = _Column((self._folder / name).open("w+b"), values[:0])
-                self._columns[name].add(values)
+                column = self._columns.setdefault(name, _Column(values[:0]))
+                if values.dtype.itemsize > column.empty.dtype.itemsize:
+                    column.empty = values[:0]
+                column.rows += len(values)
+                column.places.append(self._file.tell())
+                np.lib.format.write_array(self._file, values)
         self._index.append(index)
 
     def sequences(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
         """Yield the named arrays of each sequence, in the order of the sequences."""
-        order = np.argsort(np.array(self._index), kind="stable")
-        for pieces in zip(*(self._columns[name].read(order) for name in names), strict=True):
-            yield dict(zip(names, pieces, strict=True))
+        for i in np.argsort(np.array(self._index), kind="stable").tolist():
+            sequence = {}
+            for name in names:
+                self._file.seek(self._columns[name].places[i])
+                rows = np.lib.format.read_array(self._file)
+                sequence[name] = rows.astype(self._columns[name].empty.dtype, copy=False)
+            yield sequence
 
     def finish(self) -> None:
         """Write the archive and delete the parts.
@@ -167,7 +155,7 @@ class ArchiveWriter:
                 for name, column in self._columns.items():
                     with archive.open(f"{self.split}_{name}.npy", "w", force_zip64=True) as file:
                         header = np.lib.format.header_data_from_array_1_0(column.empty)
-                        header |= {"shape": (sum(column.rows), *column.empty.shape[1:]), "fortran_order": False}
+                        header |= {"shape": (column.rows, *column.empty.shape[1:]), "fortran_order": False}
                         np.lib.format.write_array_header_1_0(file, header)
                         for sequence in self.sequences(name):
                             file.write(sequence[name].tobytes())
@@ -176,9 +164,5 @@ class ArchiveWriter:
 
     def discard(self) -> None:
         """Delete the parts."""
-        for column in self._columns.values():
-            try:
-                column.file.close()
-            except OSError:  # there was no room for the rest
-                column.file.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):  # there was no room for the rest
+            self._file.close()

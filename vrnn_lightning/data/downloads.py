@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vrnn_lightning.data.folders import SPLIT_NAMES
 from vrnn_lightning.data.ink import read_sketch_rnn
@@ -24,7 +25,6 @@ from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, flush
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from requests import Response
 
 __all__ = ["SOURCES", "Source", "content_sum", "fetch"]

@@ -10,6 +10,7 @@ from zlib import crc32
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data.audio import is_seekable, opened, read_samples
@@ -17,7 +18,6 @@ from vrnn_lightning.data.mel import LogMelFrames
 from vrnn_lightning.data.sequences import AugmentedSequences
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from soundfile import SoundFile
 
 __all__ = ["PCM16", "Crops", "RawFrames", "Recordings"]
