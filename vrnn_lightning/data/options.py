@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TypeVar
 
+from vrnn_lightning import errors
 from vrnn_lightning.errors import UserError
 
 __all__ = ["checked_limit", "data_root", "require"]
@@ -59,12 +60,6 @@ def require(option: str, value: T, least: float, most: float | None = None, *, b
     """
     if value is None:
         return value
-    if most is not None:
-        allowed, bound = least <= value <= most, f"lie between {least} and {most}"
-    elif below is not None:
-        allowed, bound = least <= value < below, f"lie in [{least}, {below})"
-    else:
-        allowed, bound = least <= value < 2**31, f"be at least {least}" if not value >= least else "be below 2^31"
-    if not allowed:
-        raise UserError(f"--data.{option} {value}: must {bound}")
-    return value
+    if most is None and below is None and value >= 2**31:
+        raise UserError(f"--data.{option} {value}: must be below 2^31")
+    return errors.require(f"--data.{option}", value, least, most, below=below)
