@@ -1,10 +1,12 @@
-"""The one exception for mistakes of the user, and the check of a number's range."""
+"""The one exception for mistakes of the user, and the checks of a number's range."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
-__all__ = ["UserError", "require"]
+__all__ = ["UserError", "require", "require_at_least"]
 
 T = TypeVar("T", bound=float)
 
@@ -35,3 +37,11 @@ def require(option: str, value: T, least: float, most: float | None = None, *, b
     if not is_allowed:
         raise UserError(f"{option} {value}: must {bound}")
     return value
+
+
+def require_at_least(group: str, options: Mapping[str, Any], least: Mapping[str, float]) -> None:
+    """Raise if an option of a group is below its least value or infinite; ``None`` stands for a default."""
+    for name, low in least.items():
+        value = options.get(name)
+        if value is not None and not low <= value < math.inf:
+            raise UserError(f"{group}.{name} {value}: must be at least {low}")

@@ -15,8 +15,7 @@ from torch.optim import Optimizer
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.annealing import KLAnnealing
-from vrnn_lightning.callbacks.options import require_at_least
-from vrnn_lightning.errors import UserError
+from vrnn_lightning.errors import UserError, require_at_least
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.resuming import callbacks_of
 from vrnn_lightning.trust import require_types

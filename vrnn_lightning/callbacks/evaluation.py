@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.archives import archive_path, described, write_archive
-from vrnn_lightning.callbacks.options import require_at_least
+from vrnn_lightning.errors import require_at_least
 from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.metrics import Estimate
 from vrnn_lightning.module import VRNNLightningModule
