@@ -10,13 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from lightning.pytorch import Trainer
 
-from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.files import explained, replacing, require_local, temporary_name
 
-__all__ = ["FOLDER", "ArchiveWriter", "archive_path", "described", "run_folder", "write_archive"]
+__all__ = ["FOLDER", "ArchiveWriter", "archive_path", "run_folder"]
 
 FOLDER = "--trainer.default_root_dir"
 """The option that names the folder of all runs."""
@@ -35,38 +33,6 @@ def archive_path(trainer: Trainer, name: str) -> Path:
     """Return where an archive goes in the run's folder; each of several processes has its own. A collective call."""
     suffix = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
     return run_folder(trainer) / f"{name}{suffix}.npz"
-
-
-def described(batch: SequenceBatch) -> dict[str, np.ndarray]:
-    """Return "names", "lengths" and "index" of a batch's sequences that have a step, each of shape (sequences,)."""
-    real = (batch.lengths > 0).cpu()
-    names = np.array(batch.names or [""] * len(batch), str)
-    index = torch.zeros_like(batch.lengths) if batch.index is None else batch.index
-    return {
-        "names": names[real.numpy()],
-        "lengths": batch.lengths.cpu()[real].numpy(),
-        "index": index.cpu()[real].numpy(),
-    }
-
-
-def write_archive(path: Path, parts: list[dict[str, np.ndarray]], split: str, **more: np.ndarray) -> None:
-    """Join arrays end to end and write them, whole or not at all.
-
-    Args:
-        path: The file.
-        parts: Arrays by name, with one row for each sequence; "index", which is not written, is their order.
-        split: Prefix of the names.
-        more: Further arrays, whose rows are not sequences.
-
-    Raises:
-        UserError: The disk is full, or the folder can't be written to.
-    """
-    columns = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    order = columns.pop("index").argsort(kind="stable")
-    columns = {key: column[order] for key, column in columns.items()}
-    named = {f"{split}_{key}": value for key, value in (columns | more).items()}
-    with replacing(path, FOLDER) as temporary, temporary.open("wb") as file:
-        np.savez(file, **named)  # type: ignore[arg-type]  # the stub takes them for allow_pickle
 
 
 @dataclass
@@ -114,6 +80,11 @@ class ArchiveWriter:
         """Return the number of sequences so far."""
         return len(self._index)
 
+    def declare(self, **arrays: np.ndarray) -> None:
+        """Give names, types and widths of arrays, which an archive without a sequence has, too."""
+        for name, values in arrays.items():
+            self._columns.setdefault(name, _Column(values[:0]))
+
     def add(self, index: int, **arrays: np.ndarray) -> None:
         """Add a sequence.
 
@@ -124,9 +95,10 @@ class ArchiveWriter:
         Raises:
             UserError: The disk is full, or the folder can't be written to.
         """
+        self.declare(**arrays)
         with explained(self.path, FOLDER):
             for name, values in arrays.items():
-                column = self._columns.setdefault(name, _Column(values[:0]))
+                column = self._columns[name]
                 if values.dtype.itemsize > column.empty.dtype.itemsize:
                     column.empty = values[:0]
                 column.rows += len(values)
@@ -144,8 +116,11 @@ class ArchiveWriter:
                 sequence[name] = rows.astype(self._columns[name].empty.dtype, copy=False)
             yield sequence
 
-    def finish(self) -> None:
+    def finish(self, **more: np.ndarray) -> None:
         """Write the archive and delete the parts.
+
+        Args:
+            more: Further arrays, whose rows are not sequences.
 
         Raises:
             UserError: The disk is full, or the folder can't be written to.
@@ -159,6 +134,9 @@ class ArchiveWriter:
                         np.lib.format.write_array_header_1_0(file, header)
                         for sequence in self.sequences(name):
                             file.write(sequence[name].tobytes())
+                for name, values in more.items():
+                    with archive.open(f"{self.split}_{name}.npy", "w") as file:
+                        np.lib.format.write_array(file, values)
         finally:
             self.discard()
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 __all__ = [
     "AUDIO_SUFFIXES",
     "HIGHEST_RATE",
+    "SEEKABLE",
     "AudioHeader",
     "check_samples",
-    "is_seekable",
     "opened",
     "read_header",
     "read_samples",
@@ -115,11 +115,6 @@ def opened(path: Path) -> Iterator[SoundFile]:
         raise _make_error(path, error.error_string) from None
     except UnicodeEncodeError:
         raise _make_error(path, "its name is not UTF-8") from None
-
-
-def is_seekable(file: SoundFile) -> bool:
-    """Return whether a part of a file reads exactly as in the whole."""
-    return file.subtype in SEEKABLE
 
 
 def read_samples(
