@@ -24,11 +24,9 @@ from vrnn_lightning.data import (
     require_size,
     tracked,
 )
-from vrnn_lightning.data.audio import HIGHEST_RATE, resampled_length
-from vrnn_lightning.data.audio_index import IndexedFile, index_audio
+from vrnn_lightning.data.audio import HIGHEST_RATE, IndexedFile, index_audio, resampled_length
 from vrnn_lightning.data.cache import digest, recall, remember
-from vrnn_lightning.data.corpora import Layout, Recording, find_recordings
-from vrnn_lightning.data.corpus_splits import PATTERNS, CorpusSplits
+from vrnn_lightning.data.corpora import PATTERNS, CorpusSplits, Layout, Recording, find_recordings
 from vrnn_lightning.data.mel import LogMelFrames
 from vrnn_lightning.data.recordings import PCM16, Crops, RawFrames, Recordings
 from vrnn_lightning.errors import UserError
