@@ -1,12 +1,13 @@
-"""The one exception for mistakes of the user, and the checks of a number's range."""
+"""The one exception for mistakes of the user, the checks of a number's range, and the word that was meant."""
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-__all__ = ["UserError", "require", "require_at_least"]
+__all__ = ["UserError", "require", "require_at_least", "suggestion"]
 
 T = TypeVar("T", bound=float)
 
@@ -45,3 +46,14 @@ def require_at_least(group: str, options: Mapping[str, Any], least: Mapping[str,
         value = options.get(name)
         if value is not None and not low <= value < math.inf:
             raise UserError(f"{group}.{name} {value}: must be at least {low}")
+
+
+def suggestion(word: str, words: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the word nearest to a mistyped one, or nothing.
+
+    >>> suggestion("Sine", ["Sines", "Speech"])
+    " Did you mean 'Sines'?"
+    """
+    by_lower = {w.lower(): w for w in words}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return f" Did you mean {by_lower[near[0]]!r}?" if near else ""

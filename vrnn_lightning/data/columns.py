@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vrnn_lightning.errors import UserError
+from vrnn_lightning.errors import UserError, suggestion
 from vrnn_lightning.files import MAX_GB, PIECE, explained, read_cell, require_size, undamaged
 
 if TYPE_CHECKING:
@@ -241,8 +240,7 @@ def _locate(path: Path, header: list[str], asked: list[tuple[str, str]], delimit
             continue
         if count:
             raise UserError(f"{path}: has {count} columns called {name!r} (--data.{option}). Fix: rename one")
-        near = difflib.get_close_matches(name.lower(), by_lower := {h.lower(): h for h in header}, n=1, cutoff=0.6)
-        hint = f" Did you mean {by_lower[near[0]]!r}?" if near else ""
+        hint = suggestion(name, header)
         more = f" and {len(header) - SHOWN} more" if len(header) > SHOWN else ""
         other = next((d for d in ";\t|" if delimiter and len(header) == 1 and d in header[0]), "")
         fix = f"; is --data.delimiter {other!r}?" if other else ""
