@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from vrnn_lightning.data import (
     smooth_rows,
     tracked,
 )
+from vrnn_lightning.data.archives import opened_archive
 from vrnn_lightning.data.folders import SPLIT_NAMES
 from vrnn_lightning.data.iam import LISTS, SECOND, FormList, read_form_lists
 from vrnn_lightning.data.ink import check_sketch
@@ -349,9 +350,6 @@ def _of_layout(files: list[Path], layout: str) -> list[Path]:
 
 def _holds_objects(path: Path) -> bool:
     """Return True for an archive that names its arrays as sketch-rnn does."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (OSError, zipfile.BadZipFile):
-        return False  # the reader of flat archives reports the error
-    return "train.npy" in names and "train_values.npy" not in names
+    with suppress(UserError), opened_archive(path) as archive:  # the reader of flat archives reports the error
+        return "train" in archive.names and "train_values" not in archive.names
+    return False

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 from vrnn_lightning.data.cache import digest, recall, remember
-from vrnn_lightning.data.invalid_files import InvalidFiles
+from vrnn_lightning.data.folders import InvalidFiles
 from vrnn_lightning.data.progress import tracked
 from vrnn_lightning.data.sequences import narrowed
 from vrnn_lightning.errors import UserError

@@ -15,8 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vrnn_lightning.data.audio import AUDIO_SUFFIXES
-from vrnn_lightning.data.folders import names_below
-from vrnn_lightning.data.invalid_files import SHOWN, InvalidFiles
+from vrnn_lightning.data.folders import SHOWN, InvalidFiles, names_below
 from vrnn_lightning.data.random_splits import RandomSplits, draw_groups
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError

@@ -79,22 +79,25 @@ def replacing(path: Path | str, option: str = "") -> Iterator[Path]:
     ...     path.read_text()
     'whole'
     """
-    with explained(path, option), ExitStack() as stack:
+    with explained(path, option):
         if is_remote(path):
-            temporary = Path(stack.enter_context(TemporaryDirectory()), "file")
-            yield temporary
-            upload(temporary, str(path), option)
+            with TemporaryDirectory() as folder:
+                yield Path(folder, "file")
+                upload(Path(folder, "file"), str(path), option)
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         temporary = path.with_name(temporary_name(path.name))
-        stack.callback(_remove, temporary)
-        yield temporary
-        flush(temporary)
-        _sweep(temporary)
-        temporary.replace(path)
+        try:
+            yield temporary
+            flush(temporary)
+            _sweep(temporary)
+            temporary.replace(path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
         with suppress(OSError):  # not every file system flushes folders
             flush(path.parent)
 
@@ -346,11 +349,6 @@ def require_size(path: Path, needed: int, max_gb: float, option: str = "--data.m
             f"{path}: its {size} bytes declare {needed / 1e9:,.1f} GB of content, more than {option} {max_gb:g}. "
             f"Fix: copy the file again if it is damaged, or raise {option}"
         )
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink(missing_ok=True)
 
 
 def _sweep(temporary: Path) -> None:
