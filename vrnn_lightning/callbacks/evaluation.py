@@ -199,3 +199,9 @@ class Evaluation(Callback):
             self._writer = None
 
     on_test_epoch_end = on_validation_epoch_end
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing behind."""
+        if self._writer is not None:
+            self._writer.discard()
+            self._writer = None

@@ -37,6 +37,7 @@ FUNCTIONS = tuple(f"{OWN}.{module}" for module in ("heads", "metrics", "nn", "ob
 """Modules whose functions a file may name: they compute, and do nothing else."""
 NOT_ALLOWED = (f"{OWN}.cli", f"{OWN}.discovery", f"{OWN}.testing", f"{OWN}.__main__")
 """Parts of this package that run what they are given."""
+ENTRY_POINTS = "vrnn_lightning.datamodules"
 SCALARS = (bool, int, float, str)
 MAX_DEPTH = 32
 MAX_SIZE = 200_000
@@ -342,7 +343,7 @@ def _within(name: str, package: str) -> bool:
 
 @cache
 def _entry_points() -> frozenset[str]:
-    return frozenset(point.value.replace(":", ".") for point in entry_points(group=datamodules.__name__))
+    return frozenset(point.value.replace(":", ".") for point in entry_points(group=ENTRY_POINTS))
 
 
 def _classes_named(name: str, bases: tuple[type, ...]) -> list[type]:
