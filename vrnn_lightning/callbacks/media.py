@@ -137,7 +137,7 @@ def _has_mido() -> bool:
 def require_columns(option: str, count: int) -> None:
     """Raise if a picture has no room for a number of sequences."""
     if count > MAX_COLUMNS:
-        raise UserError(f"{option} {count}: a picture has room for {MAX_COLUMNS} sequences")
+        raise UserError(f"{option} {count}: must be at most {MAX_COLUMNS}, the sequences of one picture")
 
 
 def save_picture(figure: Figure, path: Path) -> None:

@@ -324,9 +324,9 @@ class CorpusSplits(RandomSplits):
             if not matching:
                 raise UserError(
                     f"--data.{split} {portion.pattern!r}: matches none of {len(recordings)} paths below {self.folder}, "
-                    f"{next(iter(recordings))!r} for example"
+                    f"{next(iter(recordings))!r} for example. Fix: change the expression"
                     if recordings
-                    else f"--data.{split} {portion.pattern!r}: the test split leaves no file in {self.folder}"
+                    else f"--data.{split} {portion.pattern!r}: the test split leaves no file. Fix: narrow --data.test"
                 )
             return matching
         own = {name for name, recording in recordings.items() if recording.split == split}
@@ -343,4 +343,4 @@ def _parse_portion(option: str, value: float | str | None) -> Portion:
     try:
         return re.compile(PATTERNS.get(value, value))
     except re.error as error:
-        raise UserError(f"--data.{option} {value!r}: not a regular expression ({error})") from None
+        raise UserError(f"--data.{option} {value!r}: is not a regular expression ({error}). Fix: correct it") from None
