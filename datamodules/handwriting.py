@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
 
 from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data import (
@@ -37,13 +38,11 @@ from vrnn_lightning.data import (
     smooth_rows,
     tracked,
 )
+from vrnn_lightning.data.archives import opened_archive
 from vrnn_lightning.data.folders import SPLIT_NAMES
 from vrnn_lightning.data.iam import LISTS, SECOND, FormList, read_form_lists
 from vrnn_lightning.data.ink import check_sketch
 from vrnn_lightning.errors import UserError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 __all__ = ["Handwriting"]
 
@@ -353,9 +352,6 @@ def _of_layout(files: list[Path], layout: str) -> list[Path]:
 
 def _holds_objects(path: Path) -> bool:
     """Return True for an archive that names its arrays as sketch-rnn does."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (OSError, zipfile.BadZipFile):
-        return False  # the reader of flat archives reports the error
-    return "train.npy" in names and "train_values.npy" not in names
+    with suppress(UserError), opened_archive(path) as archive:  # the reader of flat archives reports the error
+        return "train" in archive.names and "train_values" not in archive.names
+    return False

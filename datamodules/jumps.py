@@ -98,7 +98,7 @@ class Jumps(ExactDataModule):
 
         .. math:: \log 2 - \mathbb E_{u \sim \mathcal N(0, 1)} \log(1 + e^{-2 d (d + u)})
         """
-        d = math.sqrt(self._distance)
+        d = math.sqrt(self.jump**2 * torch.linalg.inv(self.noise_covariance).sum())
         u = torch.linspace(-12, 12, 4001, dtype=torch.float64)
         weights = torch.exp(-0.5 * u**2) / math.sqrt(2 * math.pi)
         doubt = float(torch.trapezoid(weights * torch.nn.functional.softplus(-2 * d * (d + u)), u))
@@ -114,10 +114,6 @@ class Jumps(ExactDataModule):
         """What the best diagonal Gaussian loses, that of the step's mean and variances, in nats per step."""
         variances = (self.noise_covariance + self.jump**2).diagonal()
         return self._gaussian_entropy(torch.diag(variances)) - self.entropy
-
-    @property
-    def _distance(self) -> float:
-        return float(self.jump**2 * torch.linalg.inv(self.noise_covariance).sum())
 
     @staticmethod
     def _gaussian_entropy(covariance: Tensor) -> float:

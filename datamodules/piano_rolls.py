@@ -110,8 +110,7 @@ class PianoRolls(FileDataModule):
         """Look at the data early, so that mistakes in them are reported before training starts."""
         if stage == "fit":
             self._raise_if_idle()
-            super().setup(stage)
-        elif self.root.is_dir():
+        if stage != "fit" and self.root.is_dir():
             self._names()  # splits may be a checkpoint's, which is loaded after setup
         else:
             super().setup(stage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,11 +24,9 @@ from vrnn_lightning.data import (
     require_size,
     tracked,
 )
-from vrnn_lightning.data.audio import HIGHEST_RATE, resampled_length
-from vrnn_lightning.data.audio_index import IndexedFile, index_audio
+from vrnn_lightning.data.audio import HIGHEST_RATE, IndexedFile, index_audio, resampled_length
 from vrnn_lightning.data.cache import digest, recall, remember
-from vrnn_lightning.data.corpora import Layout, Recording, find_recordings
-from vrnn_lightning.data.corpus_splits import PATTERNS, CorpusSplits
+from vrnn_lightning.data.corpora import PATTERNS, CorpusSplits, Layout, Recording, find_recordings
 from vrnn_lightning.data.mel import LogMelFrames
 from vrnn_lightning.data.recordings import PCM16, Crops, RawFrames, Recordings
 from vrnn_lightning.errors import UserError
@@ -148,9 +147,7 @@ class Speech(RandomSplitDataModule, FileDataModule):
             self.modality = "roll"  # type: ignore[misc]  # of the class, but for these frames
             self.scaling = "per_feature"  # type: ignore[misc]  # as above
         self._asked_rate = self._rate = sample_rate
-        self._files: dict[str, IndexedFile] | None = None
         self._recordings: dict[str, Recording] = {}
-        self._frame_counts: dict[str, int] | None = None
 
     def _check_options(self, mel_bands: int | None, mel_window: int | None) -> None:
         """Raise if an option would be ignored beside others."""
@@ -179,7 +176,7 @@ class Speech(RandomSplitDataModule, FileDataModule):
     def sample_rate(self) -> int:
         """Hz of the model's samples: the checkpoint's, the option's, or the one that all files share."""
         if self._rate is None:
-            files = self._scan()
+            files = self._files
             first, rate = next((name, file.rate) for name, file in files.items())
             other = next((name for name, file in files.items() if file.rate != rate), None)
             if other is not None:
@@ -194,7 +191,7 @@ class Speech(RandomSplitDataModule, FileDataModule):
         """Fetch the spoken digits, if requested, and fill the cache, on one process of each machine."""
         super().prepare_data()
         with suppress(UserError):  # setup raises it, on every process
-            self._scan()
+            len(self._files)
             trainer = self.trainer
             if trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is None:
                 _ = self.scaler
@@ -204,7 +201,7 @@ class Speech(RandomSplitDataModule, FileDataModule):
         if stage == "fit":
             super().setup(stage)
         else:
-            self._scan()  # split and rate may be a checkpoint's, which is loaded after setup
+            len(self._files)  # only that: split and rate may be a checkpoint's, which is loaded after setup
 
     def sequences(self, split: Split) -> Sequences:
         """Return the recordings of a split, each of shape (frames, features), raw ones from -full_scale to full_scale.
@@ -217,9 +214,8 @@ class Speech(RandomSplitDataModule, FileDataModule):
         return Crops(sequences=whole, crop=self.crop, seed=self.seed)
 
     def _make_recordings(self, split: Split) -> Recordings:
-        counts = self._count_frames()
         names = self.random_splits.names(split, self.sizes, self._folder)
-        return Recordings(self._folder, names, [counts[name] for name in names], self.sample_rate, self._frames)
+        return Recordings(self._folder, names, [self._counts[name] for name in names], self.sample_rate, self._frames)
 
     def fit_scaler(self) -> Scaler:
         """Fit mean and std over all training samples, or those of each band; none unless ``units`` is "scaled"."""
@@ -233,7 +229,7 @@ class Speech(RandomSplitDataModule, FileDataModule):
 
     def _moments(self, scaler: Scaler | None) -> tuple[Tensor, Tensor]:
         """Return mean and std of the training split in data units, cached until a file of it changes."""
-        names, files = self._make_recordings("train").names, self._scan()
+        names, files = self._make_recordings("train").names, self._files
         stamps = [[name, files[name].size, files[name].modified] for name in names]
         how = [self.sample_rate, self.features, self.frame_size, self.num_features, self.mel_window]
         key = f"moments-1-{digest([str(self._folder.resolve()), stamps, how, self.tail, self.units])}"
@@ -262,7 +258,7 @@ class Speech(RandomSplitDataModule, FileDataModule):
         self.random_splits.load_state_dict(state_dict)  # raises if it has no splits
         if self._rate != state_dict["sample_rate"]:
             self._rate = state_dict["sample_rate"]
-            self._frame_counts = None
+            vars(self).pop("_counts", None)
 
     @property
     def _frames(self) -> RawFrames | LogMelFrames:
@@ -284,18 +280,16 @@ class Speech(RandomSplitDataModule, FileDataModule):
     @property
     def sizes(self) -> dict[str, int]:
         """The samples of all files that have a frame, by path."""
-        files = self._scan()
-        return {name: files[name].samples for name in self._count_frames()}
+        return {name: self._files[name].samples for name in self._counts}
 
     def _find_usable(self) -> dict[str, Recording]:
         """Return the files that have a frame."""
-        return {name: self._recordings[name] for name in self._count_frames()}
+        return {name: self._recordings[name] for name in self._counts}
 
-    def _count_frames(self) -> dict[str, int]:
-        """Return the frames of each file that has any, after checking every header against the options."""
-        if self._frame_counts is not None:
-            return self._frame_counts
-        files, rate, frames = self._scan(), self.sample_rate, self._frames
+    @cached_property
+    def _counts(self) -> dict[str, int]:
+        """The frames of each file that has any, after checking every header against the options."""
+        files, rate, frames = self._files, self.sample_rate, self._frames
         lengths = {name: resampled_length(file.samples, file.rate, rate) for name, file in files.items()}
         for name, file in files.items():
             self._require_format(name, file, lengths[name])
@@ -312,7 +306,6 @@ class Speech(RandomSplitDataModule, FileDataModule):
                 f"{self.root}: {len(files) - len(counts)} of {len(files)} files are shorter than one frame of "
                 f"{shortest} samples and are left out; --data.tail pad keeps them"
             )
-        self._frame_counts = counts
         return counts
 
     def _require_format(self, name: str, file: IndexedFile, samples: int) -> None:
@@ -328,14 +321,13 @@ class Speech(RandomSplitDataModule, FileDataModule):
         if file.rate < self.sample_rate:
             require_size(path, 4 * samples, self.max_gb)
 
-    def _scan(self) -> dict[str, IndexedFile]:
-        """Return the header of every file of the corpus, in the order of their paths."""
-        if self._files is None:
-            invalid = InvalidFiles(self.skip_bad)
-            recordings = find_recordings(self.root, self.layout, invalid)
-            total = len(recordings) + len(invalid.problems)
-            files = index_audio(self._folder, [recording.name for recording in recordings], invalid, self.max_gb)
-            invalid.report(total, self.root)
-            self._recordings = {recording.name: recording for recording in recordings}
-            self._files = files
-        return self._files
+    @cached_property
+    def _files(self) -> dict[str, IndexedFile]:
+        """The header of every file of the corpus, in the order of their paths."""
+        invalid = InvalidFiles(self.skip_bad)
+        recordings = find_recordings(self.root, self.layout, invalid)
+        total = len(recordings) + len(invalid.problems)
+        files = index_audio(self._folder, [recording.name for recording in recordings], invalid, self.max_gb)
+        invalid.report(total, self.root)
+        self._recordings = {recording.name: recording for recording in recordings}
+        return files

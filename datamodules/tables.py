@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
@@ -17,9 +18,6 @@ from vrnn_lightning.data.folders import find_split, find_tables
 from vrnn_lightning.data.random_splits import require_untrained
 from vrnn_lightning.data.series import Rows, Series, SeriesWindows, format_time, group_rows, parse_step
 from vrnn_lightning.errors import UserError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 __all__ = ["Tables"]
 

@@ -28,7 +28,7 @@ from vrnn_lightning.callbacks import (
     Samples,
     SigmoidKLAnnealing,
 )
-from vrnn_lightning.callbacks.archives import write_archive
+from vrnn_lightning.callbacks.archives import ArchiveWriter
 from vrnn_lightning.heads import Bernoulli, Gaussian, Poisson
 from vrnn_lightning.metrics import ActiveUnits, Bound
 from vrnn_lightning.objectives import ELBO, FIVO, IWAE
@@ -623,13 +623,9 @@ def test_a_wrong_value_is_refused_in_whatever_batch_it_is(tmp_path, split):
 
 def test_a_prediction_of_no_sequence_leaves_an_empty_archive(tmp_path):
     """As a process has it for which nothing is left."""
-    part = {
-        "values": np.zeros((0, 2)),
-        "lengths": np.zeros(0, int),
-        "names": np.zeros(0, str),
-        "index": np.zeros(0, int),
-    }
-    write_archive(tmp_path / "a.npz", [part], "test")
+    writer = ArchiveWriter(tmp_path / "a.npz", "test")
+    writer.declare(values=np.zeros((3, 2)), lengths=np.zeros(3, int), names=np.zeros(3, str))
+    writer.finish()
     with np.load(tmp_path / "a.npz") as archive:
         assert {name: archive[name].shape for name in archive} == {
             "test_values": (0, 2), "test_lengths": (0,), "test_names": (0,)

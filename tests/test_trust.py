@@ -80,7 +80,7 @@ def own(folder: Path, request: pytest.FixtureRequest) -> str:
         ("vrnn_lightning.cli.command.operator", Callable[..., Any]),
         ("vrnn_lightning.__main__.main", Callable[..., Any]),
         ("vrnn_lightning.heads.Gaussian.__init__", Callable[..., Any]),
-        ("vrnn_lightning.data.options.Path", Callable[..., Any]),
+        ("vrnn_lightning.data.files.Path", Callable[..., Any]),
         ("lightning.pytorch.cli.LightningCLI", Callable[..., Any]),
         ("torch.nn.Linear", Callable[..., Optimizer]),
         ("vrnn_lightning.heads.Head", Callable[[int, int], Head]),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import importlib
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from itertools import chain
@@ -19,7 +18,7 @@ from types import ModuleType
 from lightning.pytorch import LightningDataModule
 
 from vrnn_lightning.datamodules import INSTALLED, local
-from vrnn_lightning.errors import UserError
+from vrnn_lightning.errors import UserError, suggestion
 
 __all__ = ["Found", "known", "load", "suggestion"]
 
@@ -74,17 +73,6 @@ def load(name: str) -> type[LightningDataModule]:
         return _datamodule(_import(place.module, None), place.attr, name)
     package = PACKAGE if place.parent == INSTALLED else local.__name__
     return _datamodule(_import(f"{package}.{place.stem}", place), name, name)
-
-
-def suggestion(word: str, words: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the word nearest to a mistyped one, or nothing.
-
-    >>> suggestion("Sine", ["Sines", "Speech"])
-    " Did you mean 'Sines'?"
-    """
-    by_lower = {w.lower(): w for w in words}
-    near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    return f" Did you mean '{by_lower[near[0]]}'?" if near else ""
 
 
 def _files() -> list[Path]:

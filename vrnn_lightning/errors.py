@@ -1,10 +1,13 @@
-"""The one exception for mistakes of the user, and the check of a number's range."""
+"""The one exception for mistakes of the user, the checks of a number's range, and the word that was meant."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
-__all__ = ["UserError", "require"]
+__all__ = ["UserError", "require", "require_at_least", "suggestion"]
 
 T = TypeVar("T", bound=float)
 
@@ -35,3 +38,22 @@ def require(option: str, value: T, least: float, most: float | None = None, *, b
     if not is_allowed:
         raise UserError(f"{option} {value}: must {bound}")
     return value
+
+
+def require_at_least(group: str, options: Mapping[str, Any], least: Mapping[str, float]) -> None:
+    """Raise if an option of a group is below its least value or infinite; ``None`` stands for a default."""
+    for name, low in least.items():
+        value = options.get(name)
+        if value is not None and not low <= value < math.inf:
+            raise UserError(f"{group}.{name} {value}: must be at least {low}")
+
+
+def suggestion(word: str, words: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the word nearest to a mistyped one, or nothing.
+
+    >>> suggestion("Sine", ["Sines", "Speech"])
+    " Did you mean 'Sines'?"
+    """
+    by_lower = {w.lower(): w for w in words}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return f" Did you mean {by_lower[near[0]]!r}?" if near else ""

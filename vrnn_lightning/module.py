@@ -30,7 +30,7 @@ from vrnn_lightning.objectives import ELBO, ImportanceBound, Objective, StreamSt
 from vrnn_lightning.pretrained import Pretrained
 from vrnn_lightning.recurrence import State
 from vrnn_lightning.resuming import make_resumable, match_optimizer_states
-from vrnn_lightning.trust.hyperparameters import make_storable
+from vrnn_lightning.trust.checkpoints import make_storable
 from vrnn_lightning.vrnn import Trace, build_vrnn
 
 __all__ = ["VRNNLightningModule"]

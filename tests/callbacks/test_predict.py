@@ -17,8 +17,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from vrnn_lightning import SequenceDataModule, SequenceSample, UserError, VRNNLightningModule
-from vrnn_lightning.callbacks import Predictions, archives
-from vrnn_lightning.callbacks.archives import ArchiveWriter, write_archive
+from vrnn_lightning.callbacks import Predictions
+from vrnn_lightning.callbacks.archives import ArchiveWriter
 from vrnn_lightning.callbacks.predictions import GROUP, Draws
 from vrnn_lightning.data import read_archive
 from vrnn_lightning.metrics import Detection, DrawScores, seasonal_naive
@@ -177,16 +177,6 @@ def test_full_disk_while_the_archive_is_joined(tmp_path, monkeypatch):
         writer.finish()
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
     assert (tmp_path / "a.npz").read_text() == "of an earlier run"
-
-
-def test_evaluations_on_a_full_disk(tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(archives.np, "savez", full)
-    with pytest.raises(UserError, match="No space left"):
-        write_archive(tmp_path / "a.npz", [{"index": np.arange(2), "elbo": np.ones(2)}], "test")
-    assert not list(tmp_path.iterdir())
 
 
 def test_no_permission_is_said_before_anything_is_computed(tmp_path, monkeypatch):

@@ -13,9 +13,8 @@ import pytest
 import soundfile
 from rich.progress import Progress
 
-from vrnn_lightning.data import InvalidFiles, audio, audio_index, cache, progress
-from vrnn_lightning.data.audio import check_samples, opened, read_header, read_samples, resampled_length
-from vrnn_lightning.data.audio_index import index_audio
+from vrnn_lightning.data import InvalidFiles, audio, cache, progress
+from vrnn_lightning.data.audio import check_samples, index_audio, opened, read_header, read_samples, resampled_length
 from vrnn_lightning.data.mel import FLOOR, LogMelFrames, mel_filters
 from vrnn_lightning.errors import UserError
 
@@ -222,7 +221,7 @@ def corpus(tmp_path) -> Path:
 def headers(monkeypatch):
     """The files whose headers were read."""
     seen = []
-    monkeypatch.setattr(audio_index, "read_header", lambda path, *_: seen.append(path.name) or read_header(path))
+    monkeypatch.setattr(audio, "read_header", lambda path, *_: seen.append(path.name) or read_header(path))
     return seen
 
 
@@ -349,7 +348,7 @@ class TestIndex:
 
     def test_files_are_read_to_their_end_once_if_bad_ones_are_skipped(self, corpus, monkeypatch):
         seen = []
-        monkeypatch.setattr(audio_index, "check_samples", lambda path: seen.append(path.name))
+        monkeypatch.setattr(audio, "check_samples", lambda path: seen.append(path.name))
         indexed(corpus)
         assert seen == []
         indexed(corpus, skip=True)

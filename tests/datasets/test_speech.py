@@ -20,7 +20,7 @@ from vrnn_lightning.datamodules.speech import PATTERNS, Speech
 
 from vrnn_lightning import VRNNLightningModule
 from vrnn_lightning.callbacks import Samples
-from vrnn_lightning.data import audio_index
+from vrnn_lightning.data import audio
 from vrnn_lightning.data.audio import read_header
 from vrnn_lightning.data.mel import LogMelFrames
 from vrnn_lightning.errors import UserError
@@ -324,7 +324,7 @@ class TestReading:
 
     def test_every_header_is_read_once(self, corpus, monkeypatch):
         seen = []
-        monkeypatch.setattr(audio_index, "read_header", lambda path, *_: seen.append(path) or read_header(path))
+        monkeypatch.setattr(audio, "read_header", lambda path, *_: seen.append(path) or read_header(path))
         datamodule = speech(corpus)
         datamodule.setup("fit")
         for split in ("train", "val", "test"):
@@ -854,7 +854,7 @@ class TestMemory:
         first = speech(corpus)
         first.prepare_data()
         seen = []
-        monkeypatch.setattr(audio_index, "read_header", lambda path, *_: seen.append(path) or read_header(path))
+        monkeypatch.setattr(audio, "read_header", lambda path, *_: seen.append(path) or read_header(path))
         speech(corpus).setup("fit")
         assert seen == []
 

@@ -15,6 +15,7 @@ from vrnn_lightning import schedules
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.module import VRNNLightningModule
+from vrnn_lightning.resuming import callbacks_of
 from vrnn_lightning.trust import require_types
 
 __all__ = [
@@ -45,8 +46,7 @@ class KLAnnealing(Callback, ABC):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise if the trainer has two annealers, which would overwrite each other's weight."""
-        callbacks: list[Callback] = getattr(trainer, "callbacks", [])  # set by a connector, which types don't see
-        annealers = [type(callback).__name__ for callback in callbacks if isinstance(callback, KLAnnealing)]
+        annealers = [type(callback).__name__ for callback in callbacks_of(trainer, KLAnnealing)]
         if len(annealers) > 1:
             raise UserError(f"trainer.callbacks: {' and '.join(annealers)} would both set beta. Fix: keep one")
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 import zipfile
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 import numpy as np
-import torch
 from lightning.pytorch import Trainer
 
-from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.files import explained, replacing, require_local
+from vrnn_lightning.files import explained, replacing, require_local, temporary_name
 
-__all__ = ["FOLDER", "ArchiveWriter", "archive_path", "described", "run_folder", "write_archive"]
+__all__ = ["FOLDER", "ArchiveWriter", "archive_path", "run_folder"]
 
 FOLDER = "--trainer.default_root_dir"
 """The option that names the folder of all runs."""
@@ -38,72 +35,21 @@ def archive_path(trainer: Trainer, name: str) -> Path:
     return run_folder(trainer) / f"{name}{suffix}.npz"
 
 
-def described(batch: SequenceBatch) -> dict[str, np.ndarray]:
-    """Return "names", "lengths" and "index" of a batch's sequences that have a step, each of shape (sequences,)."""
-    real = (batch.lengths > 0).cpu()
-    names = np.array(batch.names or [""] * len(batch), str)
-    index = torch.zeros_like(batch.lengths) if batch.index is None else batch.index
-    return {
-        "names": names[real.numpy()],
-        "lengths": batch.lengths.cpu()[real].numpy(),
-        "index": index.cpu()[real].numpy(),
-    }
-
-
-def write_archive(path: Path, parts: list[dict[str, np.ndarray]], split: str, **more: np.ndarray) -> None:
-    """Join arrays end to end and write them, whole or not at all.
-
-    Args:
-        path: The file.
-        parts: Arrays by name, with one row for each sequence; "index", which is not written, is their order.
-        split: Prefix of the names.
-        more: Further arrays, whose rows are not sequences.
-
-    Raises:
-        UserError: The disk is full, or the folder can't be written to.
-    """
-    columns = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    order = columns.pop("index").argsort(kind="stable")
-    columns = {key: column[order] for key, column in columns.items()}
-    named = {f"{split}_{key}": value for key, value in (columns | more).items()}
-    with replacing(path, FOLDER) as temporary, temporary.open("wb") as file:
-        np.savez(file, **named)  # type: ignore[arg-type]  # the stub takes them for allow_pickle
-
-
 @dataclass
 class _Column:
-    """The parts of an array: the bytes of each sequence's rows, end to end in a file."""
+    """An array of the archive, whose rows lie sequence by sequence in the writer's file."""
 
-    file: IO[bytes]
-    empty: np.ndarray  # of its type and width
-    rows: array[int] = field(default_factory=lambda: array("q"))
-    sizes: array[int] = field(default_factory=lambda: array("q"))  # bytes of a row: names differ
-
-    def add(self, values: np.ndarray) -> None:
-        if values.dtype.itemsize > self.empty.dtype.itemsize:
-            self.empty = values[:0]
-        self.file.write(np.ascontiguousarray(values).tobytes())
-        self.rows.append(len(values))
-        self.sizes.append(values.dtype.itemsize)
-
-    def read(self, order: np.ndarray) -> Iterator[np.ndarray]:
-        width = int(np.prod(self.empty.shape[1:]))
-        ends = np.cumsum(np.array(self.rows) * np.array(self.sizes) * width)
-        is_text = self.empty.dtype.kind == "U"
-        for i in order.tolist():
-            nbytes = self.rows[i] * self.sizes[i] * width
-            self.file.seek(int(ends[i]) - nbytes)
-            kind = np.dtype(f"<U{self.sizes[i] // 4}") if is_text else self.empty.dtype
-            values = np.frombuffer(self.file.read(nbytes), kind).reshape(self.rows[i], *self.empty.shape[1:])
-            yield values.astype(self.empty.dtype, copy=False)
+    empty: np.ndarray  # of its type and width; names differ in length, the longest counts
+    rows: int = 0
+    places: array[int] = field(default_factory=lambda: array("q"))  # where each sequence's rows begin
 
 
 class ArchiveWriter:
     """Writes the archive of a corpus that comes sequence by sequence in any order, in memory that does not grow.
 
-    The arrays lie in a hidden folder beside the archive, in a file each; :meth:`finish` joins the files in the order of
-    the sequences. Memory holds 8 bytes for each sequence, and 16 for each array of it. While the files are joined, the
-    disk holds everything twice.
+    The arrays lie in a file without a name beside the archive, which ends with the process; :meth:`finish` joins them
+    in the order of the sequences. Memory holds 8 bytes for each sequence, and as many for each array of it. While they
+    are joined, the disk holds everything twice.
 
     Args:
         path: The archive.
@@ -122,16 +68,22 @@ class ArchiveWriter:
 
     def __init__(self, path: Path, split: str) -> None:
         self.path, self.split = path, split
-        self._folder = path.with_name(f".{path.name}.parts")
         self._index = array("q")
         self._columns: dict[str, _Column] = {}
         with explained(path, FOLDER):
-            shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
-            self._folder.mkdir(parents=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(temporary_name(path.name))
+            self._file = temporary.open("w+b")
+            temporary.unlink()
 
     def __len__(self) -> int:
         """Return the number of sequences so far."""
         return len(self._index)
+
+    def declare(self, **arrays: np.ndarray) -> None:
+        """Give names, types and widths of arrays, which an archive without a sequence has, too."""
+        for name, values in arrays.items():
+            self._columns.setdefault(name, _Column(values[:0]))
 
     def add(self, index: int, **arrays: np.ndarray) -> None:
         """Add a sequence.
@@ -143,21 +95,32 @@ class ArchiveWriter:
         Raises:
             UserError: The disk is full, or the folder can't be written to.
         """
+        self.declare(**arrays)
         with explained(self.path, FOLDER):
             for name, values in arrays.items():
-                if name not in self._columns:
-                    self._columns[name] = _Column((self._folder / name).open("w+b"), values[:0])
-                self._columns[name].add(values)
+                column = self._columns[name]
+                if values.dtype.itemsize > column.empty.dtype.itemsize:
+                    column.empty = values[:0]
+                column.rows += len(values)
+                column.places.append(self._file.tell())
+                np.lib.format.write_array(self._file, values)
         self._index.append(index)
 
     def sequences(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
         """Yield the named arrays of each sequence, in the order of the sequences."""
-        order = np.argsort(np.array(self._index), kind="stable")
-        for pieces in zip(*(self._columns[name].read(order) for name in names), strict=True):
-            yield dict(zip(names, pieces, strict=True))
+        for i in np.argsort(np.array(self._index), kind="stable").tolist():
+            sequence = {}
+            for name in names:
+                self._file.seek(self._columns[name].places[i])
+                rows = np.lib.format.read_array(self._file)
+                sequence[name] = rows.astype(self._columns[name].empty.dtype, copy=False)
+            yield sequence
 
-    def finish(self) -> None:
+    def finish(self, **more: np.ndarray) -> None:
         """Write the archive and delete the parts.
+
+        Args:
+            more: Further arrays, whose rows are not sequences.
 
         Raises:
             UserError: The disk is full, or the folder can't be written to.
@@ -167,18 +130,17 @@ class ArchiveWriter:
                 for name, column in self._columns.items():
                     with archive.open(f"{self.split}_{name}.npy", "w", force_zip64=True) as file:
                         header = np.lib.format.header_data_from_array_1_0(column.empty)
-                        header |= {"shape": (sum(column.rows), *column.empty.shape[1:]), "fortran_order": False}
+                        header |= {"shape": (column.rows, *column.empty.shape[1:]), "fortran_order": False}
                         np.lib.format.write_array_header_1_0(file, header)
                         for sequence in self.sequences(name):
                             file.write(sequence[name].tobytes())
+                for name, values in more.items():
+                    with archive.open(f"{self.split}_{name}.npy", "w") as file:
+                        np.lib.format.write_array(file, values)
         finally:
             self.discard()
 
     def discard(self) -> None:
         """Delete the parts."""
-        for column in self._columns.values():
-            try:
-                column.file.close()
-            except OSError:  # there was no room for the rest
-                column.file.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):  # there was no room for the rest
+            self._file.close()

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.annealing import KLAnnealing
-from vrnn_lightning.callbacks.options import require_at_least
-from vrnn_lightning.errors import UserError
+from vrnn_lightning.errors import UserError, require_at_least
 from vrnn_lightning.module import VRNNLightningModule
+from vrnn_lightning.resuming import callbacks_of
 from vrnn_lightning.trust import require_types
 
 __all__ = ["Diagnostics", "GradientNorms"]
@@ -98,8 +98,7 @@ class Diagnostics(Callback):
         module = cast(VRNNLightningModule, pl_module)
         if trainer.state.fn != "fit" or trainer.sanity_checking or not module.vrnn.latent_size:
             return
-        callbacks: list[Callback] = getattr(trainer, "callbacks", [])  # set by a connector, which types don't see
-        settled = all(c.settled(trainer.global_step) for c in callbacks if isinstance(c, KLAnnealing))
+        settled = all(annealer.settled(trainer.global_step) for annealer in callbacks_of(trainer, KLAnnealing))
         kl = trainer.callback_metrics["val/kl"].item()
         self.low = self.low + 1 if settled and kl < self.min_kl else 0
         if self.low >= self.patience:

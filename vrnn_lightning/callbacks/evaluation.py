@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.callbacks.archives import archive_path, described, write_archive
-from vrnn_lightning.callbacks.options import require_at_least
+from vrnn_lightning.callbacks.archives import ArchiveWriter, archive_path
+from vrnn_lightning.errors import require_at_least
 from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.metrics import Estimate
 from vrnn_lightning.module import VRNNLightningModule
@@ -105,14 +105,19 @@ class Evaluation(Callback):
         """Nats per step of each latent dimension, after an evaluation."""
         self.path: Path | None = None
         self._estimates: dict[str, Estimate] = {}
-        self._parts: list[dict[str, np.ndarray]] = []
+        self._writer: ArchiveWriter | None = None
+        self._steps = 0
         self._kl: list[Tensor] = []
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget an earlier evaluation, if this is not a validation within training."""
         if trainer.state.fn != "fit":
-            self.path = archive_path(trainer, "evaluation")
-            self._estimates, self._parts, self._kl = {}, [], []
+            self._estimates, self._steps, self._kl = {}, 0, []
+            self.path, self._writer = archive_path(trainer, "evaluation"), None
+            if getattr(trainer, "fast_dev_run", False):  # leaves nothing behind
+                self.path = None
+            else:
+                self._writer = ArchiveWriter(self.path, "val" if trainer.state.fn == "validate" else "test")
 
     on_test_start = on_validation_start
 
@@ -141,10 +146,17 @@ class Evaluation(Callback):
         for name in SHOWN.keys() & figures.keys():
             weights = batch.lengths.clamp(max=1) if name == "iwae_effective_samples" else batch.lengths
             self._estimates.setdefault(name, Estimate().to(module.device)).update(figures[name], weights)
-        real = (batch.lengths > 0).cpu()
         self._kl.append(trace.kl.double().sum((0, 1)).cpu())
-        columns = {name: values.double().cpu()[real].numpy() for name, values in figures.items()}
-        self._parts.append(columns | described(batch))
+        self._steps += int(batch.lengths.sum())
+        if self._writer is None:
+            return
+        arrays = {name: values.double().cpu().numpy() for name, values in figures.items()}
+        arrays["names"] = np.array(batch.names or [""] * len(batch), str)
+        arrays["lengths"] = batch.lengths.cpu().numpy()
+        self._writer.declare(**arrays)
+        for i in batch.lengths.nonzero().flatten().tolist():
+            place = 0 if batch.index is None else int(batch.index[i])
+            self._writer.add(place, **{name: values[i : i + 1] for name, values in arrays.items()})
 
     on_test_batch_end = on_validation_batch_end
 
@@ -178,14 +190,18 @@ class Evaluation(Callback):
         latent = cast(VRNNLightningModule, pl_module).vrnn.latent_size
         shown["samples"] = torch.tensor(float(self.samples if latent else 1))
         pl_module.log_dict({f"{stage}/{name}": value.float() for name, value in shown.items()}, sync_dist=True)
-        steps = torch.tensor(sum(int(part["lengths"].sum()) for part in self._parts), device=pl_module.device)
+        steps = torch.tensor(self._steps, device=pl_module.device)
         kl = torch.stack(self._kl).sum(0).to(pl_module.device)
         all_kl, all_steps = (trainer.strategy.reduce(x, reduce_op="sum") for x in (kl, steps))
         self.kl_per_dim = (all_kl / all_steps).cpu()
-        assert self.path is not None
-        if getattr(trainer, "fast_dev_run", False):  # leaves nothing behind
-            self.path = None
-            return
-        write_archive(self.path, self._parts, stage, kl_per_dim=self.kl_per_dim.numpy())
+        if self._writer is not None:
+            self._writer.finish(kl_per_dim=self.kl_per_dim.numpy())
+            self._writer = None
 
     on_test_epoch_end = on_validation_epoch_end
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing behind."""
+        if self._writer is not None:
+            self._writer.discard()
+            self._writer = None

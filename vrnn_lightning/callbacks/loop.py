@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from vrnn_lightning.callbacks.options import require_at_least
-from vrnn_lightning.errors import UserError
+from vrnn_lightning.errors import UserError, require_at_least
 from vrnn_lightning.module import VRNNLightningModule
 
 __all__ = ["Loop"]

@@ -16,13 +16,15 @@ from vrnn_lightning.callbacks.archives import FOLDER
 from vrnn_lightning.callbacks.pictures import draw_rows
 from vrnn_lightning.callbacks.strokes import on_paper, save_animation, strokes_svg
 from vrnn_lightning.data.rolls import KEYS, roll_sound, write_midi
+from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import csv_line, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Media", "MediaLogger", "Shown", "save_picture"]
+__all__ = ["Media", "MediaLogger", "Shown", "require_columns", "save_picture"]
 
+MAX_COLUMNS = 64  # side by side they are 20,000 pixels wide
 ROLL_RATE = 16000  # Hz, of a roll's sound
 DATA = ("real", "given")  # rows that the data made, not the model
 Shown = dict[str, list[Tensor]]
@@ -130,6 +132,12 @@ def _has_mido() -> bool:
     if not has_mido:
         rank_zero_warn("piano rolls are written as pictures and sound; for MIDI pip install 'vrnn-lightning[music]'")
     return has_mido
+
+
+def require_columns(option: str, count: int) -> None:
+    """Raise if a picture has no room for a number of sequences."""
+    if count > MAX_COLUMNS:
+        raise UserError(f"{option} {count}: must be at most {MAX_COLUMNS}, the sequences of one picture")
 
 
 def save_picture(figure: Figure, path: Path) -> None:

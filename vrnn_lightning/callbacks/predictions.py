@@ -19,10 +19,9 @@ from torch import Tensor
 from vrnn_lightning import metrics
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.archives import FOLDER, ArchiveWriter, archive_path
-from vrnn_lightning.callbacks.media import Media, Shown, save_picture
-from vrnn_lightning.callbacks.options import require_at_least, require_columns
+from vrnn_lightning.callbacks.media import Media, Shown, require_columns, save_picture
 from vrnn_lightning.callbacks.tasks import TASKS, Prediction, Task
-from vrnn_lightning.errors import UserError
+from vrnn_lightning.errors import UserError, require_at_least
 from vrnn_lightning.files import csv_line, replacing
 from vrnn_lightning.module import VRNNLightningModule
 

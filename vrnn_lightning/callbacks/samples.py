@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.archives import run_folder
-from vrnn_lightning.callbacks.media import Media, MediaLogger, Shown, save_picture
-from vrnn_lightning.callbacks.options import require_at_least, require_columns
+from vrnn_lightning.callbacks.media import Media, MediaLogger, Shown, require_columns, save_picture
 from vrnn_lightning.callbacks.pictures import draw_heat
+from vrnn_lightning.errors import require_at_least
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.trust import require_types
 from vrnn_lightning.vrnn import Trace

@@ -70,7 +70,7 @@ def strokes_svg(strokes: Tensor, animated: bool = False) -> str:
     for stroke in drawn:
         begin, end = (drawing * part / len(points) / seconds for part in (done, done + len(stroke)))
         done += len(stroke)
-        if _is_dot(stroke):
+        if (stroke == stroke[0]).all():  # a dot
             (x, y) = stroke[0]
             shape = f'<circle cx="{x:.6g}" cy="{y:.6g}" r="{pen:.6g}" fill="black" stroke="none"'
             change = _svg_animation("opacity", [(0, 0), (begin, 0), (begin, 1), (1, 1)], seconds)
@@ -159,10 +159,6 @@ def _read(strokes: Tensor) -> tuple[list[np.ndarray], np.ndarray]:
         raise UserError("strokes with NaN or infinite values can't be drawn. Fix: remove these steps")
     drawn = list(rows_to_strokes(strokes.detach().cpu().double().numpy()))
     return drawn, np.concatenate(drawn) if drawn else np.zeros((1, 2))
-
-
-def _is_dot(stroke: np.ndarray) -> bool:
-    return bool((stroke == stroke[0]).all())
 
 
 def _drawing_time(points: int) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -30,6 +30,7 @@ from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import require_local, require_plain_yaml
 from vrnn_lightning.module import VRNNLightningModule
 from vrnn_lightning.report import NAME, write_report
+from vrnn_lightning.resuming import callbacks_of
 from vrnn_lightning.tracking import ElboBar, RunCheckpoint, SaveConfig, WandbLogger, run_logger
 from vrnn_lightning.trust import Gate, is_name, path_of
 
@@ -309,8 +310,7 @@ class CLI(LightningCLI):
 
     @property
     def _predictions(self) -> Predictions:
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
-        return next(callback for callback in callbacks if isinstance(callback, Predictions))
+        return cast(Predictions, callbacks_of(self.trainer, Predictions)[0])
 
     def before_fit(self) -> None:
         """Take the weights to start from, and compare the epochs of a resumed run with those that it is to have.

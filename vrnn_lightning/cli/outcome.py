@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from vrnn_lightning import datamodules, discovery
 from vrnn_lightning.callbacks import Evaluation, Predictions
 from vrnn_lightning.cli.argv import mentions
+from vrnn_lightning.resuming import callbacks_of
 from vrnn_lightning.tracking import run_logger
 
 __all__ = ["class_name", "evaluation_lines", "fit_lines", "foreign_data", "prediction_lines", "shorten"]
@@ -39,8 +40,8 @@ def fit_lines(trainer: Trainer, datamodule: LightningDataModule, data_option: st
 
 def evaluation_lines(trainer: Trainer) -> Iterator[str]:
     """Yield what the table of figures does not show."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # a connector sets it
-        if isinstance(callback, Evaluation) and callback.kl_per_dim is not None:
+    for callback in callbacks_of(trainer, Evaluation):
+        if callback.kl_per_dim is not None:
             kl = " ".join(f"{value:.3g}" for value in callback.kl_per_dim.sort(descending=True).values.tolist())
             if kl:
                 yield f"IWAE and FIVO with {callback.samples} samples; errors are standard errors over sequences"

@@ -3,14 +3,12 @@
 from vrnn_lightning.compatibility import old_names
 from vrnn_lightning.data.archives import ArchiveSplit, archive_holds, read_archive
 from vrnn_lightning.data.columns import TABLE_SUFFIXES, Columns, read_columns
-from vrnn_lightning.data.datamodule import SequenceDataModule
+from vrnn_lightning.data.datamodule import SequenceDataModule, require
 from vrnn_lightning.data.downloads import fetch
-from vrnn_lightning.data.files import FileDataModule
-from vrnn_lightning.data.folders import files_below
+from vrnn_lightning.data.files import FileDataModule, checked_limit, data_root
+from vrnn_lightning.data.folders import InvalidFiles, files_below
 from vrnn_lightning.data.ink import quickdraw_lines, read_iam, read_inkml, read_quickdraw, read_sketch_rnn
-from vrnn_lightning.data.invalid_files import InvalidFiles
 from vrnn_lightning.data.loading import BatchSampler, SequenceLoader, Window
-from vrnn_lightning.data.options import checked_limit, data_root, require
 from vrnn_lightning.data.progress import tracked
 from vrnn_lightning.data.random_splits import RandomSplitDataModule, RandomSplits
 from vrnn_lightning.data.sequences import (

@@ -8,19 +8,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data.folders import SPLIT_NAMES
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import MAX_GB, PIECE, explained, require_size, undamaged, zip_members
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 __all__ = ["ArchiveSplit", "archive_holds", "npy_header", "opened_archive", "read_archive"]
 

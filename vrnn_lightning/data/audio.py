@@ -1,14 +1,17 @@
-"""Audio files: their headers, whether their content is complete, and any part of their samples."""
+"""Audio files: their headers, also cached, whether their content is complete, and any part of their samples."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
+from vrnn_lightning.data.cache import digest, recall, remember
+from vrnn_lightning.data.folders import InvalidFiles
+from vrnn_lightning.data.progress import tracked
 from vrnn_lightning.data.sequences import narrowed
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import MAX_GB, explained, require_size
@@ -21,9 +24,11 @@ if TYPE_CHECKING:
 __all__ = [
     "AUDIO_SUFFIXES",
     "HIGHEST_RATE",
+    "SEEKABLE",
     "AudioHeader",
+    "IndexedFile",
     "check_samples",
-    "is_seekable",
+    "index_audio",
     "opened",
     "read_header",
     "read_samples",
@@ -50,6 +55,18 @@ class AudioHeader(NamedTuple):
     samples: int
     rate: int
     channels: int
+
+
+class IndexedFile(NamedTuple):
+    """A file of a corpus: the content of its header, its size in bytes, and its last change in nanoseconds."""
+
+    samples: int
+    rate: int
+    channels: int
+    size: int
+    modified: int
+    is_checked: bool
+    """True where it was once read to its end."""
 
 
 def read_header(path: Path, max_gb: float = MAX_GB) -> AudioHeader:
@@ -103,6 +120,49 @@ def check_samples(path: Path) -> None:
             left -= len(samples)
 
 
+def index_audio(
+    root: Path, names: Sequence[str], invalid: InvalidFiles, max_gb: float = MAX_GB
+) -> dict[str, IndexedFile]:
+    """Return the headers of a corpus' files, from the user's cache folder where size and time are the same.
+
+    If invalid files are skipped, each file is read to its end, once: all damage is known before the splits are drawn.
+
+    Args:
+        root: The folder of the corpus.
+        names: Paths below it.
+        invalid: Decides about files that can't be used.
+        max_gb: Gigabytes that the samples of a file may take, or 16 times its size.
+
+    Raises:
+        UserError: A file can't be used, and ``invalid`` does not skip it.
+    """
+    key = f"audio-1-{digest(str(root.resolve()))}"
+    cached: dict[str, list[int]] = recall(key) or {}
+    known: dict[str, IndexedFile] = {}
+    changed: list[tuple[str, int, int]] = []
+    for name in names:
+        with invalid.tolerated(), explained(root / name):
+            stat = (root / name).stat()
+            file = IndexedFile(*cached[name]) if name in cached else None  # type: ignore[arg-type]  # JSON
+            if (
+                file
+                and (file.size, file.modified) == (stat.st_size, stat.st_mtime_ns)
+                and (file.is_checked or not invalid.skip)
+            ):
+                known[name] = file
+            else:
+                changed.append((name, stat.st_size, stat.st_mtime_ns))
+    for name, size, modified in tracked(changed, "reading files" if invalid.skip else "reading headers"):
+        with invalid.tolerated():
+            header = read_header(root / name, max_gb)
+            if invalid.skip:
+                check_samples(root / name)
+            known[name] = IndexedFile(*header, size, modified, invalid.skip)
+    if changed:
+        remember(key, cached | known)
+    return {name: known[name] for name in names if name in known}
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[SoundFile]:
     """Open a file for :func:`read_samples`; raise a UserError for what can't be read in the block."""
@@ -115,11 +175,6 @@ def opened(path: Path) -> Iterator[SoundFile]:
         raise _make_error(path, error.error_string) from None
     except UnicodeEncodeError:
         raise _make_error(path, "its name is not UTF-8") from None
-
-
-def is_seekable(file: SoundFile) -> bool:
-    """Return whether a part of a file reads exactly as in the whole."""
-    return file.subtype in SEEKABLE
 
 
 def read_samples(

@@ -28,13 +28,8 @@ def recall(name: str) -> Any | None:
     """Return the value of a name, or ``None`` where there is none or it is damaged."""
     try:
         checksum, _, content = (_folder() / f"{name}.json").read_text("ascii").partition("\n")
-    except (OSError, RuntimeError, ValueError):  # no file, no home, no ASCII
-        return None
-    if hashlib.sha256(content.encode()).hexdigest() != checksum:
-        return None
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):  # another program's file
+        return json.loads(content) if hashlib.sha256(content.encode()).hexdigest() == checksum else None
+    except (OSError, RuntimeError, ValueError):  # no file, no home, another program's file
         return None
 
 

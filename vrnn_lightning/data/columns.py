@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import MAX_GB, PIECE, explained, read_cell, require_size, undamaged
@@ -21,7 +22,6 @@ from vrnn_lightning.files import MAX_GB, PIECE, explained, read_cell, require_si
 if TYPE_CHECKING:
     from typing import TextIO
 
-    from numpy.typing import NDArray
 
 __all__ = ["TABLE_SUFFIXES", "Columns", "read_columns"]
 

@@ -5,24 +5,49 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path, PurePath
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from vrnn_lightning import errors
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.data.loading import BatchSampler, ScaledSequences, SequenceLoader
-from vrnn_lightning.data.options import require
 from vrnn_lightning.data.sequences import Modality, Scaler, Sequences, Split
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained
 from vrnn_lightning.trust import read_stored, require_types
 
-__all__ = ["SequenceDataModule"]
+__all__ = ["SequenceDataModule", "require"]
 
 PIECE = 1024
 """Steps of a sequence that are in memory at once while moments are taken."""
+
+T = TypeVar("T", bound="float | None")
+
+
+def require(option: str, value: T, least: float, most: float | None = None, *, below: float | None = None) -> T:
+    """Return an option of a datamodule that is in its range, or ``None``; NaN is outside.
+
+    Args:
+        option: Its name.
+        value: Its value.
+        least: The smallest allowed value.
+        most: The largest allowed value.
+        below: The end of the range, which is not allowed; by default, without ``most``, 2^31.
+
+    Raises:
+        UserError: The value is outside.
+
+    >>> require("memory", 0.5, 0, below=1)
+    0.5
+    """
+    if value is None:
+        return value
+    if most is None and below is None and value >= 2**31:
+        raise UserError(f"--data.{option} {value}: must be below 2^31")
+    return errors.require(f"--data.{option}", value, least, most, below=below)
 
 
 class SequenceDataModule(LightningDataModule):

@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vrnn_lightning.data.folders import SPLIT_NAMES
 from vrnn_lightning.data.ink import read_sketch_rnn
+from vrnn_lightning.data.progress import make_bar
 from vrnn_lightning.data.rolls import read_note_lists
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, flush
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from requests import Response
 
 __all__ = ["SOURCES", "Source", "content_sum", "fetch"]
@@ -224,15 +225,9 @@ def _transfer(address: str, part: Path) -> None:
 
 def _write(response: Response, part: Path, start: int, total: int | None) -> None:
     """Append a response to a file from byte ``start`` on, with a progress bar."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import DownloadColumn
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with (
-        part.open("ab" if start else "wb") as file,
-        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
-    ):
+    with part.open("ab" if start else "wb") as file, make_bar(DownloadColumn(), transient=False) as progress:
         task = progress.add_task(part.stem, total=total, completed=start)
         for chunk in response.iter_content(CHUNK):
             file.write(chunk)

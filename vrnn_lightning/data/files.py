@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from lightning_utilities.core.rank_zero import WarningCache
 
 from vrnn_lightning.data.datamodule import SequenceDataModule
 from vrnn_lightning.data.downloads import fetch
-from vrnn_lightning.data.options import checked_limit, data_root
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import MAX_GB
 
-__all__ = ["FileDataModule"]
+__all__ = ["FileDataModule", "checked_limit", "data_root"]
 
 
 class FileDataModule(SequenceDataModule):
@@ -58,3 +59,31 @@ class FileDataModule(SequenceDataModule):
         """Take the checkpoint's scaler, and forget the splits that ``setup`` found without it."""
         super().load_state_dict(state_dict)
         self._splits.clear()
+
+
+def data_root(root: str) -> Path:
+    """Return a file or folder that ``--data.root`` names, which need not be there.
+
+    Args:
+        root: Its path; ``~`` is a user's home.
+
+    Raises:
+        UserError: No path of this machine can be called so.
+    """
+    try:
+        path = Path(root).expanduser()
+        os.lstat(path)
+    except (FileNotFoundError, PermissionError, NotADirectoryError):
+        return path
+    except (RuntimeError, ValueError) as error:  # no such user; a null byte
+        raise UserError(f"--data.root {root}: {str(error).rstrip('.')}. Fix: write the whole path") from error
+    except OSError as error:
+        raise UserError(f"--data.root {root[:80]}: {error.strerror}. Fix: give a path of this machine") from error
+    return path
+
+
+def checked_limit(max_gb: float) -> float:
+    """Return the option ``max_gb`` of a datamodule; raise a UserError unless it is positive."""
+    if not max_gb > 0:
+        raise UserError(f"--data.max_gb {max_gb}: must be positive, in gigabytes")
+    return max_gb

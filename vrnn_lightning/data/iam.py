@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from vrnn_lightning.data.folders import files_below
+from vrnn_lightning.data.folders import SHOWN, files_below
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained
@@ -19,8 +19,6 @@ LISTS: dict[Split, str] = {"train": "trainset.txt", "val": "testset_v.txt", "tes
 """The list of each split of the official task t1."""
 SECOND = "testset_t.txt"
 """The list of t1's second validation set."""
-SHOWN = 5
-"""Missing forms that a message names."""
 
 
 class FormList(NamedTuple):

@@ -11,20 +11,18 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, Any, NoReturn
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vrnn_lightning.data.archives import npy_header, opened_archive
 from vrnn_lightning.data.strokes import strokes_to_rows
 from vrnn_lightning.data.unpickling import UnsafePickleError, unpickle
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import MAX_GB, explained, require_size, undamaged
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 __all__ = ["check_sketch", "quickdraw_lines", "read_iam", "read_inkml", "read_quickdraw", "read_sketch_rnn"]
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, TypeVar
 from lightning.pytorch.utilities import rank_zero_only
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn
 
-__all__ = ["tracked"]
+__all__ = ["make_bar", "tracked"]
 
 PATIENCE = 1.0
 """Seconds of work before a bar appears."""
@@ -34,7 +34,9 @@ def tracked(items: Collection[T], what: str) -> Iterator[T]:
     try:
         for done, item in enumerate(items):
             if bar is None and getattr(rank_zero_only, "rank", 0) == 0 and time.monotonic() - started > PATIENCE:
-                bar = _bar()
+                from rich.progress import MofNCompleteColumn
+
+                bar = make_bar(MofNCompleteColumn(), transient=True)
                 task = bar.add_task(what, total=len(items))
                 bar.start()
             if bar is not None:
@@ -45,9 +47,11 @@ def tracked(items: Collection[T], what: str) -> Iterator[T]:
             bar.stop()
 
 
-def _bar() -> Progress:
+def make_bar(count: ProgressColumn, *, transient: bool) -> Progress:
+    """Return a bar on a terminal's standard error, with a column that counts what is done."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=transient, disable=not console.is_terminal)

@@ -10,8 +10,7 @@ import torch
 from lightning_utilities.core.rank_zero import WarningCache
 
 from vrnn_lightning.compatibility import keep_old_hooks
-from vrnn_lightning.data.datamodule import SequenceDataModule
-from vrnn_lightning.data.options import require
+from vrnn_lightning.data.datamodule import SequenceDataModule, require
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.trust import require_types

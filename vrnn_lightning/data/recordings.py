@@ -10,14 +10,14 @@ from zlib import crc32
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vrnn_lightning.batch import SequenceSample
-from vrnn_lightning.data.audio import is_seekable, opened, read_samples
+from vrnn_lightning.data.audio import SEEKABLE, opened, read_samples
 from vrnn_lightning.data.mel import LogMelFrames
 from vrnn_lightning.data.sequences import AugmentedSequences
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from soundfile import SoundFile
 
 __all__ = ["PCM16", "Crops", "RawFrames", "Recordings"]
@@ -77,7 +77,7 @@ class Recordings:
     def window(self, index: int, first: int, last: int, /) -> SequenceSample | None:
         """Return frames ``first`` to ``last - 1`` of a recording, or ``None`` if its file must be read whole."""
         with opened(self.root / self.names[index]) as file:
-            return self._read(index, file, *self.frames.span(first, last)) if is_seekable(file) else None
+            return self._read(index, file, *self.frames.span(first, last)) if file.subtype in SEEKABLE else None
 
     def _read(self, index: int, file: SoundFile, start: int = 0, stop: int | None = None) -> SequenceSample:
         name = self.names[index]

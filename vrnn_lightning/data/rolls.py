@@ -11,9 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vrnn_lightning.data.archives import ArchiveSplit
 from vrnn_lightning.data.folders import SPLIT_NAMES
@@ -21,9 +22,6 @@ from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.data.unpickling import unpickle
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import MAX_GB, explained, require_size, undamaged
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 __all__ = ["KEYS", "LOWEST", "NOTE_LISTS", "Notes", "read_midi", "read_note_lists", "roll_sound", "write_midi"]
 

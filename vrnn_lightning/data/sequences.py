@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceSample
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 __all__ = [
     "AugmentedSequences",

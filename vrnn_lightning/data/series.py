@@ -9,17 +9,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data.columns import Columns
 from vrnn_lightning.errors import UserError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 __all__ = ["Rows", "Series", "SeriesWindows", "Step", "format_time", "group_rows", "parse_step"]
 

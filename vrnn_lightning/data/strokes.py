@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vrnn_lightning.data.sequences import narrowed
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 __all__ = ["rows_to_strokes", "smooth_rows", "strokes_to_rows"]
 

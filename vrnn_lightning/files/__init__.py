@@ -79,15 +79,27 @@ def replacing(path: Path | str, option: str = "") -> Iterator[Path]:
     ...     path.read_text()
     'whole'
     """
-    with explained(path, option), ExitStack() as stack:
+    with explained(path, option):
         if is_remote(path):
-            temporary = Path(stack.enter_context(TemporaryDirectory()), "file")
-            yield temporary
-            upload(temporary, str(path), option)
+            with TemporaryDirectory() as folder:
+                yield Path(folder, "file")
+                upload(Path(folder, "file"), str(path), option)
             return
-        temporary = _new_temporary(Path(path), stack)
-        yield temporary
-        _replace({temporary: Path(path)})
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        temporary = path.with_name(temporary_name(path.name))
+        try:
+            yield temporary
+            flush(temporary)
+            _sweep(temporary)
+            temporary.replace(path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # not every file system flushes folders
+            flush(path.parent)
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
@@ -97,14 +109,10 @@ def write_files(files: Mapping[Path, bytes]) -> None:
         UserError: The system can't write one of them.
     """
     with ExitStack() as stack:
-        written = {}
-        for path, content in files.items():
-            with explained(path):
-                temporary = _new_temporary(path, stack)
-                temporary.write_bytes(content)
-                written[temporary] = path
-        with explained(next(iter(files), Path())):
-            _replace(written)
+        for path in reversed(list(files)):  # the last to be written is the first to be replaced
+            temporary = stack.enter_context(replacing(path))
+            temporary.write_bytes(files[path])
+            flush(temporary)
 
 
 def upload(local: Path, url: str, option: str = "") -> None:
@@ -341,32 +349,6 @@ def require_size(path: Path, needed: int, max_gb: float, option: str = "--data.m
             f"{path}: its {size} bytes declare {needed / 1e9:,.1f} GB of content, more than {option} {max_gb:g}. "
             f"Fix: copy the file again if it is damaged, or raise {option}"
         )
-
-
-def _new_temporary(path: Path, stack: ExitStack) -> Path:
-    """Return a temporary path beside a file, in a folder that is made; the stack removes a file that remains there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    temporary = path.with_name(temporary_name(path.name))
-    stack.callback(_remove, temporary)
-    return temporary
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink(missing_ok=True)
-
-
-def _replace(files: Mapping[Path, Path]) -> None:
-    for temporary in files:
-        flush(temporary)
-    for temporary, path in files.items():
-        _sweep(temporary)
-        temporary.replace(path)
-    for folder in {path.parent for path in files.values()}:
-        with suppress(OSError):  # not every file system flushes folders
-            flush(folder)
 
 
 def _sweep(temporary: Path) -> None:

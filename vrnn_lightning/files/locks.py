@@ -6,7 +6,7 @@ import fcntl
 import os
 import socket
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from vrnn_lightning.errors import UserError
@@ -31,13 +31,9 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.file = folder / ".lock"
-        self._handle: int | None = None
-        self._ended: threading.Event | None = None
-
-    @property
-    def is_held(self) -> bool:
+        self.is_held = False
         """Whether this process has the folder."""
-        return self._handle is not None or self._ended is not None
+        self._held = ExitStack()
 
     def acquire(self) -> None:
         """Take the folder, which is made if it does not exist.
@@ -47,7 +43,7 @@ class FolderLock:
         """
         with explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            while self._handle is None:
+            while not self.is_held:
                 handle = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
                 try:
                     fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,23 +54,18 @@ class FolderLock:
                     os.close(handle)
                     self._acquire_by_heartbeat()
                     return
-                if self.file.exists() and os.path.samestat(os.fstat(handle), self.file.stat()):
-                    self._handle = handle
-                else:  # its last owner has removed it meanwhile
+                self.is_held = self.file.exists() and os.path.samestat(os.fstat(handle), self.file.stat())
+                if not self.is_held:  # its last owner has removed it meanwhile
                     os.close(handle)
-            os.ftruncate(self._handle, 0)
-            os.write(self._handle, self._owner())
+            self._held.callback(os.close, handle)
+            self._held.callback(self.file.unlink, missing_ok=True)
+            os.ftruncate(handle, 0)
+            os.write(handle, self._owner())
 
     def release(self) -> None:
         """Release the folder."""
-        if self._handle is not None:
-            self.file.unlink(missing_ok=True)
-            os.close(self._handle)
-        if self._ended is not None:
-            self._ended.set()
-            self.file.with_suffix(".owner").unlink(missing_ok=True)
-            self.file.unlink(missing_ok=True)
-        self._handle = self._ended = None
+        self.is_held = False
+        self._held.close()
 
     @staticmethod
     def _owner() -> bytes:
@@ -100,8 +91,11 @@ class FolderLock:
                     raise self._taken_error(file) from None
                 file.unlink(missing_ok=True)
             else:
-                self._ended = threading.Event()
-                threading.Thread(target=self._touch, args=(file, self._ended), daemon=True).start()
+                self.is_held, ended = True, threading.Event()
+                threading.Thread(target=self._touch, args=(file, ended), daemon=True).start()
+                self._held.callback(self.file.unlink, missing_ok=True)
+                self._held.callback(file.unlink, missing_ok=True)
+                self._held.callback(ended.set)
                 return
         raise self._taken_error(file)
 

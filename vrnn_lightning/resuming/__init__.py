@@ -7,7 +7,7 @@ records its moment (:class:`Stage`), and a resume does what follows that moment 
 
 from vrnn_lightning.resuming.checkpoint import RunCheckpoint
 from vrnn_lightning.resuming.loops import make_resumable
-from vrnn_lightning.resuming.record import Stage, match_optimizer_states, resume_record
+from vrnn_lightning.resuming.record import Stage, callbacks_of, match_optimizer_states, resume_record
 from vrnn_lightning.resuming.signals import Interruption, Stopped, interruption
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "RunCheckpoint",
     "Stage",
     "Stopped",
+    "callbacks_of",
     "interruption",
     "make_resumable",
     "match_optimizer_states",

@@ -143,10 +143,6 @@ class RunLogger(CSVLogger):
         self._name, self._version = folder.parent.name, folder.name
         self.resumed = _Resumed(step, epoch, training, rows)
 
-    def share(self, trainer: Trainer) -> None:
-        """Take process zero's version in every process."""
-        self._version = trainer.strategy.broadcast(self._version)
-
     @property
     def version(self) -> int | str:
         """The run's version; a new one is claimed by making its folder, so that two runs never share it."""
@@ -203,10 +199,10 @@ class SaveConfig(SaveConfigCallback):
     """A callback that writes a fit's config.yaml into the run's folder, and gives the config to the other loggers."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Agree on the run's folder."""
+        """Take process zero's version of the run in every process."""
         run = run_logger(trainer)
         if run is not None:
-            run.share(trainer)
+            run._version = trainer.strategy.broadcast(run._version)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, after data, model and trainer have passed their checks."""

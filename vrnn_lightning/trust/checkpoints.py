@@ -1,10 +1,13 @@
-"""The one reader of checkpoints: everything that a file declares is compared with what it holds."""
+"""The one reader of checkpoints, which compares all that a file declares with what it holds; and what they store."""
 
 from __future__ import annotations
 
 import re
+import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +19,7 @@ from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, require_intact_zip, undamaged
 from vrnn_lightning.trust.gate import Gate, path_of, require_bounded
 
-__all__ = ["Stored", "read_checkpoint", "read_stored", "require_types"]
+__all__ = ["Stored", "make_storable", "read_checkpoint", "read_stored", "require_types"]
 
 FIX = "give a checkpoint that `lightning fit` wrote"
 KEYS: dict[Any, tuple[str, ...]] = {
@@ -123,6 +126,35 @@ def require_types(state: object, owner: object, **types: type | tuple[type, ...]
         if not isinstance(value, kind):
             what = f"{name} of type {type(value).__name__}"
             raise UserError(f"{type(owner).__name__}: the checkpoint's state has a {what}. Fix: {FIX}")
+
+
+def make_storable(hparams: Any) -> None:
+    """Replace classes, partials and dataclasses by the options that make them, which load without running pickled code.
+
+    An optimiser or scheduler made by any other function is left out: only training needs it, and gives it again.
+    """
+    for name, value in list(hparams.items()):
+        if is_dataclass(value) and not isinstance(value, type):
+            hparams[name] = asdict(value)
+        elif callable(value):
+            made, options = value, {}
+            if isinstance(value, partial):  # the command line's own function takes the class last
+                is_wrapped = bool(value.args) and not isinstance(value.func, type)
+                made, options = value.args[-1] if is_wrapped else value.func, dict(value.keywords)
+            if isinstance(made, type):
+                hparams[name] = {"class_path": _path(made), "init_args": options}
+            elif name in ("optimizer", "lr_scheduler"):
+                del hparams[name]
+            else:
+                raise UserError(f"{name}: can't be stored. Fix: pass a class or functools.partial(class, option=value)")
+    hparams.setdefault("_instantiator", "lightning.pytorch.cli.instantiate_module")
+
+
+def _path(cls: type) -> str:
+    """Return where a class can be imported from: the package that shows it, as the command line names it."""
+    package = cls.__module__.rpartition(".")[0]
+    public = getattr(sys.modules.get(package), cls.__name__, None) is cls
+    return f"{package if public else cls.__module__}.{cls.__qualname__}"
 
 
 def _require_stored(path: Path, place: str) -> None:
