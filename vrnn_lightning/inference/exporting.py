@@ -21,7 +21,7 @@ from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, write_files
 from vrnn_lightning.heads import log_prob
 from vrnn_lightning.inference.session import upcoming
-from vrnn_lightning.recurrence import State, compute_weights, log_ratio, output
+from vrnn_lightning.recurrence import State, compute_weights, log_ratio, output, require_plain_weights
 from vrnn_lightning.vrnn import VRNN
 
 __all__ = ["export_step"]
@@ -35,6 +35,7 @@ class _Step(nn.Module):
 
     def __init__(self, model: VRNN, scaler: Scaler) -> None:
         super().__init__()
+        require_plain_weights(model, "an export")
         model.apply(compute_weights)  # without a gradient, as a copy needs
         self.model = copy.deepcopy(model).cpu().eval()
         self.register_buffer("scale_mean", scaler.mean.detach().clone().cpu())

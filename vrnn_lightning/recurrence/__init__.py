@@ -6,7 +6,14 @@ follows them frame by frame. Imputation, decoding, sessions and exports call the
 
 from vrnn_lightning.recurrence.generation import Generated, generate
 from vrnn_lightning.recurrence.inference import InferenceSteps, NetworkInputs, Resample, infer
-from vrnn_lightning.recurrence.parts import compute_weights, draw_frames, evaluating, feature_width, is_plain
+from vrnn_lightning.recurrence.parts import (
+    compute_weights,
+    draw_frames,
+    evaluating,
+    feature_width,
+    is_plain,
+    require_plain_weights,
+)
 from vrnn_lightning.recurrence.placement import Partition, Purpose, partition
 from vrnn_lightning.recurrence.state import Masks, Networks, Prior, State, log_ratio, output, repeat_rows
 from vrnn_lightning.recurrence.streaming import Stream
@@ -34,4 +41,5 @@ __all__ = [
     "output",
     "partition",
     "repeat_rows",
+    "require_plain_weights",
 ]

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._C import _disabled_torch_function_impl
 from torch.nn.modules import module as global_hooks
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 from torch.nn.utils.prune import BasePruningMethod
@@ -28,6 +29,7 @@ __all__ = [
     "is_plain",
     "is_plain_linear",
     "known_layers",
+    "require_plain_weights",
     "trained_tensors",
 ]
 
@@ -59,6 +61,14 @@ def _tensors(module: nn.Module) -> Iterator[Tensor | None]:
     yield from module._parameters.values()
     if is_parametrized(module):
         yield from (getattr(module, name) for name in cast("nn.ModuleDict", module.parametrizations))
+
+
+def require_plain_weights(model: nn.Module, task: str) -> None:
+    """Raise if a weight changes what functions of torch do with it, which some of torch's own tools pass over."""
+    for name, tensor in model.named_parameters():
+        if type(tensor) not in PLAIN_TENSORS and type(tensor).__torch_function__ is not _disabled_torch_function_impl:
+            kind = type(tensor).__name__
+            raise UserError(f"{name}: {task} computes with a {kind} as with a plain tensor. Fix: make it a plain one")
 
 
 def compute_weights(module: nn.Module) -> None:

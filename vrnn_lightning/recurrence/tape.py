@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vrnn_lightning.recurrence.buffers import Buffer, ParameterRef
 from vrnn_lightning.recurrence.memory import empty
-from vrnn_lightning.recurrence.operations import Cast, Operation, Pass
+from vrnn_lightning.recurrence.operations import Calls, Cast, Operation, Pass
 
 __all__ = ["Resample", "Tape", "TapeStepper"]
 
@@ -94,9 +94,7 @@ class Tape:
         self.add(Cast(source, target))
         return target
 
-    def new_pass(
-        self, inputs: Mapping[Buffer | ParameterRef, Tensor], graphs: dict[Buffer, list[Any]] | None = None
-    ) -> Pass:
+    def new_pass(self, inputs: Mapping[Buffer | ParameterRef, Tensor], calls: Calls) -> Pass:
         """Return a pass with memory for all steps."""
         values = {key: tensor.detach() for key, tensor in inputs.items()}
         for buffer in self.buffers:
@@ -104,7 +102,7 @@ class Tape:
             values[buffer] = empty((steps, self.rows, buffer.width), buffer.dtype, self.device)
         for state in self.states:
             values[state][0] = inputs[state].detach()
-        return Pass(values, graphs)
+        return Pass(values, calls)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # unrolled, it would take minutes and gain nothing
     def run(
@@ -124,7 +122,7 @@ class Tape:
         last = lengths.clamp(max=self.steps), torch.arange(self.rows, device=self.device)
         loop = _Loop(self, list(outputs), last, list(inputs))
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.values()):
-            loop.graphs = {}
+            loop.calls.requires_grad = True
             tensors = cast("tuple[Tensor, ...]", _LoopFunction.apply(loop, resample, *inputs.values()))
         else:
             tensors = loop.forward(inputs, resample)[0]
@@ -140,7 +138,7 @@ class _Loop:
     last: tuple[Tensor, Tensor]  # index of each state after its row's last real step
     inputs: list[Buffer | ParameterRef]  # what the tensors that autograd keeps are
     resampled: dict[int, Tensor] = field(default_factory=dict)  # rows that continue after the steps where some do not
-    graphs: dict[Buffer, list[Any]] | None = None  # of calls
+    calls: Calls = field(default_factory=Calls)
 
     @torch.no_grad()
     def forward(
@@ -148,7 +146,7 @@ class _Loop:
     ) -> tuple[tuple[Tensor, ...], Pass]:
         """Take all steps; return outputs and last states, and the pass."""
         tape = self.tape
-        values, started = tape.new_pass(inputs, self.graphs), perf_counter()
+        values, started = tape.new_pass(inputs, self.calls), perf_counter()
         begins, forwards = _bind(tape, values)
         for begin in begins:
             begin()
@@ -162,7 +160,7 @@ class _Loop:
                     after = values.steps(state)[t + 1]
                     after.copy_(after.index_select(0, rows))
         whole = perf_counter() - started
-        tape.shares = {part: seconds / whole for part, seconds in values.seconds.items()}
+        tape.shares = {part: seconds / whole for part, seconds in self.calls.seconds.items()}
         outputs = [values.value(buffer)[: tape.steps] for buffer in self.outputs]
         return (*outputs, *(values.value(state)[self.last] for state in tape.states)), values
 
@@ -243,7 +241,7 @@ class _LoopFunction(torch.autograd.Function):
         loop = ctx.loop
         values = dict(zip([*loop.inputs, *loop.tape.buffers], ctx.saved_tensors, strict=True))
         with torch.autocast(loop.tape.device.type, enabled=False):  # the types are those of the way forwards
-            return None, None, *loop.backward(Pass(values, loop.graphs), grads)
+            return None, None, *loop.backward(Pass(values, loop.calls), grads)
 
 
 class TapeStepper:
@@ -251,7 +249,7 @@ class TapeStepper:
 
     @torch.no_grad()
     def __init__(self, tape: Tape) -> None:
-        self.values = tape.new_pass(tape.inputs)
+        self.values = tape.new_pass(tape.inputs, Calls())
         self._begins, self._forwards = _bind(tape, self.values)
         self._states = [self.values.steps(state) for state in tape.states]
 

@@ -33,6 +33,7 @@ from vrnn_lightning.recurrence import (
     infer,
     log_ratio,
     repeat_rows,
+    require_plain_weights,
 )
 from vrnn_lightning.vrnn.checks import prepared, random_state, weights_read, with_weights
 from vrnn_lightning.vrnn.equations import Equations
@@ -194,6 +195,7 @@ class VRNN(Equations):
         """Call a function; with :attr:`checkpoint_every` keep only its arguments, and call it again on the way back."""
         if self.checkpoint_every is None or not torch.is_grad_enabled():
             return function(*args)
+        require_plain_weights(self, "loop.checkpoint_every")
         weights = weights_read()
 
         def run(*args: Any) -> Any:

@@ -1,6 +1,6 @@
 """The operations that a step is made of, one file for each family."""
 
-from vrnn_lightning.recurrence.operations.base import Operation, Pass
+from vrnn_lightning.recurrence.operations.base import Calls, Operation, Pass
 from vrnn_lightning.recurrence.operations.calls import Call, Given
 from vrnn_lightning.recurrence.operations.cells import GRU, LSTM
 from vrnn_lightning.recurrence.operations.elementwise import Cast, Relu
@@ -12,6 +12,7 @@ __all__ = [
     "LSTM",
     "Affine",
     "Call",
+    "Calls",
     "Cast",
     "GaussianSample",
     "Given",

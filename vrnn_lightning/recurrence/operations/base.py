@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,9 +12,24 @@ from torch import Tensor
 from vrnn_lightning.recurrence.buffers import Buffer, ParameterRef
 from vrnn_lightning.recurrence.memory import empty
 
-__all__ = ["Operation", "Pass"]
+__all__ = ["Calls", "Operation", "Pass"]
 
 Steps = Sequence[Tensor]
+
+
+@dataclass
+class Calls:
+    """What calls of modules keep of a pass.
+
+    Args:
+        requires_grad: Whether graphs are kept for the way back.
+    """
+
+    requires_grad: bool = False
+    graphs: dict[tuple[Buffer, int], Any] = field(default_factory=dict)
+    """Inputs and outputs of a call, by its first target and the step."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time that the calls of each part took."""
 
 
 class Pass:
@@ -21,15 +37,11 @@ class Pass:
 
     Args:
         values: The value of each buffer that is not a view, and of each parameter.
-        graphs: The graphs that calls keep for the way back; ``None`` without a gradient.
+        calls: What calls of modules keep.
     """
 
-    def __init__(
-        self, values: Mapping[Buffer | ParameterRef, Tensor], graphs: dict[Buffer, list[Any]] | None = None
-    ) -> None:
-        self._graphs = graphs
-        self.seconds: dict[str, float] = {}
-        """Time that calls of each part took."""
+    def __init__(self, values: Mapping[Buffer | ParameterRef, Tensor], calls: Calls) -> None:
+        self.calls = calls
         self._values = dict(values)
         self._steps: dict[Buffer, Steps] = {}
         self._grads: dict[Buffer, Tensor] = {}
@@ -57,10 +69,6 @@ class Pass:
         if value.dtype != ref.dtype:
             value = self._values[ref] = value.to(ref.dtype)
         return value
-
-    def graphs_of(self, buffer: Buffer) -> list[Any] | None:
-        """Return the list of graphs, one for each step, that a call keeps; ``None`` without a gradient."""
-        return None if self._graphs is None else self._graphs.setdefault(buffer, [])
 
     def grad(self, buffer: Buffer) -> Tensor:
         """Return the gradient of a buffer, shape (steps, rows, width); it is uninitialised until it is written."""

@@ -61,17 +61,17 @@ class Call(Operation):
         tensors: Sequence[tuple[ParameterRef, Tensor]] = (),
         name: str = "",
     ) -> None:
-        self.function, self.sources, self.targets, self.name = function, sources, targets, name
-        self.refs, self.tensors = [ref for ref, _ in tensors], [tensor for _, tensor in tensors]
+        self.function, self.sources, self.targets, self.name = function, tuple(sources), tuple(targets), name
+        self.refs, self.tensors = tuple(ref for ref, _ in tensors), tuple(tensor for _, tensor in tensors)
 
     def bind(self, values: Pass) -> None:
         self.inputs = [values.steps(source) for source in self.sources]
         self.results = [values.steps(target) for target in self.targets]
-        self.graphs, self.seconds = values.graphs_of(self.targets[0]), values.seconds
+        self.calls = values.calls
 
     def forward(self, t: int) -> None:
         start, inputs = perf_counter(), [steps[t] for steps in self.inputs]
-        if self.graphs is None:
+        if not self.calls.requires_grad:
             outputs = self._call(inputs)
         else:
             with torch.enable_grad():  # .data: other steps change other parts of the same memory
@@ -79,13 +79,14 @@ class Call(Operation):
                     x.data.requires_grad_(source.requires_grad) for x, source in zip(inputs, self.sources, strict=True)
                 ]
                 outputs = self._call(leaves)
-            if not self.graphs:
+            if t == 0:
                 self._require_own_tensors(leaves, outputs)
-            self.graphs.append((leaves, outputs))
+            self.calls.graphs[self.targets[0], t] = leaves, outputs
         for result, output in zip(self.results, outputs, strict=True):
             result[t].copy_(output)
         if self.name:
-            self.seconds[self.name] = self.seconds.get(self.name, 0.0) + perf_counter() - start
+            seconds = self.calls.seconds
+            seconds[self.name] = seconds.get(self.name, 0.0) + perf_counter() - start
 
     def _call(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return the outputs of the function, each of its target's shape."""
@@ -120,7 +121,7 @@ class Call(Operation):
             nodes += [next_node for next_node, _ in node.next_functions]
 
     def plan(self, values: Pass) -> None:
-        self.graphs = values.graphs_of(self.targets[0])
+        self.calls = values.calls
         self.adds = [values.claim(source) for source in self.sources]
         self.into = [values.grad_steps(source) for source in self.sources]
         for target in self.targets:
@@ -130,8 +131,7 @@ class Call(Operation):
         self.sums: list[Tensor | None] = [None] * len(self.tensors)
 
     def backward(self, t: int) -> None:
-        assert self.graphs is not None
-        leaves, outputs = self.graphs[t]
+        leaves, outputs = self.calls.graphs[self.targets[0], t]
         wanted = [(x, grads[t].to(x.dtype)) for x, grads in zip(outputs, self.grads, strict=True) if x.requires_grad]
         inputs = [leaf for leaf in leaves if leaf.requires_grad]
         found: list[Tensor | None] = [None] * (len(inputs) + len(self.tensors))

@@ -26,7 +26,7 @@ class _Cell(Operation):
 
     def __init__(self, gates: Buffer, h: Buffer, new: Buffer, first: int) -> None:
         self.gates, self.h, self.new, size = gates, h, new, h.width
-        self.parts = [gates.columns(k * size, (k + 1) * size) for k in range(4)]
+        self.parts = tuple(gates.columns(k * size, (k + 1) * size) for k in range(4))
         self.both = gates.columns(first * size, (first + 2) * size)
 
     def bind(self, values: Pass) -> None:
