@@ -21,8 +21,8 @@ from vrnn_lightning.nn import MLP
 from vrnn_lightning.recurrence.state import Networks
 
 __all__ = [
-    "compute_weights",
     "Parts",
+    "compute_weights",
     "draw_frames",
     "evaluating",
     "feature_width",
