@@ -7,12 +7,14 @@ follows them frame by frame. Imputation, decoding, sessions and exports call the
 from vrnn_lightning.recurrence.generation import Generated, generate
 from vrnn_lightning.recurrence.inference import InferenceSteps, NetworkInputs, Resample, infer
 from vrnn_lightning.recurrence.parts import (
+    Parts,
     compute_weights,
     draw_frames,
     evaluating,
     feature_width,
     is_plain,
     require_plain_weights,
+    structure_of,
 )
 from vrnn_lightning.recurrence.placement import Partition, Purpose, partition
 from vrnn_lightning.recurrence.state import Masks, Networks, Prior, State, log_ratio, output, repeat_rows
@@ -25,6 +27,7 @@ __all__ = [
     "NetworkInputs",
     "Networks",
     "Partition",
+    "Parts",
     "Prior",
     "Purpose",
     "Resample",
@@ -42,4 +45,5 @@ __all__ = [
     "partition",
     "repeat_rows",
     "require_plain_weights",
+    "structure_of",
 ]

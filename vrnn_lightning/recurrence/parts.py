@@ -30,6 +30,7 @@ __all__ = [
     "is_plain_linear",
     "known_layers",
     "require_plain_weights",
+    "structure_of",
     "trained_tensors",
 ]
 
@@ -61,6 +62,18 @@ def _tensors(module: nn.Module) -> Iterator[Tensor | None]:
     yield from module._parameters.values()
     if is_parametrized(module):
         yield from (getattr(module, name) for name in cast("nn.ModuleDict", module.parametrizations))
+
+
+def structure_of(model: nn.Module) -> list[Any]:
+    """Return what decides which parts are known; it changes when a module or a hook is replaced."""
+    structure: list[Any] = [len(getattr(global_hooks, name)) for name in GLOBAL_HOOKS]
+    for module in model.modules():
+        has = vars(module)
+        structure += (id(module), type(module), "forward" in has, *map(type, has["_parameters"].values()))
+        for name in HOOKS:
+            if has[name]:
+                structure += map(id, has[name].values())
+    return structure
 
 
 def require_plain_weights(model: nn.Module, task: str) -> None:
@@ -104,6 +117,7 @@ class Parts(NamedTuple):
         emission: Layers before the emission's head.
         draws_gaussian: Whether z_t is drawn from the Gaussian that ``posterior`` returns.
         cells: Whether all cells are known.
+        feature_widths: Widths of the features of x_t and of z_t.
     """
 
     phi_x: list[nn.Module] | None
@@ -113,6 +127,7 @@ class Parts(NamedTuple):
     emission: list[nn.Module] | None
     draws_gaussian: bool
     cells: bool
+    feature_widths: tuple[int, int]
 
     @classmethod
     def of(cls, model: Networks) -> Parts:
@@ -131,6 +146,7 @@ class Parts(NamedTuple):
             known_layers(model.decoder.body) if own("emission_dist") and is_plain(model.decoder, Network) else None,
             posterior is not None,
             own("next_state") and all(_is_known_cell(cell) for cell in model.cells),
+            model.feature_widths,
         )
 
 

@@ -17,6 +17,7 @@ from vrnn_lightning.recurrence.operations import (
     GRU,
     LSTM,
     Affine,
+    Apply,
     Call,
     Cast,
     GaussianSample,
@@ -25,7 +26,7 @@ from vrnn_lightning.recurrence.operations import (
     Relu,
     StandardNormal,
 )
-from vrnn_lightning.recurrence.parts import Parts, draw_frames, is_plain, trained_tensors
+from vrnn_lightning.recurrence.parts import draw_frames, is_plain, trained_tensors
 from vrnn_lightning.recurrence.placement import GIVEN, READS, Purpose, partition
 from vrnn_lightning.recurrence.state import Masks, Networks, State, repeat_rows
 from vrnn_lightning.recurrence.tape import Tape
@@ -76,9 +77,9 @@ class FastStep:
     ) -> None:
         self.model, self.tape, self.purpose = model, tape, purpose
         self.noise, self.masks, self.samples, self.temperature = noise, masks, samples, temperature
-        self.parts, self.state = Parts.of(model), state
+        self.parts, self.state = model.parts, state
         self.states = [tape.state(part) for part in state.layers()]
-        x_width, z_width = model.feature_widths
+        x_width, z_width = self.parts.feature_widths
         self.widths = {"inputs": 0, "future": 0, "x_features": x_width, "z_features": z_width}
         self.widths |= {"h": self.states[0].width, **widths}
         self._known, self._known_columns = known, {GIVEN[purpose]: known}
@@ -208,8 +209,7 @@ class FastStep:
                 self._draw(self.prior[0], z, cast("Network[Gaussian]", model.prior).head.min_std)
                 return
             sources = self._sources("h", "inputs")
-            draw = self._with_names(sources, lambda **values: model.prior_dist(**values).sample())
-            self._call(draw, list(sources.values()), [z])
+            tape.add(Apply(lambda *values: model.prior_dist(*values).sample(), list(sources.values()), z))
             return
         noise = tape.constant(cast(Tensor, self.noise))
         if self.parts.draws_gaussian:
@@ -222,11 +222,6 @@ class FastStep:
             return latent.rsample(latent.dist(*values[:-1]), values[-1])
 
         self._call(rsample, [*self.posterior, noise], [z], model.encoder)
-
-    @staticmethod
-    def _with_names(sources: dict[str, Buffer], function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return a function of the sources in their order."""
-        return lambda *values: function(**dict(zip(sources, values, strict=True)))
 
     def _draw(self, raw: Buffer, target: Buffer, floor: float, std: float = 1.0) -> None:
         """Add a draw from a Gaussian with noise of a standard deviation."""
@@ -276,7 +271,7 @@ class FastStep:
             raw = tape.cast(_lay_linear(tape, self.emission, head.linear), wide)
             self._draw(raw, self.x, head.min_std, math.sqrt(temperature))
         else:
-            self._call(lambda features: draw_frames(head, features, temperature), [self.emission], [self.x])
+            tape.add(Apply(lambda features: draw_frames(head, features, temperature), [self.emission], self.x))
 
     def _lay_x_features(self) -> None:
         tape, model = self.tape, self.model
@@ -287,7 +282,7 @@ class FastStep:
             self._call(model.extract_x, [self.x], [self.x_features], name="phi_x")
         else:
             standardized = tape.buffer(cast(nn.Linear, self.parts.phi_x[0]).in_features)
-            self._call(model.standardize_input, [self.x], [standardized])
+            tape.add(Apply(model.standardize_input, [self.x], standardized))
             lay_features(tape, standardized, self.parts.phi_x, into=self.x_features)
         if self.cells:
             self._read(both, "state", ["x_features", *["z_features"] * (self.z_features is not None)])

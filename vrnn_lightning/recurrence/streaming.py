@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import ParticleWeights, Resampling
 from vrnn_lightning.heads import Gaussian, Network, log_prob
-from vrnn_lightning.recurrence.parts import Parts
 from vrnn_lightning.recurrence.state import Networks, State, log_ratio, repeat_rows
 from vrnn_lightning.recurrence.step import FastStep, lay_features
 from vrnn_lightning.recurrence.tape import Tape, TapeStepper
@@ -53,10 +52,10 @@ class Stream:
     def _lay(self, state: State) -> None:
         """Lay out the step, and before it the features of a frame, which all particles of a sequence share."""
         model, tape = self.model, Tape(1, len(state.h), state.h)
-        width, _ = model.feature_widths
+        width, layers = model.parts.feature_widths[0], model.parts.phi_x
         known = state.h.new_zeros(1, self.batch, width + model.num_inputs, dtype=tape.narrow)
         self._known_x, self._known_inputs = known[0, :, :width], known[0, :, width:]
-        self._like, layers = state, Parts.of(model).phi_x
+        self._like, self._head = state, model.emission_head
         self._before = None if layers is None else _Features(model, layers, self.batch, state.h)
         self._noise = state.h.new_zeros(len(state.h), 0 if model.phi_z is None else model.latent.noise_size)
         widths, noise = {"inputs": model.num_inputs, "x_features": width}, self._noise[None]
@@ -120,7 +119,7 @@ class Stream:
         features = self._emission
         if features is None:
             features = model.emission_features(self._z_features, h, inputs)
-        increments = log_prob(model.emission_head(features), repeat_rows(x, self.samples), seen)
+        increments = log_prob(self._head(features), repeat_rows(x, self.samples), seen)
         increments = increments.to(self.log_weights) + self._log_ratio(h, inputs)
         nats, rows = self._weights.follow(increments.unflatten(0, (self.samples, self.batch)))
         if rows is not None:

@@ -15,13 +15,12 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.recurrence import compute_weights, evaluating, infer, output
+from vrnn_lightning.recurrence import Parts, compute_weights, evaluating, infer, output, structure_of
 from vrnn_lightning.vrnn.equations import Equations
 
 __all__ = ["prepared", "random_state", "weights_read", "with_weights"]
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PARTS = {
     "h": "cells",
     "z_features": "phi_z",
@@ -65,23 +64,25 @@ def random_state(device: torch.device) -> Tensor:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at modules, not at tensors
 def _prepare(model: Equations) -> None:
-    structure = []
+    structure = structure_of(model)
+    is_changed = model.checked is None or model.checked[0] != structure
+    if is_changed:
+        model.checked = None
     for module in model.modules():
-        attributes = vars(module)
-        structure.append((id(module), id(type(module)), "forward" in attributes, *(len(attributes[x]) for x in HOOKS)))
-        compute_weights(module)
-        if module.training and any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()):
-            fix = "use torch.nn.utils.parametrizations.spectral_norm"
-            _refuse(model, module, "torch.nn.utils.spectral_norm changes the weight at every call", fix)
+        if module._forward_pre_hooks:
+            compute_weights(module)
+            if module.training and any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()):
+                fix = "use torch.nn.utils.parametrizations.spectral_norm"
+                _refuse(model, module, "torch.nn.utils.spectral_norm changes the weight at every call", fix)
         if isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats):
             _refuse(model, module, "statistics of a batch mix sequences and padding", "use LayerNorm")
-        if parametrize.is_parametrized(module):
+        if "parametrizations" in module._modules:
             for name in cast("nn.ModuleDict", module.parametrizations):
                 getattr(module, name)
-    if structure != model.checked_structure:
+    if is_changed:
         _check_step(model)
-        model.checked_structure = structure
-        model.apply(compute_weights)  # its calls left weights without a gradient
+        model.checked = structure, Parts.of(model)
+        model.apply(compute_weights)  # the check left weights without a gradient
 
 
 def _refuse(model: nn.Module, module: nn.Module, what: str, fix: str) -> None:

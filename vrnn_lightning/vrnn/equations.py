@@ -15,7 +15,17 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads import Factorised, GaussianLatent, Head, Latent, Network, gaussian
 from vrnn_lightning.noise import Noise
-from vrnn_lightning.recurrence import Masks, NetworkInputs, Prior, Purpose, State, feature_width, is_plain, partition
+from vrnn_lightning.recurrence import (
+    Masks,
+    NetworkInputs,
+    Parts,
+    Prior,
+    Purpose,
+    State,
+    feature_width,
+    is_plain,
+    partition,
+)
 
 __all__ = ["Equations", "StandardNormal"]
 
@@ -117,8 +127,8 @@ class Equations(nn.Module):
         self.checkpoint_every: int | None = None
         """In training keep only the states between windows of so many steps, and infer each window again on the way
         back (Chen et al. 2016, arXiv 1604.06174); ``None`` keeps all. It changes no value: an option of the run."""
-        self.checked_structure: object = None
-        """The modules and hooks whose fast step was compared with the methods."""
+        self.checked: tuple[list[Any], Parts] | None = None
+        """The modules and hooks whose fast step was compared with the methods, and what the loop compiles of them."""
         self.called_parts: dict[str, float] = {}
         """Parts that the time loop called at each step of the last passes, with their share of its time."""
         self.compiled = False
@@ -211,6 +221,11 @@ class Equations(nn.Module):
             kind = type(self.decoder).__name__
             raise UserError(f"decoder: {kind} has no head. Fix: set its attribute `head` to the emission's Head")
         return head
+
+    @property
+    def parts(self) -> Parts:
+        """What the time loop compiles; other parts are called at each step."""
+        return Parts.of(self) if self.checked is None else self.checked[1]
 
     @property
     def feature_widths(self) -> tuple[int, int]:

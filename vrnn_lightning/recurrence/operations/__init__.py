@@ -5,12 +5,13 @@ from vrnn_lightning.recurrence.operations.calls import Call, Given
 from vrnn_lightning.recurrence.operations.cells import GRU, LSTM
 from vrnn_lightning.recurrence.operations.elementwise import Cast, Relu
 from vrnn_lightning.recurrence.operations.linear import Affine, MatMul
-from vrnn_lightning.recurrence.operations.sampling import GaussianSample, StandardNormal
+from vrnn_lightning.recurrence.operations.sampling import Apply, GaussianSample, StandardNormal
 
 __all__ = [
     "GRU",
     "LSTM",
     "Affine",
+    "Apply",
     "Call",
     "Calls",
     "Cast",

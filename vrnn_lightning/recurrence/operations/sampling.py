@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from vrnn_lightning.recurrence.buffers import Buffer
 from vrnn_lightning.recurrence.operations.base import Operation, Pass
 
-__all__ = ["GaussianSample", "StandardNormal"]
+__all__ = ["Apply", "GaussianSample", "StandardNormal"]
 
 ops: Any = torch.ops.aten
 softplus: Any = F.softplus  # its stub lacks out=
@@ -78,3 +80,17 @@ class StandardNormal(Operation):
 
     def forward(self, t: int) -> None:
         self.draws[t].normal_(0.0, self.std)
+
+
+class Apply(Operation):
+    """``target = function(*sources)`` of a step's values, each (rows, width), without a gradient."""
+
+    def __init__(self, function: Callable[..., Tensor], sources: Sequence[Buffer], target: Buffer) -> None:
+        self.function, self.sources, self.target = function, tuple(sources), target
+
+    def bind(self, values: Pass) -> None:
+        self.inputs = [values.steps(source) for source in self.sources]
+        self.results = values.steps(self.target)
+
+    def forward(self, t: int) -> None:
+        self.results[t].copy_(self.function(*(steps[t] for steps in self.inputs)))
