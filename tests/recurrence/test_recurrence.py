@@ -13,6 +13,7 @@ from vrnn_lightning.heads import Bernoulli, Gaussian, GaussianMixture
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import State
 
+CELLS = ("gru", "lstm", "layer_norm_gru", "layer_norm_lstm", "tanh")
 NETWORKS = ("phi_x", "phi_z", "prior", "encoder", "decoder")
 SIZES = [
     ([6, 4, 1], "ragged"),
@@ -76,7 +77,7 @@ def assert_equal_terms(model: VRNN, batch: SequenceBatch) -> None:
 @pytest.mark.parametrize("lengths", [s for s, _ in SIZES], ids=[n for _, n in SIZES])
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("latent", [4, 0])
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_fast_path_equals_readable(cell, latent, depth, lengths):
     assert_equal_terms(make_model(cell, latent, depth), make_batch(lengths))
 
@@ -97,7 +98,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("lengths", [[6, 4, 1], [1], [4, 0, 4]], ids=["ragged", "one step", "empty"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_every_option_equals_readable(cell, options, lengths):
     model, batch = make_model(cell, **options), make_batch(lengths)
     add_extras(model, batch)
@@ -221,7 +222,7 @@ def test_fast_path_equals_readable_for_a_mixture():
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_autocast_narrows_products_and_nothing_else(cell, options):
     """Near the wide figures, with gradients in their direction; densities, states and draws stay in float32."""
     model, batch = make_model(cell, **options).float(), make_batch([6, 4, 1])
@@ -284,7 +285,7 @@ def test_frozen_networks_get_no_gradient_and_the_others_theirs():
 
 
 @pytest.mark.parametrize("rubbish", [1e6, float("nan"), float("inf")])
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_padding_changes_nothing(cell, rubbish):
     """Longer padding, whatever it holds, changes no term, no state and no gradient."""
     model, batch = make_model(cell), make_batch([4, 2])
@@ -315,7 +316,7 @@ def test_order_of_the_batch_changes_nothing():
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_carried_state_joins_the_halves_of_a_sequence(cell, layers):
     """The state after the first half is the state before the second."""
     model, batch = make_model(cell, layers=layers), make_batch([8, 8])
@@ -355,7 +356,7 @@ def test_an_early_frame_does_not_see_later_ones():
     assert (a.log_px[:, 3:] != b.log_px[:, 3:]).all()
 
 
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("latent", [4, 0])
 def test_generation_uses_the_equations_of_training(cell, latent):
     """Fed with the frames and latents that were drawn, the equations give the means they were drawn from."""
@@ -371,7 +372,7 @@ def test_generation_uses_the_equations_of_training(cell, latent):
         inputs = torch.cat(
             [model.phi_x(model.standardize_input(x[:, t], torch.ones_like(x[:, t]).bool())), *features[:-1]], -1
         )
-        if cell == "gru":
+        if c is None:
             h = model.cells[0](inputs, h)
         else:
             h, c = model.cells[0](inputs, (h, c))

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
+from vrnn_lightning.cells import LayerNormGRUCell, LayerNormLSTMCell
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads import Gaussian, GaussianLatent, Head, Network, tempered
 from vrnn_lightning.nn import MLP
@@ -159,8 +160,10 @@ def _gaussian_layers(network: object) -> list[nn.Module] | None:
     return known_layers(network.body) if is_known else None  # type: ignore[attr-defined]  # a Network
 
 
-def _is_known_cell(cell: nn.Module) -> bool:
-    return is_plain(cell, nn.GRUCell, nn.LSTMCell) and bool(cell.bias)
+def _is_known_cell(cell: Any) -> bool:
+    if is_plain(cell, nn.GRUCell, nn.LSTMCell, nn.RNNCell):
+        return bool(cell.bias)
+    return is_plain(cell, LayerNormGRUCell, LayerNormLSTMCell)
 
 
 _widths: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()

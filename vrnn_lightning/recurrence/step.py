@@ -10,19 +10,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vrnn_lightning.cells import LayerNormGRUCell
 from vrnn_lightning.heads import Gaussian, Network, tempered
 from vrnn_lightning.heads.base import require_temperature
 from vrnn_lightning.recurrence.buffers import Buffer, ParameterRef
 from vrnn_lightning.recurrence.operations import (
     GRU,
     LSTM,
+    RNN,
     Affine,
     Apply,
     Call,
     Cast,
     GaussianSample,
     Given,
+    LayerNormLSTM,
     MatMul,
+    Normalize,
     Relu,
     StandardNormal,
 )
@@ -96,7 +100,7 @@ class FastStep:
         hs, cs = self.states[:count], self.states[count:]
         narrow = [tape.cast(h, tape.narrow) for h in hs]
         self.h = hs[-1] if self.masks is None else self._masked(hs[-1], count - 1)
-        cells = [cast("nn.GRUCell | nn.LSTMCell", cell) for cell in model.cells if self.parts.cells]
+        cells = [cast("nn.GRUCell", cell) for cell in model.cells if self.parts.cells]
         self.cells = [_CellSums(tape, cell, h, c) for cell, h, c in zip(cells, hs, cs or repeat(None), strict=False)]
         networks = {name: getattr(self.parts, name) for name in ("prior", "posterior", "emission") if name in inside}
         firsts = {name: cast(nn.Linear, layers[0]) for name, layers in networks.items() if layers is not None}
@@ -321,29 +325,54 @@ class _CellSums:
     """The sums of a layer of the recurrence, side by side.
 
     Those of a GRU are n_h, r, u, n_x: h_{t-1} adds to all but the last columns, the layer's input to all but the
-    first. Those of an LSTM are i, f, g, o, and both add to all.
+    first. Those of an LSTM are i, f, g, o, and both add to all, as they do to those of a plain network. A cell with
+    layer normalisation has buffers of its own for both products, which are normalised on their way to the sums.
     """
 
-    def __init__(self, tape: Tape, cell: nn.GRUCell | nn.LSTMCell, h: Buffer, c: Buffer | None) -> None:
-        size = h.width
-        self.cell, self.h, self.c, self.gates = cell, h, c, tape.buffer(4 * size)
+    def __init__(self, tape: Tape, cell: Any, h: Buffer, c: Buffer | None) -> None:
+        size, self.cell, self.h, self.c = h.width, cell, h, c
+        self.weight_h: Tensor = cell.weight_hh
         self.bias: Tensor = cell.bias_ih + cell.bias_hh  # of the sums that the layer's input adds to
-        if isinstance(cell, nn.LSTMCell):
-            self.from_h = self.from_below = self.gates
-            self.weight_h: Tensor = cell.weight_hh
-        else:
-            self.from_h, self.from_below = self.gates.columns(0, 3 * size), self.gates.columns(size, 4 * size)
+        self.is_gru, self.is_normed = is_plain(cell, nn.GRUCell, LayerNormGRUCell), hasattr(cell, "gain_hh")
+        width = self.weight_h.shape[0]
+        self.gates = tape.buffer(width + size * self.is_gru, tape.wide if self.is_normed else tape.narrow)
+        self.to_h, self.to_below = self.gates.columns(0, width), self.gates.columns(size * self.is_gru, self.gates.width)
+        if self.is_gru:
             self.weight_h = cell.weight_hh.roll(size, 0)
             self.bias = torch.cat([self.bias[: 2 * size], cell.bias_ih[2 * size :]])
-            tape.add(Affine(self.gates.columns(0, size), tape.parameter(cell.bias_hh[2 * size :])))
+            tape.add(Affine(self.gates.columns(0, size), tape.parameter(cell.bias_hh[2 * size :], self.gates.dtype)))
+        self.from_h, self.from_below = self.to_h, self.to_below
+        if self.is_normed:
+            tape.add(Affine(self.to_below, tape.parameter(self.bias, tape.wide)))
+            self.from_h, self.from_below = tape.buffer(width), tape.buffer(width)
+            self.bias = torch.zeros_like(self.bias, requires_grad=False)
+            tape.add(Affine(self.from_h, tape.parameter(self.bias)))
 
     def lay(self, tape: Tape) -> None:
         """Add the next state, once everything was added to the sums."""
-        gates, new = tape.cast(self.gates, tape.wide), tape.buffer(self.h.width, tape.wide)
+        size, cell = self.h.width, self.cell
+        if self.is_normed:
+            gain_h = cell.gain_hh.roll(size, 0) if self.is_gru else cell.gain_hh
+            for source, gain, target in (
+                (self.from_h, gain_h, self.to_h),
+                (self.from_below, cell.gain_ih, self.to_below),
+            ):
+                gain_ref = tape.parameter(gain, tape.wide)
+                tape.add(Normalize(tape.cast(source, tape.wide), gain_ref, target, cell.eps))
+        gates = tape.cast(self.gates, tape.wide)
+        if self.c is None and not self.is_gru:
+            tape.add(RNN(gates, self.h, is_relu=cell.nonlinearity == "relu"))
+            return
+        new = tape.buffer(size, tape.wide)
         if self.c is None:
             tape.add(GRU(gates, self.h, new))
-        else:
-            tape.add(LSTM(gates, self.h, self.c, new, tape.buffer(self.h.width, tape.wide)))
+            return
+        buffers = gates, self.h, self.c, new, tape.buffer(size, tape.wide)
+        if not self.is_normed:
+            tape.add(LSTM(*buffers))
+            return
+        refs = (tape.parameter(x, tape.wide) for x in (cell.gain_c, cell.bias_c))
+        tape.add(LayerNormLSTM(*buffers, tape.buffer(size, tape.wide), *refs, cell.eps))
 
 
 def lay_features(

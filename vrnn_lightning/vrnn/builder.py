@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 
+from vrnn_lightning.cells import LayerNormGRUCell, LayerNormLSTMCell
 from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.heads import Gaussian, Head, Network
 from vrnn_lightning.nn import MLP, MLPConfig
@@ -15,7 +16,14 @@ from vrnn_lightning.vrnn.model import VRNN
 
 __all__ = ["build_vrnn"]
 
-CELLS = {"gru": (nn.GRU, nn.GRUCell), "lstm": (nn.LSTM, nn.LSTMCell)}
+Cell = Literal["gru", "lstm", "layer_norm_gru", "layer_norm_lstm", "tanh"]
+CELLS: dict[Cell, Callable[[int, int], nn.Module]] = {
+    "gru": nn.GRUCell,
+    "lstm": nn.LSTMCell,
+    "layer_norm_gru": LayerNormGRUCell,
+    "layer_norm_lstm": LayerNormLSTMCell,
+    "tanh": nn.RNNCell,
+}
 
 
 def build_vrnn(
@@ -23,7 +31,7 @@ def build_vrnn(
     latent_size: int = 16,
     hidden_size: int = 64,
     layers: int = 1,
-    cell: Literal["gru", "lstm"] = "gru",
+    cell: Cell | Callable[[int, int], nn.Module] = "gru",
     emission: Callable[[int, int], Head] = Gaussian,
     phi_x: MLPConfig = MLPConfig(),
     phi_z: MLPConfig = MLPConfig(),
@@ -43,7 +51,9 @@ def build_vrnn(
         latent_size: Dimensions of z_t; 0 for a plain recurrent network, which ignores the options of the latent.
         hidden_size: Units of the recurrence.
         layers: Layers of the recurrence; the networks read the top one.
-        cell: "gru" or "lstm"; in an LSTM the networks read the output h, not the cell state.
+        cell: "gru", "lstm", both with layer normalisation (Ba et al. 2016), "tanh", or a factory that is called with
+            (input_size, hidden_size) for each layer, see :class:`Equations`; the networks read the output, not the
+            cell state.
         emission: Called with (in_features, num_features), returns the head of p(x_t | ...).
         phi_x: Size of the feature extractor of x_t.
         phi_z: Size of the feature extractor of z_t.
@@ -51,7 +61,8 @@ def build_vrnn(
         encoder: Size of the inference network.
         decoder: Size of the network before the emission.
         residual_posterior: The encoder's mean is added to the prior's (Res_q in Fraccaro et al. 2016).
-        smoothing: The encoder also reads future frames of the sequence or window (Fraccaro et al. 2016).
+        smoothing: The encoder also reads future frames of the sequence or window (Fraccaro et al. 2016), through a
+            backward recurrence: an LSTM with cell "lstm", otherwise a GRU.
         dropout: Probability of dropping a unit, the same ones at every step (Gal & Ghahramani 2016, arXiv 1512.05287).
         num_inputs: Covariates per step; every network and the recurrence read them.
         missing: phi_x also reads which values were measured.
@@ -62,9 +73,10 @@ def build_vrnn(
     _require_at_least(1, num_features=num_features, hidden_size=hidden_size, layers=layers)
     _require_at_least(0, latent_size=latent_size, num_inputs=num_inputs)
     require("dropout", dropout, 0, below=1)
-    if cell not in CELLS:
-        raise UserError(f"cell {cell!r}: must be 'gru' or 'lstm'")
-    rnn, kind = CELLS[cell]
+    kind = cell if callable(cell) else CELLS.get(cell)
+    if kind is None:
+        raise UserError(f"cell {cell!r}: must be one of {', '.join(CELLS)}, or a factory of cells")
+    rnn = nn.LSTM if cell == "lstm" else nn.GRU
     h_width, z_width = hidden_size + num_inputs, phi_z.width if latent_size else 0
     x_width, future_width = phi_x.width + num_inputs, hidden_size if smoothing else 0
     x_network = MLP(num_features * (2 if missing else 1), phi_x)
@@ -75,7 +87,10 @@ def build_vrnn(
         backward_rnn = rnn(x_width, hidden_size) if smoothing else None
         encoder_network = Network(x_width + future_width + hidden_size, encoder, Gaussian, latent_size)
     decoder_network = Network(z_width + h_width, decoder, emission, num_features)
-    cells = (kind(hidden_size if i else x_width + z_width, hidden_size) for i in range(layers))
+    cells = [kind(hidden_size if i else x_width + z_width, hidden_size) for i in range(layers)]
+    for made in cells:
+        if not hasattr(made, "hidden_size"):
+            made.hidden_size = hidden_size
     parts = (x_network, z_network, prior_network, encoder_network, decoder_network, nn.ModuleList(cells), backward_rnn)
     return VRNN(*parts, residual_posterior=residual_posterior, dropout=dropout, num_inputs=num_inputs, missing=missing)
 

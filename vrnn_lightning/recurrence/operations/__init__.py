@@ -2,14 +2,16 @@
 
 from vrnn_lightning.recurrence.operations.base import Calls, Operation, Pass
 from vrnn_lightning.recurrence.operations.calls import Call, Given
-from vrnn_lightning.recurrence.operations.cells import GRU, LSTM
+from vrnn_lightning.recurrence.operations.cells import GRU, LSTM, RNN, LayerNormLSTM
 from vrnn_lightning.recurrence.operations.elementwise import Cast, Relu
 from vrnn_lightning.recurrence.operations.linear import Affine, MatMul
+from vrnn_lightning.recurrence.operations.normalization import Normalize
 from vrnn_lightning.recurrence.operations.sampling import Apply, GaussianSample, StandardNormal
 
 __all__ = [
     "GRU",
     "LSTM",
+    "RNN",
     "Affine",
     "Apply",
     "Call",
@@ -17,7 +19,9 @@ __all__ = [
     "Cast",
     "GaussianSample",
     "Given",
+    "LayerNormLSTM",
     "MatMul",
+    "Normalize",
     "Operation",
     "Pass",
     "Relu",

@@ -5,13 +5,47 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from vrnn_lightning.recurrence.buffers import Buffer
+from vrnn_lightning.recurrence.buffers import Buffer, ParameterRef
 from vrnn_lightning.recurrence.operations.base import Operation, Pass
+from vrnn_lightning.recurrence.operations.normalization import layer_norm_grad
 
-__all__ = ["GRU", "LSTM"]
+__all__ = ["GRU", "LSTM", "RNN", "LayerNormLSTM"]
 
 ops: Any = torch.ops.aten
+
+
+class RNN(Operation):
+    """A step of a plain recurrent network, ``h_t = tanh(sums)`` or ``max(sums, 0)``.
+
+    Args:
+        sums: The sums, changed in place: resampling may overwrite the state.
+        h: The output, with one more step.
+        is_relu: Whether the nonlinearity is a ReLU.
+    """
+
+    def __init__(self, sums: Buffer, h: Buffer, *, is_relu: bool = False) -> None:
+        self.sums, self.h, self.is_relu = sums, h, is_relu
+
+    def bind(self, values: Pass) -> None:
+        self.values, self.states = values.steps(self.sums), values.steps(self.h)
+
+    def forward(self, t: int) -> None:
+        value = self.values[t]
+        self.states[t + 1].copy_(value.relu_() if self.is_relu else value.tanh_())
+
+    def plan(self, values: Pass) -> None:
+        self.results, self.grads = values.value(self.sums), values.grad_steps(self.sums)
+        self.h_grads = values.grad_steps(self.h)
+
+    def prepare(self, start: int, end: int) -> None:
+        value = self.results[start:end]
+        slopes = (value > 0).to(value) if self.is_relu else 1 - value.square()
+        self.start, self.slopes = start, slopes.unbind(0)
+
+    def backward(self, t: int) -> None:
+        torch.mul(self.h_grads[t + 1], self.slopes[t - self.start], out=self.grads[t])
 
 
 class _Cell(Operation):
@@ -103,10 +137,13 @@ class LSTM(_Cell):
         both.sigmoid_()
         new = self.news[t].copy_(sums).tanh_()
         output.sigmoid_()
-        c, squashed = self.cells[t + 1], self.tanhs[t]
+        c = self.cells[t + 1]
         torch.mul(forget, self.cells[t], out=c).addcmul_(write, new)
-        torch.tanh(c, out=squashed)
-        torch.mul(output, squashed, out=self.states[t + 1])
+        torch.mul(output, self.squash(t, c), out=self.states[t + 1])
+
+    def squash(self, t: int, c: Tensor) -> Tensor:
+        """Return what the output gate multiplies."""
+        return torch.tanh(c, out=self.tanhs[t])
 
     def plan(self, values: Pass) -> None:
         super().plan(values)
@@ -128,7 +165,71 @@ class LSTM(_Cell):
 
     def backward(self, t: int) -> None:
         i, grad = t - self.start, self.h_grad_steps[t + 1]
-        c_grad = self.c_grad_steps[t + 1].addcmul_(grad, self.through[i])
+        c_grad = self.squash_backward(t, grad)
         self.c_factors[i].mul_(self.c_grad_columns[i])
         self.h_factors[i].mul_(grad)
         self.c_grad_steps[t].addcmul_(c_grad, self.forgets[t])
+
+    def squash_backward(self, t: int, grad: Tensor) -> Tensor:
+        """Add to the gradient of c_t what comes through h_t, whose gradient is ``grad``; return it."""
+        return self.c_grad_steps[t + 1].addcmul_(grad, self.through[t - self.start])
+
+
+class LayerNormLSTM(LSTM):
+    r"""An LSTM step whose output reads a normalised cell state, :math:`h_t = o \odot \tanh \mathrm{LN}(c_t)`.
+
+    Args:
+        before: c_t before it is normalised: resampling may overwrite the state.
+        gain: Shape (hidden,).
+        bias: Shape (hidden,).
+        eps: Added to each variance.
+    """
+
+    def __init__(
+        self,
+        gates: Buffer,
+        h: Buffer,
+        c: Buffer,
+        new: Buffer,
+        squashed: Buffer,
+        before: Buffer,
+        gain: ParameterRef,
+        bias: ParameterRef,
+        eps: float,
+    ) -> None:
+        super().__init__(gates, h, c, new, squashed)
+        self.before, self.gain, self.bias, self.eps, self.shape = before, gain, bias, eps, (h.width,)
+
+    def bind(self, values: Pass) -> None:
+        super().bind(values)
+        self.scale, self.shift = values.parameter(self.gain), values.parameter(self.bias)
+        self.befores = values.steps(self.before)
+
+    def squash(self, t: int, c: Tensor) -> Tensor:
+        before = self.befores[t].copy_(c)
+        normalized = torch.native_layer_norm(before, self.shape, self.scale, self.shift, self.eps)[0]
+        return torch.tanh(normalized, out=self.tanhs[t])
+
+    def plan(self, values: Pass) -> None:
+        super().plan(values)
+        self.scale, self.all_before = values.parameter(self.gain), values.value(self.before)
+        self.befores, self.normalized_grads = values.steps(self.before), values.grad_steps(self.squashed)
+        self.moments: list[tuple[Tensor, Tensor]] = []
+
+    def prepare(self, start: int, end: int) -> None:
+        super().prepare(start, end)
+        self.moments.append(torch.native_layer_norm(self.all_before[start:end], self.shape, None, None, self.eps)[1:])
+        self.block = list(zip(*self.moments[-1], strict=True))
+
+    def squash_backward(self, t: int, grad: Tensor) -> Tensor:
+        i = t - self.start
+        through = torch.mul(grad, self.through[i], out=self.normalized_grads[t])
+        return self.c_grad_steps[t + 1].add_(layer_norm_grad(through, self.befores[t], *self.block[i], self.scale))
+
+    def finish(self, values: Pass) -> None:
+        grad = values.grad(self.squashed)
+        if self.gain.requires_grad:
+            mean, rstd = (torch.cat(parts[::-1]) for parts in zip(*self.moments, strict=True))
+            values.add_grad(self.gain, ((self.all_before - mean) * rstd * grad).sum((0, 1)))
+        if self.bias.requires_grad:
+            values.add_grad(self.bias, grad.sum((0, 1)))
