@@ -115,7 +115,7 @@ class FastStep:
         for cell in self.cells[1:]:
             tape.add(Affine(cell.from_below, tape.parameter(cell.bias)))
         for cell, h in zip(self.cells, narrow, strict=False):
-            tape.add(MatMul(h, tape.parameter(cell.weight_h.t()), cell.from_h))
+            tape.add(MatMul(h, tape.parameter(cell.weight_h.t()), cell.from_h, overwrites=cell.is_normed))
         if firsts:
             source = narrow[-1] if self.masks is None else tape.cast(self.h, tape.narrow)
             weights = [self._weights[name]["h"] for name in firsts]
@@ -341,24 +341,18 @@ class _CellSums:
             self.weight_h = cell.weight_hh.roll(size, 0)
             self.bias = torch.cat([self.bias[: 2 * size], cell.bias_ih[2 * size :]])
             tape.add(Affine(self.gates.columns(0, size), tape.parameter(cell.bias_hh[2 * size :], self.gates.dtype)))
-        self.from_h, self.from_below = self.to_h, self.to_below
+        self.from_h, self.from_below, self.shift = self.to_h, self.to_below, self.bias
         if self.is_normed:
-            tape.add(Affine(self.to_below, tape.parameter(self.bias, tape.wide)))
             self.from_h, self.from_below = tape.buffer(width), tape.buffer(width)
             self.bias = torch.zeros_like(self.bias, requires_grad=False)
-            tape.add(Affine(self.from_h, tape.parameter(self.bias)))
 
     def lay(self, tape: Tape) -> None:
         """Add the next state, once everything was added to the sums."""
         size, cell = self.h.width, self.cell
         if self.is_normed:
             gain_h = cell.gain_hh.roll(size, 0) if self.is_gru else cell.gain_hh
-            for source, gain, target in (
-                (self.from_h, gain_h, self.to_h),
-                (self.from_below, cell.gain_ih, self.to_below),
-            ):
-                gain_ref = tape.parameter(gain, tape.wide)
-                tape.add(Normalize(tape.cast(source, tape.wide), gain_ref, target, cell.eps))
+            tape.add(self._norm(tape, tape.cast(self.from_below, tape.wide), cell.gain_ih, self.to_below, self.shift))
+            tape.add(self._norm(tape, tape.cast(self.from_h, tape.wide), gain_h, self.to_h))
         gates = tape.cast(self.gates, tape.wide)
         if self.c is None and not self.is_gru:
             tape.add(RNN(gates, self.h, is_relu=cell.nonlinearity == "relu"))
@@ -371,8 +365,14 @@ class _CellSums:
         if not self.is_normed:
             tape.add(LSTM(*buffers))
             return
-        refs = (tape.parameter(x, tape.wide) for x in (cell.gain_c, cell.bias_c))
-        tape.add(LayerNormLSTM(*buffers, tape.buffer(size, tape.wide), *refs, cell.eps))
+        before = tape.buffer(size, tape.wide)
+        norm = self._norm(tape, before, cell.gain_c, buffers[-1], cell.bias_c)
+        tape.add(LayerNormLSTM(*buffers, before, norm))
+
+    def _norm(self, tape: Tape, source: Buffer, gain: Tensor, target: Buffer, bias: Tensor | None = None) -> Normalize:
+        moments = tape.buffer(1, tape.wide), tape.buffer(1, tape.wide)
+        shift = None if bias is None else tape.parameter(bias, tape.wide)
+        return Normalize(source, tape.parameter(gain, tape.wide), target, moments, self.cell.eps, shift)
 
 
 def lay_features(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from vrnn_lightning.recurrence.buffers import Buffer, ParameterRef
 from vrnn_lightning.recurrence.operations.base import Operation, Pass
-from vrnn_lightning.recurrence.operations.normalization import layer_norm_grad
+from vrnn_lightning.recurrence.operations.normalization import Normalize
 
 __all__ = ["GRU", "LSTM", "RNN", "LayerNormLSTM"]
 
@@ -179,57 +180,37 @@ class LayerNormLSTM(LSTM):
     r"""An LSTM step whose output reads a normalised cell state, :math:`h_t = o \odot \tanh \mathrm{LN}(c_t)`.
 
     Args:
-        before: c_t before it is normalised: resampling may overwrite the state.
-        gain: Shape (hidden,).
-        bias: Shape (hidden,).
-        eps: Added to each variance.
+        before: c_t as it is normalised: resampling may overwrite the state.
+        norm: Normalises it, into the argument of the tanh.
     """
 
     def __init__(
-        self,
-        gates: Buffer,
-        h: Buffer,
-        c: Buffer,
-        new: Buffer,
-        squashed: Buffer,
-        before: Buffer,
-        gain: ParameterRef,
-        bias: ParameterRef,
-        eps: float,
+        self, gates: Buffer, h: Buffer, c: Buffer, new: Buffer, squashed: Buffer, before: Buffer, norm: Normalize
     ) -> None:
         super().__init__(gates, h, c, new, squashed)
-        self.before, self.gain, self.bias, self.eps, self.shape = before, gain, bias, eps, (h.width,)
+        self.before, self.norm = before, norm
 
     def bind(self, values: Pass) -> None:
         super().bind(values)
-        self.scale, self.shift = values.parameter(self.gain), values.parameter(self.bias)
+        self.norm = copy.copy(self.norm)
+        self.norm.bind(values)
         self.befores = values.steps(self.before)
 
     def squash(self, t: int, c: Tensor) -> Tensor:
-        before = self.befores[t].copy_(c)
-        normalized = torch.native_layer_norm(before, self.shape, self.scale, self.shift, self.eps)[0]
-        return torch.tanh(normalized, out=self.tanhs[t])
+        self.befores[t].copy_(c)
+        self.norm.forward(t)
+        return self.tanhs[t].tanh_()
 
     def plan(self, values: Pass) -> None:
         super().plan(values)
-        self.scale, self.all_before = values.parameter(self.gain), values.value(self.before)
-        self.befores, self.normalized_grads = values.steps(self.before), values.grad_steps(self.squashed)
-        self.moments: list[tuple[Tensor, Tensor]] = []
-
-    def prepare(self, start: int, end: int) -> None:
-        super().prepare(start, end)
-        self.moments.append(torch.native_layer_norm(self.all_before[start:end], self.shape, None, None, self.eps)[1:])
-        self.block = list(zip(*self.moments[-1], strict=True))
+        self.norm = copy.copy(self.norm)
+        self.norm.plan(values)
+        self.before_grads, self.squashed_grads = values.grad_steps(self.before), values.grad_steps(self.squashed)
 
     def squash_backward(self, t: int, grad: Tensor) -> Tensor:
-        i = t - self.start
-        through = torch.mul(grad, self.through[i], out=self.normalized_grads[t])
-        return self.c_grad_steps[t + 1].add_(layer_norm_grad(through, self.befores[t], *self.block[i], self.scale))
+        torch.mul(grad, self.through[t - self.start], out=self.squashed_grads[t])
+        self.norm.backward(t)
+        return self.c_grad_steps[t + 1].add_(self.before_grads[t])
 
     def finish(self, values: Pass) -> None:
-        grad = values.grad(self.squashed)
-        if self.gain.requires_grad:
-            mean, rstd = (torch.cat(parts[::-1]) for parts in zip(*self.moments, strict=True))
-            values.add_grad(self.gain, ((self.all_before - mean) * rstd * grad).sum((0, 1)))
-        if self.bias.requires_grad:
-            values.add_grad(self.bias, grad.sum((0, 1)))
+        self.norm.finish(values)

@@ -59,17 +59,27 @@ class Affine(Operation):
 
 
 class MatMul(Operation):
-    """``target = source W + b`` at each step, or without a bias ``target += source W``.
+    """``target = source W + b`` at each step, or without a bias ``target += source W``, or ``target = source W``.
 
     Args:
         source: It may have more steps than the target.
         weight: Shape (in, out).
         target: The result.
         bias: Shape (out,).
+        overwrites: Whether the target, without a bias, holds nothing to add to.
     """
 
-    def __init__(self, source: Buffer, weight: ParameterRef, target: Buffer, bias: ParameterRef | None = None) -> None:
+    def __init__(
+        self,
+        source: Buffer,
+        weight: ParameterRef,
+        target: Buffer,
+        bias: ParameterRef | None = None,
+        *,
+        overwrites: bool = False,
+    ) -> None:
         self.source, self.weight, self.target, self.bias = source, weight, target, bias
+        self.overwrites = overwrites
 
     def bind(self, values: Pass) -> None:
         self.inputs, self.sums = values.steps(self.source), values.steps(self.target)
@@ -85,6 +95,8 @@ class MatMul(Operation):
     def forward(self, t: int) -> None:
         if self.adds_bias:
             torch.addmm(self.shift, self.inputs[t], self.matrix, out=self.sums[t])  # type: ignore[arg-type]  # there is one
+        elif self.overwrites:
+            torch.mm(self.inputs[t], self.matrix, out=self.sums[t])
         else:
             self.sums[t].addmm_(self.inputs[t], self.matrix)
 

@@ -10,58 +10,76 @@ from torch import Tensor
 from vrnn_lightning.recurrence.buffers import Buffer, ParameterRef
 from vrnn_lightning.recurrence.operations.base import Operation, Pass
 
-__all__ = ["Normalize", "layer_norm_grad"]
+__all__ = ["Normalize", "layer_norm_grads"]
 
 ops: Any = torch.ops.aten
 
 
-def layer_norm_grad(grad: Tensor, source: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor) -> Tensor:
-    """Return the gradient of what is normalised, shape (rows, width), from that of the result."""
-    wanted = (True, False, False)
-    found: Tensor = ops.native_layer_norm_backward(grad, source, gain.shape, mean, rstd, gain, None, wanted)[0]
+def layer_norm_grads(
+    grad: Tensor, source: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, ...]:
+    """Return the gradients that are wanted of the source, the gain and the bias, of shape (..., width) each."""
+    size, like_bias = gain.shape, gain  # of the bias only the shape is read
+    found: tuple[Tensor, ...] = ops.native_layer_norm_backward(grad, source, size, mean, rstd, gain, like_bias, wanted)
     return found
 
 
 class Normalize(Operation):
-    """``target += layer_norm(source) * gain``, over the numbers of each row.
+    """``target = layer_norm(source) * gain + bias`` over the numbers of each row, or without a bias ``target += ...``.
 
     Args:
         source: What is normalised.
         gain: Shape (width,).
         target: The result.
+        moments: Buffers of width 1, for the mean and the inverse standard deviation.
         eps: Added to each variance.
+        bias: Shape (width,).
     """
 
-    def __init__(self, source: Buffer, gain: ParameterRef, target: Buffer, eps: float) -> None:
-        self.source, self.gain, self.target, self.eps, self.shape = source, gain, target, eps, (source.width,)
+    def __init__(
+        self,
+        source: Buffer,
+        gain: ParameterRef,
+        target: Buffer,
+        moments: tuple[Buffer, Buffer],
+        eps: float,
+        bias: ParameterRef | None = None,
+    ) -> None:
+        self.source, self.gain, self.target, self.moments, self.eps, self.bias = source, gain, target, moments, eps, bias
+        self.shape = (source.width,)
 
     def bind(self, values: Pass) -> None:
         self.inputs, self.sums = values.steps(self.source), values.steps(self.target)
+        self.means, self.rstds = (values.steps(moment) for moment in self.moments)
         self.scale = values.parameter(self.gain)
+        self.shift = None if self.bias is None else values.parameter(self.bias)
 
     def forward(self, t: int) -> None:
-        self.sums[t].add_(torch.native_layer_norm(self.inputs[t], self.shape, self.scale, None, self.eps)[0])
+        result, mean, rstd = torch.native_layer_norm(self.inputs[t], self.shape, self.scale, self.shift, self.eps)
+        self.means[t].copy_(mean)
+        self.rstds[t].copy_(rstd)
+        if self.shift is None:
+            self.sums[t].add_(result)
+        else:
+            self.sums[t].copy_(result)
 
     def plan(self, values: Pass) -> None:
+        self.bind(values)
         self.adds = values.claim(self.source)
-        self.value, self.inputs = values.value(self.source), values.steps(self.source)
         self.into, self.grads = values.grad_steps(self.source), values.grad_steps(self.target)
-        self.scale = values.parameter(self.gain)
-        self.moments: list[tuple[Tensor, Tensor]] = []
-
-    def prepare(self, start: int, end: int) -> None:
-        self.moments.append(torch.native_layer_norm(self.value[start:end], self.shape, None, None, self.eps)[1:])
-        self.start, self.block = start, list(zip(*self.moments[-1], strict=True))
 
     def backward(self, t: int) -> None:
-        found = layer_norm_grad(self.grads[t], self.inputs[t], *self.block[t - self.start], self.scale)
+        wanted = (True, False, False)
+        found = layer_norm_grads(self.grads[t], self.inputs[t], self.means[t], self.rstds[t], self.scale, wanted)[0]
         if self.adds:
             self.into[t].add_(found)
         else:
             self.into[t].copy_(found)
 
     def finish(self, values: Pass) -> None:
-        if self.gain.requires_grad:
-            mean, rstd = (torch.cat(parts[::-1]) for parts in zip(*self.moments, strict=True))
-            grad = values.grad(self.target)
-            values.add_grad(self.gain, ((self.value - mean) * rstd * grad).sum((0, 1)))
+        refs, wanted = (self.gain, self.bias), (False, self.gain.requires_grad, getattr(self.bias, "requires_grad", False))
+        read = (values.value(buffer).flatten(0, 1) for buffer in (self.source, *self.moments))
+        found = layer_norm_grads(values.grad(self.target).flatten(0, 1), *read, self.scale, wanted)
+        for ref, grad, is_wanted in zip(refs, found[1:], wanted[1:], strict=True):
+            if ref is not None and is_wanted:
+                values.add_grad(ref, grad)
