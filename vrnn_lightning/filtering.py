@@ -43,13 +43,14 @@ Step = Callable[[int, Any], tuple[Tensor, Any]]
 """Called with a step and the state; returns the log of the increments and the new state."""
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], state: StateT) -> StateT:
-    """Apply a function to each tensor of a state: a tensor, ``None``, or a tuple of states."""
+def map_tensors(function: Callable[..., Tensor], state: StateT, *others: Any) -> StateT:
+    """Apply a function to each tensor of a state, beside those of others: a tensor, ``None``, or a tuple of states."""
     if state is None:
         return state
     if isinstance(state, Tensor):
-        return cast(StateT, function(state))
-    parts = [map_tensors(function, part) for part in cast("tuple[Any, ...]", state)]
+        return cast(StateT, function(state, *others))
+    tuples = cast("tuple[tuple[Any, ...], ...]", (state, *others))
+    parts = [map_tensors(function, *part) for part in zip(*tuples, strict=True)]
     return type(state)(*parts) if hasattr(state, "_fields") else cast(StateT, tuple(parts))
 
 
@@ -117,15 +118,22 @@ class Particles(NamedTuple):
     state: Any
     log_weights: Tensor
 
-    def reset_rows(self, reset: Tensor) -> Particles:
-        """Return the particles without gradient, with even weights and the zero state for some sequences.
+    def reset_rows(self, reset: Tensor, initial: Any = None) -> Particles:
+        """Return the particles without gradient, with even weights and the initial state for some sequences.
 
         Args:
             reset: True for those sequences, shape (batch,).
+            initial: The initial state, of batch rows, with its gradient; zero if not given.
         """
         samples = len(self.log_weights)
-        kept = (~reset).repeat(samples)
-        state = map_tensors(lambda x: x.detach() * kept.view(-1, *[1] * (x.ndim - 1)), self.state)
+        rows = reset.repeat(samples)
+
+        def choose(x: Tensor, first: Tensor) -> Tensor:
+            first = first.to(x).repeat(samples, *[1] * (x.ndim - 1))
+            return torch.where(rows.view(-1, *[1] * (x.ndim - 1)), first, x.detach())
+
+        initial = map_tensors(lambda x: torch.zeros_like(x[: len(reset)]), self.state) if initial is None else initial
+        state = map_tensors(choose, self.state, initial)
         return Particles(state, torch.where(reset, -math.log(samples), self.log_weights.detach()))
 
     def resample_where_due(self, resampling: Resampling, draws: Tensor) -> Particles:

@@ -194,13 +194,13 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         resumed, self._resumed = self._resumed, None
         if resumed is not None and all(len(x) == self.trainer.world_size for part in resumed for x in part):
             own = [[x[self.global_rank].to(self.device) for x in part] for part in resumed]
-            names = list(self.vrnn.initial_state(1).tensors())
+            names = list(self.vrnn.zero_state(1).tensors())
             self._carried = StreamState(
                 *(Particles(State.of_tensors(dict(zip(names, p[1:], strict=True))), p[0]) for p in own)
             )
 
     def on_train_epoch_end(self) -> None:
-        """Drop the state of streams: the next epoch starts from zero."""
+        """Drop the state of streams: the next epoch starts from the initial state."""
         self._carried = None
 
     def forward(self, batch: SequenceBatch) -> Trace:
@@ -239,7 +239,7 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
             return None
         if len(self._carried.trajectories.log_weights[0]) != len(batch):
             raise UserError(f"{type(self._data).__name__}: every batch of streams must have the same number of rows")
-        return self._carried.reset_rows(batch.reset)
+        return self._carried.reset_rows(batch.reset, self.vrnn.initial_state_of(batch))
 
     def _check(self, batch: SequenceBatch) -> None:
         """Raise if the emission can't score a value, and warn of what the model does not read."""

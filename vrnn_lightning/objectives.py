@@ -95,14 +95,15 @@ class StreamState(NamedTuple):
     trajectories: Particles
     particles: Particles | None = None
 
-    def reset_rows(self, reset: Tensor) -> StreamState:
+    def reset_rows(self, reset: Tensor, initial: Any = None) -> StreamState:
         """Return the state without gradient, reset to before the first step for some sequences.
 
         Args:
             reset: True for those sequences, shape (batch,).
+            initial: The state before the first step, of batch rows; zero if not given.
         """
-        particles = None if self.particles is None else self.particles.reset_rows(reset)
-        return StreamState(self.trajectories.reset_rows(reset), particles)
+        particles = None if self.particles is None else self.particles.reset_rows(reset, initial)
+        return StreamState(self.trajectories.reset_rows(reset, initial), particles)
 
 
 class ObjectiveOutput(NamedTuple):
@@ -193,7 +194,7 @@ class ELBO(Objective):
         carried: StreamState | None = None,
     ) -> ObjectiveOutput:
         """Evaluate the objective."""
-        trajectories = model.new_particles(len(batch), 1) if carried is None else carried.trajectories
+        trajectories = model.new_particles(batch, 1) if carried is None else carried.trajectories
         same = self.kl == "analytic" and self.balance is None
 
         def select(trace: Trace) -> tuple[Tensor, ...]:
@@ -257,7 +258,7 @@ class IWAE(ImportanceBound):
     ) -> ObjectiveOutput:
         """Evaluate the objective."""
         samples = self.samples if model.latent_size else 1
-        particles = model.new_particles(len(batch), samples) if carried is None else carried.trajectories
+        particles = model.new_particles(batch, samples) if carried is None else carried.trajectories
         masks = model.draw_masks(noise)
         (log_px, kl, ratio), state = model.collect(
             batch, noise, lambda trace: (trace.log_px, trace.kl, trace.log_ratio), particles.state, masks, samples
@@ -305,7 +306,7 @@ class FIVO(ImportanceBound):
     ) -> ObjectiveOutput:
         """Evaluate the objective; the reported ELBO comes from a separate pass without gradient or resampling."""
         masks = model.draw_masks(noise)
-        trajectories = model.new_particles(len(batch), 1) if carried is None else carried.trajectories
+        trajectories = model.new_particles(batch, 1) if carried is None else carried.trajectories
         with torch.no_grad():
             (log_px, kl), state = model.collect(
                 batch, noise, lambda trace: (trace.log_px, trace.kl), trajectories.state, masks

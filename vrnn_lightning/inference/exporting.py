@@ -46,7 +46,7 @@ class _Step(nn.Module):
     def example(self, batch_size: int) -> dict[str, Tensor]:
         """Return tensors of the shapes that a step takes, by name, in the order of its arguments."""
         model, like = self.model, self.model.input_mean
-        state = model.initial_state(batch_size).tensors()
+        state = model.zero_state(batch_size).tensors()
         row = torch.arange(batch_size).to(like)[:, None] / batch_size
         tensors = {
             "x": like.new_ones(batch_size, model.num_features),

@@ -38,7 +38,7 @@ class Imputer:
         """Follow the sequences to their ends."""
         batch, count, size = self.batch, self.particles, len(self.batch)
         weights = ParticleWeights(batch.lengths, batch.x.new_full((count, size), -math.log(count)), RESAMPLING)
-        state, future = model.initial_state(count * size), model.backward_states(batch, None)
+        state, future = model.initial_state_of(batch, count), model.backward_states(batch, None)
         for t in range(batch.x.shape[1]):
             x, valid = (repeat_rows(part[:, t], count) for part in (batch.x, batch.valid_mask))
             inputs = None if batch.inputs is None else repeat_rows(batch.inputs[:, t], count)

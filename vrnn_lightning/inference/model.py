@@ -152,9 +152,11 @@ class Inference:
         if model.num_inputs:
             require_shape("inputs", inputs, *latents.shape[:2], model.num_inputs)
         with evaluating(self.vrnn, None):
-            like, state, frames = model.input_mean, model.initial_state(len(latents)), []
+            like, frames = model.input_mean, []
+            inputs = inputs.to(like) if model.num_inputs and inputs is not None else None
+            state = model.initial_state(len(latents), None if inputs is None else inputs[:, 0])
             for t, z_features in enumerate(model.extract_z(latents.to(like)).unbind(1)):
-                u = inputs[:, t].to(like) if model.num_inputs and inputs is not None else None
+                u = None if inputs is None else inputs[:, t]
                 frame = _round_binary(model.head, model.emission_dist(z_features, output(state), u).mean)
                 _, state = model.next_state(model.extract_x(frame), z_features, state, u)
                 frames.append(frame)
@@ -232,7 +234,7 @@ class Inference:
             raise UserError(f"origins: {origins[-1]} is beyond the {shortest} steps of a sequence. Fix: lower it")
 
         def paths() -> Iterator[Tensor]:  # between two origins, generators and mode are the caller's
-            noise, new = make_noise(batch, seed), self.vrnn.new_particles(len(batch), samples)
+            noise, new = make_noise(batch, seed), self.vrnn.new_particles(batch, samples)
             particles, first = new, 0
             for origin in origins:
                 with evaluating(self.vrnn, seed):
@@ -292,19 +294,22 @@ class Inference:
             imputer = Imputer(self.vrnn, make_batch(self.vrnn, self.scaler, sequences, inputs), particles)
             return [self.scaler.unscale(paths) for paths in imputer.draw(samples, lag)]
 
-    def session(self, batch_size: int = 1, samples: int = 1, state: State | None = None) -> Session:
+    def session(
+        self, batch_size: int = 1, samples: int = 1, state: State | None = None, inputs: Tensor | None = None
+    ) -> Session:
         """Follow sequences frame by frame.
 
         Args:
             batch_size: Number of sequences.
             samples: Particles per sequence; more of them make scores and predictions better.
-            state: State before the first step, of samples * batch_size rows; zero if not given.
+            state: State before the first step, of samples * batch_size rows; the model's initial state if not given.
+            inputs: Covariates of the first step, shape (batch_size, covariates), for an initial state that reads them.
 
         Raises:
             UserError: The model smooths, or the state has other rows.
         """
         resampling = RESAMPLING if samples > 1 else None
-        return Session(self.vrnn.stream(batch_size, samples, state, resampling), self.vrnn, self.scaler)
+        return Session(self.vrnn.stream(batch_size, samples, state, resampling, inputs), self.vrnn, self.scaler)
 
     def export(self, path: str | Path) -> None:
         """Write the step of :meth:`session`, with one particle, as a program for any number of sequences.
@@ -318,7 +323,7 @@ class Inference:
         ``noise``                 (batch, latent)         standard normal, for the posterior's draw
         ``next_inputs``           (batch, covariates)     covariates of the next step
         ``next_noise``            (batch, latent)         standard normal, for the prior's draw of the next step
-        ``h``, and ``c`` of LSTMs (batch, layers, hidden) the state, zeros at first
+        ``h``, and ``c`` of LSTMs (batch, layers, hidden) the state, first ``vrnn.initial_state``
         ========================= ======================= ==============================================================
 
         It returns, in this order:

@@ -12,6 +12,7 @@ from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.heads import Gaussian, Head, Network
 from vrnn_lightning.nn import MLP, MLPConfig
 from vrnn_lightning.vrnn.equations import StandardNormal
+from vrnn_lightning.vrnn.initial import InitialState, StateFromInputs
 from vrnn_lightning.vrnn.model import VRNN
 
 __all__ = ["build_vrnn"]
@@ -43,6 +44,7 @@ def build_vrnn(
     dropout: float = 0.0,
     num_inputs: int = 0,
     missing: bool = False,
+    initial_state: Literal["zero", "learned", "inputs"] = "zero",
 ) -> VRNN:
     """Return a VRNN made of parts that fit each other.
 
@@ -66,6 +68,9 @@ def build_vrnn(
         dropout: Probability of dropping a unit, the same ones at every step (Gal & Ghahramani 2016, arXiv 1512.05287).
         num_inputs: Covariates per step; every network and the recurrence read them.
         missing: phi_x also reads which values were measured.
+        initial_state: State before the first step: "zero" (of a cell with ``initial_state``, what it returns),
+            "learned", the same parameters for all sequences, or "inputs", those plus a network of the covariates of
+            the first step, for what is known of a sequence as a whole.
 
     >>> build_vrnn(num_features=3, latent_size=2).generate(steps=5, batch_size=4).x.shape
     torch.Size([4, 5, 3])
@@ -73,6 +78,10 @@ def build_vrnn(
     _require_at_least(1, num_features=num_features, hidden_size=hidden_size, layers=layers)
     _require_at_least(0, latent_size=latent_size, num_inputs=num_inputs)
     require("dropout", dropout, 0, below=1)
+    if initial_state not in ("zero", "learned", "inputs"):
+        raise UserError(f"initial_state {initial_state!r}: must be 'zero', 'learned' or 'inputs'")
+    if initial_state == "inputs" and not num_inputs:
+        raise UserError("initial_state 'inputs': the data have no covariates (num_inputs). Fix: choose 'learned'")
     kind = cell if callable(cell) else CELLS.get(cell)
     if kind is None:
         raise UserError(f"cell {cell!r}: must be one of {', '.join(CELLS)}, or a factory of cells")
@@ -92,7 +101,13 @@ def build_vrnn(
         if not hasattr(made, "hidden_size"):
             made.hidden_size = hidden_size
     parts = (x_network, z_network, prior_network, encoder_network, decoder_network, nn.ModuleList(cells), backward_rnn)
-    return VRNN(*parts, residual_posterior=residual_posterior, dropout=dropout, num_inputs=num_inputs, missing=missing)
+    model = VRNN(*parts, residual_posterior=residual_posterior, dropout=dropout, num_inputs=num_inputs, missing=missing)
+    if initial_state != "zero":
+        like = model.zero_state(1)
+        model.initial = (
+            StateFromInputs(like, num_inputs, MLPConfig()) if initial_state == "inputs" else InitialState(like)
+        )
+    return model
 
 
 def _require_at_least(least: int, **sizes: int) -> None:

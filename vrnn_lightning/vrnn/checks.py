@@ -118,7 +118,7 @@ def _compare(model: Equations) -> None:
     lengths = torch.full((ROWS,), STEPS, device=like.device)
     batch = SequenceBatch(x, lengths, None, inputs if model.num_inputs else None)
     future = model.backward_states(batch, None)
-    data, state = model.network_inputs(batch, None, future), model.initial_state(ROWS)
+    data, state = model.network_inputs(batch, None, future), model.initial_state_of(batch)
     noise = like.new_empty(STEPS, ROWS, model.latent.noise_size).normal_()
     steps, last = infer(model, data, noise, state, lengths, resample=lambda t, step: None)
     for t in range(STEPS):

@@ -9,10 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.filtering import map_tensors
 from vrnn_lightning.heads import Factorised, GaussianLatent, Head, Latent, Network, gaussian
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import (
@@ -25,6 +26,7 @@ from vrnn_lightning.recurrence import (
     feature_width,
     is_plain,
     partition,
+    repeat_rows,
 )
 
 __all__ = ["Equations", "StandardNormal"]
@@ -85,14 +87,17 @@ class Equations(nn.Module):
         encoder: The inference network.
         decoder: The network of the emission, and its head.
         cells: The layers of the recurrence, each with ``hidden_size``; the networks read the top one. A cell is called
-            like ``nn.GRUCell`` or ``nn.LSTMCell``. One with ``initial_state(batch_size)``, a tree of tensors, is called
-            with the input and such a tree, and returns its output (batch, hidden_size) and the next tree.
+            like ``nn.GRUCell``, or with an attribute ``has_cell_state = True`` like ``nn.LSTMCell``. One with
+            ``initial_state(batch_size)``, a tree of tensors, is called with the input and such a tree, and returns its
+            output (batch, hidden_size) and the next tree.
         backward_rnn: The recurrence that reads backwards, for a smoothing posterior.
         residual_posterior: The encoder's mean is added to the prior's (Res_q in Fraccaro et al. 2016).
         dropout: Probability of dropping a unit of phi_x, phi_z or h, see :func:`build_vrnn`.
         num_inputs: Covariates per step.
         missing: phi_x also reads which values were measured.
         latent: The kind of latent; Gaussian by default.
+        initial: Called with a number of rows and the covariates of their first steps, returns the state before the
+            first step; zero, or what cells make in ``initial_state``, by default.
     """
 
     input_mean: Tensor
@@ -113,6 +118,7 @@ class Equations(nn.Module):
         num_inputs: int = 0,
         missing: bool = False,
         latent: Latent | None = None,
+        initial: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.num_features = decoder.head.num_features
@@ -123,7 +129,7 @@ class Equations(nn.Module):
         self.residual_posterior, self.dropout = residual_posterior, dropout
         self.num_inputs, self.missing = num_inputs, missing
         self.phi_x, self.phi_z, self.prior, self.backward_rnn = phi_x, phi_z, prior, backward_rnn
-        self.encoder, self.decoder, self.cells = encoder, decoder, cells
+        self.encoder, self.decoder, self.cells, self.initial = encoder, decoder, cells, initial
         self.checkpoint_every: int | None = None
         """In training keep only the states between windows of so many steps, and infer each window again on the way
         back (Chen et al. 2016, arXiv 1604.06174); ``None`` keeps all. It changes no value: an option of the run."""
@@ -260,27 +266,30 @@ class Equations(nn.Module):
             h = state.h[:, layer]
             if hasattr(cell, "initial_state"):
                 leaves, spec = tree_flatten(cell.initial_state(1))
-                h, after = cell(below, tree_unflatten([next(own) for _ in leaves], spec))
-                cs += self._leaves(layer, after, spec)
+                before = tree_unflatten([next(own) for _ in leaves], spec)
+                h, *after = self._outputs(layer, cell(below, before), (h, before))
+                cs += after
             elif isinstance(state.c, Tensor):
-                h, c = cell(below, (h, state.c[:, layer]))
+                before = h, state.c[:, layer]
+                h, c = self._outputs(layer, cell(below, before), before)
                 cs.append(c)
             else:
-                h = cell(below, h)
+                (h,) = self._outputs(layer, cell(below, h), h)
             hs.append(h)
             below = h if masks is None else h * masks.h[:, layer]
         c = tuple(cs) if isinstance(state.c, tuple) else torch.stack(cs, 1) if cs else None
         return below, State(torch.stack(hs, 1), c)
 
-    def _leaves(self, layer: int, state: object, spec: TreeSpec) -> list[Tensor]:
-        """Return the tensors of a cell's state."""
-        leaves, found = tree_flatten(state)
-        if found != spec:
-            kind = type(self.cells[layer]).__name__
+    def _outputs(self, layer: int, found: object, like: object) -> list[Tensor]:
+        """Return the tensors that a cell returned; raise if they have another structure or shape than its state."""
+        (values, spec), (expected, own) = tree_flatten(found), tree_flatten(like)
+        if spec != own or any(getattr(x, "shape", None) != y.shape for x, y in zip(values, expected, strict=True)):
+            got, needed = (tree_map(lambda x: tuple(getattr(x, "shape", (type(x),))), tree) for tree in (found, like))
             raise UserError(
-                f"cells.{layer}: {kind} returned a state of another structure than its initial_state: {found}"
+                f"cells.{layer}: {type(self.cells[layer]).__name__} returned {got}, expected {needed}. Fix: return the "
+                "output, beside a state of the shapes of initial_state or, with has_cell_state, the cell state"
             )
-        return leaves
+        return values
 
     def posterior_dist(
         self,
@@ -315,19 +324,44 @@ class Equations(nn.Module):
         """
         return str(partition(self, purpose))
 
-    def initial_state(self, batch_size: int) -> State:
-        """Return the zero state for ``batch_size`` sequences."""
+    def initial_state(self, batch_size: int, inputs: Tensor | None = None) -> State:
+        """Return the state before the first step.
+
+        Args:
+            batch_size: Number of sequences.
+            inputs: Covariates of the first step, shape (batch_size, covariates), if the state is a function of them.
+        """
+        return self.zero_state(batch_size) if self.initial is None else cast(State, self.initial(batch_size, inputs))
+
+    def initial_state_of(self, batch: SequenceBatch, samples: int = 1) -> State:
+        """Return the state before the first step of each sequence, for ``samples`` trajectories of it."""
+        inputs = batch.inputs[:, 0].to(self.input_mean) if self.num_inputs and batch.inputs is not None else None
+        if inputs is not None:
+            inputs = torch.where(batch.lengths[:, None] > 0, inputs, 0.0)
+        return map_tensors(lambda x: repeat_rows(x, samples), self.initial_state(len(batch), inputs))
+
+    def zero_state(self, batch_size: int) -> State:
+        """Return the state of zeros, or of what cells make in ``initial_state``, for ``batch_size`` sequences."""
         zeros = self.input_mean.new_zeros(batch_size, len(self.cells), self.hidden_size)
-        own = [
-            cell.initial_state(batch_size) for cell in cast("list[Any]", self.cells) if hasattr(cell, "initial_state")
-        ]
+        own = [self._own_state(i, batch_size) for i, cell in enumerate(self.cells) if hasattr(cell, "initial_state")]
         if own:
-            return State(zeros, tuple(leaf.to(zeros) for tree in own for leaf in tree_flatten(tree)[0]))
+            return State(zeros, tuple(leaf.to(zeros) for leaves in own for leaf in leaves))
         return State(zeros, zeros if self._has_cell_state else None)
+
+    def _own_state(self, layer: int, batch_size: int) -> list[Tensor]:
+        """Return the tensors of the state that a cell starts from."""
+        cell: Any = self.cells[layer]
+        leaves: list[Any] = tree_flatten(cell.initial_state(batch_size))[0]
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor) or leaf.ndim < 2 or len(leaf) != batch_size:
+                got = f"shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
+                name = f"cells.{layer}: {type(cell).__name__}.initial_state({batch_size})"
+                raise UserError(f"{name} returned {got}, expected tensors of shape ({batch_size}, ...)")
+        return leaves
 
     def require_state(self, state: State) -> None:
         """Raise if a state has another shape or type than this model's."""
-        like = self.initial_state(len(state.h))
+        like = self.zero_state(len(state.h))
         for name, given, own in zip("hc", state, like, strict=True):
             if (given is None) != (own is None):
                 raise UserError(

@@ -18,6 +18,7 @@ from vrnn_lightning.filtering import (
     ParticleWeights,
     Resampling,
     WindowEstimate,
+    map_tensors,
     window_estimate,
 )
 from vrnn_lightning.heads import log_prob
@@ -90,7 +91,7 @@ class VRNN(Equations):
         Args:
             batch: Padded sequences.
             noise: Standard normal noise, shape (samples * batch, time, latent); drawn if not given.
-            state: State before the first step, of samples * batch rows; zero if not given.
+            state: State before the first step, of samples * batch rows; the model's initial state if not given.
             masks: Dropout; drawn if not given, in training.
             samples: Latent trajectories per sequence, K. Row ``k * batch + i`` of the trace is trajectory k of
                 sequence i.
@@ -106,7 +107,7 @@ class VRNN(Equations):
             source = Noise(batch)
             noise = source.over_time(self.latent.noise_size, samples) if noise is None else noise
             masks = self.draw_masks(source) if masks is None else masks
-        state = self.initial_state(samples * len(batch)) if state is None else state
+        state = self.initial_state_of(batch, samples) if state is None else state
         return self._infer(_Pass(batch, noise, masks, samples, self.backward_states(batch, masks)), state)
 
     def _infer(
@@ -140,7 +141,7 @@ class VRNN(Equations):
             batch: Padded sequences.
             noise: The noise of the pass.
             select: Returns the terms of a window's trace, each of shape (samples * batch, time, ...).
-            state: State before the first step; zero if not given.
+            state: State before the first step; the model's initial state if not given.
             masks: Dropout; ``None`` for none.
             samples: Latent trajectories per sequence.
 
@@ -151,7 +152,7 @@ class VRNN(Equations):
             UserError: The batch has no steps, or not the covariates that the model reads.
         """
         batch = self.mask_invalid(batch)
-        state = self.initial_state(samples * len(batch)) if state is None else state
+        state = self.initial_state_of(batch, samples) if state is None else state
         whole = _Pass(batch, noise, masks, samples, self.backward_states(batch, masks))
         windows: list[tuple[Tensor, ...]] = []
 
@@ -229,7 +230,7 @@ class VRNN(Equations):
             noise: The noise of the pass; from torch's global generator if not given.
             masks: Dropout.
             beta: Weight of the latent's part of the increments; 1 for a likelihood.
-            particles: Particles to continue from; even ones in the zero state if not given.
+            particles: Particles to continue from; even ones in the initial state if not given.
 
         Returns:
             The bound, the weights, and the state of the particles.
@@ -240,7 +241,7 @@ class VRNN(Equations):
         """
         batch = self.mask_invalid(batch)
         noise = Noise(batch) if noise is None else noise
-        state, log_weights = self.new_particles(len(batch), samples) if particles is None else particles
+        state, log_weights = self.new_particles(batch, samples) if particles is None else particles
         if resampling is not None and resampling.gradient and self.checkpoint_every and torch.is_grad_enabled():
             raise UserError(
                 "objective.resampling_gradient: weighs each choice by all that follows, which loop.checkpoint_every "
@@ -297,10 +298,10 @@ class VRNN(Equations):
 
         return resample
 
-    def new_particles(self, batch_size: int, samples: int) -> Particles:
-        """Return ``samples`` even particles in the zero state for each of ``batch_size`` sequences."""
-        state = self.initial_state(samples * batch_size)
-        return Particles(state, state.h.new_full((samples, batch_size), -math.log(samples)))
+    def new_particles(self, batch: SequenceBatch, samples: int) -> Particles:
+        """Return ``samples`` even particles in the initial state for each sequence of a batch."""
+        state = self.initial_state_of(batch, samples)
+        return Particles(state, state.h.new_full((samples, len(batch)), -math.log(samples)))
 
     @prepared
     def generate(
@@ -316,7 +317,7 @@ class VRNN(Equations):
         Args:
             steps: Frames per sequence, T.
             batch_size: Number of sequences, B; ``state`` decides it where given.
-            state: State to continue from; zero if not given.
+            state: State to continue from; the model's initial state if not given.
             inputs: Covariates, shape (B, T, num_inputs), for a model that reads them.
             temperature: Temperature of the emission; below 1 for the more likely frames.
 
@@ -328,27 +329,36 @@ class VRNN(Equations):
         """
         require("steps", steps, 1)
         require("batch_size", batch_size, 1)
-        state = self.initial_state(batch_size) if state is None else state
-        self.require_state(state)
-        if len(state.h) == 0:
+        if state is not None:
+            self.require_state(state)
+            batch_size = len(state.h)
+        if batch_size == 0:
             raise UserError("state: has no rows. Fix: give at least one")
-        needed = (len(state.h), steps, self.num_inputs)
+        needed = (batch_size, steps, self.num_inputs)
         if self.num_inputs and (inputs is None or tuple(inputs.shape) != needed):
             given = "none" if inputs is None else f"shape {tuple(inputs.shape)}"
             raise UserError(f"inputs: the model reads covariates of shape {needed}, but got {given}")
+        if state is None:
+            state = self.initial_state(batch_size, None if inputs is None else inputs[:, 0])
         return generate(self, steps, state, inputs if self.num_inputs else None, temperature)
 
     @prepared
     def stream(
-        self, batch_size: int = 1, samples: int = 1, state: State | None = None, resampling: Resampling | None = None
+        self,
+        batch_size: int = 1,
+        samples: int = 1,
+        state: State | None = None,
+        resampling: Resampling | None = None,
+        inputs: Tensor | None = None,
     ) -> Stream:
         """Follow sequences frame by frame: ``stream.step(x)`` returns an estimate of each log p(x_t | x_<t) in nats.
 
         Args:
             batch_size: Number of sequences, B.
             samples: Particles per sequence, K.
-            state: State before the first step, of K * B rows; zero if not given.
+            state: State before the first step, of K * B rows; the model's initial state if not given.
             resampling: When particles are resampled; ``None`` never.
+            inputs: Covariates of the first step, shape (B, num_inputs), for an initial state that reads them.
 
         Raises:
             UserError: The model smooths, or the state has other rows.
@@ -360,7 +370,8 @@ class VRNN(Equations):
         """
         require("batch_size", batch_size, 1)
         require("samples", samples, 1)
-        state = self.initial_state(samples * batch_size) if state is None else state
+        if state is None:
+            state = map_tensors(lambda x: repeat_rows(x, samples), self.initial_state(batch_size, inputs))
         if len(state.h) != samples * batch_size:
             raise UserError(f"state: has {len(state.h)} rows, expected {samples * batch_size} (samples * batch_size)")
         self.require_state(state)

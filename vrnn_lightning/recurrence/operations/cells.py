@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vrnn_lightning.recurrence.buffers import Buffer, ParameterRef
+from vrnn_lightning.recurrence.buffers import Buffer
 from vrnn_lightning.recurrence.operations.base import Operation, Pass
 from vrnn_lightning.recurrence.operations.normalization import Normalize
 

@@ -45,7 +45,14 @@ class Normalize(Operation):
         eps: float,
         bias: ParameterRef | None = None,
     ) -> None:
-        self.source, self.gain, self.target, self.moments, self.eps, self.bias = source, gain, target, moments, eps, bias
+        self.source, self.gain, self.target, self.moments, self.eps, self.bias = (
+            source,
+            gain,
+            target,
+            moments,
+            eps,
+            bias,
+        )
         self.shape = (source.width,)
 
     def bind(self, values: Pass) -> None:
@@ -77,7 +84,10 @@ class Normalize(Operation):
             self.into[t].copy_(found)
 
     def finish(self, values: Pass) -> None:
-        refs, wanted = (self.gain, self.bias), (False, self.gain.requires_grad, getattr(self.bias, "requires_grad", False))
+        refs, wanted = (
+            (self.gain, self.bias),
+            (False, self.gain.requires_grad, getattr(self.bias, "requires_grad", False)),
+        )
         read = (values.value(buffer).flatten(0, 1) for buffer in (self.source, *self.moments))
         found = layer_norm_grads(values.grad(self.target).flatten(0, 1), *read, self.scale, wanted)
         for ref, grad, is_wanted in zip(refs, found[1:], wanted[1:], strict=True):
