@@ -336,10 +336,8 @@ class _CellSums:
         self.is_gru, self.is_normed = is_plain(cell, nn.GRUCell, LayerNormGRUCell), hasattr(cell, "gain_hh")
         width = self.weight_h.shape[0]
         self.gates = tape.buffer(width + size * self.is_gru, tape.wide if self.is_normed else tape.narrow)
-        self.to_h, self.to_below = (
-            self.gates.columns(0, width),
-            self.gates.columns(size * self.is_gru, self.gates.width),
-        )
+        self.to_h = self.gates.columns(0, width)
+        self.to_below = self.gates.columns(size * self.is_gru, self.gates.width)
         if self.is_gru:
             self.weight_h = cell.weight_hh.roll(size, 0)
             self.bias = torch.cat([self.bias[: 2 * size], cell.bias_ih[2 * size :]])

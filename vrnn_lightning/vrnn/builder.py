@@ -99,14 +99,13 @@ def build_vrnn(
     cells = [kind(hidden_size if i else x_width + z_width, hidden_size) for i in range(layers)]
     for made in cells:
         if not hasattr(made, "hidden_size"):
-            made.hidden_size = hidden_size
+            vars(made)["hidden_size"] = hidden_size
     parts = (x_network, z_network, prior_network, encoder_network, decoder_network, nn.ModuleList(cells), backward_rnn)
     model = VRNN(*parts, residual_posterior=residual_posterior, dropout=dropout, num_inputs=num_inputs, missing=missing)
     if initial_state != "zero":
         like = model.zero_state(1)
-        model.initial = (
-            StateFromInputs(like, num_inputs, MLPConfig()) if initial_state == "inputs" else InitialState(like)
-        )
+        reads = initial_state == "inputs"
+        model.initial = StateFromInputs(like, num_inputs, MLPConfig()) if reads else InitialState(like)
     return model
 
 

@@ -270,8 +270,8 @@ class Equations(nn.Module):
                 h, *after = self._outputs(layer, cell(below, before), (h, before))
                 cs += after
             elif isinstance(state.c, Tensor):
-                before = h, state.c[:, layer]
-                h, c = self._outputs(layer, cell(below, before), before)
+                both = h, state.c[:, layer]
+                h, c = self._outputs(layer, cell(below, both), both)
                 cs.append(c)
             else:
                 (h,) = self._outputs(layer, cell(below, h), h)

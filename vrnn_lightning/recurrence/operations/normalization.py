@@ -45,15 +45,8 @@ class Normalize(Operation):
         eps: float,
         bias: ParameterRef | None = None,
     ) -> None:
-        self.source, self.gain, self.target, self.moments, self.eps, self.bias = (
-            source,
-            gain,
-            target,
-            moments,
-            eps,
-            bias,
-        )
-        self.shape = (source.width,)
+        self.source, self.gain, self.target, self.bias = source, gain, target, bias
+        self.moments, self.eps, self.shape = moments, eps, (source.width,)
 
     def bind(self, values: Pass) -> None:
         self.inputs, self.sums = values.steps(self.source), values.steps(self.target)
@@ -84,12 +77,10 @@ class Normalize(Operation):
             self.into[t].copy_(found)
 
     def finish(self, values: Pass) -> None:
-        refs, wanted = (
-            (self.gain, self.bias),
-            (False, self.gain.requires_grad, getattr(self.bias, "requires_grad", False)),
-        )
-        read = (values.value(buffer).flatten(0, 1) for buffer in (self.source, *self.moments))
-        found = layer_norm_grads(values.grad(self.target).flatten(0, 1), *read, self.scale, wanted)
-        for ref, grad, is_wanted in zip(refs, found[1:], wanted[1:], strict=True):
+        wanted = False, self.gain.requires_grad, self.bias is not None and self.bias.requires_grad
+        source, mean, rstd = (values.value(buffer).flatten(0, 1) for buffer in (self.source, *self.moments))
+        grad = values.grad(self.target).flatten(0, 1)
+        found = layer_norm_grads(grad, source, mean, rstd, self.scale, wanted)
+        for ref, total, is_wanted in zip((self.gain, self.bias), found[1:], wanted[1:], strict=True):
             if ref is not None and is_wanted:
-                values.add_grad(ref, grad)
+                values.add_grad(ref, total)
