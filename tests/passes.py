@@ -16,7 +16,7 @@ from torch.distributions import Distribution
 
 from vrnn_lightning import VRNN, MLPConfig, SequenceBatch, build_vrnn
 from vrnn_lightning.data import Scaler
-from vrnn_lightning.filtering import FilterResult, Resampling
+from vrnn_lightning.filtering import FilterResult, Resampling, map_tensors
 from vrnn_lightning.inference.exporting import _program, _Step, _traceable
 from vrnn_lightning.inference.session import Session
 from vrnn_lightning.noise import Noise
@@ -96,9 +96,9 @@ def make_data(config: str) -> Data:
     frames = SequenceBatch(batch.x, torch.tensor([4, 4]))
     add_extras(model, batch)
     frames.inputs = batch.inputs
-    noise, zero = Noise(batch, SEEDS), model.initial_state(2 * SAMPLES)
-    particles = State(*(None if part is None else torch.randn_like(part) for part in zero))
-    state = State(*(None if part is None else part[:2] for part in particles))
+    noise, zero = Noise(batch, SEEDS), model.zero_state(2 * SAMPLES)
+    particles = map_tensors(torch.randn_like, zero)
+    state = map_tensors(lambda part: part[:2], particles)
     masks, frame = model.draw_masks(noise), {} if model.backward_rnn is not None else _Step(model, SCALER).example(3)
     return Data(model.mask_invalid(batch), frames, noise, masks, state, particles, zero, frame)
 
@@ -117,7 +117,7 @@ def with_gradients(model: VRNN, *outputs: Tensor | None) -> list[Tensor]:
 
 def infer(model: VRNN, data: Data) -> list[Tensor]:
     trace = model(data.batch, data.noise.over_time(3), data.state, data.masks)
-    return with_gradients(model, trace.log_px, trace.kl, trace.log_ratio, *trace.state)
+    return with_gradients(model, trace.log_px, trace.kl, trace.log_ratio, *present(trace.state))
 
 
 def recomputed(model: VRNN, data: Data) -> list[Tensor]:
@@ -125,14 +125,14 @@ def recomputed(model: VRNN, data: Data) -> list[Tensor]:
     terms, state = model.collect(
         data.batch, data.noise, lambda trace: (trace.log_px, trace.kl, trace.log_ratio), data.state, data.masks
     )
-    found = with_gradients(model, *terms, *state)
+    found = with_gradients(model, *terms, *present(state))
     model.checkpoint_every = None
     return found
 
 
 def readable_infer(model: VRNN, data: Data) -> list[Tensor]:
     terms = readable_loop(Written(model), data.batch, data.noise.over_time(3), data.state, data.masks)
-    return with_gradients(model, terms.log_px, terms.kl, terms.log_ratio, *terms.state)
+    return with_gradients(model, terms.log_px, terms.kl, terms.log_ratio, *present(terms.state))
 
 
 def filtered(model: VRNN, data: Data) -> list[Tensor]:
@@ -229,14 +229,14 @@ def readable_exported(model: VRNN, data: Data) -> list[Tensor]:
     frames = SequenceBatch(SCALER.scale(given["x"])[:, None], torch.ones(3, dtype=torch.int64))
     if "inputs" in given:
         frames.inputs = torch.stack([given["inputs"], given["next_inputs"]], 1)
-    state = State(given["h"], given.get("c"))
+    state = State.of_tensors({name: x for name, x in given.items() if name == "h" or name.startswith("c")})
     nats, state, emission = step_and_next(model, frames, state, given["noise"], given["next_noise"])
     moments = SCALER.unscale(emission.mean), emission.variance.sqrt() * SCALER.std
     return [nats - SCALER.std.log().sum(), *moments, *present(state)]
 
 
 def present(state: State) -> list[Tensor]:
-    return [part for part in state if part is not None]
+    return list(state.tensors().values())
 
 
 def many(frames: SequenceBatch) -> SequenceBatch:

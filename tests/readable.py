@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from vrnn_lightning.batch import SequenceBatch
-from vrnn_lightning.filtering import FilterResult, Resampling, particle_filter
+from vrnn_lightning.filtering import FilterResult, Resampling, map_tensors, particle_filter
 from vrnn_lightning.heads import log_prob, tempered
 from vrnn_lightning.recurrence.generation import Generated
 from vrnn_lightning.recurrence.state import Masks, State, log_ratio, output, repeat_rows
@@ -106,8 +106,7 @@ def _where(is_real: Tensor, new: Tensor, old: Tensor | float) -> Tensor:
 
 
 def _next_where(is_real: Tensor, new: State, old: State) -> State:
-    c = None if new.c is None or old.c is None else _where(is_real, new.c, old.c)
-    return State(_where(is_real, new.h, old.h), c)
+    return map_tensors(lambda x, y: _where(is_real, x, y), new, old)
 
 
 def readable_future(model: Equations, batch: SequenceBatch, masks: Masks | None = None) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from readable import readable_generation
-from test_recurrence import OPTIONS, make_model, random_state
+from test_recurrence import CELLS, OPTIONS, make_model, random_state
 from torch import nn
 from torch.distributions import Distribution, Normal
 
@@ -67,7 +67,7 @@ def assert_equal(fast: Generated, slow: Generated, tolerance: float = 1e-9) -> N
 
 @pytest.mark.parametrize("options", SHOWN.values(), ids=SHOWN)
 @pytest.mark.parametrize("latent", [4, 0])
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_equals_readable(cell, latent, options):
     assert_equal(*draw_both(make_model(cell, latent, **options)))
 
@@ -106,7 +106,7 @@ def test_float32_and_single_rows():
     assert_equal(*draw_both(make_model(layers=2).float(), rows=1), tolerance=1e-4)
 
 
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_under_autocast(cell):
     """One step's differences are those of rounding; from there on the draws part."""
     model = make_model(cell, layers=2, num_inputs=2).float()

@@ -31,7 +31,16 @@ def make_model(
     networks = {name: MLPConfig(width, depth) for name, width in zip(NETWORKS, (5, 6, 7, 8, 9), strict=True)}
     model = build_vrnn(features, latent, 10, cell=cell, emission=emission, **{**networks, **options}).double()
     model.init_from_statistics(torch.rand(features).double() * 0.5 + 0.2, torch.rand(features).double() + 0.5)
+    randomize_norms(model)
     return model
+
+
+@torch.no_grad()
+def randomize_norms(model: VRNN) -> None:
+    """Give gains and biases of layer norms values of their own, as training would."""
+    for name, value in model.cells.named_parameters():
+        if "gain" in name or (hasattr(model.cells[0], "gain_hh") and "bias" in name):
+            value.copy_(torch.rand_like(value) + 0.5)
 
 
 def make_batch(lengths: list[int], features: int = 3, binary: bool = False) -> SequenceBatch:

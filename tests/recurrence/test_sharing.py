@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_recurrence import OPTIONS, add_extras, make_batch, make_model
+from test_recurrence import CELLS, OPTIONS, add_extras, make_batch, make_model
 
 from vrnn_lightning.recurrence import tape as tapes
 from vrnn_lightning.recurrence.operations import Calls, Pass
@@ -45,7 +45,7 @@ def keep(passes: list[Any], method: Any) -> Any:
 
 
 @pytest.mark.parametrize("options", [{}, *OPTIONS.values()], ids=["plain", *OPTIONS])
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_no_two_attributes_share_one_mutable(cell, options, monkeypatch):
     passes, make = [], tapes._methods
     monkeypatch.setattr(tapes, "_methods", lambda operations, name: passes.append(operations) or make(operations, name))

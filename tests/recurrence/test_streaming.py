@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_recurrence import OPTIONS, add_extras, draw_noise, make_batch, make_model, random_state
+from test_recurrence import CELLS, OPTIONS, add_extras, draw_noise, make_batch, make_model, random_state
 
 from vrnn_lightning import SequenceBatch, UserError
 from vrnn_lightning.filtering import Resampling
@@ -31,7 +31,7 @@ def follow(stream: Stream, batch: SequenceBatch, noise: torch.Tensor | None) -> 
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("options", SHOWN.values(), ids=SHOWN)
 @pytest.mark.parametrize("latent", [4, 0])
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_equals_a_pass_over_the_sequence(cell, latent, options, samples):
     """Without resampling every prefix has the importance-weighted bound, and one particle the sampled one."""
     model, batch = make_model(cell, latent, **options).eval(), make_batch([6, 6])

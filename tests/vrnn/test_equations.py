@@ -48,9 +48,46 @@ def lstm(weights: Weights, name: str, x: Tensor, h: Tensor, c: Tensor) -> tuple[
     return output * c.tanh(), c
 
 
+def layer_norm(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    """Ba et al. 2016, eq. 3."""
+    centred = x - x.mean(-1, keepdim=True)
+    return gain * centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() + bias
+
+
+def normalized(weights: Weights, name: str, x: Tensor, h: Tensor) -> list[Tensor]:
+    """Return what the input and the state before add to the gates."""
+    return [
+        layer_norm(read @ weights[f"{name}.weight_{i}"].T, weights[f"{name}.gain_{i}"], weights[f"{name}.bias_{i}"])
+        for i, read in (("ih", x), ("hh", h))
+    ]
+
+
+def layer_norm_gru(weights: Weights, name: str, x: Tensor, h: Tensor) -> Tensor:
+    of_x, of_h = (part.chunk(3, -1) for part in normalized(weights, name, x, h))
+    reset, update = (1 / (1 + (-(of_x[i] + of_h[i])).exp()) for i in (0, 1))
+    return (1 - update) * (of_x[2] + reset * of_h[2]).tanh() + update * h
+
+
+def layer_norm_lstm(weights: Weights, name: str, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    write, forget, new, output = sum(normalized(weights, name, x, h)).chunk(4, -1)
+    write, forget, output = (1 / (1 + (-gate).exp()) for gate in (write, forget, output))
+    c = forget * c + write * new.tanh()
+    return output * layer_norm(c, weights[f"{name}.gain_c"], weights[f"{name}.bias_c"]).tanh(), c
+
+
+def tanh(weights: Weights, name: str, x: Tensor, h: Tensor) -> Tensor:
+    sums = x @ weights[f"{name}.weight_ih"].T + weights[f"{name}.bias_ih"]
+    return (sums + h @ weights[f"{name}.weight_hh"].T + weights[f"{name}.bias_hh"]).tanh()
+
+
+CELL_EQUATIONS = {
+    "gru": gru, "lstm": lstm, "layer_norm_gru": layer_norm_gru, "layer_norm_lstm": layer_norm_lstm, "tanh": tanh,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("latent", [4, 0])
 @pytest.mark.parametrize("options", [{}, *OPTIONS.values()], ids=["plain", *OPTIONS])
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("cell", CELL_EQUATIONS)
 def test_each_method_is_its_equation(cell, options, latent):
     model = make_model(cell, latent, **options)
     weights = {name: value.detach() for name, value in model.named_parameters()}
@@ -62,7 +99,7 @@ def test_each_method_is_its_equation(cell, options, latent):
     inputs = torch.randn(rows, 2).double() if model.num_inputs else None
     layers = len(model.cells)
     state = State(torch.randn(rows, layers, hidden).double(), None)
-    if cell == "lstm":
+    if "lstm" in cell:
         state = state._replace(c=torch.randn(rows, layers, hidden).double())
     h = state.h[:, -1] if masks is None else state.h[:, -1] * masks.h[:, -1]
     future = future if model.backward_rnn is not None else None
@@ -99,17 +136,17 @@ def test_each_method_is_its_equation(cell, options, latent):
 
     below, hs, cs = torch.cat([x_features, *u, z_features], 1), [], []
     for layer in range(layers):
-        if cell == "gru":
-            new = gru(weights, f"cells.{layer}", below, state.h[:, layer])
+        if state.c is None:
+            new = CELL_EQUATIONS[cell](weights, f"cells.{layer}", below, state.h[:, layer])
         else:
-            new, c = lstm(weights, f"cells.{layer}", below, state.h[:, layer], state.c[:, layer])
+            new, c = CELL_EQUATIONS[cell](weights, f"cells.{layer}", below, state.h[:, layer], state.c[:, layer])
             cs.append(c)
         hs.append(new)
         below = new if masks is None else new * masks.h[:, layer]
     output, after = model.next_state(x_features, z_features, state, inputs, masks)
     close(output, below)
     close(after.h, torch.stack(hs, 1))
-    assert (after.c is None) == (cell == "gru")
+    assert (after.c is None) == (state.c is None)
     if cs:
         close(after.c, torch.stack(cs, 1))
 

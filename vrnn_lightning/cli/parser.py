@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import Any, NoReturn, cast
 
@@ -27,6 +27,7 @@ from vrnn_lightning.files import require_plain_yaml
 from vrnn_lightning.heads import Head
 from vrnn_lightning.objectives import Objective
 from vrnn_lightning.trust import parameters_of, subclasses_of
+from vrnn_lightning.vrnn.builder import CELLS
 
 __all__ = ["MODE", "Parser", "one_line"]
 
@@ -35,7 +36,8 @@ MODE = "vrnn-lightning"
 BEGIN, END = 600, 400
 """Characters that are kept of a longer line, which holds a text of the user's."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")  # precise enough for densities
-CHOICES = {
+CHOICES: dict[str, tuple[Iterable[str], str]] = {
+    "--model.cell": (CELLS, ", or the class path of a cell of your own"),
     "--prediction.task": (TASKS, ", or the class path of a Task of your own"),
     "--trainer.precision": (PRECISIONS, ""),
 }

@@ -15,7 +15,7 @@ from vrnn_lightning.vrnn.equations import StandardNormal
 from vrnn_lightning.vrnn.initial import InitialState, StateFromInputs
 from vrnn_lightning.vrnn.model import VRNN
 
-__all__ = ["build_vrnn"]
+__all__ = ["CELLS", "build_vrnn"]
 
 Cell = Literal["gru", "lstm", "layer_norm_gru", "layer_norm_lstm", "tanh"]
 CELLS: dict[Cell, Callable[[int, int], nn.Module]] = {

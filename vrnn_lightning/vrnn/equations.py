@@ -266,13 +266,13 @@ class Equations(nn.Module):
             h = state.h[:, layer]
             if hasattr(cell, "initial_state"):
                 leaves, spec = tree_flatten(cell.initial_state(1))
-                before = tree_unflatten([next(own) for _ in leaves], spec)
+                before: Any = tree_unflatten([next(own) for _ in leaves], spec)
                 h, *after = self._outputs(layer, cell(below, before), (h, before))
                 cs += after
             elif isinstance(state.c, Tensor):
                 both = h, state.c[:, layer]
-                h, c = self._outputs(layer, cell(below, both), both)
-                cs.append(c)
+                h, *after = self._outputs(layer, cell(below, both), both)
+                cs += after
             else:
                 (h,) = self._outputs(layer, cell(below, h), h)
             hs.append(h)
