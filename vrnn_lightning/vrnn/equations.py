@@ -25,6 +25,7 @@ from vrnn_lightning.recurrence import (
     feature_width,
     is_plain,
     partition,
+    require_output,
 )
 
 __all__ = ["Equations", "StandardNormal"]
@@ -267,6 +268,7 @@ class Equations(nn.Module):
                 cs.append(c)
             else:
                 h = cell(below, h)
+            require_output(f"cells.{layer}", h, *state.h[:, layer].shape)
             hs.append(h)
             below = h if masks is None else h * masks.h[:, layer]
         c = tuple(cs) if isinstance(state.c, tuple) else torch.stack(cs, 1) if cs else None
