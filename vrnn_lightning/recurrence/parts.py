@@ -187,7 +187,7 @@ def feature_width(network: nn.Module, in_features: int, like: Tensor, part: str)
 
 
 def require_output(part: str, output: object, *shape: int) -> None:
-    """Raise if what a part returned is no tensor of floating-point numbers of a shape."""
+    """Raise if what a part returned has another shape or type than floating-point numbers."""
     if not isinstance(output, Tensor) or not output.is_floating_point():
         got: object = output.dtype if isinstance(output, Tensor) else type(output).__name__
     elif output.shape != shape:
