@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Normal
 from torch.nn import functional as F
 
 from vrnn_lightning.heads.base import FrameDistribution, Head, SampleShape, at_least_float32, require_floor
@@ -75,19 +74,18 @@ class _MultivariateGaussian(FrameDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         centred = value - self.loc
-        residual = centred - (self.weights @ centred[..., None])[..., 0]
-        nats: Tensor = Normal(0.0, self.scale, validate_args=False).log_prob(residual).sum(-1)
-        return nats
+        z = (centred - (self.weights @ centred[..., None])[..., 0]) / self.scale
+        return -(0.5 * z.square() + self.scale.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def marginal_log_prob(self, value: Tensor, observed: Tensor) -> Tensor:
-        """Return the log-likelihood of the observed features; missing ones count as independent of N(0, 1), at 0."""
+        """Return the log-likelihood of the observed features, as if missing ones were independent."""
         centred = (value - self.loc).masked_fill(~observed, 0.0)
         rows = torch.cat([self.factor * observed[..., None], torch.diag_embed((~observed).to(centred))], -1)
         upper = torch.linalg.qr(rows.mT).R  # covariance R^T R, without the squares that a Cholesky factor loses
         z = torch.linalg.solve_triangular(upper.mT, centred[..., None], upper=False)[..., 0]
-        log_std = upper.diagonal(dim1=-2, dim2=-1).abs().log()
-        nats: Tensor = 0.5 * z.square() + log_std + 0.5 * math.log(2 * math.pi) * observed
-        return -nats.sum(-1)
+        each = 0.5 * z.square() + upper.diagonal(dim1=-2, dim2=-1).abs().log() + 0.5 * math.log(2 * math.pi)
+        nats: Tensor = torch.where(observed, each, 0.0).sum(-1)  # missing ones have z = 0 and a factor of 1
+        return -nats
 
     @torch.no_grad()
     def sample(self, sample_shape: SampleShape = ()) -> Tensor:
