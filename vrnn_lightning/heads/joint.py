@@ -30,13 +30,12 @@ class Group:
     head: Callable[[int, int], Head] = Gaussian
 
     def indices(self) -> list[int]:
-        """Return the columns; a UserError if they are not a list or a range."""
-        if not isinstance(self.columns, str):
-            return list(self.columns)
-        first, _, end = self.columns.partition(":")
-        if not (first.isdecimal() and end.isdecimal()):
-            raise UserError(f"columns {self.columns!r}: must be a list or a range such as '0:3', in quotes")
-        return list(range(int(first), int(end)))
+        """Return the columns; a UserError if there are none."""
+        first, _, end = self.columns.partition(":") if isinstance(self.columns, str) else ("", "", "")
+        columns = list(range(int(first), int(end))) if (first + end).isdecimal() and first and end else self.columns
+        if not columns or isinstance(columns, str):
+            raise UserError(f"columns {self.columns!r}: must be a list or a range such as '0:3', not without columns")
+        return columns
 
 
 class Joint(Head):
