@@ -57,7 +57,7 @@ class Flow(Head):
         self.flow = make(num_features, in_features, transforms=transforms, hidden_features=hidden, **passes)
 
     def forward(self, features: Tensor) -> _Flow:
-        wide = at_least_float32(features)
+        wide = at_least_float32(features).clamp(-100, 100)  # far beyond, the transformations overflow
         return _Flow(self.flow.transform(wide), wide.new_zeros(()).expand(*wide.shape[:-1], self.num_features))
 
 
