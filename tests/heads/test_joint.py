@@ -112,7 +112,7 @@ def test_a_group_without_partly_missing_frames():
         ([Group("0:3"), Group([3])], "columns 3 are not among the data's 3"),
         ([Group([-1, 0, 1])], "columns -1 are not among"),
         ([], "columns 0, 1, 2 are in no group"),
-        ([Group("0:3"), Group([])], "without columns"),
+        ([Group("0:3"), Group([])], "and not empty"),
         ([Group("first")], "columns 'first': must be a list or a range such as '0:3'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
@@ -31,10 +32,12 @@ class Group:
 
     def indices(self) -> list[int]:
         """Return the columns; a UserError if there are none."""
-        first, _, end = self.columns.partition(":") if isinstance(self.columns, str) else ("", "", "")
-        columns = list(range(int(first), int(end))) if (first + end).isdecimal() and first and end else self.columns
-        if not columns or isinstance(columns, str):
-            raise UserError(f"columns {self.columns!r}: must be a list or a range such as '0:3', not without columns")
+        columns = self.columns
+        if isinstance(columns, str):
+            ends = re.fullmatch(r"(\d+):(\d+)", columns)
+            columns = list(range(int(ends[1]), int(ends[2]))) if ends else []
+        if not columns:
+            raise UserError(f"columns {self.columns!r}: must be a list or a range such as '0:3', and not empty")
         return columns
 
 
