@@ -142,7 +142,8 @@ class Equations(nn.Module):
     def init_from_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Centre what phi_x reads, and start the emission's bias, from the data's moments, each (features,)."""
         self.input_mean.copy_(mean)
-        self.input_std.copy_(torch.where((std > 0) & self.head.scales_inputs, std, 1.0))
+        scales = torch.as_tensor(self.head.scales_inputs, device=std.device)
+        self.input_std.copy_(torch.where((std > 0) & scales, std, 1.0))
         self.head.init_from_statistics(mean)
 
     def standardize_input(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
