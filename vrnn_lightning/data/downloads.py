@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from vrnn_lightning.data.folders import SPLIT_NAMES
 from vrnn_lightning.data.ink import read_sketch_rnn
-from vrnn_lightning.data.progress import make_bar
+from vrnn_lightning.data.progress import ProgressBar
 from vrnn_lightning.data.rolls import read_note_lists
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
@@ -225,13 +225,11 @@ def _transfer(address: str, part: Path) -> None:
 
 def _write(response: Response, part: Path, start: int, total: int | None) -> None:
     """Append a response to a file from byte ``start`` on, with a progress bar."""
-    from rich.progress import DownloadColumn
-
-    with part.open("ab" if start else "wb") as file, make_bar(DownloadColumn(), transient=False) as progress:
-        task = progress.add_task(part.stem, total=total, completed=start)
+    bar = ProgressBar(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True)
+    with part.open("ab" if start else "wb") as file, bar:
         for chunk in response.iter_content(CHUNK):
             file.write(chunk)
-            progress.advance(task, len(chunk))
+            bar.update(len(chunk))
 
 
 def content_sum(path: Path) -> str:
