@@ -162,15 +162,11 @@ class _Images:
 
 
 class _RedrawnImages(_Images):
-    """Images that are redrawn every epoch."""
-
     def in_epoch(self, epoch: int, /) -> _RedrawnImages:
-        """Return the draws of an epoch."""
         return replace(self, epoch=epoch)
 
 
 def _find(root: Path, name: str) -> Path:
-    """Return the file of training or test images in a folder."""
     if not root.exists():
         raise UserError(f"--data.root {root}: no such folder or archive. Fix: download MNIST's files from {SOURCE}")
     if root.is_file():

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 from vrnn_lightning.datamodules.handwriting import Handwriting
 from vrnn_lightning.datamodules.mnist_rows import MNISTRows
 from vrnn_lightning.datamodules.piano_rolls import PianoRolls
@@ -451,18 +452,13 @@ def test_a_server_that_falls_silent(chorales, monkeypatch, tmp_path):
 def test_interrupted(chorales, monkeypatch, tmp_path):
     """What came so far stays, and nothing else; the next run continues."""
     chorales.wait = threading.Event()
-    write = downloads._write
 
-    def interrupted(response, part, start, total):
-        response.iter_content = lambda size: iter_then_interrupt(response)
-        write(response, part, start, total)
-
-    def iter_then_interrupt(response):
+    def iter_then_interrupt(response, size):
         yield response.raw.read(5)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(downloads, "_write", interrupted)
+        patch.setattr(requests.Response, "iter_content", iter_then_interrupt)
         with pytest.raises(KeyboardInterrupt):
             fetch("jsb", tmp_path / "jsb.npz")
     chorales.wait.set()

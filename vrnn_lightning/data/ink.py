@@ -128,18 +128,13 @@ def _trace_points(place: str, trace: str, channels: list[tuple[str, float]]) -> 
 
 
 def _tokens(place: str, text: str) -> list[tuple[str, str]]:
-    tokens, start = [], 0
-    while start < len(text):
-        match = TOKEN.match(text, start)
-        if match is None:
-            raise UserError(f"{place}: a trace holds {text[start:].strip()[:20]!r}. Fix: write a number")
-        tokens.append((match[1], match[2]))
-        start = match.end()
+    tokens: list[tuple[str, str]] = TOKEN.findall(text)
+    if rest := TOKEN.sub("", text).strip():
+        raise UserError(f"{place}: a trace holds {rest[:20]!r}. Fix: write a number")
     return tokens
 
 
 def _advance(level: list[float], order: int, word: str, place: str) -> None:
-    """Move a channel to its next value."""
     if word.startswith("#"):
         if len(word) > 1 + LONGEST:
             raise UserError(f"{place}: a coordinate has {len(word) - 1} digits. Fix: correct or remove it")
@@ -323,6 +318,5 @@ def check_sketch(place: str, drawing: Any) -> NDArray[Any]:
 
 
 def _is_row(row: Any) -> bool:
-    """Return True for three numbers."""
     is_flat = isinstance(row, (list, tuple)) or (isinstance(row, np.ndarray) and row.ndim == 1)
     return is_flat and len(row) == 3 and all(isinstance(value, (int, float, np.number)) for value in row)

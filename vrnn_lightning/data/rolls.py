@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import reprlib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -296,13 +295,9 @@ def _collect_notes(tracks: list[Any], sustain: bool) -> tuple[list[tuple[int, in
 
 
 def _load(path: Path) -> Any:
-    try:
-        with explained(path, "--data.root"), path.open("rb") as file:
-            return unpickle(file) if path.suffix.lower() != ".json" else json.load(file)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: can't be read as a pickle of notes: {error}. Fix: copy or write it again") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: can't be read as JSON ({error}). Fix: copy or write it again") from None
+    load, kind = (json.load, "JSON") if path.suffix.lower() == ".json" else (unpickle, "a pickle of notes")
+    with explained(path, "--data.root"), undamaged(f"{path}: can't be read as {kind}", "copy or write it again"):
+        return load(io.BytesIO(path.read_bytes()))
 
 
 def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
@@ -310,6 +305,5 @@ def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
 
 
 def _shorten(value: Any) -> str:
-    """Return a value for a message."""
     words = reprlib.repr(value)
     return words if len(words) <= 40 and "\n" not in words else f"a {type(value).__name__}"
