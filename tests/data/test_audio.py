@@ -339,10 +339,10 @@ class TestIndex:
         names = sorted(path.name for path in corpus.iterdir())
         assert list(index_audio(corpus, [*names, "gone.wav"], bad)) == ["0.wav", "4.wav", "5.wav"]
         assert [re.split(r" \(| or dir", line.split("corpus/")[1])[0] for line in bad.problems] == [
-            "gone.wav: No such file",
             "1.wav: cannot be read as audio",
             "2.wav: cannot be read as audio",
             "3.wav: holds NaN or infinite samples. Fix: correct or remove it",
+            "gone.wav: No such file",
         ]
 
     def test_files_are_read_to_their_end_once_if_bad_ones_are_skipped(self, corpus, monkeypatch):
