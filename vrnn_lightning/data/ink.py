@@ -128,9 +128,13 @@ def _trace_points(place: str, trace: str, channels: list[tuple[str, float]]) -> 
 
 
 def _tokens(place: str, text: str) -> list[tuple[str, str]]:
-    tokens: list[tuple[str, str]] = TOKEN.findall(text)
-    if rest := TOKEN.sub("", text).strip():
-        raise UserError(f"{place}: a trace holds {rest[:20]!r}. Fix: write a number")
+    tokens, start = [], 0
+    while start < len(text):
+        match = TOKEN.match(text, start)
+        if match is None:
+            raise UserError(f"{place}: a trace holds {text[start:].strip()[:20]!r}. Fix: write a number")
+        tokens.append((match[1], match[2]))
+        start = match.end()
     return tokens
 
 
