@@ -77,7 +77,6 @@ class ArchiveWriter:
             temporary.unlink()
 
     def __len__(self) -> int:
-        """Return the number of sequences so far."""
         return len(self._index)
 
     def declare(self, **arrays: np.ndarray) -> None:

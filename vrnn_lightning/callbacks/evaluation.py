@@ -110,7 +110,6 @@ class Evaluation(Callback):
         self._kl: list[Tensor] = []
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier evaluation, if this is not a validation within training."""
         if trainer.state.fn != "fit":
             self._estimates, self._steps, self._kl = {}, 0, []
             self.path, self._writer = archive_path(trainer, "evaluation"), None
@@ -130,7 +129,6 @@ class Evaluation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Bound the sequences of a batch, if this is not a validation within training."""
         if trainer.state.fn == "fit":
             return
         module, trace = cast(VRNNLightningModule, pl_module), cast(Trace, outputs)
@@ -179,7 +177,6 @@ class Evaluation(Callback):
         return dict(zip(names, torch.cat(parts, 1)[:, torch.tensor(order).argsort()], strict=False))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report, if this is not a validation within training."""
         if trainer.state.fn == "fit":
             return
         stage = "val" if trainer.state.fn == "validate" else "test"
@@ -201,7 +198,6 @@ class Evaluation(Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave nothing behind."""
         if self._writer is not None:
             self._writer.discard()
             self._writer = None

@@ -98,7 +98,6 @@ class Media:
         return files
 
     def _suffixes(self, name: str, x: Tensor) -> list[str]:
-        """Return the suffixes of a sequence's files."""
         if not torch.isfinite(x).all():
             return []
         if self.modality == "audio" and self.sample_rate:

@@ -47,11 +47,9 @@ class Draws:
         self.count, self.num_features, self.trainer = count, num_features, trainer
 
     def __len__(self) -> int:
-        """Return the number of batches of each process."""
         return -(-self.count // (GROUP * self.trainer.world_size))
 
     def __iter__(self) -> Iterator[SequenceBatch]:
-        """Yield empty frames, one for each sequence."""
         for batch in range(len(self)):
             first = (batch * self.trainer.world_size + self.trainer.global_rank) * GROUP
             index = torch.arange(first, max(first, min(first + GROUP, self.count)))
@@ -131,11 +129,6 @@ class Predictions(Callback):
         self._shown: list[Prediction] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the archive; every process takes part.
-
-        Raises:
-            UserError: The folder can't be written to, or the model can't do the task.
-        """
         module, task = cast(VRNNLightningModule, pl_module), self.task
         self.path = archive_path(trainer, "encodings" if task.name == "encode" else f"predictions/{task.name}/test")
         earlier = sorted(self.path.parent.glob(f"{_stem(task)}*.npz"))
@@ -158,13 +151,11 @@ class Predictions(Callback):
         self._writer = ArchiveWriter(self.path, "test")
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prepare the task; every process takes part."""
         self.task.prepare(cast(VRNNLightningModule, pl_module), partial(_gather, trainer))
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: SequenceBatch, *_: Any, **__: Any
     ) -> None:
-        """Add the results of a batch to the archive's parts."""
         module, writer = cast(VRNNLightningModule, pl_module), cast(ArchiveWriter, self._writer)
         real: list[int] = (batch.lengths > 0).nonzero().flatten().tolist()
         with module.summon_full_params():
@@ -174,11 +165,6 @@ class Predictions(Callback):
                     self._shown.append(piece)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write archive, table and media.
-
-        Raises:
-            UserError: There is nothing to write, or it can't be written.
-        """
         cast(VRNNLightningModule, pl_module).is_tracing = True
         writer, task = cast(ArchiveWriter, self._writer), self.task
         totals = torch.tensor([len(writer), task.skipped], device=pl_module.device)
@@ -248,7 +234,6 @@ class Predictions(Callback):
                 break
 
     def _show(self, path: Path) -> None:
-        """Draw the first sequences, and write them as the modality asks."""
         media = Media(self.data)
         rows: Shown = {}
         for piece in self._shown:
@@ -260,7 +245,6 @@ class Predictions(Callback):
         save_picture(self.task.picture(self._shown, media, rows), path)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave nothing behind."""
         if isinstance(pl_module, VRNNLightningModule):
             pl_module.is_tracing = True
         self._tidy()

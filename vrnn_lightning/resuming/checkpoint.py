@@ -47,7 +47,6 @@ class RunCheckpoint(ModelCheckpoint):
         """Seconds from one save to the next, ``None`` if the clock asks for none."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
         super().on_train_start(trainer, pl_module)
         self._saved_at = time.monotonic()
 
@@ -67,7 +66,6 @@ class RunCheckpoint(ModelCheckpoint):
             super().on_validation_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the best."""
         if self.monitor is not None:
             super().on_train_epoch_end(trainer, pl_module)
 
@@ -130,7 +128,6 @@ class RunCheckpoint(ModelCheckpoint):
                 self._defer_save_until_validation = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return Lightning's state, and whether a save waits for a validation."""
         return {**super().state_dict(), "is_deferred": self._defer_save_until_validation}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -70,12 +70,10 @@ class _Rows(ExperimentWriter):
         self._write(rows)
 
     def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
-        """Hold a row until it is saved, and count it."""
         super().log_metrics(metrics_dict, step)
         self.count += 1
 
     def save(self) -> None:
-        """Write the rows to the disk."""
         if not self.metrics:
             return
         with explained(self.metrics_file_path, "--trainer.logger"):
