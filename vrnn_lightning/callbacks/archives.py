@@ -21,11 +21,7 @@ FOLDER = "--trainer.default_root_dir"
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Return the run's folder. A collective call.
-
-    Raises:
-        UserError: It is a remote one.
-    """
+    """Return the run's folder, or raise if it is a remote one. A collective call."""
     return require_local(trainer.log_dir or trainer.default_root_dir, FOLDER)
 
 
@@ -85,15 +81,7 @@ class ArchiveWriter:
             self._columns.setdefault(name, _Column(values[:0]))
 
     def add(self, index: int, **arrays: np.ndarray) -> None:
-        """Add a sequence.
-
-        Args:
-            index: Its place among the sequences.
-            arrays: Its arrays by name, of the same names, types and widths for each sequence.
-
-        Raises:
-            UserError: The disk is full, or the folder can't be written to.
-        """
+        """Add a sequence: its place, and its arrays, of the same names, types and widths for each sequence."""
         self.declare(**arrays)
         with explained(self.path, FOLDER):
             for name, values in arrays.items():
@@ -116,14 +104,7 @@ class ArchiveWriter:
             yield sequence
 
     def finish(self, **more: np.ndarray) -> None:
-        """Write the archive and delete the parts.
-
-        Args:
-            more: Further arrays, whose rows are not sequences.
-
-        Raises:
-            UserError: The disk is full, or the folder can't be written to.
-        """
+        """Write the archive, with further arrays whose rows are not sequences, and delete the parts."""
         try:
             with replacing(self.path, FOLDER) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
                 for name, column in self._columns.items():

@@ -28,14 +28,8 @@ def importance_weighted(
 ) -> tuple[Tensor, Tensor]:
     """Return the importance-weighted bound of each sequence and the effective samples of its weights, each (batch,).
 
-    Memory is bounded by ``rows``, for any number of samples and any length of the sequences.
-
-    Args:
-        model: The model.
-        batch: Padded sequences.
-        samples: K.
-        noise: Source of the draws.
-        rows: Trajectories at a time, more where the batch itself holds more.
+    Memory is bounded by ``rows``, the trajectories at a time, for any number of samples and any length of the
+    sequences.
     """
     largest = max(1, rows // len(batch))
     sums, effective = [], []

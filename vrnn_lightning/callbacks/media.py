@@ -74,17 +74,11 @@ class Media:
         return draw_rows(rows, self.modality, self.sample_rate, titles, shared, self._features)
 
     def write(self, rows: Shown, folder: Path, stem: str) -> dict[str, dict[str, list[Path]]]:
-        """Write the result of :meth:`to_display`, each sequence as files ``<stem>_<row>_<i>.<suffix>``.
+        """Write the result of :meth:`to_display` as files ``<stem>_<row>_<i>.<suffix>``; return them by suffix and row.
 
         Audio becomes wav; strokes become svg in which they are drawn one by one, and sampled ones gif; piano rolls
         become wav, and MIDI where mido is installed. Missing values of data are silent; a sequence of the model that
         holds NaN becomes no file.
-
-        Returns:
-            The files by suffix and row.
-
-        Raises:
-            UserError: The disk is full, or the folder can't be written to.
         """
         files: dict[str, dict[str, list[Path]]] = {}
         for name, sequences in rows.items():
@@ -140,23 +134,13 @@ def require_columns(option: str, count: int) -> None:
 
 
 def save_picture(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG file, whole or not at all.
-
-    Raises:
-        UserError: The disk is full, or the folder can't be written to.
-    """
+    """Write a figure as a PNG file, whole or not at all."""
     with replacing(path, FOLDER) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 
 class MediaLogger:
-    """Shows sequences of a run as files in its folder, and in the loggers that can show them.
-
-    Args:
-        trainer: The trainer, for its loggers.
-        folder: Folder of the files.
-        media: Display of the sequences.
-    """
+    """Shows sequences of a run as files in a folder, and in the trainer's loggers that can show them."""
 
     def __init__(self, trainer: Trainer, folder: Path, media: Media) -> None:
         self.loggers: list[Any] = list(trainer.loggers)

@@ -35,13 +35,7 @@ LEAST = {"lag": 0, "shown": 0, "seed": 0} | dict.fromkeys(
 
 
 class Draws:
-    """Empty batches, one row for each sequence to draw, in groups that do not depend on batch size or processes.
-
-    Args:
-        count: Sequences of all processes together.
-        num_features: Features of a frame.
-        trainer: The trainer, for the number of this process.
-    """
+    """Empty batches for a count of sequences to draw, in groups that depend on neither batch size nor processes."""
 
     def __init__(self, count: int, num_features: int, trainer: Trainer) -> None:
         self.count, self.num_features, self.trainer = count, num_features, trainer
@@ -251,11 +245,7 @@ class Predictions(Callback):
 
 
 def _build_task(task: str | type[Task], options: Mapping[str, Any]) -> Task:
-    """Build a task.
-
-    Raises:
-        UserError: The task is unknown, or an option is outside its range or belongs to another task.
-    """
+    """Build a task; raise if it is unknown, or an option is outside its range or belongs to another task."""
     if isinstance(task, str) and task not in TASKS:
         raise UserError(f"prediction.task {task}: must be one of {', '.join(TASKS)}")
     cls = TASKS[task] if isinstance(task, str) else task

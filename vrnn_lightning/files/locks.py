@@ -36,11 +36,7 @@ class FolderLock:
         self._held = ExitStack()
 
     def acquire(self) -> None:
-        """Take the folder, which is made if it does not exist.
-
-        Raises:
-            UserError: Another process has it, or the system can't write there.
-        """
+        """Take the folder, which is made if it does not exist; raise if another process has it."""
         with explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             while not self.is_held:

@@ -128,11 +128,11 @@ class Task(ABC):
     def predict(
         self, batch: SequenceBatch, i: int, values: Tensor, rows: dict[str, Tensor], **more: NDArray[Any]
     ) -> Prediction:
-        """Return the result for a sequence.
+        """Return the result for row ``i`` of a batch.
 
         Args:
-            batch: Its batch.
-            i: Its row.
+            batch: Padded sequences.
+            i: The row.
             values: Of shape (time, features), or draws with one dimension before.
             rows: Its sequences in the picture.
             more: Further arrays of the archive.
