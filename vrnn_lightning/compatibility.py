@@ -84,7 +84,7 @@ def keep_old_hooks(cls: type, hooks: Mapping[str, str]) -> None:
 
 
 class _Renamed:
-    """An attribute that is read under another name."""
+    """An attribute that is read under another name, of a class too."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -96,18 +96,11 @@ class _Renamed:
 def renamed(old: str, new: str) -> Any:
     """Return a property that reads and sets an attribute under its old name, with a warning."""
 
-    def warn(instance: object) -> None:
-        warnings.warn(f"{type(instance).__name__}.{old} is now called {new}", FutureWarning, stacklevel=3)
+    def access(instance: object, *value: Any) -> Any:
+        warnings.warn(f"{type(instance).__name__}.{old} is now called {new}", FutureWarning, stacklevel=2)
+        return setattr(instance, new, *value) if value else getattr(instance, new)
 
-    def read(instance: object) -> Any:
-        warn(instance)
-        return getattr(instance, new)
-
-    def write(instance: object, value: Any) -> None:
-        warn(instance)
-        setattr(instance, new, value)
-
-    return property(read, write, doc=f"The old name of :attr:`{new}`.")
+    return property(access, access, doc=f"The old name of :attr:`{new}`.")
 
 
 def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from vrnn_lightning.callbacks.pictures import make_grid
 from vrnn_lightning.data.archives import opened_archive
 from vrnn_lightning.data.audio import opened, read_header
 from vrnn_lightning.errors import UserError
@@ -132,20 +133,16 @@ def _draw_training(curves: dict[str, np.ndarray]) -> _File | None:
     panels = {title: names for title, names in panels.items() if names}
     if not panels:
         return None
-    from matplotlib.figure import Figure
-
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(3.9 * columns, 2.5 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
+    figure, grid = make_grid(rows, columns, 3.9 * columns, 2.5 * rows, "auto")
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, (title, names) in zip(grid.flat, panels.items(), strict=False):
         for name in names:
             _plot(axes, curves[name], name)
         axes.set_title(title, fontsize=9)
-        axes.tick_params(labelsize=7, which="both")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         if title.startswith("gradient") and curves[names[0]][1].min() > 0:
             axes.set_yscale("log")
         if len(names) > 1:
@@ -246,19 +243,12 @@ def _draw_evaluation(paths: list[Path]) -> _File | None:
                 kl = np.sort(archive.read("test_kl_per_dim"))[::-1]  # of all processes
     if not parts:
         return None
-    from matplotlib.figure import Figure
-
     per_step = np.concatenate(parts)
-    figure = Figure(figsize=(8.0, 2.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, ((left, right),) = make_grid(1, 2, 8.0, 2.4, "auto")
     left.hist(per_step[np.isfinite(per_step)], bins=30, color="tab:blue")
     left.set(xlabel="ELBO, nats per step", ylabel="sequences")
     right.bar(np.arange(len(kl)), kl, color="tab:blue")
     right.set(xlabel="latent dimension, sorted", ylabel="KL, nats per step")
-    for axes in (left, right):
-        axes.xaxis.label.set_size(8)
-        axes.yaxis.label.set_size(8)
-        axes.tick_params(labelsize=7)
     return _rendered("evaluation", figure)
 
 

@@ -64,7 +64,7 @@ def draw_rows(
     parts = panels.find_panels(kind)
     columns = max(len(sequences) for sequences in rows.values())
     height = len(rows) * len(parts)
-    figure, grid = _make_grid(height, columns, 3.2 * columns, 1.7 * height)
+    figure, grid = make_grid(height, columns, 3.2 * columns, 1.7 * height)
     for r, (name, sequences) in enumerate(rows.items()):
         for c, sequence in enumerate(sequences):
             for p, panel in enumerate(parts):
@@ -118,7 +118,7 @@ def draw_heat(
         titles: Titles of the columns.
     """
     heights = [1.4] * (above is not None) + [0.6 + min(0.16 * len(names), 4.0)]
-    figure, grid = _make_grid(len(heights), len(values), 3.2 * len(values) + 0.6, sum(heights), height_ratios=heights)
+    figure, grid = make_grid(len(heights), len(values), 3.2 * len(values) + 0.6, sum(heights), height_ratios=heights)
     if above is not None:
         _draw_above(grid[0], above, modality, sample_rate)
     every = torch.cat(values).double().cpu()
@@ -172,7 +172,7 @@ def draw_fans(fans: list[Fan], names: list[str] | None = None, titles: list[str]
         titles: Titles of the columns.
     """
     features = min(FANS, fans[0].draws.shape[2])
-    figure, grid = _make_grid(features, len(fans), 4.2 * len(fans), 1.8 * features)
+    figure, grid = make_grid(features, len(fans), 4.2 * len(fans), 1.8 * features)
     for c, fan in enumerate(fans):
         given, cloud, known = map(_array, fan[:3])
         before, time = np.arange(len(given)) + fan.begin, np.arange(cloud.shape[1]) + fan.start
@@ -213,7 +213,7 @@ def draw_scores(
         sample_rate: Samples per second of audio.
         titles: Titles of the columns.
     """
-    figure, grid = _make_grid(2, len(nats), 4.2 * len(nats), 3.2)
+    figure, grid = make_grid(2, len(nats), 4.2 * len(nats), 3.2)
     _draw_above(grid[0], sequences, modality, sample_rate)
     for c, line in enumerate(nats):
         axes, values = grid[1, c], _array(line)
@@ -238,7 +238,9 @@ def _array(x: Tensor) -> np.ndarray:
     return x.detach().cpu().double().numpy()
 
 
-def _make_grid(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
+def make_grid(
+    rows: int, columns: int, width: float, height: float, ticks: int | str = 4, **options: Any
+) -> tuple[Figure, np.ndarray]:
     """Return a figure of a size in inches, and its axes with few and small ticks, shape (rows, columns)."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -247,8 +249,8 @@ def _make_grid(rows: int, columns: int, width: float, height: float, **options: 
     with rc_context({"axes.labelsize": 8, "text.parse_math": False}):
         grid = figure.subplots(rows, columns, squeeze=False, **options)
     for axes in grid.flat:
-        axes.locator_params(nbins=4)
-        axes.tick_params(labelsize=7)
+        axes.locator_params(nbins=ticks)
+        axes.tick_params(which="both", labelsize=7)
     return figure, grid
 
 

@@ -127,14 +127,10 @@ class RunLogger(CSVLogger):
         return getattr(self._experiment, "count", 0)
 
     def resume(self, folder: Path, step: int, epoch: int, training: bool, rows: int | None = None) -> None:
-        """Continue in the folder of an earlier run.
+        """Continue in the folder of an earlier run, at a checkpoint's optimiser step and epoch.
 
-        Args:
-            folder: That folder, ``<save_dir>/<name>/<version>``.
-            step: The checkpoint's number of optimiser steps.
-            epoch: The epoch it was written in.
-            training: Drop the rows of later steps, which will come again; else append rows of this one step.
-            rows: Rows of training and validation that were written before the checkpoint; ``None`` if it is not known.
+        Training drops the rows of later steps, which will come again: all but the first ``rows``, where their number is
+        known. Else rows of this one step are appended.
         """
         folder = folder.resolve()
         self._save_dir = self._root_dir = str(folder.parents[1])
