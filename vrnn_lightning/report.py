@@ -10,19 +10,17 @@ import math
 import re
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from vrnn_lightning.callbacks.pictures import make_grid
 from vrnn_lightning.data.archives import opened_archive
 from vrnn_lightning.data.audio import opened, read_header
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, read_cell, replacing, undamaged
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["NAME", "write_report"]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from vrnn_lightning.callbacks.archives import FOLDER
@@ -18,9 +19,6 @@ from vrnn_lightning.callbacks.strokes import on_paper, save_animation, strokes_s
 from vrnn_lightning.data.rolls import KEYS, roll_sound, write_midi
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import csv_line, replacing
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["Media", "MediaLogger", "Shown", "require_columns", "save_picture"]
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from scipy.signal import ShortTimeFFT
 from torch import Tensor
 
 from vrnn_lightning.data import rows_to_strokes
 from vrnn_lightning.data.rolls import KEYS, LOWEST
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 __all__ = ["DECIBELS", "draw_series", "draw_strokes", "find_kind", "find_panels", "is_binary", "time_label"]
 
@@ -23,7 +21,7 @@ MOST_LINES = 12
 """Features up to which a series is drawn as lines."""
 DECIBELS = 70
 """Range of a spectrogram's colours, downward from the loudest."""
-Panel = Callable[["Axes", np.ndarray, int | None], None]
+Panel = Callable[[Axes, np.ndarray, int | None], None]
 """Draws a sequence, shape (time, features), with the sample rate of audio."""
 
 
@@ -76,8 +74,6 @@ def _draw_waveform(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
 
 
 def _draw_spectrogram(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
-    from scipy.signal import ShortTimeFFT
-
     wave, rate = np.where(np.isfinite(x), x, 0.0).ravel(), sample_rate or 1
     window = np.hanning(min(256, wave.size) + 2)[1:-1]
     transform = ShortTimeFFT(window, hop=max(1, window.size // 4), fs=rate)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from vrnn_lightning.callbacks import panels
 from vrnn_lightning.callbacks.panels import is_binary
 from vrnn_lightning.callbacks.strokes import on_paper, save_animation, save_strokes, strokes_svg
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = [
     "Fan",
@@ -242,9 +241,6 @@ def make_grid(
     rows: int, columns: int, width: float, height: float, ticks: int | str = 4, **options: Any
 ) -> tuple[Figure, np.ndarray]:
     """Return a figure of a size in inches, and its axes with few and small ticks, shape (rows, columns)."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     with rc_context({"axes.labelsize": 8, "text.parse_math": False}):
         grid = figure.subplots(rows, columns, squeeze=False, **options)

@@ -13,6 +13,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import yaml
+
 from vrnn_lightning.errors import UserError
 
 __all__ = [
@@ -261,8 +263,6 @@ def require_plain_yaml(text: str, place: str) -> None:
     """
     if len(text) < SHORT_YAML and "&" not in text:
         return
-    import yaml
-
     anchors: dict[str, int] = {}
     inside: list[tuple[str | None, int]] = [(None, 0)]  # of each open collection its anchor, and its values so far
     limit = max(MOST_VALUES, len(text))
