@@ -20,7 +20,7 @@ from vrnn_lightning.callbacks.pictures import make_grid
 from vrnn_lightning.data.archives import opened_archive
 from vrnn_lightning.data.audio import opened, read_header
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import explained, read_cell, replacing, undamaged
+from vrnn_lightning.files import explained, read_cell, undamaged, write_files
 
 __all__ = ["NAME", "write_report"]
 
@@ -82,8 +82,7 @@ def write_report(folder: str | Path) -> Path:
             evaluation=_draw_evaluation(_newest(folder, "evaluation", ".npz")) if test else None,
             config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
         )
-    with replacing(folder / NAME) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    write_files({folder / NAME: page.encode("utf-8", "backslashreplace")})
     return named / NAME
 
 

@@ -41,15 +41,11 @@ class _Column:
 
 
 class ArchiveWriter:
-    """Writes the archive of a corpus that comes sequence by sequence in any order, in memory that does not grow.
+    """Writes the archive of a split that comes sequence by sequence in any order, in memory that does not grow.
 
     The arrays lie in a file without a name beside the archive, which ends with the process; :meth:`finish` joins them
     in the order of the sequences. Memory holds 8 bytes for each sequence, and as many for each array of it. While they
     are joined, the disk holds everything twice.
-
-    Args:
-        path: The archive.
-        split: Prefix of the names of its arrays.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:

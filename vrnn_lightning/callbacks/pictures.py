@@ -295,7 +295,6 @@ def _label(text: str) -> str:
 
 
 def _add_legend(axes: Axes, names: list[str] | None) -> None:
-    """Name the feature of each line."""
     lines = axes.lines
     labels = names if names and len(names) == len(lines) else [f"x{i}" for i in range(len(lines))]
     legend = axes.legend(lines, [*map(_label, labels)], fontsize=5, ncols=2, loc="upper right", framealpha=0.6)

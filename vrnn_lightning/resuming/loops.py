@@ -318,5 +318,4 @@ class ResumableFitLoop(_FitLoop):
 
 
 def _fit(loop: _Loop) -> ResumableFitLoop:
-    """Return the fit loop that another loop is a part of."""
     return cast(ResumableFitLoop, loop.trainer.fit_loop)

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import explained, flush, replacing, undamaged
+from vrnn_lightning.files import explained, flush, replacing, undamaged, write_files
 from vrnn_lightning.files.locks import FolderLock
 
 __all__ = ["METRICS_FILE", "ElboBar", "RunLogger", "SaveConfig", "read_rows", "run_logger"]
@@ -211,8 +211,7 @@ class SaveConfig(SaveConfigCallback):
         text = self.parser.dump(config, skip_none=False)
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
-                with replacing(Path(logger.log_dir) / "config.yaml") as temporary:
-                    temporary.write_text(text)
+                write_files({Path(logger.log_dir) / "config.yaml": text.encode()})
                 if logger.note is not None:
                     logger.note(Path(logger.log_dir))
             else:

@@ -134,7 +134,6 @@ def make_storable(hparams: Any) -> None:
 
 
 def _stored(name: str, value: Any) -> Any:
-    """Return a value as plain containers."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: _stored(name, getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, (list, tuple)):
@@ -148,7 +147,6 @@ def _stored(name: str, value: Any) -> Any:
 
 
 def _made_of(value: Any) -> tuple[Any, dict[str, Any]]:
-    """Return what a factory calls, and its options."""
     if not isinstance(value, partial):
         return value, {}
     is_wrapped = bool(value.args) and not isinstance(value.func, type)  # the command line's takes the class last
