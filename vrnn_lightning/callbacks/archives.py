@@ -117,6 +117,5 @@ class ArchiveWriter:
             self.discard()
 
     def discard(self) -> None:
-        """Delete the parts."""
         with suppress(OSError):  # there was no room for the rest
             self._file.close()

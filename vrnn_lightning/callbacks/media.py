@@ -32,9 +32,8 @@ Shown = dict[str, list[Tensor]]
 class Media:
     """The display of a datamodule's sequences.
 
-    Args:
-        data: The datamodule, of which ``modality``, ``sample_rate``, ``full_scale``, ``image_width``, ``resolution``,
-            ``columns`` and ``pen_starts_down`` are read where it has them.
+    Where the datamodule has them, ``modality``, ``sample_rate``, ``full_scale``, ``image_width``, ``resolution``,
+    ``columns`` and ``pen_starts_down`` are read.
     """
 
     def __init__(self, data: Any) -> None:
@@ -60,7 +59,6 @@ class Media:
 
     @property
     def has_sound(self) -> bool:
-        """Whether sequences can be listened to."""
         return self.modality == "roll" or (self.modality == "audio" and self.sample_rate is not None)
 
     def pieces(self, features: int) -> int:

@@ -65,14 +65,8 @@ def replacing(path: Path | str, option: str = "") -> Iterator[Path]:
 
     The temporary file lies in the folder of ``path``, which is made if it does not exist. The replacement is one atomic
     step, flushed to the disk (fsync): a crash, a kill or a full disk leaves the earlier file or the new one, never a
-    part. A remote file is written locally and uploaded at the end.
-
-    Args:
-        path: The file to write or replace, or the URL of a remote one.
-        option: The option that names it, for the message.
-
-    Raises:
-        UserError: The system can't write there.
+    part. A remote file, given by its URL, is written locally and uploaded at the end. Where the system can't write, a
+    UserError names ``option``.
 
     >>> with TemporaryDirectory() as folder:
     ...     path = Path(folder) / "a.txt"
@@ -294,11 +288,8 @@ def require_plain_yaml(text: str, place: str) -> None:
 def require_size(path: Path, needed: int, max_gb: float, option: str = "--data.max_gb") -> None:
     """Raise if a file asks for much more memory than it has bytes; call it before the memory is taken.
 
-    Args:
-        path: The file.
-        needed: Bytes that its content takes, as the file declares.
-        max_gb: Gigabytes that any file may take; a large one may take 16 times its size.
-        option: The option that sets them, for the message.
+    Its content takes ``needed`` bytes, as it declares. Any file may take ``max_gb``, which ``option`` sets, and a large
+    one 16 times its size.
     """
     size = path.stat().st_size
     if needed > max(max_gb * 1e9, EXPANSION * size):

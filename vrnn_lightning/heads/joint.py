@@ -77,11 +77,9 @@ class Joint(Head):
 
     @property
     def heads(self) -> list[Head]:
-        """The groups' heads."""
         return [cast(Head, head) for head in self.parts]
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the columns of each group."""
         return x[..., self.order].split_with_sizes(self.sizes, -1)
 
     def join(self, parts: Iterable[Tensor]) -> Tensor:

@@ -123,7 +123,6 @@ class RunLogger(CSVLogger):
 
     @property
     def rows(self) -> int:
-        """Rows that metrics.csv has."""
         return getattr(self._experiment, "count", 0)
 
     def resume(self, folder: Path, step: int, epoch: int, training: bool, rows: int | None = None) -> None:

@@ -76,7 +76,6 @@ class Gate:
     folder: Path | None = None
 
     def __post_init__(self) -> None:
-        """Raise if a trusted name is neither a class path nor a module."""
         for name in self.trusted:
             if not is_name(name):
                 raise UserError(f"trust {name!r}: is neither a class path nor a module. Fix: give the name of one")
