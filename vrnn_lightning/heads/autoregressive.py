@@ -75,12 +75,8 @@ class AutoregressiveBernoulli(Bernoulli):
 class _Autoregressive(FrameDistribution):
     """Binary features given those before them.
 
-    Args:
-        network: The masked network.
-        shift: Sums of its first hidden layer over the head's features, shape (..., hidden_size).
-        logits: Logits without the masked network, shape (..., D).
-        kept: Factors of the hidden units in scores, shape (layers, ..., hidden_size), or ``None``.
-        temperature: Divides the logits.
+    The head gives the first hidden layer's sums over its features, shape (..., hidden_size), the logits without the
+    network, shape (..., D), and in training the factors of the hidden units, shape (layers, ..., hidden_size).
     """
 
     def __init__(

@@ -67,6 +67,7 @@ class Joint(Head):
         columns = [group.indices() for group in groups]
         order = [column for part in columns for column in part]
         _require_partition(order, num_features)
+        self.places = {column: (g, i) for g, part in enumerate(columns) for i, column in enumerate(part)}
         self.sizes = [len(part) for part in columns]
         self.parts = nn.ModuleList(g.head(in_features, size) for g, size in zip(groups, self.sizes, strict=True))
         kinds = {head.likelihood for head in self.heads}
@@ -76,11 +77,9 @@ class Joint(Head):
 
     @property
     def heads(self) -> list[Head]:
-        """The groups' heads."""
         return [cast(Head, head) for head in self.parts]
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the columns of each group."""
         return x[..., self.order].split_with_sizes(self.sizes, -1)
 
     def join(self, parts: Iterable[Tensor]) -> Tensor:
@@ -102,12 +101,8 @@ class Joint(Head):
         return self.join(head.round_mean(part) for head, part in zip(self.heads, self.split(mean), strict=True))
 
     def head_of(self, feature: int) -> Head:
-        place = int(self.inverse[feature])
-        for head, size in zip(self.heads, self.sizes, strict=True):
-            if place < size:
-                return head.head_of(place)
-            place -= size
-        raise IndexError(feature)
+        group, place = self.places[feature]
+        return self.heads[group].head_of(place)
 
     @torch.no_grad()
     def init_from_statistics(self, mean: Tensor) -> None:
@@ -129,12 +124,7 @@ def _require_partition(order: list[int], num_features: int) -> None:
 
 
 class JointDistribution(FrameDistribution):
-    """A product of distributions over groups of features.
-
-    Args:
-        joint: The head, which knows the groups.
-        parts: Their distributions.
-    """
+    """A product of distributions over the groups of features that a head knows."""
 
     def __init__(self, joint: Joint, parts: list[Distribution]) -> None:
         super().__init__((*parts[0].batch_shape, joint.num_features))
@@ -152,7 +142,6 @@ class JointDistribution(FrameDistribution):
         return torch.stack([p.log_prob(x) for p, x in zip(self.parts, self.joint.split(value), strict=True)]).sum(0)
 
     def marginal_log_prob(self, value: Tensor, observed: Tensor) -> Tensor:
-        """Return the log-likelihood of the observed features alone, where every part has one."""
         split = self.joint.split
         return torch.stack(list(map(log_prob, self.parts, split(value), split(observed)))).sum(0)
 

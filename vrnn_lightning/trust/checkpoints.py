@@ -98,9 +98,6 @@ def read_stored(
         map_location: Where its tensors go, as in ``torch.load``.
         hparams_file: Lightning's, which must be ``None``: a checkpoint holds its options.
         weights_only: Lightning's, which must not be ``False``: nothing else is ever loaded.
-
-    Raises:
-        UserError: It is not a checkpoint, or names what a file may not import.
     """
     if hparams_file is not None or weights_only is False:
         raise UserError(f"{path}: hparams_file and weights_only=False are not supported. Fix: leave it out")
@@ -114,13 +111,7 @@ def read_stored(
 
 
 def require_types(state: object, owner: object, **types: type | tuple[type, ...]) -> None:
-    """Raise a UserError if a checkpoint's state lacks values or has them of other types.
-
-    Args:
-        state: The state.
-        owner: The object that it is for.
-        types: The types of its values by name.
-    """
+    """Raise a UserError if a checkpoint's state lacks values of an object, or has them of other types than these."""
     for name, kind in types.items():
         value = state.get(name) if isinstance(state, Mapping) else None
         if not isinstance(value, kind):
@@ -143,7 +134,6 @@ def make_storable(hparams: Any) -> None:
 
 
 def _stored(name: str, value: Any) -> Any:
-    """Return a value as plain containers."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: _stored(name, getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, (list, tuple)):
@@ -157,7 +147,6 @@ def _stored(name: str, value: Any) -> Any:
 
 
 def _made_of(value: Any) -> tuple[Any, dict[str, Any]]:
-    """Return what a factory calls, and its options."""
     if not isinstance(value, partial):
         return value, {}
     is_wrapped = bool(value.args) and not isinstance(value.func, type)  # the command line's takes the class last
