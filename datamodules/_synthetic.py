@@ -82,9 +82,6 @@ class SyntheticDataModule(SequenceDataModule):
         self.steps = require("steps", steps, 1)
         self.min_steps = steps if min_steps is None else min_steps
         self.fresh = fresh
-        self._require_sizes()
-
-    def _require_sizes(self) -> None:
         for split, size in self.sizes.items():
             require(f"{split}_size", size, 1)
         if not 1 <= self.min_steps <= self.steps:

@@ -176,7 +176,6 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
         return Scaler.from_moments(mean, std, unscaled=1)
 
     def _edit(self, strokes: ArchiveSplit, split: Split) -> ArchiveSplit:
-        """Return smoothed and clipped strokes."""
         exact = np.result_type(strokes.values.dtype, np.float32)
         if self.smooth > 1:
             values = strokes.values.astype(exact)
@@ -193,7 +192,6 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
         return replace(strokes, values=values)
 
     def _shorten(self, strokes: ArchiveSplit) -> ArchiveSplit:
-        """Return training sequences no longer than allowed."""
         if self.max_steps is None:
             return strokes
         kept = strokes.no_longer_than(self.max_steps)
@@ -222,7 +220,6 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
         return self._random_splits if self._layout in ("quickdraw", "inkml") else None
 
     def _read(self, split: Split) -> ArchiveSplit:
-        """Return the rows of a split as the files hold them."""
         name = SPLIT_NAMES[split][0]
         if self._layout == "archive":
             flat = read_archive(self.root, split, 3, max_gb=self.max_gb)
@@ -252,7 +249,6 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
         return dict(zip(self._drawings.names or [], self._drawings.lengths, strict=True))
 
     def _readers(self, files: dict[str, Path]) -> Iterator[Reader]:
-        """Yield the readers of the drawings of files."""
         if self._layout == "quickdraw":
             for file, path in files.items():
                 for name, number, line in tracked(list(quickdraw_lines(path, file)), f"reading {file}"):
@@ -300,7 +296,6 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
 
     @cached_property
     def _lists(self) -> dict[str, FormList]:
-        """The lists of task t1, by name."""
         return read_form_lists(self.root, [*LISTS.values(), *([SECOND] if self.testset_t != "none" else [])])
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data import (
     ArchiveSplit,
+    AugmentedSequences,
     FileDataModule,
     Modality,
     Sequences,
@@ -89,10 +90,14 @@ class MNISTRows(FileDataModule):
                 "--data.binarise none: what a Bernoulli says of grey values is not a likelihood; choose another "
                 "emission, DiscretisedLogisticMixture for one"
             )
-        is_dynamic = self.binarise == "dynamic"
-        stream = (self.seed, ("train", "val", "test").index(split)) if is_dynamic else None
-        make = _RedrawnImages if is_dynamic and split == "train" else _Images
-        return make(images, self.num_features, self.binarise == "static", stream)
+        elif self.binarise == "static":
+            images = replace(images, values=(images.values > 127.5).astype(np.uint8))
+        width = self.num_features
+        images = replace(images, values=images.values.reshape(-1, width), bounds=images.bounds * SIDE // width)
+        if self.binarise != "dynamic":
+            return images
+        drawn = _DrawnImages(sequences=images, seed=self.seed, split=("train", "val", "test").index(split))
+        return drawn if split == "train" else [drawn[i] for i in range(len(drawn))]  # the latter drawn once
 
     def _archived(self, split: Split) -> ArchiveSplit:
         images = read_archive(self.root, split, SIDE, stacked="images", max_gb=self.max_gb)
@@ -118,59 +123,22 @@ class MNISTRows(FileDataModule):
         return whole.take(whole.numbers[-self.val_size :] if split == "val" else whole.numbers[: -self.val_size])
 
 
-@dataclass(frozen=True)
-class _Images:
-    """Images as sequences of rows or pixels.
+@dataclass(frozen=True, kw_only=True)
+class _DrawnImages(AugmentedSequences):
+    """Pixels of 0 and 1, each drawn with its grey value, from 0 to 255, as the probability; ``split`` is its number."""
 
-    Args:
-        images: Grey values from 0 to 255, in rows.
-        width: Pixels per step, 28 or 1.
-        is_static: Make pixels 0 and 1, at one half.
-        stream: Draw pixels with the grey value as their probability, from this seed and split.
-        epoch: The epoch of the draws.
-    """
+    split: int
 
-    images: ArchiveSplit
-    width: int
-    is_static: bool
-    stream: tuple[int, int] | None
-    epoch: int = 0
+    def augmented(self, index: int, sequence: SequenceSample) -> SequenceSample:
+        random = np.random.default_rng((self.seed, self.split, self.epoch, index))
+        uniform = torch.from_numpy(random.random(tuple(sequence.x.shape), dtype=np.float32))
+        return replace(sequence, x=(255 * uniform < sequence.x).float())
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def lengths(self) -> list[int]:
-        return [steps * SIDE // self.width for steps in self.images.lengths]
-
-    def __getitem__(self, index: int, /) -> SequenceSample:
-        image = self.images[index]
-        if self.stream is None:
-            return self._shown(image)
-        random = np.random.default_rng((*self.stream, self.epoch, index))
-        uniform = torch.from_numpy(random.random(tuple(image.x.shape), dtype=np.float32))
-        return SequenceSample((255 * uniform < image.x).float().reshape(-1, self.width), name=image.name)
-
-    def window(self, index: int, first: int, last: int, /) -> SequenceSample | None:
-        """Return steps ``first`` to ``last - 1`` of an image; ``None`` for pixels and draws, which are read whole."""
-        can_cut = self.width > 1 and self.stream is None
-        return self._shown(self.images.window(index, first, last)) if can_cut else None
-
-    def _shown(self, image: SequenceSample) -> SequenceSample:
-        x = (image.x > 127.5).float() if self.is_static else image.x
-        return SequenceSample(x.reshape(-1, self.width), name=image.name)
-
-
-class _RedrawnImages(_Images):
-    """Images that are redrawn every epoch."""
-
-    def in_epoch(self, epoch: int, /) -> _RedrawnImages:
-        """Return the draws of an epoch."""
-        return replace(self, epoch=epoch)
+    def window(self, index: int, first: int, last: int, /) -> None:
+        """Return ``None``: an image is drawn whole."""
 
 
 def _find(root: Path, name: str) -> Path:
-    """Return the file of training or test images in a folder."""
     if not root.exists():
         raise UserError(f"--data.root {root}: no such folder or archive. Fix: download MNIST's files from {SOURCE}")
     if root.is_file():

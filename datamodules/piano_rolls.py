@@ -170,7 +170,6 @@ class PianoRolls(FileDataModule):
                 raise UserError(f"--data.{option}: does nothing, {self.root} {reason}. Fix: leave the option out")
 
     def _song(self, name: str) -> Notes:
-        """Read a MIDI file once."""
         if name not in self._notes:
             self._notes[name] = read_midi(
                 self.root / name, self.resolution, self.sustain, self.max_quarters, self.max_gb
@@ -178,7 +177,6 @@ class PianoRolls(FileDataModule):
         return self._notes[name]
 
     def _members_of(self, split: Split) -> list[str]:
-        """Return the files of a split that are in the folder."""
         members, digests = self._known_members(), self._digests
         if self._folders:
             names = self._in_folder(split)
@@ -231,11 +229,9 @@ class PianoRolls(FileDataModule):
 
     @cached_property
     def _folders(self) -> list[str]:
-        """The folders that split the files, if there are any."""
         return [name for names in SPLIT_NAMES.values() for name in names if (self.root / name).is_dir()]
 
     def _in_folder(self, split: Split) -> list[str]:
-        """Return the files of a split that folders make."""
         folders = [name for name in SPLIT_NAMES[split] if name in self._folders]
         if len(folders) > 1:
             raise UserError(f"--data.root {self.root}: has both {' and '.join(folders)}. Fix: rename one of them")
@@ -282,7 +278,6 @@ class _Songs:
         return self.window(index, 0, self.notes[index].steps)
 
     def window(self, index: int, first: int, last: int, /) -> SequenceSample:
-        """Return steps ``first`` to ``last - 1`` of a roll."""
         roll = self.notes[index].roll(first, last)
         return SequenceSample(torch.from_numpy(roll.astype(np.float32)), name=self.names[index])
 

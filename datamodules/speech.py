@@ -150,7 +150,6 @@ class Speech(RandomSplitDataModule, FileDataModule):
         self._recordings: dict[str, Recording] = {}
 
     def _check_options(self, mel_bands: int | None, mel_window: int | None) -> None:
-        """Raise if an option would be ignored beside others."""
         if self.features == "raw":
             for option, samples in (("mel_bands", mel_bands), ("mel_window", mel_window)):
                 if samples is not None:
@@ -269,7 +268,6 @@ class Speech(RandomSplitDataModule, FileDataModule):
 
     @property
     def _folder(self) -> Path:
-        """The folder below which paths are."""
         return self.root.parent if self.layout == "manifest" else self.root
 
     @property
@@ -283,7 +281,6 @@ class Speech(RandomSplitDataModule, FileDataModule):
         return {name: self._files[name].samples for name in self._counts}
 
     def _find_usable(self) -> dict[str, Recording]:
-        """Return the files that have a frame."""
         return {name: self._recordings[name] for name in self._counts}
 
     @cached_property

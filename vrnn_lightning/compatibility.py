@@ -53,11 +53,7 @@ WEIGHTS: dict[str, str] = {"prepared": "is_initialized"}
 
 
 def require_known_format(number: object, place: object) -> None:
-    """Raise a UserError if a file has a format that this version does not know, or one that is not a positive number.
-
-    Args:
-        number: The file's format; ``None`` if it has none.
-        place: The file, for the message.
+    """Raise a UserError if a file's format is not a number or one that this version does not know.
 
     >>> require_known_format(1, "last.ckpt")
     """
@@ -75,12 +71,7 @@ def require_known_format(number: object, place: object) -> None:
 
 
 def keep_old_hooks(cls: type, hooks: Mapping[str, str]) -> None:
-    """Accept overrides of hooks under their old names, with a warning; call it from ``__init_subclass__``.
-
-    Args:
-        cls: The subclass.
-        hooks: The new name of each hook by its old one. The class that defines them has both.
-    """
+    """Accept overrides of hooks under their old names, with a warning: ``{old: new}``; the base class has both."""
     for old, new in hooks.items():
         owner = next(c for c in cls.__mro__ if old in vars(c) or new in vars(c))  # cls, or a mixin before the base
         if new in vars(owner):
@@ -93,7 +84,7 @@ def keep_old_hooks(cls: type, hooks: Mapping[str, str]) -> None:
 
 
 class _Renamed:
-    """An attribute that is read under another name."""
+    """An attribute that is read under another name, of a class too."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -105,27 +96,15 @@ class _Renamed:
 def renamed(old: str, new: str) -> Any:
     """Return a property that reads and sets an attribute under its old name, with a warning."""
 
-    def warn(instance: object) -> None:
-        warnings.warn(f"{type(instance).__name__}.{old} is now called {new}", FutureWarning, stacklevel=3)
+    def access(instance: object, *value: Any) -> Any:
+        warnings.warn(f"{type(instance).__name__}.{old} is now called {new}", FutureWarning, stacklevel=2)
+        return setattr(instance, new, *value) if value else getattr(instance, new)
 
-    def read(instance: object) -> Any:
-        warn(instance)
-        return getattr(instance, new)
-
-    def write(instance: object, value: Any) -> None:
-        warn(instance)
-        setattr(instance, new, value)
-
-    return property(read, write, doc=f"The old name of :attr:`{new}`.")
+    return property(access, access, doc=f"The old name of :attr:`{new}`.")
 
 
 def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a module's ``__getattr__`` that finds what was renamed under its old name, with a warning.
-
-    Args:
-        module: The module.
-        names: The new name of each by its old one.
-    """
+    """Return the ``__getattr__`` of a module that finds what was renamed under its old name, with a warning."""
 
     def find(name: str) -> Any:
         if name not in names:
@@ -223,12 +202,7 @@ def _current_weight(name: str) -> str:
 
 
 def upgrade(content: dict[str, Any], place: object) -> None:
-    """Give everything in a checkpoint the name that it has now, in place; its format has to be known.
-
-    Args:
-        content: The checkpoint.
-        place: Its file, for the message.
-    """
+    """Give everything in a checkpoint the name that it has now, in place; ``place`` is its file, for the message."""
     require_known_format(content.get(KEY), place)
     short = {old.rpartition(".")[2]: new.rpartition(".")[2] for old, new in CLASSES if not old.endswith(".")}
     content |= {short[key]: content.pop(key) for key in [*content] if key in short}  # the datamodule's state

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
@@ -22,13 +22,11 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.compatibility import FORMAT, KEY, OPTIMIZED, upgrade
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.filtering import Particles
 from vrnn_lightning.inference import Inference
 from vrnn_lightning.metrics import ActiveUnits, Bound, Estimate
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO, ImportanceBound, Objective, StreamState
 from vrnn_lightning.pretrained import Pretrained
-from vrnn_lightning.recurrence import State
 from vrnn_lightning.resuming import make_resumable, match_optimizer_states
 from vrnn_lightning.trust.checkpoints import make_storable
 from vrnn_lightning.vrnn import Trace, build_vrnn
@@ -194,10 +192,7 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         resumed, self._resumed = self._resumed, None
         if resumed is not None and all(len(x) == self.trainer.world_size for part in resumed for x in part):
             own = [[x[self.global_rank].to(self.device) for x in part] for part in resumed]
-            names = list(self.vrnn.zero_state(1).tensors())
-            self._carried = StreamState(
-                *(Particles(State.of_tensors(dict(zip(names, p[1:], strict=True))), p[0]) for p in own)
-            )
+            self._carried = StreamState.of_tensors(own, self.vrnn.zero_state(1))
 
     def on_train_epoch_end(self) -> None:
         """Drop the state of streams: the next epoch starts from the initial state."""
@@ -222,6 +217,8 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         total, reconstruction, all_kl, all_steps, all_sequences = self._total(stacked)
         loss: Tensor = -value * self.trainer.world_size / all_sequences.clamp(min=1).to(value)
         self._stop_unless_finite(total, "the loss", batch)
+        for line in self.vrnn.newly_called():
+            rank_zero_info(line)
         self.log("train/beta", self.beta, prog_bar=True)
         self.log("train/padding", 1 - steps / batch.x[..., 0].numel())
         self.batch_kl = all_kl / all_steps if all_steps else None
@@ -384,8 +381,7 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         if self._carried is not None:  # as lists of tensors, which load without running pickled code
             is_alone = self._trainer is None or self.trainer.world_size == 1
             gather = (lambda x: x[None]) if is_alone else self.all_gather  # to shape (processes, ...)
-            parts = [(part.log_weights, *part.state.tensors().values()) for part in self._carried if part is not None]
-            checkpoint["carried"] = [[gather(x) for x in part if x is not None] for part in parts]
+            checkpoint["carried"] = [[gather(x) for x in part] for part in self._carried.tensors()]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the seed of the noise and what streams carry."""

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vrnn_lightning.compatibility import old_names
 from vrnn_lightning.errors import require
 
-__all__ = ["MLP", "MLPConfig"]
+__all__ = ["MLP", "MLPConfig", "MaskedLinear"]
 __getattr__ = old_names(__name__, {"Layers": "MLPConfig"})
 
 
@@ -58,3 +59,22 @@ class MLP(nn.Sequential):
         for module in self:
             x = module(x)
         return x
+
+
+class MaskedLinear(nn.Linear):
+    """A linear map some of whose outputs do not read some of its inputs.
+
+    Args:
+        reads: True where an output reads an input, shape (out_features, in_features).
+        bias: Whether a bias is added.
+    """
+
+    reads: Tensor
+
+    def __init__(self, reads: Tensor, *, bias: bool) -> None:
+        super().__init__(reads.shape[1], reads.shape[0], bias=bias)
+        self.register_buffer("reads", reads, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features of shape (..., in_features) to (..., out_features)."""
+        return F.linear(x, self.weight * self.reads, self.bias)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vrnn_lightning.batch import SequenceBatch
 
-__all__ = ["Noise"]
+__all__ = ["Noise", "hash_rows", "uniform_of"]
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the increment of SplitMix64, as a signed number
 FACTORS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
@@ -94,6 +94,21 @@ class Noise:
         time = torch.arange(self._first, self._first + self._steps, device=self._seeds.device)[:, None]
         time = time if self._start is None else time + self._start
         return _mix(_mix(self._seeds + purpose) + (time + 1) * GOLDEN)
+
+
+def hash_rows(x: Tensor) -> Tensor:
+    """Return a 64-bit number for each row of an array of numbers, shape (..., width) to (...)."""
+    bits = x.detach().float().contiguous().view(torch.int32).long()
+    return (bits * _mix(torch.arange(1, x.shape[-1] + 1, device=x.device))).sum(-1)
+
+
+def uniform_of(keys: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Draw from [0, 1), each number a function of a 64-bit key and of its position, shape (..., width).
+
+    >>> uniform_of(torch.arange(2), 3, torch.float32).shape
+    torch.Size([2, 3])
+    """
+    return _uniform(_stream(_mix(keys), width), dtype)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
@@ -20,6 +20,7 @@ from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.filtering import Particles, Resampling
 from vrnn_lightning.heads import Factorised
 from vrnn_lightning.noise import Noise
+from vrnn_lightning.recurrence import State
 from vrnn_lightning.vrnn import VRNN, Trace
 
 __all__ = ["ELBO", "FIVO", "IWAE", "ImportanceBound", "Objective", "ObjectiveOutput", "StreamState", "elbo", "iwae"]
@@ -104,6 +105,16 @@ class StreamState(NamedTuple):
         """
         particles = None if self.particles is None else self.particles.reset_rows(reset, initial)
         return StreamState(self.trajectories.reset_rows(reset, initial), particles)
+
+    def tensors(self) -> list[list[Tensor]]:
+        """Return log-weights and state of each of the particles."""
+        return [[part.log_weights, *part.state.tensors().values()] for part in self if part is not None]
+
+    @classmethod
+    def of_tensors(cls, parts: Sequence[Sequence[Tensor]], like: State) -> StreamState:
+        """Return what :meth:`tensors` was called on, with states like another one."""
+        names = list(like.tensors())
+        return cls(*(Particles(State.of_tensors(dict(zip(names, x, strict=True))), weights) for weights, *x in parts))
 
 
 class ObjectiveOutput(NamedTuple):

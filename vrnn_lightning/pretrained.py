@@ -186,7 +186,6 @@ def _keep_device(storage: Any, location: str) -> Any:
 
 
 def _require_options(config: object, owner: type, options: Options, *, is_training: bool = False) -> None:
-    """Raise if options are not those of a class."""
     known = parameters_of(owner)
     for name in options:
         if name not in known or (name in OF_TRAINING and not is_training):
@@ -196,7 +195,6 @@ def _require_options(config: object, owner: type, options: Options, *, is_traini
 
 
 def _make(source: object, owner: type, options: Options) -> Any:
-    """Call the model's class with options of others."""
     try:
         return owner(**options)
     except (UserError, ValueError, TypeError, AttributeError, RuntimeError) as error:

@@ -9,20 +9,18 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from vrnn_lightning.callbacks.pictures import make_grid
 from vrnn_lightning.data.archives import opened_archive
 from vrnn_lightning.data.audio import opened, read_header
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import explained, read_cell, replacing, undamaged
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from vrnn_lightning.files import explained, read_cell, undamaged, write_files
 
 __all__ = ["NAME", "write_report"]
 
@@ -34,11 +32,6 @@ LONG_SOUND, MP3_RATES = 2**17, (8000, 11025, 12000, 16000, 22050, 24000, 32000, 
 MOST_POINTS = 1000  # of a curve
 EARLIER = 8  # pictures of earlier steps
 MOST_ROWS, MOST_LETTERS = 40, 200  # of a table, and of a cell
-
-
-class _Curve(NamedTuple):
-    step: list[float]
-    value: list[float]
 
 
 class _File(NamedTuple):
@@ -76,22 +69,20 @@ def write_report(folder: str | Path) -> Path:
             )
         curves = _read_curves(folder / "metrics.csv")
         best, config = folder / "checkpoints" / "best.ckpt", folder / "config.yaml"
-        test = {name: curve.value[-1] for name, curve in curves.items() if name.startswith("test/")}
+        test = [[name, f"{values[-1]:.6g}"] for name, (_, values) in curves.items() if name.startswith("test/")]
         page = template.render(
             title="/".join(folder.parts[-2:]),
-            progress=", ".join(_progress(curves)),
-            tiles=list(_tiles(curves)),
+            curves=curves,
             command=f"lightning test --ckpt_path {shlex.quote('/'.join(best.parts[-5:]))}" if best.is_file() else "",
             training=_draw_training(curves),
             samples=_samples(folder / "samples"),
             predictions=[_prediction(task) for task in sorted((folder / "predictions").glob("*")) if task.is_dir()],
             encodings=next(map(_embed, _newest(folder, "encodings", ".png")), None),
-            test=[[name, f"{value:.6g}"] for name, value in test.items()],
+            test=test,
             evaluation=_draw_evaluation(_newest(folder, "evaluation", ".npz")) if test else None,
             config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
         )
-    with replacing(folder / NAME) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    write_files({folder / NAME: page.encode("utf-8", "backslashreplace")})
     return named / NAME
 
 
@@ -99,22 +90,20 @@ def _undamaged(path: Path) -> Any:
     return undamaged(f"{path}: is damaged", "remove it, or write it again")
 
 
-def _read_curves(path: Path) -> dict[str, _Curve]:
-    """Return the finite values of every metric in the order of the steps they were logged at."""
+def _read_curves(path: Path) -> dict[str, np.ndarray]:
+    """Return steps and finite values of every metric, shape (2, values), in the order of the steps."""
     if not path.is_file():
         return {}
     with _undamaged(path), path.open(newline="", encoding="utf-8") as lines:
         reader = csv.reader(lines)
         names = next(reader, [])
         rows = [dict(zip(names, map(_number, row), strict=False)) for row in reader]  # one cut off by a kill is shorter
-    curves = {name: _Curve([], []) for name in names}
     rows = [row for row in rows if math.isfinite(row.get("step", math.nan))]
-    for row in sorted(rows, key=lambda row: row["step"]):  # the test of an earlier checkpoint stands at the file's end
-        for name, value in row.items():
-            if math.isfinite(value):
-                curves[name].step.append(row["step"])
-                curves[name].value.append(value)
-    return {name: curve for name, curve in curves.items() if curve.step}
+    rows.sort(key=lambda row: row["step"])  # the test of an earlier checkpoint stands at the file's end
+    points = {
+        name: [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))] for name in names
+    }
+    return {name: np.array(values).T for name, values in points.items() if values}
 
 
 def _number(cell: str) -> float:
@@ -125,31 +114,8 @@ def _number(cell: str) -> float:
         return math.nan
 
 
-def _progress(curves: dict[str, _Curve]) -> Iterator[str]:
-    if curves:
-        yield f"optimiser steps: {max(curve.step[-1] for curve in curves.values()) + 1:.0f}"
-    if "epoch" in curves:
-        yield f"epochs: {max(curves['epoch'].value) + 1:.0f}"
-
-
-def _tiles(curves: dict[str, _Curve]) -> Iterator[tuple[str, str]]:
-    if "val/elbo" in curves:
-        yield f"{max(curves['val/elbo'].value):.4g}", "best val/elbo, nats per step"
-    labels = {
-        "val/reconstruction": "last val/reconstruction, nats per step",
-        "val/kl": "last val/kl, nats per step",
-        "val/active_units": "active latent units",
-        "val/gap": "last gap to the exact log-likelihood",
-        **{name: f"{name}, nats per step" for name in ("test/elbo", "test/iwae", "test/fivo")},
-    }
-    for name, label in labels.items():
-        if name in curves:
-            error = curves.get(f"{name}_stderr") if name.startswith("test/") else None
-            yield f"{curves[name].value[-1]:.4g}{f' ± {error.value[-1]:.2g}' if error else ''}", label
-
-
-def _draw_training(curves: dict[str, _Curve]) -> _File | None:
-    objective, elbo = curves.get("val/objective"), curves.get("val/elbo")
+def _draw_training(curves: dict[str, np.ndarray]) -> _File | None:
+    is_elbo = np.array_equal(curves.get("val/objective", ()), curves.get("val/elbo", ()))
     panels = {
         "ELBO, nats per step": ["train/elbo", "val/elbo", "val/exact_log_likelihood"],
         "reconstruction, nats per step": ["train/reconstruction", "val/reconstruction"],
@@ -157,43 +123,37 @@ def _draw_training(curves: dict[str, _Curve]) -> _File | None:
         "weight of the KL": ["train/beta"],
         "active units": ["val/active_units"],
         "gradient norm before clipping": ["train/grad_norm"],
-        "objective, nats per step": ["val/objective"] if objective and elbo and objective.value != elbo.value else [],
+        "objective, nats per step": [] if is_elbo else ["val/objective"],
         "learning rate": [name for name in curves if name.startswith("lr-")],
     }
     panels = {title: [name for name in names if name in curves] for title, names in panels.items()}
     panels = {title: names for title, names in panels.items() if names}
     if not panels:
         return None
-    from matplotlib.figure import Figure
-
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(3.9 * columns, 2.5 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
+    figure, grid = make_grid(rows, columns, 3.9 * columns, 2.5 * rows, "auto")
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, (title, names) in zip(grid.flat, panels.items(), strict=False):
         for name in names:
             _plot(axes, curves[name], name)
         axes.set_title(title, fontsize=9)
-        axes.tick_params(labelsize=7, which="both")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if title.startswith("gradient") and min(curves[names[0]].value) > 0:
+        axes.locator_params(axis="x", integer=True)
+        if title.startswith("gradient") and curves[names[0]][1].min() > 0:
             axes.set_yscale("log")
         if len(names) > 1:
             axes.legend(fontsize=7)
     return _rendered("curves", figure)
 
 
-def _plot(axes: Axes, curve: _Curve, name: str) -> None:
-    every = math.ceil(len(curve.step) / MOST_POINTS)
-    is_exact = "exact" in name
+def _plot(axes: Axes, curve: np.ndarray, name: str) -> None:
+    is_exact, count = "exact" in name, curve.shape[1]
     colors = {"train": "tab:grey", "val": "tab:blue"}
     axes.plot(
-        curve.step[::every],
-        curve.value[::every],
+        *curve[:, :: math.ceil(count / MOST_POINTS)],
         "--" if is_exact else "-",
-        marker="." if len(curve.step) < 30 else "",
+        marker="." if count < 30 else "",
         linewidth=1,
         label=name,
         color="black" if is_exact else colors.get(name.partition("/")[0], "tab:green"),
@@ -280,19 +240,12 @@ def _draw_evaluation(paths: list[Path]) -> _File | None:
                 kl = np.sort(archive.read("test_kl_per_dim"))[::-1]  # of all processes
     if not parts:
         return None
-    from matplotlib.figure import Figure
-
     per_step = np.concatenate(parts)
-    figure = Figure(figsize=(8.0, 2.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, ((left, right),) = make_grid(1, 2, 8.0, 2.4, "auto")
     left.hist(per_step[np.isfinite(per_step)], bins=30, color="tab:blue")
     left.set(xlabel="ELBO, nats per step", ylabel="sequences")
     right.bar(np.arange(len(kl)), kl, color="tab:blue")
     right.set(xlabel="latent dimension, sorted", ylabel="KL, nats per step")
-    for axes in (left, right):
-        axes.xaxis.label.set_size(8)
-        axes.yaxis.label.set_size(8)
-        axes.tick_params(labelsize=7)
     return _rendered("evaluation", figure)
 
 

@@ -18,14 +18,20 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 import vrnn_lightning.heads
 from vrnn_lightning import UserError
 from vrnn_lightning.heads import (
+    AutoregressiveBernoulli,
     Bernoulli,
+    Categorical,
     DiscretisedLogisticMixture,
     Factorised,
+    Flow,
     Gaussian,
     GaussianMixture,
+    Group,
     Head,
+    Joint,
     Laplace,
     MuLaw,
+    MultivariateGaussian,
     NegativeBinomial,
     Pen,
     Poisson,
@@ -34,6 +40,7 @@ from vrnn_lightning.heads import (
     tempered,
 )
 from vrnn_lightning.heads.gamma import inverse_softplus, log_gamma_ratio, log_softplus
+from vrnn_lightning.nn import MLPConfig
 from vrnn_lightning.vrnn import build_vrnn
 
 
@@ -44,13 +51,18 @@ def features(*shape: int) -> Tensor:
 
 @dataclass
 class Case:
-    """A head, data far out, what it refuses, all it can draw where that is a list, and whether any width will do."""
+    """A head, data far out, what it refuses, all it can draw where that is a list, and whether any width will do.
+
+    ``whole``: a frame is observed or missing as a whole. ``mean_draws``: the mean is estimated with so many draws.
+    """
 
     make: Callable[[int, int], Head]
     tails: list[float]
     outside: list[float] = field(default_factory=list)
     support: Tensor | None = None
     wide: bool = True
+    whole: bool = False
+    mean_draws: float = math.inf
 
     @property
     def num_features(self) -> int:
@@ -61,6 +73,9 @@ class Case:
         if not self.wide:
             x[..., 2] = 1.0
         return x
+
+    def observed(self, x: Tensor) -> Tensor:
+        return torch.rand(x[..., :1].shape if self.whole else x.shape).expand(x.shape) > 0.4
 
 
 REAL = [0.0, 1e2, -1e6]
@@ -92,6 +107,23 @@ CASES = {
     ),
     "poisson": Case(Poisson, [0.0, 1.0, 1e5], [-1.0, 0.5, math.inf], torch.arange(200.0).double()),
     "negative binomial": Case(NegativeBinomial, [0.0, 1.0, 1e5], [-1.0, 0.5, math.nan], torch.arange(999.0).double()),
+    "multivariate gaussian": Case(MultivariateGaussian, REAL),
+    "categorical": Case(Categorical, [0.0], [0.5, -1.0, math.nan], torch.arange(2.0).double(), wide=False),
+    "joint": Case(
+        partial(Joint, groups=[Group([2], Bernoulli), Group([1], Laplace), Group("0:1")]), REAL, [0.5], wide=False
+    ),
+    "autoregressive bernoulli": Case(
+        partial(AutoregressiveBernoulli, hidden_size=9, layers=2, dropout=0.0),
+        [0.0, 1.0],
+        [0.5, math.nan],
+        torch.arange(2.0).double(),
+        whole=True,
+        mean_draws=32,
+    ),
+    "flow, splines": Case(partial(Flow, network=MLPConfig(8, 2)), REAL, whole=True, mean_draws=256),
+    "flow, affine": Case(
+        partial(Flow, kind="MAF", network=MLPConfig(8), coupling=True), REAL, whole=True, mean_draws=256
+    ),
 }
 every_head = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 SHAPES = [(), (3,), (2, 5)]
@@ -144,7 +176,7 @@ def test_extreme_parameters_leave_values_and_gradients_finite(case, size):
 def test_single_parameters_may_be_extreme(case):
     """Each raw output by itself far out, the others at zero: a scale without a location, a weight without the rest."""
     head = case.make(4, case.num_features)
-    for linear in [m for m in head.modules() if isinstance(m, torch.nn.Linear)]:
+    for linear in [m for m in head.modules() if isinstance(m, torch.nn.Linear) and m.bias is not None]:
         for i in range(min(linear.out_features, 30)):
             for size in (-1e5, 1e5):
                 with torch.no_grad():
@@ -189,7 +221,7 @@ def test_missing_values_do_not_matter(case):
     """Neither to the likelihood of the others nor to its gradient, not even NaN."""
     head, f = case.make(4, case.num_features).double(), features(2, 5, 4)
     x = head(f).sample()
-    observed = torch.rand(x.shape) > 0.4
+    observed = case.observed(x)
     gradients = []
     for hole in (0.0, math.nan):
         head.zero_grad()
@@ -206,14 +238,15 @@ def test_draws_have_the_mean(case):
     d = case.make(4, case.num_features).double()(features(4))
     n = 20000
     x = d.sample((n,))
-    assert ((x.mean(0) - d.mean).abs() < 5 * x.std(0) / math.sqrt(n) + 1e-9).all()
+    assert ((x.mean(0) - d.mean).abs() < 5 * x.std(0) / math.sqrt(min(n, case.mean_draws)) + 1e-9).all()
 
 
 @every_head
 def test_draws_follow_the_distribution(case):
     """How often the first feature falls between two values is what its marginal sums or integrates to there."""
     torch.manual_seed(2)
-    d = case.make(4, case.num_features).double()(features(4))
+    width = 1 if case.whole else case.num_features
+    d = case.make(4, width).double()(features(4))
     draws = d.sample((20000,))[:, 0]
     edges = draws.quantile(torch.linspace(0.05, 0.95, 11).double())
     if case.support is not None:
@@ -228,8 +261,8 @@ def test_draws_follow_the_distribution(case):
             places = torch.linspace(low, high, 401).double()
             weights = torch.full_like(places, (high - low) / 400)
             weights[[0, -1]] /= 2
-        frames = torch.stack([places] * case.num_features, 1)
-        first = (torch.arange(case.num_features) == 0).expand_as(frames)
+        frames = torch.stack([places] * width, 1)
+        first = (torch.arange(width) == 0).expand_as(frames)
         expected = (log_prob(d, frames, first).exp() * weights).sum().item()
         found = ((draws > low) & (draws < high)).double().mean().item()
         assert abs(found - expected) < 5 * math.sqrt(expected * (1 - expected) / len(draws)) + 1e-4

@@ -53,7 +53,6 @@ class KLAnnealing(Callback, ABC):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: SequenceBatch, batch_idx: int
     ) -> None:
-        """Set the weight that the coming step uses."""
         cast(VRNNLightningModule, pl_module).beta = self.beta(trainer.global_step)
 
 
@@ -75,7 +74,6 @@ class ConstantKLWeight(KLAnnealing):
         self.value = value
 
     def beta(self, step: int) -> float:
-        """Return the weight after ``step`` optimiser steps."""
         return self.value
 
 
@@ -96,11 +94,9 @@ class _Ramp(KLAnnealing):
         self.steps, self.start, self.end = steps, start, end
 
     def beta(self, step: int) -> float:
-        """Return the weight after ``step`` optimiser steps."""
         return self.schedule(step, self.steps, self.start, self.end)
 
     def settled(self, step: int) -> bool:
-        """Return whether the weight stays at ``end``."""
         return step >= self.steps
 
 
@@ -211,7 +207,6 @@ class ControlVAE(KLAnnealing):
             raise UserError("ControlVAE: a model of latent_size 0 has no KL. Fix: leave the callback out")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from the steps of the checkpoint."""
         self._step, self._kls = trainer.global_step, []
 
     def on_train_batch_end(
@@ -232,6 +227,5 @@ class ControlVAE(KLAnnealing):
         return {"integral": self.integral, "weight": self.weight}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Continue from a checkpoint."""
         require_types(state_dict, self, integral=(int, float), weight=(int, float))
         self.integral, self.weight = state_dict["integral"], state_dict["weight"]

@@ -21,11 +21,7 @@ FOLDER = "--trainer.default_root_dir"
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Return the run's folder. A collective call.
-
-    Raises:
-        UserError: It is a remote one.
-    """
+    """Return the run's folder, or raise if it is a remote one. A collective call."""
     return require_local(trainer.log_dir or trainer.default_root_dir, FOLDER)
 
 
@@ -45,15 +41,11 @@ class _Column:
 
 
 class ArchiveWriter:
-    """Writes the archive of a corpus that comes sequence by sequence in any order, in memory that does not grow.
+    """Writes the archive of a split that comes sequence by sequence in any order, in memory that does not grow.
 
     The arrays lie in a file without a name beside the archive, which ends with the process; :meth:`finish` joins them
     in the order of the sequences. Memory holds 8 bytes for each sequence, and as many for each array of it. While they
     are joined, the disk holds everything twice.
-
-    Args:
-        path: The archive.
-        split: Prefix of the names of its arrays.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -77,7 +69,6 @@ class ArchiveWriter:
             temporary.unlink()
 
     def __len__(self) -> int:
-        """Return the number of sequences so far."""
         return len(self._index)
 
     def declare(self, **arrays: np.ndarray) -> None:
@@ -86,15 +77,7 @@ class ArchiveWriter:
             self._columns.setdefault(name, _Column(values[:0]))
 
     def add(self, index: int, **arrays: np.ndarray) -> None:
-        """Add a sequence.
-
-        Args:
-            index: Its place among the sequences.
-            arrays: Its arrays by name, of the same names, types and widths for each sequence.
-
-        Raises:
-            UserError: The disk is full, or the folder can't be written to.
-        """
+        """Add a sequence: its place, and its arrays, of the same names, types and widths for each sequence."""
         self.declare(**arrays)
         with explained(self.path, FOLDER):
             for name, values in arrays.items():
@@ -117,14 +100,7 @@ class ArchiveWriter:
             yield sequence
 
     def finish(self, **more: np.ndarray) -> None:
-        """Write the archive and delete the parts.
-
-        Args:
-            more: Further arrays, whose rows are not sequences.
-
-        Raises:
-            UserError: The disk is full, or the folder can't be written to.
-        """
+        """Write the archive, with further arrays whose rows are not sequences, and delete the parts."""
         try:
             with replacing(self.path, FOLDER) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
                 for name, column in self._columns.items():
@@ -141,6 +117,5 @@ class ArchiveWriter:
             self.discard()
 
     def discard(self) -> None:
-        """Delete the parts."""
         with suppress(OSError):  # there was no room for the rest
             self._file.close()

@@ -60,24 +60,20 @@ class Diagnostics(Callback):
         self._step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the figures so far and the warnings given."""
         return {"low": self.low, "norms": list(self.norms), "spikes": list(self.spikes), "warned": sorted(self.warned)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a checkpoint, without repeated warnings."""
         require_types(state_dict, self, low=int, spikes=list, norms=list, warned=(list, set))
         self.low, self.spikes = state_dict["low"], [int(step) for step in state_dict["spikes"]]
         self.norms = deque(map(float, state_dict["norms"]), self.window)
         self.warned = set(map(str, state_dict["warned"]))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from the steps of the checkpoint."""
         self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: SequenceBatch, batch_idx: int
     ) -> None:
-        """Compare the gradient's norm with those before it."""
         if trainer.global_step == self._step or not self.max_ratio or "gradient" in self.warned:
             return
         self._step = trainer.global_step
@@ -94,7 +90,6 @@ class Diagnostics(Callback):
             self._warn(trainer, "gradient", self._explosion(trainer, norm, usual))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the KL with its threshold."""
         module = cast(VRNNLightningModule, pl_module)
         if trainer.state.fn != "fit" or trainer.sanity_checking or not module.vrnn.latent_size:
             return
@@ -142,7 +137,6 @@ class GradientNorms(Callback):
     """
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Log the norms, if this step is logged."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
         if every and (trainer.global_step + 1) % every == 0:
             norms = gradient_norms(cast(VRNNLightningModule, pl_module))

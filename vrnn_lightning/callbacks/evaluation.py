@@ -28,14 +28,8 @@ def importance_weighted(
 ) -> tuple[Tensor, Tensor]:
     """Return the importance-weighted bound of each sequence and the effective samples of its weights, each (batch,).
 
-    Memory is bounded by ``rows``, for any number of samples and any length of the sequences.
-
-    Args:
-        model: The model.
-        batch: Padded sequences.
-        samples: K.
-        noise: Source of the draws.
-        rows: Trajectories at a time, more where the batch itself holds more.
+    Memory is bounded by ``rows``, the trajectories at a time, for any number of samples and any length of the
+    sequences.
     """
     largest = max(1, rows // len(batch))
     sums, effective = [], []
@@ -110,7 +104,6 @@ class Evaluation(Callback):
         self._kl: list[Tensor] = []
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier evaluation, if this is not a validation within training."""
         if trainer.state.fn != "fit":
             self._estimates, self._steps, self._kl = {}, 0, []
             self.path, self._writer = archive_path(trainer, "evaluation"), None
@@ -130,7 +123,6 @@ class Evaluation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Bound the sequences of a batch, if this is not a validation within training."""
         if trainer.state.fn == "fit":
             return
         module, trace = cast(VRNNLightningModule, pl_module), cast(Trace, outputs)
@@ -179,7 +171,6 @@ class Evaluation(Callback):
         return dict(zip(names, torch.cat(parts, 1)[:, torch.tensor(order).argsort()], strict=False))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report, if this is not a validation within training."""
         if trainer.state.fn == "fit":
             return
         stage = "val" if trainer.state.fn == "validate" else "test"
@@ -201,7 +192,6 @@ class Evaluation(Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave nothing behind."""
         if self._writer is not None:
             self._writer.discard()
             self._writer = None

@@ -30,7 +30,6 @@ class Loop(Callback):
         require_at_least("loop", vars(self), {"checkpoint_every": 1})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Set the options on the model."""
         if isinstance(pl_module, VRNNLightningModule):
             if self.compile:
                 require_compiler(pl_module.device)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from vrnn_lightning.callbacks.archives import FOLDER
@@ -18,9 +19,6 @@ from vrnn_lightning.callbacks.strokes import on_paper, save_animation, strokes_s
 from vrnn_lightning.data.rolls import KEYS, roll_sound, write_midi
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import csv_line, replacing
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["Media", "MediaLogger", "Shown", "require_columns", "save_picture"]
 
@@ -34,9 +32,8 @@ Shown = dict[str, list[Tensor]]
 class Media:
     """The display of a datamodule's sequences.
 
-    Args:
-        data: The datamodule, of which ``modality``, ``sample_rate``, ``full_scale``, ``image_width``, ``resolution``,
-            ``columns`` and ``pen_starts_down`` are read where it has them.
+    Where the datamodule has them, ``modality``, ``sample_rate``, ``full_scale``, ``image_width``, ``resolution``,
+    ``columns`` and ``pen_starts_down`` are read.
     """
 
     def __init__(self, data: Any) -> None:
@@ -62,7 +59,6 @@ class Media:
 
     @property
     def has_sound(self) -> bool:
-        """Whether sequences can be listened to."""
         return self.modality == "roll" or (self.modality == "audio" and self.sample_rate is not None)
 
     def pieces(self, features: int) -> int:
@@ -74,17 +70,11 @@ class Media:
         return draw_rows(rows, self.modality, self.sample_rate, titles, shared, self._features)
 
     def write(self, rows: Shown, folder: Path, stem: str) -> dict[str, dict[str, list[Path]]]:
-        """Write the result of :meth:`to_display`, each sequence as files ``<stem>_<row>_<i>.<suffix>``.
+        """Write the result of :meth:`to_display` as files ``<stem>_<row>_<i>.<suffix>``; return them by suffix and row.
 
         Audio becomes wav; strokes become svg in which they are drawn one by one, and sampled ones gif; piano rolls
         become wav, and MIDI where mido is installed. Missing values of data are silent; a sequence of the model that
         holds NaN becomes no file.
-
-        Returns:
-            The files by suffix and row.
-
-        Raises:
-            UserError: The disk is full, or the folder can't be written to.
         """
         files: dict[str, dict[str, list[Path]]] = {}
         for name, sequences in rows.items():
@@ -98,7 +88,6 @@ class Media:
         return files
 
     def _suffixes(self, name: str, x: Tensor) -> list[str]:
-        """Return the suffixes of a sequence's files."""
         if not torch.isfinite(x).all():
             return []
         if self.modality == "audio" and self.sample_rate:
@@ -141,23 +130,13 @@ def require_columns(option: str, count: int) -> None:
 
 
 def save_picture(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG file, whole or not at all.
-
-    Raises:
-        UserError: The disk is full, or the folder can't be written to.
-    """
+    """Write a figure as a PNG file, whole or not at all."""
     with replacing(path, FOLDER) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 
 class MediaLogger:
-    """Shows sequences of a run as files in its folder, and in the loggers that can show them.
-
-    Args:
-        trainer: The trainer, for its loggers.
-        folder: Folder of the files.
-        media: Display of the sequences.
-    """
+    """Shows sequences of a run as files in a folder, and in the trainer's loggers that can show them."""
 
     def __init__(self, trainer: Trainer, folder: Path, media: Media) -> None:
         self.loggers: list[Any] = list(trainer.loggers)

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from scipy.signal import ShortTimeFFT
 from torch import Tensor
 
 from vrnn_lightning.data import rows_to_strokes
 from vrnn_lightning.data.rolls import KEYS, LOWEST
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-__all__ = [
-    "DECIBELS",
-    "draw_series",
-    "draw_strokes",
-    "find_kind",
-    "find_panels",
-    "is_binary",
-    "set_few_ticks",
-    "time_label",
-]
+__all__ = ["DECIBELS", "draw_series", "draw_strokes", "find_kind", "find_panels", "is_binary", "time_label"]
 
 MISSING = "lightsteelblue"
 """Colour of missing values."""
@@ -32,7 +21,7 @@ MOST_LINES = 12
 """Features up to which a series is drawn as lines."""
 DECIBELS = 70
 """Range of a spectrogram's colours, downward from the loudest."""
-Panel = Callable[["Axes", np.ndarray, int | None], None]
+Panel = Callable[[Axes, np.ndarray, int | None], None]
 """Draws a sequence, shape (time, features), with the sample rate of audio."""
 
 
@@ -71,30 +60,20 @@ def time_label(kind: str, sample_rate: int | None) -> str:
     return "step" if kind in ("series", "pixels", "roll") else ""
 
 
-def set_few_ticks(axes: Axes) -> None:
-    """Give axes few and small ticks."""
-    axes.locator_params(nbins=4)
-    axes.tick_params(labelsize=7)
-
-
 def draw_series(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
     """Draw a line for each feature."""
     axes.plot(x, linewidth=1, marker="." if len(x) == 1 else None)
     axes.margins(x=0)
-    set_few_ticks(axes)
 
 
 def _draw_waveform(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
     wave = x.ravel()
     axes.plot(np.arange(wave.size) / (sample_rate or 1), wave, linewidth=0.4)
     axes.margins(x=0)
-    axes.set_ylabel("amplitude", fontsize=7)
-    set_few_ticks(axes)
+    axes.set_ylabel("amplitude")
 
 
 def _draw_spectrogram(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
-    from scipy.signal import ShortTimeFFT
-
     wave, rate = np.where(np.isfinite(x), x, 0.0).ravel(), sample_rate or 1
     window = np.hanning(min(256, wave.size) + 2)[1:-1]
     transform = ShortTimeFFT(window, hop=max(1, window.size // 4), fs=rate)
@@ -102,8 +81,7 @@ def _draw_spectrogram(axes: Axes, x: np.ndarray, sample_rate: int | None) -> Non
     top, extent = power.max(), transform.extent(wave.size)
     axes.imshow(power, origin="lower", aspect="auto", cmap="magma", vmin=top - DECIBELS, vmax=top, extent=extent)
     axes.set_xlim(0, wave.size / rate)
-    axes.set_ylabel("Hz" if sample_rate else "cycles / sample", fontsize=7)
-    set_few_ticks(axes)
+    axes.set_ylabel("Hz" if sample_rate else "cycles / sample")
 
 
 def _draw_roll(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
@@ -118,8 +96,7 @@ def _draw_roll(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
 def _draw_pixels(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:
     """Draw time to the right and features upward, from white, 0, to black, 1."""
     _draw_grid(axes, x, 0)
-    axes.set_ylabel("feature", fontsize=7)
-    set_few_ticks(axes)
+    axes.set_ylabel("feature")
 
 
 def _draw_grid(axes: Axes, x: np.ndarray, lowest: int) -> None:
@@ -127,7 +104,6 @@ def _draw_grid(axes: Axes, x: np.ndarray, lowest: int) -> None:
     area = (-0.5, steps - 0.5, lowest - 0.5, lowest + lines - 0.5)
     axes.set_facecolor(MISSING)
     axes.imshow(x.T, origin="lower", aspect="auto", cmap="gray_r", interpolation="nearest", extent=area, vmin=0, vmax=1)
-    axes.tick_params(labelsize=7)
 
 
 def _draw_image(axes: Axes, x: np.ndarray, sample_rate: int | None) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from vrnn_lightning.callbacks import panels
 from vrnn_lightning.callbacks.panels import is_binary
 from vrnn_lightning.callbacks.strokes import on_paper, save_animation, save_strokes, strokes_svg
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = [
     "Fan",
@@ -64,7 +63,7 @@ def draw_rows(
     parts = panels.find_panels(kind)
     columns = max(len(sequences) for sequences in rows.values())
     height = len(rows) * len(parts)
-    figure, grid = _make_grid(height, columns, 3.2 * columns, 1.7 * height)
+    figure, grid = make_grid(height, columns, 3.2 * columns, 1.7 * height)
     for r, (name, sequences) in enumerate(rows.items()):
         for c, sequence in enumerate(sequences):
             for p, panel in enumerate(parts):
@@ -76,7 +75,7 @@ def draw_rows(
     _set_titles(grid[0], titles)
     time = panels.time_label(kind, sample_rate)
     for axes in grid[-1]:
-        axes.set_xlabel(time, fontsize=7)
+        axes.set_xlabel(time)
     if len(grid[0, 0].lines) > 1 and kind == "series":
         _add_legend(grid[0, 0], features)
     for c in range(columns):
@@ -118,7 +117,7 @@ def draw_heat(
         titles: Titles of the columns.
     """
     heights = [1.4] * (above is not None) + [0.6 + min(0.16 * len(names), 4.0)]
-    figure, grid = _make_grid(len(heights), len(values), 3.2 * len(values) + 0.6, sum(heights), height_ratios=heights)
+    figure, grid = make_grid(len(heights), len(values), 3.2 * len(values) + 0.6, sum(heights), height_ratios=heights)
     if above is not None:
         _draw_above(grid[0], above, modality, sample_rate)
     every = torch.cat(values).double().cpu()
@@ -136,8 +135,7 @@ def draw_heat(
             vmax=most or 1.0,
         )
         axes.set_yticks(range(len(names)), names) if c == 0 and len(names) <= 32 else axes.set_yticks([])
-        axes.tick_params(labelsize=7)
-        axes.set_xlabel("step", fontsize=7)
+        axes.set_xlabel("step")
     _set_titles(grid[0], titles)
     figure.colorbar(image, ax=list(grid[-1]), label=label, pad=0.01)
     return figure
@@ -173,7 +171,7 @@ def draw_fans(fans: list[Fan], names: list[str] | None = None, titles: list[str]
         titles: Titles of the columns.
     """
     features = min(FANS, fans[0].draws.shape[2])
-    figure, grid = _make_grid(features, len(fans), 4.2 * len(fans), 1.8 * features)
+    figure, grid = make_grid(features, len(fans), 4.2 * len(fans), 1.8 * features)
     for c, fan in enumerate(fans):
         given, cloud, known = map(_array, fan[:3])
         before, time = np.arange(len(given)) + fan.begin, np.arange(cloud.shape[1]) + fan.start
@@ -186,10 +184,9 @@ def draw_fans(fans: list[Fan], names: list[str] | None = None, titles: list[str]
             axes.plot(before, given[:, f], color="black", linewidth=1, label="given", marker=alone)
             axes.plot(time, known[:, f], ".", color="tab:orange", markersize=3, label="truth")
             axes.margins(x=0)
-            panels.set_few_ticks(axes)
             if c == 0:
-                axes.set_ylabel(_label(names[f]) if names else f"x{f}", fontsize=8, parse_math=False)
-        axes.set_xlabel("step", fontsize=7)
+                axes.set_ylabel(_label(names[f]) if names else f"x{f}")
+        axes.set_xlabel("step")
     _set_titles(grid[0], titles)
     grid[0, 0].legend(fontsize=6, loc="best", framealpha=0.6)
     return figure
@@ -215,7 +212,7 @@ def draw_scores(
         sample_rate: Samples per second of audio.
         titles: Titles of the columns.
     """
-    figure, grid = _make_grid(2, len(nats), 4.2 * len(nats), 3.2)
+    figure, grid = make_grid(2, len(nats), 4.2 * len(nats), 3.2)
     _draw_above(grid[0], sequences, modality, sample_rate)
     for c, line in enumerate(nats):
         axes, values = grid[1, c], _array(line)
@@ -229,9 +226,9 @@ def draw_scores(
             below = np.flatnonzero(values < threshold)
             axes.axhline(threshold, color="tab:red", linewidth=0.6, linestyle="--")
             axes.plot(below, values[below], ".", color="tab:red", markersize=4)
-        axes.set_xlabel("step", fontsize=7)
+        axes.set_xlabel("step")
         if c == 0:
-            axes.set_ylabel("nats", fontsize=8)
+            axes.set_ylabel("nats")
     _set_titles(grid[0], titles)
     return figure
 
@@ -240,12 +237,17 @@ def _array(x: Tensor) -> np.ndarray:
     return x.detach().cpu().double().numpy()
 
 
-def _make_grid(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
-    """Return a figure of a size in inches, and its axes, shape (rows, columns)."""
-    from matplotlib.figure import Figure
-
+def make_grid(
+    rows: int, columns: int, width: float, height: float, ticks: int | str = 4, **options: Any
+) -> tuple[Figure, np.ndarray]:
+    """Return a figure of a size in inches, and its axes with few and small ticks, shape (rows, columns)."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+    with rc_context({"axes.labelsize": 8, "text.parse_math": False}):
+        grid = figure.subplots(rows, columns, squeeze=False, **options)
+    for axes in grid.flat:
+        axes.locator_params(nbins=ticks)
+        axes.tick_params(which="both", labelsize=7)
+    return figure, grid
 
 
 def _draw_above(row: np.ndarray, sequences: list[Tensor], modality: str, sample_rate: int | None) -> None:
@@ -254,7 +256,7 @@ def _draw_above(row: np.ndarray, sequences: list[Tensor], modality: str, sample_
     for axes, sequence in zip(row, rows[""], strict=True):
         panels.find_panels(kind)[0](axes, _array(sequence), sample_rate)
         if kind == "audio":
-            axes.set_xlabel(panels.time_label(kind, sample_rate), fontsize=7)
+            axes.set_xlabel(panels.time_label(kind, sample_rate))
 
 
 def _share_limits(grid: np.ndarray, *, widest: bool) -> None:
@@ -283,7 +285,7 @@ def _share_colours(grid: np.ndarray, span: float | None) -> None:
 def _set_titles(row: np.ndarray, titles: list[str] | None) -> None:
     """Write titles above axes, without formulas."""
     for axes, title in zip(row, titles or [], strict=False):
-        axes.set_title(_label(title), fontsize=8, parse_math=False)
+        axes.set_title(_label(title), fontsize=8)
 
 
 def _label(text: str) -> str:
@@ -293,10 +295,8 @@ def _label(text: str) -> str:
 
 
 def _add_legend(axes: Axes, names: list[str] | None) -> None:
-    """Name the feature of each line."""
     lines = axes.lines
-    has_names = names is not None and len(names) == len(lines)
-    labels = [_label(name) for name in names or []] if has_names else [f"x{i}" for i in range(len(lines))]
-    legend = axes.legend(lines, labels, fontsize=5, ncols=2, loc="upper right", framealpha=0.6)
+    labels = names if names and len(names) == len(lines) else [f"x{i}" for i in range(len(lines))]
+    legend = axes.legend(lines, [*map(_label, labels)], fontsize=5, ncols=2, loc="upper right", framealpha=0.6)
     for text in legend.get_texts():
         text.set_parse_math(False)

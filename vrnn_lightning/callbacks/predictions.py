@@ -35,23 +35,15 @@ LEAST = {"lag": 0, "shown": 0, "seed": 0} | dict.fromkeys(
 
 
 class Draws:
-    """Empty batches, one row for each sequence to draw, in groups that do not depend on batch size or processes.
-
-    Args:
-        count: Sequences of all processes together.
-        num_features: Features of a frame.
-        trainer: The trainer, for the number of this process.
-    """
+    """Empty batches for a count of sequences to draw, in groups that depend on neither batch size nor processes."""
 
     def __init__(self, count: int, num_features: int, trainer: Trainer) -> None:
         self.count, self.num_features, self.trainer = count, num_features, trainer
 
     def __len__(self) -> int:
-        """Return the number of batches of each process."""
         return -(-self.count // (GROUP * self.trainer.world_size))
 
     def __iter__(self) -> Iterator[SequenceBatch]:
-        """Yield empty frames, one for each sequence."""
         for batch in range(len(self)):
             first = (batch * self.trainer.world_size + self.trainer.global_rank) * GROUP
             index = torch.arange(first, max(first, min(first + GROUP, self.count)))
@@ -131,11 +123,6 @@ class Predictions(Callback):
         self._shown: list[Prediction] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the archive; every process takes part.
-
-        Raises:
-            UserError: The folder can't be written to, or the model can't do the task.
-        """
         module, task = cast(VRNNLightningModule, pl_module), self.task
         self.path = archive_path(trainer, "encodings" if task.name == "encode" else f"predictions/{task.name}/test")
         earlier = sorted(self.path.parent.glob(f"{_stem(task)}*.npz"))
@@ -158,13 +145,11 @@ class Predictions(Callback):
         self._writer = ArchiveWriter(self.path, "test")
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prepare the task; every process takes part."""
         self.task.prepare(cast(VRNNLightningModule, pl_module), partial(_gather, trainer))
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: SequenceBatch, *_: Any, **__: Any
     ) -> None:
-        """Add the results of a batch to the archive's parts."""
         module, writer = cast(VRNNLightningModule, pl_module), cast(ArchiveWriter, self._writer)
         real: list[int] = (batch.lengths > 0).nonzero().flatten().tolist()
         with module.summon_full_params():
@@ -174,11 +159,6 @@ class Predictions(Callback):
                     self._shown.append(piece)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write archive, table and media.
-
-        Raises:
-            UserError: There is nothing to write, or it can't be written.
-        """
         cast(VRNNLightningModule, pl_module).is_tracing = True
         writer, task = cast(ArchiveWriter, self._writer), self.task
         totals = torch.tensor([len(writer), task.skipped], device=pl_module.device)
@@ -248,7 +228,6 @@ class Predictions(Callback):
                 break
 
     def _show(self, path: Path) -> None:
-        """Draw the first sequences, and write them as the modality asks."""
         media = Media(self.data)
         rows: Shown = {}
         for piece in self._shown:
@@ -260,18 +239,13 @@ class Predictions(Callback):
         save_picture(self.task.picture(self._shown, media, rows), path)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave nothing behind."""
         if isinstance(pl_module, VRNNLightningModule):
             pl_module.is_tracing = True
         self._tidy()
 
 
 def _build_task(task: str | type[Task], options: Mapping[str, Any]) -> Task:
-    """Build a task.
-
-    Raises:
-        UserError: The task is unknown, or an option is outside its range or belongs to another task.
-    """
+    """Build a task; raise if it is unknown, or an option is outside its range or belongs to another task."""
     if isinstance(task, str) and task not in TASKS:
         raise UserError(f"prediction.task {task}: must be one of {', '.join(TASKS)}")
     cls = TASKS[task] if isinstance(task, str) else task

@@ -65,22 +65,18 @@ class Samples(Callback):
         self._shown_at: int | None = None
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of validations."""
         return {"validations": self.validations}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue from a checkpoint."""
         require_types(state_dict, self, validations=int)
         self.validations = state_dict["validations"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget another fit."""
         self._batch = self._shown_at = None
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: SequenceBatch, *_: Any, **__: Any
     ) -> None:
-        """Keep the first sequences that have steps."""
         if self._batch is None and self._shows(trainer) and (batch.lengths > 0).any():
             first = (batch.lengths > 0).nonzero().flatten()[: self.count].tolist()
             steps = self.max_steps * Media(getattr(trainer, "datamodule", None)).pieces(batch.x.shape[2])
@@ -91,11 +87,9 @@ class Samples(Callback):
         return fitting and bool(self.every_n_validations) and not getattr(trainer, "fast_dev_run", False)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the sequences of another validation."""
         self._batch = None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw, write and log, on one process."""
         if not self._shows(trainer):
             return
         self.validations += 1
@@ -103,7 +97,6 @@ class Samples(Callback):
             self._show(trainer, cast(VRNNLightningModule, pl_module), is_last=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw, write and log sequences and latents, on one process."""
         if self._shows(trainer):
             self._show(trainer, cast(VRNNLightningModule, pl_module), is_last=True)
 

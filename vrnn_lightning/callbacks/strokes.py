@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vrnn_lightning.callbacks.panels import draw_strokes
@@ -99,8 +101,6 @@ def save_animation(rows: Tensor, path: Path) -> None:
     Raises:
         UserError: The rows have another shape, or hold NaN or infinite values.
     """
-    from PIL import Image, ImageDraw
-
     strokes, points = _read(rows)
     low, size = points.min(0), float(np.ptp(points, axis=0).max()) or 1.0
     sharp = 2 * SIDE  # drawn twice as large, and shrunk: smooth lines
@@ -132,8 +132,6 @@ def save_strokes(strokes: Tensor, path: str | Path, animated: bool = False) -> N
     Raises:
         UserError: The name ends otherwise, or the rows have another shape or hold NaN or infinite values.
     """
-    from matplotlib.figure import Figure
-
     path = Path(path)
     if path.suffix not in (".svg", ".gif", ".png"):
         raise UserError(f"{path}: strokes are drawn as .svg, .png or .gif. Fix: choose one of these")

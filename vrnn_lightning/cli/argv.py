@@ -24,11 +24,7 @@ __all__ = ["collect_texts", "last_mention", "mentions", "read_config", "with_con
 
 
 def with_configs(argv: list[str]) -> list[str]:
-    """Return the command line with every config as ``--config=PATH``; the package has those that are not at a path.
-
-    Raises:
-        UserError: There is no such file, it can't be read, or its aliases multiply.
-    """
+    """Return the command line with every config as ``--config=PATH``; the package has those that are not at a path."""
     resolved, rest = [], iter(argv)
     for word in rest:
         option, equals, path = word.partition("=")
@@ -54,12 +50,7 @@ def in_current_names(options: Any, place: str = "") -> Any:
 
 
 def with_current_names(argv: list[str], defaults: Mapping[str, Any] | None = None) -> list[str]:
-    """Return the command line with every option and class under the name that it has now.
-
-    Args:
-        argv: The command line.
-        defaults: Options that it need not state, by name: those of a checkpoint.
-    """
+    """Return the command line with every option and class under its present name, given a checkpoint's options."""
     current: list[str] = []
     for word in argv:
         option, equals, value = word.partition("=")
@@ -139,11 +130,7 @@ def _in_yaml(path: str, command: str, key: str) -> list[Any]:
 
 
 def read_config(path: Path | str) -> dict[Any, Any]:
-    """Return the options in a YAML file.
-
-    Raises:
-        UserError: It can't be read, or holds no options.
-    """
+    """Return the options in a YAML file, or raise if it can't be read or holds none."""
     try:
         document = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:

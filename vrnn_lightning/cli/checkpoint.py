@@ -28,37 +28,21 @@ RUN_OPTIONS = frozenset({"root", "batch_size", "num_workers"})
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The options and the progress of a run, as a checkpoint holds them.
-
-    Args:
-        path: The file.
-        step: Number of optimiser steps.
-        epoch: The epoch it was written in.
-        model: The model's options.
-        data: The datamodule's options, empty where it keeps none.
-        data_class: Import path of the datamodule, or ``None``.
-        data_state: The datamodule's state besides its options.
-        weights: The model's ``state_dict``.
-        record: The moment of its epoch, empty if it is not known.
-    """
+    """The options and the progress of a run, as a checkpoint holds them."""
 
     path: Path
-    step: int
-    epoch: int
+    step: int  # optimiser steps
+    epoch: int  # that it was written in
     model: dict[str, Any]
-    data: dict[str, Any]
-    data_class: str | None
-    data_state: dict[str, Any]
+    data: dict[str, Any]  # empty where the datamodule keeps none
+    data_class: str | None  # import path
+    data_state: dict[str, Any]  # besides its options
     weights: dict[str, torch.Tensor]
-    record: dict[str, Any]
+    record: dict[str, Any]  # the moment of its epoch, empty if it is not known
 
     @classmethod
     def read(cls, path: Path, option: str = "--ckpt_path") -> Checkpoint:
-        """Read a file that an option names.
-
-        Raises:
-            UserError: It is missing, damaged or not a checkpoint of this framework.
-        """
+        """Read a file that an option names; raise if it is missing, damaged or not a checkpoint of this framework."""
         content = read_checkpoint(path, option)
         model, data = content.get("hyper_parameters", {}), content.get("datamodule_hyper_parameters", {})
         if "num_features" not in model or not {"state_dict", "global_step", "epoch"} <= content.keys():
@@ -74,12 +58,7 @@ class Checkpoint:
         return cls(path, step, epoch, model, data, data_class, data_state, weights, resume_record(content))
 
     def require_trusted(self, gate: Gate, *, training: bool = True) -> None:
-        """Raise a UserError if it names what a file may not import, or declares sizes that its weights do not have.
-
-        Args:
-            gate: Decides what it may name.
-            training: Also check its data, objective and optimiser.
-        """
+        """Raise if it names what a file may not import, or declares sizes that its weights do not have."""
         model = {key: value for key, value in self.model.items() if training or key not in NOT_ARCHITECTURE}
         made = VRNNLightningModule
         require_model(gate.source, made, gate.build(made, model, "model"), self.weights)
@@ -107,12 +86,7 @@ class Checkpoint:
         return {**self.architecture(skipped=()), **data}
 
     def require_same(self, options: dict[str, Any], *, training: bool) -> None:
-        """Raise a UserError if options differ from the checkpoint's, apart from the datamodule's ``run_options``.
-
-        Args:
-            options: The options ``model`` and ``data`` of this run.
-            training: Also compare how the model is trained.
-        """
+        """Raise if ``model`` or ``data`` differ from the checkpoint's, apart from the datamodule's ``run_options``."""
         skipped = (*FROM_DATA, *(() if training else NOT_ARCHITECTURE))
         model = {key: value for key, value in self.model.items() if key not in skipped}
         module, _, name = options["data"]["class_path"].rpartition(".")
@@ -144,14 +118,9 @@ def _shown(value: Any) -> Any:
 
 
 def find_checkpoint(argv: list[str], data: str | None) -> Path | None:
-    """Return the checkpoint that a command line asks for; ``last`` and ``best`` are the latest of the runs.
+    """Return the checkpoint that a command line asks for, or raise if no run has it.
 
-    Args:
-        argv: The command line.
-        data: Name of the datamodule, if the command line has it.
-
-    Raises:
-        UserError: No run has such a checkpoint.
+    ``last`` and ``best`` are the latest of the runs, on the datamodule if the command line names one.
     """
     path = last_mention(argv, "ckpt_path")
     if path not in ("last", "best"):

@@ -182,11 +182,7 @@ class CLI(LightningCLI):
             parser.set_defaults(self.origin.architecture())
 
     def num_features(self, data: LightningDataModule) -> int:
-        """Return the data's width, which is the model's.
-
-        Raises:
-            UserError: The datamodule has none, or the checkpoint's model has another.
-        """
+        """Return the data's width, which is the model's; raise if the checkpoint's model has another."""
         option = f"--data {type(data).__name__}"
         try:
             width = operator.index(getattr(data, "num_features", None))  # type: ignore[arg-type]  # checked by the call
@@ -224,11 +220,7 @@ class CLI(LightningCLI):
             raise UserError(f"--seed_everything {error}") from error
 
     def instantiate_classes(self) -> None:
-        """Build data, model and trainer.
-
-        Raises:
-            UserError: Of a datamodule's constructor; or a package is missing, or a constructor has no such argument.
-        """
+        """Build data, model and trainer, and explain the errors of their constructors."""
         try:
             super().instantiate_classes()
         except (TypeError, ValueError, ModuleNotFoundError) as error:
@@ -313,11 +305,7 @@ class CLI(LightningCLI):
         return cast(Predictions, callbacks_of(self.trainer, Predictions)[0])
 
     def before_fit(self) -> None:
-        """Take the weights to start from, and compare the epochs of a resumed run with those that it is to have.
-
-        Raises:
-            UserError: It has them already, or the weights are those of another architecture.
-        """
+        """Take the weights to start from, and raise if a resumed run has all the epochs that it is to have."""
         if self.origin:
             try:
                 self.model.init_from(self.origin.weights)

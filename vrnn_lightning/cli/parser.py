@@ -61,7 +61,7 @@ def _read(text: str) -> Any:
 
 
 def _current(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of jsonargparse 4 under the names of version 5."""
+    """Return jsonargparse 4's options of a dump under the names of version 5, for which our reader has no dumper."""
     renamed = {{"skip_none": "skip_unset"}.get(key, key): value for key, value in options.items()}
     return {**renamed, "format": "yaml"} if renamed.get("format", "parser_mode") == "parser_mode" else renamed
 
@@ -90,27 +90,21 @@ class Parser(LightningArgumentParser):
     if version("jsonargparse") >= "5":
 
         def add_instantiator(self, instantiator: Any, class_type: type, subclasses: bool = True) -> None:
-            """Keep a function that makes the objects of a class for :meth:`instantiate_classes`."""
             vars(self).setdefault("instantiators", []).append((instantiator, class_type, subclasses))
 
         def instantiate_classes(self, config: Any) -> Any:
-            """Make the objects of a config."""
             return self.instantiate(config, instantiators=vars(self).get("instantiators"))
 
         def add_method_arguments(self, *args: Any, **kwargs: Any) -> Any:
-            """Add the options of a method, whose values stay as they are."""
             return super().add_method_arguments(*args, instantiate=False, **kwargs)
 
         def dump(self, *args: Any, **kwargs: Any) -> str:
-            """Return a config as text; ``skip_none`` is now ``skip_unset``, and our reader of YAML has no dumper."""
             return cast(str, super().dump(*args, **_current(kwargs)))
 
         def save(self, *args: Any, **kwargs: Any) -> None:
-            """Write a config as :meth:`dump` returns it."""
             super().save(*args, **_current(kwargs))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with one line."""
         if not self.exit_on_error:  # a parser within the parser, whose caller prints the message
             super().error(message, ex)
         self.exit(2, f"error: {one_line(self._line(message))}\n")

@@ -67,13 +67,8 @@ def is_lost_peer(error: BaseException) -> bool:
 def end(code: int, line: str, stop: Stopped | None = None) -> int:
     """Print why the run ends, unless another process has, and wait for the processes that were launched.
 
-    Args:
-        code: The exit code of this process.
-        line: Why it ends.
-        stop: The signal that ended it, if one did; the others get it too, unless all processes have agreed on it.
-
-    Returns:
-        The exit code; 0 for a launched process that a signal ended, as its parent's counts.
+    A signal is sent to the others too, unless all processes have agreed on it. A launched process that it ended returns
+    0 in place of the exit code, as its parent's counts.
     """
     if is_first_cause():
         print(line, file=sys.stderr, flush=True)

@@ -137,30 +137,22 @@ def index_audio(
         UserError: A file can't be used, and ``invalid`` does not skip it.
     """
     key = f"audio-1-{digest(str(root.resolve()))}"
-    cached: dict[str, list[int]] = recall(key) or {}
-    known: dict[str, IndexedFile] = {}
-    changed: list[tuple[str, int, int]] = []
-    for name in names:
-        with invalid.tolerated(), explained(root / name):
-            stat = (root / name).stat()
-            file = IndexedFile(*cached[name]) if name in cached else None  # type: ignore[arg-type]  # JSON
-            if (
-                file
-                and (file.size, file.modified) == (stat.st_size, stat.st_mtime_ns)
-                and (file.is_checked or not invalid.skip)
-            ):
-                known[name] = file
-            else:
-                changed.append((name, stat.st_size, stat.st_mtime_ns))
-    for name, size, modified in tracked(changed, "reading files" if invalid.skip else "reading headers"):
-        with invalid.tolerated():
-            header = read_header(root / name, max_gb)
-            if invalid.skip:
-                check_samples(root / name)
-            known[name] = IndexedFile(*header, size, modified, invalid.skip)
-    if changed:
-        remember(key, cached | known)
-    return {name: known[name] for name in names if name in known}
+    cached = {name: IndexedFile(*file) for name, file in (recall(key) or {}).items()}
+    files: dict[str, IndexedFile] = {}
+    for name in tracked(names, "reading files" if invalid.skip else "reading headers"):
+        path = root / name
+        with invalid.tolerated(), explained(path):
+            stat, file = path.stat(), cached.get(name)
+            stamp = stat.st_size, stat.st_mtime_ns
+            if file is None or (file.size, file.modified) != stamp or (invalid.skip and not file.is_checked):
+                header = read_header(path, max_gb)
+                if invalid.skip:
+                    check_samples(path)
+                file = IndexedFile(*header, *stamp, invalid.skip)
+            files[name] = file
+    if any(cached.get(name) != file for name, file in files.items()):
+        remember(key, cached | files)
+    return files
 
 
 @contextmanager

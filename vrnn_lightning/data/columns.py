@@ -122,8 +122,6 @@ def read_columns(
 
 @dataclass(frozen=True)
 class _Place:
-    """Cells of one column, for messages."""
-
     path: Path
     column: str
     rows: NDArray[np.int64]
@@ -138,7 +136,6 @@ Chunk = tuple["NDArray[np.int64]", dict[str, Cells]]
 
 
 def _chunks(path: Path, asked: list[tuple[str, str]], delimiter: str, max_gb: float) -> Iterator[Chunk]:
-    """Yield the row numbers and the wanted cells of some rows at a time."""
     kind = "parquet" if path.name.lower().endswith(".parquet") else "csv"
     with explained(path), undamaged(f"{path}: can't be read as {kind}", "copy or write it again"):
         if path.stat().st_size == 0:
@@ -207,7 +204,6 @@ def _parquet_chunks(path: Path, asked: list[tuple[str, str]], max_gb: float) -> 
 
 
 def _cells(array: Any, path: Path, column: str) -> Cells:
-    """Return an arrow array as text or as a numpy array."""
     import pyarrow
     from pyarrow import types
 
@@ -234,7 +230,6 @@ def _cells(array: Any, path: Path, column: str) -> Cells:
 
 
 def _locate(path: Path, header: list[str], asked: list[tuple[str, str]], delimiter: str = "") -> dict[str, int]:
-    """Return the places of the wanted columns."""
     for name, option in asked:
         count = header.count(name)
         if count == 1:

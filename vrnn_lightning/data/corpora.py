@@ -226,7 +226,6 @@ def _read_row(path: Path, number: int, cells: dict[str, str]) -> Recording:
 
 
 def _require_none_missing(path: Path, total: int, missing: list[str], invalid: InvalidFiles) -> None:
-    """Raise if files that a list names are missing, or skip them."""
     listed = ", ".join(missing[:SHOWN]) + (" and more" if len(missing) > SHOWN else "")
     line = f"{path}: {len(missing)} of {total} files that it names are missing: {listed}"
     if missing and not invalid.skip:
@@ -337,7 +336,6 @@ class CorpusSplits(RandomSplits):
 
 
 def _parse_portion(option: str, value: float | str | None) -> Portion:
-    """Return a fraction, or a compiled expression."""
     if not isinstance(value, str):
         return value
     try:

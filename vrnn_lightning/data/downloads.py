@@ -12,21 +12,18 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vrnn_lightning.data.folders import SPLIT_NAMES
 from vrnn_lightning.data.ink import read_sketch_rnn
-from vrnn_lightning.data.progress import make_bar
+from vrnn_lightning.data.progress import ProgressBar
 from vrnn_lightning.data.rolls import read_note_lists
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, flush
-
-if TYPE_CHECKING:
-    from requests import Response
 
 __all__ = ["SOURCES", "Source", "content_sum", "fetch"]
 
@@ -41,8 +38,7 @@ SPLITS: dict[Split, str] = {split: names[0] for split, names in SPLIT_NAMES.item
 """The name of each split in archives."""
 
 
-class _TransferError(Exception):
-    """A file can't be fetched; the message gives the reason."""
+class _TransferError(Exception): ...
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,6 @@ def _is_present(source: Source, root: Path) -> bool:
 
 
 def _store(source: Source, root: Path, staging: Path) -> None:
-    """Fetch, check and convert a dataset, and move it to its place."""
     content = files = staging / "files"
     for file, (address, checksum) in source.files.items():
         try:
@@ -174,7 +169,6 @@ def _lock(staging: Path) -> Iterator[None]:
 
 
 def _retrieve(address: str, path: Path, checksum: str | None) -> None:
-    """Fetch one file, unless it is there, and check it."""
     import requests
 
     if path.is_file():
@@ -218,20 +212,13 @@ def _transfer(address: str, part: Path) -> None:
         length = response.headers.get("Content-Length", "")
         start = start if is_resumed else 0
         total = start + int(length) if length.isdigit() and not is_encoded else None
-        _write(response, part, start, total)
+        bar = ProgressBar(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True)
+        with part.open("ab" if start else "wb") as file, bar:
+            for chunk in response.iter_content(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
     if total is not None and part.stat().st_size != total:
         raise requests.ConnectionError("the connection ended early")
-
-
-def _write(response: Response, part: Path, start: int, total: int | None) -> None:
-    """Append a response to a file from byte ``start`` on, with a progress bar."""
-    from rich.progress import DownloadColumn
-
-    with part.open("ab" if start else "wb") as file, make_bar(DownloadColumn(), transient=False) as progress:
-        task = progress.add_task(part.stem, total=total, completed=start)
-        for chunk in response.iter_content(CHUNK):
-            file.write(chunk)
-            progress.advance(task, len(chunk))
 
 
 def content_sum(path: Path) -> str:
@@ -258,7 +245,6 @@ def content_sum(path: Path) -> str:
 
 
 def _unpack_recordings(files: Path, content: Path) -> None:
-    """Unpack the recordings, and nothing else of the archive."""
     content.mkdir()
     with zipfile.ZipFile(files / "recordings.zip") as archive:
         matches = ((re.fullmatch(r"[^/\\]+/recordings/(\w+\.wav)", info.filename), info) for info in archive.infolist())

@@ -113,7 +113,6 @@ def names_below(root: Path, suffixes: tuple[str, ...], invalid: InvalidFiles | N
 
 
 def _stem(name: str) -> str:
-    """Return a file's name without the suffix of its format."""
     suffix = next(s for s in TABLE_SUFFIXES if name.lower().endswith(s))
     return name[: -len(suffix)]
 

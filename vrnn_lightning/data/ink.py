@@ -139,7 +139,6 @@ def _tokens(place: str, text: str) -> list[tuple[str, str]]:
 
 
 def _advance(level: list[float], order: int, word: str, place: str) -> None:
-    """Move a channel to its next value."""
     if word.startswith("#"):
         if len(word) > 1 + LONGEST:
             raise UserError(f"{place}: a coordinate has {len(word) - 1} digits. Fix: correct or remove it")
@@ -323,6 +322,5 @@ def check_sketch(place: str, drawing: Any) -> NDArray[Any]:
 
 
 def _is_row(row: Any) -> bool:
-    """Return True for three numbers."""
     is_flat = isinstance(row, (list, tuple)) or (isinstance(row, np.ndarray) and row.ndim == 1)
     return is_flat and len(row) == 3 and all(isinstance(value, (int, float, np.number)) for value in row)

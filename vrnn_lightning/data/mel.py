@@ -67,16 +67,18 @@ class LogMelFrames:
 
     def cut(self, samples: NDArray[np.floating[Any]]) -> tuple[NDArray[np.float32], None]:
         """Return the frames of samples, shape (frames, bands), and no mask: all are observed."""
+        from scipy.signal.windows import hann
+
         frames = self.count(len(samples))
         needed = self.span(0, frames)[1] if frames else 0
         padded = np.pad(samples, (0, max(0, needed - len(samples))))[:needed]
         result = np.empty((frames, self.bands), dtype=np.float32)
-        filters, hann = mel_filters(self.bands, self._size, self.rate), _hann(self.window)
+        filters, window = mel_filters(self.bands, self._size, self.rate), hann(self.window, sym=False)
         for first in range(0, frames, BLOCK):
             last = min(first + BLOCK, frames)
             start, stop = self.span(first, last)
             windows = np.lib.stride_tricks.sliding_window_view(padded[start:stop], self.window)[:: self.hop]
-            spectrum = np.fft.rfft(windows * hann, self._size)
+            spectrum = np.fft.rfft(windows * window, self._size)
             power = spectrum.real**2 + spectrum.imag**2
             result[first:last] = np.log(power @ filters + FLOOR)
         return result, None
@@ -85,11 +87,6 @@ class LogMelFrames:
     def _size(self) -> int:
         """Samples of the transform."""
         return 1 << (self.window - 1).bit_length()
-
-
-@lru_cache
-def _hann(window: int) -> NDArray[np.float64]:
-    return np.sin(np.pi * np.arange(window) / window) ** 2
 
 
 @lru_cache

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from rich.progress import Progress, ProgressColumn
-
-__all__ = ["make_bar", "tracked"]
+__all__ = ["ProgressBar", "tracked"]
 
 PATIENCE = 1.0
 """Seconds of work before a bar appears."""
 
 T = TypeVar("T")
+
+
+class ProgressBar(tqdm):
+    """tqdm's bar on the standard error of one process, if that is a terminal."""
+
+    monitor_interval = 0  # no thread: reading processes are forked from this one
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        is_silent = getattr(rank_zero_only, "rank", 0) != 0
+        super().__init__(*args, **options, dynamic_ncols=True, disable=is_silent or None)  # None: off a terminal
 
 
 def tracked(items: Collection[T], what: str) -> Iterator[T]:
@@ -29,29 +36,4 @@ def tracked(items: Collection[T], what: str) -> Iterator[T]:
     >>> list(tracked([1, 2], "counting"))
     [1, 2]
     """
-    started = time.monotonic()
-    bar: Progress | None = None
-    try:
-        for done, item in enumerate(items):
-            if bar is None and getattr(rank_zero_only, "rank", 0) == 0 and time.monotonic() - started > PATIENCE:
-                from rich.progress import MofNCompleteColumn
-
-                bar = make_bar(MofNCompleteColumn(), transient=True)
-                task = bar.add_task(what, total=len(items))
-                bar.start()
-            if bar is not None:
-                bar.update(task, completed=done)
-            yield item
-    finally:
-        if bar is not None:
-            bar.stop()
-
-
-def make_bar(count: ProgressColumn, *, transient: bool) -> Progress:
-    """Return a bar on a terminal's standard error, with a column that counts what is done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=transient, disable=not console.is_terminal)
+    return iter(ProgressBar(items, what, delay=PATIENCE, leave=False))

@@ -140,7 +140,6 @@ class RandomSplitDataModule(SequenceDataModule):
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Accept :attr:`random_splits` under its old name."""
         super().__init_subclass__(**options)
         keep_old_hooks(cls, {"drawn": "random_splits"})
 

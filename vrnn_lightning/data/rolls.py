@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import reprlib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -208,10 +207,10 @@ def read_note_lists(path: Path, split: Split, max_gb: float = MAX_GB) -> Archive
     rolls = content[word]
     require_list(rolls, "", "sequences")
     require_size(path, KEYS * sum(len(roll) for roll in rolls if _is_list(roll)), max_gb)  # before they are walked
-    places: list[tuple[int, int]] = []
-    bounds = [0]
+    parts = [np.zeros((0, KEYS), dtype=np.uint8)]
     for i, roll in enumerate(rolls):
         require_list(roll, f" {i}", "steps")
+        parts.append(np.zeros((len(roll), KEYS), dtype=np.uint8))
         for t, notes in enumerate(roll):
             require_list(notes, f" {i}, step {t}", "notes")
             for note in notes:
@@ -220,11 +219,9 @@ def read_note_lists(path: Path, split: Split, max_gb: float = MAX_GB) -> Archive
                         f"{path}: {word} {i}, step {t} holds note {_shorten(note)}, but a piano's are {LOWEST} to "
                         f"{LOWEST + KEYS - 1}. Fix: correct or remove it"
                     )
-                places.append((bounds[-1] + t, int(note) - LOWEST))
-        bounds.append(bounds[-1] + len(roll))
-    values = np.zeros((bounds[-1], KEYS), dtype=np.uint8)
-    values[tuple(np.array(places, dtype=np.int64).reshape(-1, 2).T)] = 1
-    return ArchiveSplit.join(path, word, word, values, np.array([len(roll) for roll in rolls], dtype=np.int64))
+                parts[-1][t, int(note) - LOWEST] = 1
+    lengths = np.array([len(roll) for roll in rolls], dtype=np.int64)
+    return ArchiveSplit.join(path, word, word, np.concatenate(parts), lengths)
 
 
 def _mido() -> ModuleType:
@@ -296,13 +293,9 @@ def _collect_notes(tracks: list[Any], sustain: bool) -> tuple[list[tuple[int, in
 
 
 def _load(path: Path) -> Any:
-    try:
-        with explained(path, "--data.root"), path.open("rb") as file:
-            return unpickle(file) if path.suffix.lower() != ".json" else json.load(file)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: can't be read as a pickle of notes: {error}. Fix: copy or write it again") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: can't be read as JSON ({error}). Fix: copy or write it again") from None
+    load, kind = (json.load, "JSON") if path.suffix.lower() == ".json" else (unpickle, "a pickle of notes")
+    with explained(path, "--data.root"), undamaged(f"{path}: can't be read as {kind}", "copy or write it again"):
+        return load(io.BytesIO(path.read_bytes()))
 
 
 def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
@@ -310,6 +303,5 @@ def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
 
 
 def _shorten(value: Any) -> str:
-    """Return a value for a message."""
     words = reprlib.repr(value)
     return words if len(words) <= 40 and "\n" not in words else f"a {type(value).__name__}"

@@ -13,6 +13,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import yaml
+
 from vrnn_lightning.errors import UserError
 
 __all__ = [
@@ -63,14 +65,8 @@ def replacing(path: Path | str, option: str = "") -> Iterator[Path]:
 
     The temporary file lies in the folder of ``path``, which is made if it does not exist. The replacement is one atomic
     step, flushed to the disk (fsync): a crash, a kill or a full disk leaves the earlier file or the new one, never a
-    part. A remote file is written locally and uploaded at the end.
-
-    Args:
-        path: The file to write or replace, or the URL of a remote one.
-        option: The option that names it, for the message.
-
-    Raises:
-        UserError: The system can't write there.
+    part. A remote file, given by its URL, is written locally and uploaded at the end. Where the system can't write, a
+    UserError names ``option``.
 
     >>> with TemporaryDirectory() as folder:
     ...     path = Path(folder) / "a.txt"
@@ -103,11 +99,7 @@ def replacing(path: Path | str, option: str = "") -> Iterator[Path]:
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
-    """Write several files, given their contents by path, and replace none of them before all are on the disk.
-
-    Raises:
-        UserError: The system can't write one of them.
-    """
+    """Write several files, given their contents by path, and replace none of them before all are on the disk."""
     with ExitStack() as stack:
         for path in reversed(list(files)):  # the last to be written is the first to be replaced
             temporary = stack.enter_context(replacing(path))
@@ -116,15 +108,9 @@ def write_files(files: Mapping[Path, bytes]) -> None:
 
 
 def upload(local: Path, url: str, option: str = "") -> None:
-    """Copy a local file to a remote place under a temporary name, and rename the copy when its size is right.
+    """Copy a local file to a remote place, ``s3://bucket/run/last.ckpt`` or any other that fsspec knows, for an option.
 
-    Args:
-        local: The file.
-        url: The place, in any file system that fsspec knows, for example ``s3://bucket/run/last.ckpt``.
-        option: The option that names it, for the message.
-
-    Raises:
-        UserError: It can't be uploaded, or the copy has another size; an earlier file of that name stays.
+    It gets a temporary name, and its own when its size is right; else an earlier file of that name stays.
     """
     try:
         from fsspec.core import url_to_fs  # type: ignore[import-untyped]  # it has no types
@@ -160,11 +146,7 @@ def is_remote(path: Path | str) -> bool:
 
 
 def require_local(path: Path | str, option: str) -> Path:
-    """Return the path of a folder; ``option`` names it in messages.
-
-    Raises:
-        UserError: It is the URL of a remote one.
-    """
+    """Return the path of a folder that an option names, or raise if it is the URL of a remote one."""
     if is_remote(path):
         raise UserError(f"{option} {path}: is remote. Fix: give a folder of this machine, and copy it when it is done")
     return Path(path)
@@ -209,15 +191,12 @@ def temporary_name(name: str) -> str:
 
 @contextmanager
 def explained(path: Path | str, option: str = "", fix: str = "") -> Iterator[None]:
-    """Raise an OSError of the block as one line that names the path, the option and the fix.
+    """Raise an OSError of the block as one line, a UserError that names the path, the option and the fix.
 
     Args:
         path: The file or folder that the block reads or writes.
         option: The option that names it.
         fix: The fix; by default one that suits the error.
-
-    Raises:
-        UserError: In place of the system's error.
     """
     place = f"{option} {path}" if option else str(path)
     try:
@@ -234,13 +213,7 @@ def explained(path: Path | str, option: str = "", fix: str = "") -> Iterator[Non
 
 
 def require_intact_zip(path: Path, option: str = "") -> None:
-    """Raise if a zip file (a checkpoint, an .npz archive) is damaged: every member is read and its CRC compared.
-
-    ``option`` names it in the message.
-
-    Raises:
-        UserError: It is not a zip file, is truncated, or a member's bytes have another checksum than was stored.
-    """
+    """Raise if a zip file (a checkpoint, an .npz archive) is damaged: every member is read and its CRC compared."""
     place = f"{option} {path}" if option else str(path)
     with (
         explained(path, option),
@@ -254,11 +227,7 @@ def require_intact_zip(path: Path, option: str = "") -> None:
 
 
 def zip_members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """Return the members of a zip file.
-
-    Raises:
-        zipfile.BadZipFile: None of them is where the file begins, so its directory is damaged and hides some.
-    """
+    """Return the members of a zip file; raise BadZipFile if its directory is damaged and hides the first one."""
     members = archive.infolist()
     if min((member.header_offset for member in members), default=-1):
         raise zipfile.BadZipFile("its directory lacks members")
@@ -267,15 +236,7 @@ def zip_members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 
 @contextmanager
 def undamaged(problem: str, fix: str) -> Iterator[None]:
-    """Raise the error of a reader on a damaged file as one line.
-
-    Args:
-        problem: The file and what is wrong with it.
-        fix: The fix.
-
-    Raises:
-        UserError: In place of the reader's error; those of the system and of memory stay.
-    """
+    """Raise the error of a reader on a damaged file as one line; errors of the system and of memory stay."""
     try:
         yield
     except (UserError, MemoryError):
@@ -290,19 +251,12 @@ def undamaged(problem: str, fix: str) -> Iterator[None]:
 def require_plain_yaml(text: str, place: str) -> None:
     """Raise if YAML holds far more values than it has characters, as aliases of aliases do, or is nested very deeply.
 
-    Args:
-        text: The YAML, which is not loaded. A text that is not YAML passes: its reader raises.
-        place: Its place, for the message.
-
-    Raises:
-        UserError: It does.
+    It is not loaded. A text that is not YAML passes: its reader raises.
 
     >>> require_plain_yaml("{a: &a [1, 2], b: [*a, *a]}", "a.yaml")
     """
     if len(text) < SHORT_YAML and "&" not in text:
         return
-    import yaml
-
     anchors: dict[str, int] = {}
     inside: list[tuple[str | None, int]] = [(None, 0)]  # of each open collection its anchor, and its values so far
     limit = max(MOST_VALUES, len(text))
@@ -334,14 +288,8 @@ def require_plain_yaml(text: str, place: str) -> None:
 def require_size(path: Path, needed: int, max_gb: float, option: str = "--data.max_gb") -> None:
     """Raise if a file asks for much more memory than it has bytes; call it before the memory is taken.
 
-    Args:
-        path: The file.
-        needed: Bytes that its content takes, as the file declares.
-        max_gb: Gigabytes that any file may take; a large one may take 16 times its size.
-        option: The option that sets them, for the message.
-
-    Raises:
-        UserError: The file asks for more than both.
+    Its content takes ``needed`` bytes, as it declares. Any file may take ``max_gb``, which ``option`` sets, and a large
+    one 16 times its size.
     """
     size = path.stat().st_size
     if needed > max(max_gb * 1e9, EXPANSION * size):

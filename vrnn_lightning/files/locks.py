@@ -19,13 +19,10 @@ HEARTBEAT, STALE = 10.0, 60.0
 
 
 class FolderLock:
-    """Keeps a folder to one process at a time, by a lock of the operating system that ends with its process.
+    """Keeps a folder to one process at a time, by a lock on its file ``.lock`` that ends with its process.
 
     On file systems without such locks (some network file systems) the lock is a file that names host and process. Its
     process touches it every few seconds, and counts as dead where it does not.
-
-    Args:
-        folder: The folder, in which a file ``.lock`` is locked.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,11 +33,7 @@ class FolderLock:
         self._held = ExitStack()
 
     def acquire(self) -> None:
-        """Take the folder, which is made if it does not exist.
-
-        Raises:
-            UserError: Another process has it, or the system can't write there.
-        """
+        """Take the folder, which is made if it does not exist; raise if another process has it."""
         with explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             while not self.is_held:

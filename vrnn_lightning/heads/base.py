@@ -19,6 +19,7 @@ from vrnn_lightning.nn import MLP, MLPConfig
 __all__ = [
     "Elementwise",
     "Factorised",
+    "FrameDistribution",
     "Head",
     "Mixture",
     "Network",
@@ -44,6 +45,15 @@ class Elementwise(Distribution):
 
     def __init__(self, batch_shape: torch.Size) -> None:
         super().__init__(batch_shape, validate_args=False)
+
+
+class FrameDistribution(Distribution):
+    """A distribution over frames of a shape (..., features): event shape (features,)."""
+
+    arg_constraints: ClassVar = {}
+
+    def __init__(self, shape: SampleShape) -> None:
+        super().__init__(torch.Size(shape[:-1]), torch.Size(shape[-1:]), validate_args=False)
 
 
 class Factorised(Independent):
@@ -112,8 +122,9 @@ def tempered(distribution: Distribution, temperature: float) -> Distribution:
     r"""Return a distribution of the same kind, sharper below temperature 1 and flatter above.
 
     The result is the normalised :math:`p(x)^{1/T}` where that is of the same kind: logits of binary features, bins and
-    mixture weights are divided by T, and a Gaussian's variance is multiplied by T. The variance of other densities, and
-    of each component of a mixture, is multiplied by T as well.
+    mixture weights are divided by T, and a Gaussian's variance is multiplied by T. The variance of other densities, of
+    each component of a mixture and of a flow's base is multiplied by T as well, and autoregressive features are
+    tempered one by one, each given those before it: a proper distribution with an exact density, but not the power.
 
     Args:
         distribution: What a head returned, or a part of it.
@@ -163,10 +174,11 @@ class Head(nn.Module, ABC):
         num_features: Width of the frame, D.
     """
 
-    likelihood: ClassVar[Literal["density", "mass", "mixed"]] = "density"
+    likelihood: Literal["density", "mass", "mixed"] = "density"
     """Kind of number that ``log_prob`` is the logarithm of; "mixed" if features differ in it."""
-    scales_inputs: ClassVar[bool] = True
-    """Whether phi_x reads values divided by the data's standard deviation, or values that are only centred."""
+    scales_inputs: bool | Tensor = True
+    """Whether phi_x reads values divided by the data's standard deviation, or values that are only centred: for all
+    features, or for each, shape (num_features,)."""
 
     support: str = "numbers"
     """Description of the values that have a probability, for messages."""
@@ -223,11 +235,20 @@ class Head(nn.Module, ABC):
         if not wrong.any():
             return
         feature = int(wrong.flatten(0, -2).any(0).nonzero()[0])
-        values, fix = x[..., feature][valid[..., feature]], vars(self).get("cure", self.fix)  # cure: its old name
+        values, head = x[..., feature][valid[..., feature]], self.head_of(feature)
+        fix = vars(head).get("cure", head.fix)  # its old name
         raise UserError(
             f"emission {type(self).__name__}: feature {feature} has values from {values.min():.6g} to "
-            f"{values.max():.6g}, not {self.support}. Fix: {fix} or choose another emission."
+            f"{values.max():.6g}, not {head.support}. Fix: {fix} or choose another emission."
         )
+
+    def head_of(self, feature: int) -> Head:
+        """Return the head that scores a feature: itself, or a part of a composed head."""
+        return self
+
+    def round_mean(self, mean: Tensor) -> Tensor:
+        """Return the frame that represents a mean, shape (..., num_features): binary features are rounded."""
+        return mean
 
     @torch.no_grad()
     def init_from_statistics(self, mean: Tensor) -> None:

@@ -54,7 +54,9 @@ class Gaussian(Head):
         super().__init__(in_features, num_features)
         require_floor("min_std", min_std)
         if covariance not in ("diagonal", "scalar"):
-            raise UserError(f"covariance {covariance!r}: must be 'diagonal' or 'scalar'")
+            raise UserError(
+                f"covariance {covariance!r}: must be 'diagonal' or 'scalar', or choose MultivariateGaussian"
+            )
         self.covariance = covariance
         self.spreads = num_features if covariance == "diagonal" else 1
         self.linear = nn.Linear(in_features, num_features + self.spreads)

@@ -41,6 +41,9 @@ class Bernoulli(Head):
     def supports(self, x: Tensor) -> Tensor:
         return (x == 0) | (x == 1)
 
+    def round_mean(self, mean: Tensor) -> Tensor:
+        return mean.round()
+
     @torch.no_grad()
     def init_from_statistics(self, mean: Tensor) -> None:
         """Set the bias to the logit of the training mean, shape (num_features,)."""

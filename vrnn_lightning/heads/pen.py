@@ -70,6 +70,9 @@ class Pen(Head):
         is_lift = torch.tensor([False, False, True], device=x.device)
         return ~is_lift | (x == 0) | (x == 1)
 
+    def round_mean(self, mean: Tensor) -> Tensor:
+        return torch.cat([mean[..., :2], mean[..., 2:].round()], -1)
+
     @torch.no_grad()
     def init_from_statistics(self, mean: Tensor) -> None:
         """Set the lift's bias to the logit of its training mean; mean has shape (3,)."""

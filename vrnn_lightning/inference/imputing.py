@@ -13,6 +13,7 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import ParticleWeights, draw_by_weight, map_tensors
 from vrnn_lightning.heads import Factorised, Mixture, log_prob
+from vrnn_lightning.heads.joint import JointDistribution
 from vrnn_lightning.inference.checks import RESAMPLING
 from vrnn_lightning.recurrence import log_ratio, output, repeat_rows
 from vrnn_lightning.vrnn import VRNN
@@ -123,6 +124,9 @@ def _complete(emission: Distribution, x: Tensor, valid: Tensor) -> Tensor:
     """Return frames with missing values drawn from the emission, given the observed ones."""
     if valid.all():
         return x
+    if isinstance(emission, JointDistribution):
+        split = emission.joint.split
+        return emission.joint.join(map(_complete, emission.parts, split(x), split(valid)))
     is_partly_missing = bool((valid.any(-1) & ~valid.all(-1)).any())
     if isinstance(emission, Mixture) and is_partly_missing:
         components = cast(Factorised, emission.component_distribution)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.filtering import FilterResult, Particles
-from vrnn_lightning.heads import Bernoulli, Head, Pen
 from vrnn_lightning.inference.batches import Given, evaluating, make_batch, make_noise, trim
 from vrnn_lightning.inference.checks import RESAMPLING, log_std, require_numbers, require_shape
 from vrnn_lightning.inference.exporting import export_step
@@ -157,7 +156,7 @@ class Inference:
             state = model.initial_state(len(latents), None if inputs is None else inputs[:, 0])
             for t, z_features in enumerate(model.extract_z(latents.to(like)).unbind(1)):
                 u = None if inputs is None else inputs[:, t]
-                frame = _round_binary(model.head, model.emission_dist(z_features, output(state), u).mean)
+                frame = model.head.round_mean(model.emission_dist(z_features, output(state), u).mean)
                 _, state = model.next_state(model.extract_x(frame), z_features, state, u)
                 frames.append(frame)
             return self.scaler.unscale(torch.stack(frames, 1))
@@ -355,10 +354,3 @@ class Inference:
             digest = hashlib.blake2b(f"{seed} {origin}".encode(), digest_size=7).digest()
             torch.manual_seed(int.from_bytes(digest))
         return Step(filtered.log_likelihood, filtered.state, filtered.log_weights, self.vrnn, self.scaler)
-
-
-def _round_binary(head: Head, mean: Tensor) -> Tensor:
-    """Return a frame's mean with its binary features rounded."""
-    if isinstance(head, Bernoulli):
-        return mean.round()
-    return torch.cat([mean[:, :2], mean[:, 2:].round()], -1) if isinstance(head, Pen) else mean

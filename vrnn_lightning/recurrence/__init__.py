@@ -13,6 +13,7 @@ from vrnn_lightning.recurrence.parts import (
     evaluating,
     feature_width,
     is_plain,
+    require_output,
     require_plain_weights,
     structure_of,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "output",
     "partition",
     "repeat_rows",
+    "require_output",
     "require_plain_weights",
     "structure_of",
 ]

@@ -30,6 +30,7 @@ __all__ = [
     "is_plain",
     "is_plain_linear",
     "known_layers",
+    "require_output",
     "require_plain_weights",
     "structure_of",
     "trained_tensors",
@@ -182,11 +183,21 @@ def feature_width(network: nn.Module, in_features: int, like: Tensor, part: str)
     if network not in _widths:
         with evaluating(network), torch.random.fork_rng([like.device] if like.is_cuda else []):
             features = network(like.new_zeros(2, in_features))
-        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 2:
-            got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
-            raise UserError(f"{part}: returned {got} of 2 rows of {in_features} numbers, expected shape (2, width)")
-        _widths[network] = features.shape[-1]
+        width = features.shape[-1] if isinstance(features, Tensor) and features.ndim else 0
+        require_output(part, features, 2, width)
+        _widths[network] = width
     return _widths[network]
+
+
+def require_output(part: str, output: object, *shape: int) -> None:
+    """Raise if what a part returned has another shape or type than floating-point numbers."""
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        got: object = output.dtype if isinstance(output, Tensor) else type(output).__name__
+    elif output.shape != shape:
+        got = f"shape {tuple(output.shape)}"
+    else:
+        return
+    raise UserError(f"{part}: returned {got}, expected floating-point numbers of shape {shape}")
 
 
 @contextmanager

@@ -47,7 +47,6 @@ class RunCheckpoint(ModelCheckpoint):
         """Seconds from one save to the next, ``None`` if the clock asks for none."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
         super().on_train_start(trainer, pl_module)
         self._saved_at = time.monotonic()
 
@@ -67,7 +66,6 @@ class RunCheckpoint(ModelCheckpoint):
             super().on_validation_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the best."""
         if self.monitor is not None:
             super().on_train_epoch_end(trainer, pl_module)
 
@@ -76,14 +74,7 @@ class RunCheckpoint(ModelCheckpoint):
         return self.every is not None and trainer.is_global_zero and time.monotonic() - self._saved_at >= self.every
 
     def on_save_point(self, trainer: Trainer, *, is_epoch_end: bool, is_late: bool, is_stopping: bool) -> None:
-        """Save if it is time to, now that nothing of a batch or epoch is left to be done.
-
-        Args:
-            trainer: The trainer.
-            is_epoch_end: Whether a whole epoch is done, and not only a batch.
-            is_late: Whether the clock of a callback in process zero asks for a save.
-            is_stopping: Whether the run ends after this.
-        """
+        """Save if it is time to, or a clock is late, now that nothing of a batch or epoch is left to be done."""
         if trainer.fast_dev_run or trainer.sanity_checking:  # type: ignore[attr-defined]  # a connector sets it
             return
         loop: Any = trainer.fit_loop.epoch_loop
@@ -130,7 +121,6 @@ class RunCheckpoint(ModelCheckpoint):
                 self._defer_save_until_validation = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return Lightning's state, and whether a save waits for a validation."""
         return {**super().state_dict(), "is_deferred": self._defer_save_until_validation}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -177,21 +167,13 @@ class WholeCheckpoints(TorchCheckpointIO):
     """Reader and writer of checkpoints; a write replaces the earlier file when the new one is complete."""
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Return the content of a checkpoint: weights, numbers and text, whatever ``weights_only`` asks for.
-
-        Raises:
-            UserError: It is missing or damaged, or holds anything else.
-        """
+        """Return the content of a checkpoint: weights, numbers and text, whatever ``weights_only`` asks for."""
         if is_remote(path):
             return super().load_checkpoint(path, weights_only=True)
         return read_checkpoint(Path(path), map_location=map_location or "cpu")
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            UserError: The system can't write there.
-        """
+        """Write a checkpoint, whole or not at all."""
         with replacing(str(path)) as temporary, temporary.open("wb") as file:
             try:
                 torch.save(checkpoint, file)

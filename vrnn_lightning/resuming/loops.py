@@ -53,7 +53,6 @@ class ResumableValidationLoop(_EvaluationLoop):
     """Whether all processes have as many batches, so that they can agree before each."""
 
     def on_run_start(self) -> None:
-        """Begin a validation."""
         self._can_end = interruption.is_watching and not self.trainer.sanity_checking
         if self._can_end and self.trainer.world_size > 1:
             count = sum(self.max_batches)
@@ -91,11 +90,9 @@ class ResumableEpochLoop(_TrainingEpochLoop):
 
     @property
     def done(self) -> bool:
-        """Whether nothing of the epoch is left."""
         return not _fit(self).is_pending(*IN_BATCH) and super().done
 
     def reset(self) -> None:
-        """Begin an epoch at its first batch, or where a checkpoint was written."""
         if not _fit(self).record:
             super().reset()
 
@@ -162,7 +159,6 @@ class ResumableFitLoop(_FitLoop):
         return state
 
     def on_save_checkpoint(self) -> dict[str, Any]:
-        """Return Lightning's state with the record of the moment."""
         state = {
             **super().on_save_checkpoint(),
             RECORD: make_record(self.trainer, self.epoch_loop, self.epoch_loop.stage),
@@ -210,13 +206,11 @@ class ResumableFitLoop(_FitLoop):
     # ---- resuming
 
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
-        """Take the record of the moment."""
         super().on_load_checkpoint(state_dict)
         self.record = check_record(state_dict.get(RECORD))
 
     @property
     def restarting(self) -> bool:
-        """Whether loaded counters are still to be taken up."""
         return self._restarting
 
     @restarting.setter
@@ -228,7 +222,6 @@ class ResumableFitLoop(_FitLoop):
 
     @property
     def done(self) -> bool:
-        """Whether nothing of the fit is left."""
         is_last = self.is_pending(Stage.BATCH) and self.epoch_loop.batch_progress.is_last_batch
         return not is_last and not self.is_pending(*IN_BATCH, Stage.EPOCH_END) and super().done
 
@@ -325,5 +318,4 @@ class ResumableFitLoop(_FitLoop):
 
 
 def _fit(loop: _Loop) -> ResumableFitLoop:
-    """Return the fit loop that another loop is a part of."""
     return cast(ResumableFitLoop, loop.trainer.fit_loop)

@@ -54,11 +54,7 @@ def callbacks_of(trainer: Trainer, kind: Any = object) -> list[Any]:
 
 
 def resume_record(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return the record of a checkpoint; it is empty if an older version or another loop wrote the checkpoint.
-
-    Raises:
-        UserError: The fit loop can't have written it.
-    """
+    """Return the record of a checkpoint; it is empty if an older version or another loop wrote the checkpoint."""
     found: Any = checkpoint
     for key in ("loops", "fit_loop", "state_dict", RECORD):
         found = found.get(key) if isinstance(found, dict) else None
@@ -66,11 +62,7 @@ def resume_record(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_record(record: Any) -> dict[str, Any]:
-    """Return a record, empty for ``None``.
-
-    Raises:
-        UserError: The fit loop can't have written it.
-    """
+    """Return a record, empty for ``None``; raise if the fit loop can't have written it."""
     if record is None:
         return {}
     parts = [record.get(key) or {} for key in ("metrics", "row", "gradients")] if isinstance(record, dict) else [None]
@@ -176,12 +168,7 @@ def warn_of_differences(trainer: Trainer, record: dict[str, Any]) -> None:
 
 
 def match_optimizer_states(checkpoint: dict[str, Any], names: list[list[str]]) -> None:
-    """Reorder a checkpoint's optimiser states to the order of the present parameters, by name.
-
-    Args:
-        checkpoint: The checkpoint, with the names that were stored; its states are replaced.
-        names: Names of each optimiser's present parameters.
-    """
+    """Reorder a checkpoint's optimiser states from the stored order of each one's parameters to the present names."""
     states = checkpoint.get("optimizer_states", [])
     for number, (state, stored, present) in enumerate(zip(states, checkpoint[OPTIMIZED], names, strict=False)):
         if stored == present or any(not isinstance(key, int) for key in state["state"]):  # FSDP's are by name already

@@ -37,7 +37,6 @@ class Interruption:
         """Whether a fit is running, which reads :attr:`signum` itself."""
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """Handle a signal."""
         if self.signum:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import explained, flush, replacing, undamaged
+from vrnn_lightning.files import explained, flush, replacing, undamaged, write_files
 from vrnn_lightning.files.locks import FolderLock
 
 __all__ = ["METRICS_FILE", "ElboBar", "RunLogger", "SaveConfig", "read_rows", "run_logger"]
@@ -70,12 +70,10 @@ class _Rows(ExperimentWriter):
         self._write(rows)
 
     def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
-        """Hold a row until it is saved, and count it."""
         super().log_metrics(metrics_dict, step)
         self.count += 1
 
     def save(self) -> None:
-        """Write the rows to the disk."""
         if not self.metrics:
             return
         with explained(self.metrics_file_path, "--trainer.logger"):
@@ -125,18 +123,13 @@ class RunLogger(CSVLogger):
 
     @property
     def rows(self) -> int:
-        """Rows that metrics.csv has."""
         return getattr(self._experiment, "count", 0)
 
     def resume(self, folder: Path, step: int, epoch: int, training: bool, rows: int | None = None) -> None:
-        """Continue in the folder of an earlier run.
+        """Continue in the folder of an earlier run, at a checkpoint's optimiser step and epoch.
 
-        Args:
-            folder: That folder, ``<save_dir>/<name>/<version>``.
-            step: The checkpoint's number of optimiser steps.
-            epoch: The epoch it was written in.
-            training: Drop the rows of later steps, which will come again; else append rows of this one step.
-            rows: Rows of training and validation that were written before the checkpoint; ``None`` if it is not known.
+        Training drops the rows of later steps, which will come again: all but the first ``rows``, where their number is
+        known. Else rows of this one step are appended.
         """
         folder = folder.resolve()
         self._save_dir = self._root_dir = str(folder.parents[1])
@@ -217,8 +210,7 @@ class SaveConfig(SaveConfigCallback):
         text = self.parser.dump(config, skip_none=False)
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
-                with replacing(Path(logger.log_dir) / "config.yaml") as temporary:
-                    temporary.write_text(text)
+                write_files({Path(logger.log_dir) / "config.yaml": text.encode()})
                 if logger.note is not None:
                     logger.note(Path(logger.log_dir))
             else:

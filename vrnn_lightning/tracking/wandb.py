@@ -127,11 +127,7 @@ class WandbLogger(LightningWandbLogger):
             write_files({Path(self.run.log_dir) / ID_FILE: f"{run.id}\n".encode()})
 
     def choose(self, checkpoints: Sequence[Callback]) -> None:
-        """Choose the first ModelCheckpoint with a monitor as the source of the best checkpoint.
-
-        Raises:
-            UserError: There is none, but its best is to be an artifact.
-        """
+        """Choose the first ModelCheckpoint with a monitor as the source of the best one; raise if that is missing."""
         monitored = (c for c in checkpoints if isinstance(c, ModelCheckpoint) and c.monitor is not None)
         self._best = next(monitored, None)
         if self.log_best and self._best is None:

@@ -6,7 +6,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,9 +98,6 @@ def read_stored(
         map_location: Where its tensors go, as in ``torch.load``.
         hparams_file: Lightning's, which must be ``None``: a checkpoint holds its options.
         weights_only: Lightning's, which must not be ``False``: nothing else is ever loaded.
-
-    Raises:
-        UserError: It is not a checkpoint, or names what a file may not import.
     """
     if hparams_file is not None or weights_only is False:
         raise UserError(f"{path}: hparams_file and weights_only=False are not supported. Fix: leave it out")
@@ -114,13 +111,7 @@ def read_stored(
 
 
 def require_types(state: object, owner: object, **types: type | tuple[type, ...]) -> None:
-    """Raise a UserError if a checkpoint's state lacks values or has them of other types.
-
-    Args:
-        state: The state.
-        owner: The object that it is for.
-        types: The types of its values by name.
-    """
+    """Raise a UserError if a checkpoint's state lacks values of an object, or has them of other types than these."""
     for name, kind in types.items():
         value = state.get(name) if isinstance(state, Mapping) else None
         if not isinstance(value, kind):
@@ -134,20 +125,32 @@ def make_storable(hparams: Any) -> None:
     An optimiser or scheduler made by any other function is left out: only training needs it, and gives it again.
     """
     for name, value in list(hparams.items()):
-        if is_dataclass(value) and not isinstance(value, type):
-            hparams[name] = asdict(value)
-        elif callable(value):
-            made, options = value, {}
-            if isinstance(value, partial):  # the command line's own function takes the class last
-                is_wrapped = bool(value.args) and not isinstance(value.func, type)
-                made, options = value.args[-1] if is_wrapped else value.func, dict(value.keywords)
-            if isinstance(made, type):
-                hparams[name] = {"class_path": _path(made), "init_args": options}
-            elif name in ("optimizer", "lr_scheduler"):
-                del hparams[name]
-            else:
-                raise UserError(f"{name}: can't be stored. Fix: pass a class or functools.partial(class, option=value)")
+        is_of_training = name in ("optimizer", "lr_scheduler")
+        if is_of_training and callable(value) and not isinstance(_made_of(value)[0], type):
+            del hparams[name]
+        else:
+            hparams[name] = _stored(name, value)
     hparams.setdefault("_instantiator", "lightning.pytorch.cli.instantiate_module")
+
+
+def _stored(name: str, value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _stored(name, getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_stored(name, part) for part in value)
+    if not callable(value):
+        return value
+    made, options = _made_of(value)
+    if not isinstance(made, type):
+        raise UserError(f"{name}: can't be stored. Fix: pass a class or functools.partial(class, option=value)")
+    return {"class_path": _path(made), "init_args": {key: _stored(name, part) for key, part in options.items()}}
+
+
+def _made_of(value: Any) -> tuple[Any, dict[str, Any]]:
+    if not isinstance(value, partial):
+        return value, {}
+    is_wrapped = bool(value.args) and not isinstance(value.func, type)  # the command line's takes the class last
+    return value.args[-1] if is_wrapped else value.func, dict(value.keywords)
 
 
 def _path(cls: type) -> str:

@@ -76,60 +76,33 @@ class Gate:
     folder: Path | None = None
 
     def __post_init__(self) -> None:
-        """Raise if a trusted name is neither a class path nor a module."""
         for name in self.trusted:
             if not is_name(name):
                 raise UserError(f"trust {name!r}: is neither a class path nor a module. Fix: give the name of one")
 
     @classmethod
     def of_call(cls, source: object, trust: str | Iterable[str], options: Mapping[str, Any] | None = None) -> Gate:
-        """Return the gate of a call from Python.
-
-        Args:
-            source: The file.
-            trust: Class paths and modules that the user trusts.
-            options: Arguments of the call, which may name anything.
-        """
+        """Return the gate of a call from Python that reads a file; the call's own arguments may name anything."""
         trusted = (trust,) if isinstance(trust, str) else tuple(trust)
         return cls(str(source), trusted, frozenset(strings_of(options)))
 
     def check(self, value: Any, annotation: object, place: str) -> None:
-        """Raise a UserError if a value names what a file may not import; nothing is called.
-
-        Args:
-            value: A parameter's value.
-            annotation: The parameter's type.
-            place: The parameter, for the message.
-        """
+        """Raise a UserError if the value of a parameter names what a file may not import; nothing is called."""
         require_bounded(value, f"{self.source}: {place}")
         self._walk(value, expected_of(annotation), place, make=False)
 
     def check_options(self, made: type, options: Mapping[Any, Any], place: str = "") -> None:
-        """Raise a UserError if the options of a class name what a file may not import; nothing is called.
-
-        Args:
-            made: The class.
-            options: Its options by name.
-            place: The option that the class is for, for the message.
-        """
+        """Raise a UserError if the options of a class name what a file may not import; nothing is called."""
         require_bounded(options, self.source)
         self._options(made, options, place, make=False)
 
     def build(self, made: type, options: Mapping[Any, Any], place: str = "") -> dict[str, Any]:
-        """Return the options of a class with the objects that they name; the arguments are those of `check_options`.
-
-        Raises:
-            UserError: They name what a file may not import.
-        """
+        """Return the options of a class with the objects that they name, or raise as :meth:`check_options` does."""
         require_bounded(options, self.source)
         return self._options(made, options, place, make=True)
 
     def resolve(self, name: object, bases: tuple[type, ...], place: str) -> Any:
-        """Return the class that a path names.
-
-        Raises:
-            UserError: A file may not import it, or it has none of the base classes.
-        """
+        """Return the class that a path names; raise if a file may not import it or it has none of the base classes."""
         return self._import(name, Expected(bases, names=True), place)
 
     def _options(self, made: type, options: Mapping[Any, Any], place: str, *, make: bool) -> dict[str, Any]:

@@ -18,21 +18,13 @@ PLAIN = (str, int, float, complex, bytes, NoneType, PurePath, Enum, timedelta, d
 
 
 class Expected(NamedTuple):
-    """What a parameter takes.
+    """What a parameter takes."""
 
-    Args:
-        bases: Base classes of what may be named there.
-        names: A text is imported.
-        functions: A function may be named, and a class stands for calls of it.
-        nested: A text is read as YAML, which may name something.
-        plain: Only a class is wanted, not an instance.
-    """
-
-    bases: tuple[type, ...] = ()
-    names: bool = False
-    functions: bool = False
-    nested: bool = False
-    plain: bool = False
+    bases: tuple[type, ...] = ()  # of what may be named there
+    names: bool = False  # a text is imported
+    functions: bool = False  # a function may be named, and a class stands for calls of it
+    nested: bool = False  # a text is read as YAML, which may name something
+    plain: bool = False  # only a class is wanted, not an instance
 
 
 UNKNOWN = Expected(names=True, functions=True, nested=True)

@@ -21,14 +21,6 @@ from vrnn_lightning.vrnn.equations import Equations
 __all__ = ["prepared", "random_state", "weights_read", "with_weights"]
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
-PARTS = {
-    "h": "cells",
-    "z_features": "phi_z",
-    "emission": "decoder",
-    "prior": "prior",
-    "posterior": "encoder",
-    "z": "encoder",
-}
 ROWS, STEPS = 2, 3  # of the batch that a model is checked on
 
 
@@ -104,54 +96,49 @@ def _check_step(model: Equations) -> None:
     devices = [like.device] if like.is_cuda else []
     try:
         with evaluating(model), torch.random.fork_rng(devices), torch.autocast(like.device.type, enabled=False):
-            torch.manual_seed(0)
-            _compare(model)
+            before, pairs = random_state(like.device), _both_ways(model)
+            is_random = not torch.equal(before, random_state(like.device))
     finally:
         for buffer, value in kept:
             buffer.copy_(value)
+    tolerance = 1e-9 if like.dtype == torch.float64 else 1e-3
+    for part, fast, expected in pairs:
+        if not expected.isfinite().all():
+            raise UserError(f"{part}: returned NaN or infinity for standard normal data. Fix: check its weights")
+        if not is_random and not torch.allclose(fast.to(expected), expected, rtol=tolerance, atol=tolerance):
+            raise UserError(
+                f"{part}: the time loop computes other values than the model's method of it does. Fix: make the part "
+                "a function of its inputs and its own parameters"
+            )
 
 
-def _compare(model: Equations) -> None:
-    """Take the steps of a small random batch both ways."""
-    like = model.input_mean
-    x, inputs = (like.new_empty(ROWS, STEPS, n).normal_() for n in (model.num_features, model.num_inputs))
+def _both_ways(model: Equations) -> list[tuple[str, Tensor, Tensor]]:
+    """Take the steps of a small random batch; return each part's values by the loop and by the model's methods."""
+    like, generator = model.input_mean, torch.Generator(model.input_mean.device).manual_seed(0)
+    widths = model.num_features, model.num_inputs, model.latent.noise_size
+    x, inputs, noise = (like.new_empty(ROWS, STEPS, n).normal_(generator=generator) for n in widths)
     lengths = torch.full((ROWS,), STEPS, device=like.device)
     batch = SequenceBatch(x, lengths, None, inputs if model.num_inputs else None)
     future = model.backward_states(batch, None)
     data, state = model.network_inputs(batch, None, future), model.initial_state_of(batch)
-    noise = like.new_empty(STEPS, ROWS, model.latent.noise_size).normal_()
+    noise = noise.transpose(0, 1).contiguous()
     steps, last = infer(model, data, noise, state, lengths, resample=lambda t, step: None)
+    pairs: list[tuple[str, Tensor, Tensor]] = []
     for t in range(STEPS):
         now, later = (None if part is None else part[t] for part in (data.inputs, future))
-        h, x_features = output(state), data.x_features[t]
-        expected: dict[str, Any] = {"h": h}
-        prior, z_features = model.prior_dist(h, now), None
-        if steps.posterior is not None:
+        h, x_features, z_features = output(state), data.x_features[t], None
+        pairs.append(("cells", steps.h[t], h))
+        if steps.posterior is not None and steps.z is not None and steps.z_features is not None:
             posterior = model.posterior_dist(x_features, h, None, now, later)
             z = model.latent.rsample(posterior, noise[t])
             z_features = model.extract_z(z)
-            expected |= {"posterior": model.latent.posterior_parameters(posterior), "z": z, "z_features": z_features}
-            expected |= {"prior": model.latent.parameters(prior)} if steps.prior is not None else {}
-        emission = model.emission_dist(x_features[:, :0] if z_features is None else z_features, h, now)
+            own = model.latent.posterior_parameters(posterior)
+            pairs += [("encoder", fast[t], value) for fast, value in zip(steps.posterior, own, strict=True)]
+            pairs += [("encoder", steps.z[t], z), ("phi_z", steps.z_features[t], z_features)]
+        if steps.prior is not None:
+            own = model.latent.parameters(model.prior_dist(h, now))
+            pairs += [("prior", fast[t], value) for fast, value in zip(steps.prior, own, strict=True)]
         if steps.emission is not None:
-            fast = model.emission_head(steps.emission[t]).mean
-            _require_same("decoder", fast, emission.mean)
-        for name, values in expected.items():
-            fast = getattr(steps, name)
-            pairs = zip(fast, values, strict=True) if isinstance(values, tuple) else [(fast, values)]
-            for one, other in pairs:
-                _require_same(PARTS[name], one[t], other)
+            pairs.append(("decoder", steps.emission[t], model.emission_features(z_features, h, now)))
         _, state = model.next_state(x_features, z_features, state, now)
-    for one, other in zip(last.layers(), state.layers(), strict=True):
-        _require_same("cells", one, other)
-
-
-def _require_same(part: str, fast: Tensor, expected: Tensor) -> None:
-    if not expected.isfinite().all():
-        raise UserError(f"{part}: returned NaN or infinity for standard normal data. Fix: check its weights")
-    tolerance = 1e-3 if expected.dtype != torch.float64 else 1e-9
-    if not torch.allclose(fast.to(expected), expected, rtol=tolerance, atol=tolerance):
-        raise UserError(
-            f"{part}: the time loop computes other values than the model's method of it does. Fix: make the part "
-            "a function of its inputs and its own parameters"
-        )
+    return pairs + [("cells", fast, value) for fast, value in zip(last.layers(), state.layers(), strict=True)]

@@ -135,6 +135,7 @@ class Equations(nn.Module):
         back (Chen et al. 2016, arXiv 1604.06174); ``None`` keeps all. It changes no value: an option of the run."""
         self.checked: tuple[list[Any], Parts] | None = None
         """The modules and hooks whose fast step was compared with the methods, and what the loop compiles of them."""
+        self._reported: set[str] = set()
         self.called_parts: dict[str, float] = {}
         """Parts that the time loop called at each step of the last passes, with their share of its time."""
         self.compiled = False
@@ -146,7 +147,8 @@ class Equations(nn.Module):
     def init_from_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Centre what phi_x reads, and start the emission's bias, from the data's moments, each (features,)."""
         self.input_mean.copy_(mean)
-        self.input_std.copy_(torch.where((std > 0) & self.head.scales_inputs, std, 1.0))
+        scales = torch.as_tensor(self.head.scales_inputs, device=std.device)
+        self.input_std.copy_(torch.where((std > 0) & scales, std, 1.0))
         self.head.init_from_statistics(mean)
 
     def standardize_input(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -210,6 +212,13 @@ class Equations(nn.Module):
         widths = [joined.shape[-1] - self.hidden_size - self.num_inputs, self.hidden_size, self.num_inputs]
         z_features, h, inputs = joined.split(widths, -1)
         return self.emission_dist(z_features, h, inputs if self.num_inputs else None)
+
+    def newly_called(self) -> list[str]:
+        """Return a line for each part that the loop called for the first time, with its share of the loop's time."""
+        new = {part: share for part, share in self.called_parts.items() if part not in self._reported}
+        self._reported |= set(new)
+        kinds = {part: type(self.get_submodule(part)).__name__ for part in new}
+        return [f"{part}: {kinds[part]} is called at every step, {new[part]:.0%} of the loop's time" for part in new]
 
     def runs_own_method(self, name: str) -> bool:
         """Return whether a method is the one of this class, which the time loop knows."""

@@ -7,10 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,9 +19,6 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.media import Media, Shown
 from vrnn_lightning.callbacks.pictures import Fan, draw_fans, is_binary
 from vrnn_lightning.module import VRNNLightningModule as Module
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["Gather", "Prediction", "Task", "first_rows", "numbers"]
 
@@ -128,11 +126,11 @@ class Task(ABC):
     def predict(
         self, batch: SequenceBatch, i: int, values: Tensor, rows: dict[str, Tensor], **more: NDArray[Any]
     ) -> Prediction:
-        """Return the result for a sequence.
+        """Return the result for row ``i`` of a batch.
 
         Args:
-            batch: Its batch.
-            i: Its row.
+            batch: Padded sequences.
+            i: The row.
             values: Of shape (time, features), or draws with one dimension before.
             rows: Its sequences in the picture.
             more: Further arrays of the archive.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from matplotlib.figure import Figure
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.media import Media, Shown
@@ -14,9 +15,6 @@ from vrnn_lightning.callbacks.pictures import draw_heat
 from vrnn_lightning.callbacks.tasks.base import Prediction, Task
 from vrnn_lightning.module import VRNNLightningModule as Module
 from vrnn_lightning.vrnn import Trace
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["Encode", "Reconstruct"]
 

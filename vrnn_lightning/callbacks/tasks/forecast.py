@@ -48,11 +48,9 @@ class Forecast(Task):
     def __post_init__(self) -> None:
         if self.prefix == 0:
             raise UserError("prediction.prefix 0: is an empty prefix. Fix: choose the task sample, which needs none")
-        for key, value, meaning in (
-            ("steps", self.steps, "the steps of each forecast"),
-            ("prefix", self.prefix, "the origin of the first forecast"),
-        ):
-            if self.stride is not None and value is None:
+        needed = {"steps": "the steps of each forecast", "prefix": "the origin of the first forecast"}
+        for key, meaning in needed.items():
+            if self.stride is not None and getattr(self, key) is None:
                 raise UserError(f"prediction.stride {self.stride}: needs prediction.{key}. Fix: give {meaning}")
         if self.steps is None and self.prefix is None:
             raise UserError(

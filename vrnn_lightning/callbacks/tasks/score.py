@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,9 +19,6 @@ from vrnn_lightning.callbacks.pictures import draw_scores
 from vrnn_lightning.callbacks.tasks.base import Gather, Prediction, Task
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule as Module
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["Score"]
 
