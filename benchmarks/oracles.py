@@ -121,7 +121,7 @@ def built(data: LinearGaussian) -> VRNNLightningModule:
     vrnn = module.vrnn
 
     def halves(network: torch.nn.Module, weight: Tensor) -> None:
-        (linear,) = network.linears()
+        linear = network[0]
         linear.weight.copy_(torch.cat([weight, -weight]))
         linear.bias.zero_()
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = [
     "errors", "files", "datamodules", "compatibility", "trust", "batch", "noise", "filtering",
-    "nn", "cells", "heads", "recurrence", "vrnn", "objectives", "schedules", "metrics", "data", "testing", "inference",
+    "nn", "heads", "recurrence", "vrnn", "objectives", "schedules", "metrics", "data", "testing", "inference",
     "pretrained", "resuming", "module",
     "callbacks", "report", "tracking", "discovery", "cli",
 ]  # fmt: skip

@@ -99,6 +99,12 @@ OPTIONS = {
     "dropout": {"dropout": 0.4},
     "covariates": {"num_inputs": 2},
     "missing": {"missing": True},
+    "tanh, layer norm, residual": {
+        name: MLPConfig([6, 6, 7], activation=kind, norm="layer", residual=True)
+        for name, kind in zip(NETWORKS, ("Tanh", "GELU", "ReLU", "ELU", "SiLU"), strict=True)
+    },
+    "no norm, residual": {name: MLPConfig(6, 2, activation="Softplus", residual=True) for name in NETWORKS},
+    "rms norm and the input itself": {"encoder": MLPConfig(6, norm="rms"), "phi_z": MLPConfig(depth=0)},
     "all": {
         "layers": 3, "residual_posterior": True, "smoothing": True, "dropout": 0.4, "num_inputs": 2, "missing": True,
     },
@@ -264,7 +270,7 @@ def test_what_was_changed_in_place_has_no_gradient():
     noise = draw_noise(model, batch)
     loss = model(batch, noise).log_px.sum()
     with torch.no_grad():
-        next(model.phi_z.linears()).weight.mul_(2)
+        model.phi_z[0].weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     trace = model(batch, noise)
@@ -482,7 +488,7 @@ def test_pruned_weights_are_those_that_count():
     from torch.nn.utils import prune
 
     model, batch = make_model(), make_batch([4, 3])
-    for module in (model.encoder.head.linear, next(model.phi_x.linears())):
+    for module in (model.encoder.head.linear, model.phi_x[0]):
         prune.random_unstructured(module, "weight", 0.5)
     noise = draw_noise(model, batch)
     for _ in range(2):

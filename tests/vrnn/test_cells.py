@@ -14,8 +14,8 @@ from test_windows import STREAMS, losses
 from torch import Tensor, nn
 
 from vrnn_lightning import SequenceBatch, UserError, VRNNLightningModule, build_vrnn
-from vrnn_lightning.cells import LayerNormGRUCell
 from vrnn_lightning.filtering import Resampling, map_tensors
+from vrnn_lightning.nn import LayerNormGRUCell
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO, FIVO, IWAE
 from vrnn_lightning.recurrence import State
@@ -264,7 +264,7 @@ def test_streams_with_a_cell_of_ones_own_resume(lightning, folder):
 
 def test_the_command_line_lists_cells(lightning):
     assert "--model.cell.decay" in lightning("fit", "--model.cell.help", "test_cells.Tree").out
-    assert "--model.cell.eps" in lightning("fit", "--model.cell.help", "vrnn_lightning.cells.LayerNormGRUCell").out
+    assert "--model.cell.eps" in lightning("fit", "--model.cell.help", "vrnn_lightning.nn.LayerNormGRUCell").out
     err = lightning("fit", "--data", "Sines", "--model.cell", "layernorm_gru").err
     assert "choose gru, lstm, layer_norm_gru" in err
     assert "Did you mean 'layer_norm_gru'?" in err

@@ -39,8 +39,8 @@ def factor_analysis() -> tuple[VRNN, MultivariateNormal]:
     with torch.no_grad():
         for p in (*model.cells.parameters(), *model.phi_z.parameters(), *model.decoder.parameters()):
             p.zero_()
-        next(model.phi_z.linears()).weight.copy_(torch.cat([identity, -identity]))
-        body, head = next(model.decoder.body.linears()), model.decoder.head
+        model.phi_z[0].weight.copy_(torch.cat([identity, -identity]))
+        body, head = model.decoder.body[0], model.decoder.head
         linear = torch.cat([loading, -loading], 1)
         body.weight[:, : 2 * latent].copy_(torch.cat([linear, -linear]))
         head.linear.weight[:features].copy_(torch.cat([torch.eye(features), -torch.eye(features)], 1))

@@ -14,7 +14,7 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Independen
 
 from vrnn_lightning.compatibility import keep_old_hooks
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.nn import MLP, MLPConfig
+from vrnn_lightning.nn import NetworkFactory, feature_width
 
 __all__ = [
     "Elementwise",
@@ -279,21 +279,21 @@ HeadT = TypeVar("HeadT", bound=Head)
 
 
 class Network(nn.Module, Generic[HeadT]):
-    """A multilayer perceptron and the head that reads it: features (..., in_features) to a Distribution.
+    """A network and the head that reads it: features (..., in_features) to a Distribution.
 
     Args:
         in_features: Width of the input.
-        layers: Size of the perceptron.
+        network: Called with the width of the input, returns the network.
         head: Called with (in_features, num_features), returns the head.
         num_features: Width of the frame.
     """
 
     def __init__(
-        self, in_features: int, layers: MLPConfig, head: Callable[[int, int], HeadT], num_features: int
+        self, in_features: int, network: NetworkFactory, head: Callable[[int, int], HeadT], num_features: int
     ) -> None:
         super().__init__()
-        self.body = MLP(in_features, layers)
-        self.head = head(self.body.out_features, num_features)
+        self.body = network(in_features)
+        self.head = head(feature_width(self.body, in_features, "a network"), num_features)
 
     def forward(self, features: Tensor) -> Distribution:
         """Return the distribution with batch shape (...) and event shape (num_features,)."""

@@ -10,10 +10,7 @@ from vrnn_lightning.recurrence.parts import (
     Parts,
     compute_weights,
     draw_frames,
-    evaluating,
-    feature_width,
     is_plain,
-    require_output,
     require_plain_weights,
     structure_of,
 )
@@ -36,8 +33,6 @@ __all__ = [
     "Stream",
     "compute_weights",
     "draw_frames",
-    "evaluating",
-    "feature_width",
     "generate",
     "infer",
     "is_plain",
@@ -45,7 +40,6 @@ __all__ = [
     "output",
     "partition",
     "repeat_rows",
-    "require_output",
     "require_plain_weights",
     "structure_of",
 ]

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
-from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from torch._C import _disabled_torch_function_impl
 from torch.nn.modules import module as global_hooks
@@ -15,22 +12,19 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
-from vrnn_lightning.cells import LayerNormGRUCell, LayerNormLSTMCell
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads import Gaussian, GaussianLatent, Head, Network, tempered
-from vrnn_lightning.nn import MLP
+from vrnn_lightning.nn import MLP, LayerNormGRUCell, LayerNormLSTMCell, Residual
+from vrnn_lightning.nn.networks import ACTIVATIONS
 from vrnn_lightning.recurrence.state import Networks
 
 __all__ = [
     "Parts",
     "compute_weights",
     "draw_frames",
-    "evaluating",
-    "feature_width",
     "is_plain",
     "is_plain_linear",
     "known_layers",
-    "require_output",
     "require_plain_weights",
     "structure_of",
     "trained_tensors",
@@ -94,13 +88,20 @@ def compute_weights(module: nn.Module) -> None:
 
 
 def known_layers(network: object) -> list[nn.Module] | None:
-    """Return the layers of a network that the loop compiles; ``None`` for any other network."""
+    """Return the layers of a network that the loop compiles, a linear map first; ``None`` for any other network."""
     if not is_plain(network, MLP, nn.Sequential):
         return None
     layers: list[nn.Module] = list(cast("Any", network))
-    pairs = zip(layers[::2], layers[1::2], strict=False)
-    is_known = all(is_plain_linear(linear) and is_plain(relu, nn.ReLU) for linear, relu in pairs)
-    return layers if is_known and layers and len(layers) % 2 == 0 else None
+    return layers if layers and is_plain_linear(layers[0]) and all(map(_is_known_layer, layers)) else None
+
+
+def _is_known_layer(layer: Any) -> bool:
+    if is_plain(layer, nn.LayerNorm):
+        return len(layer.normalized_shape) == 1 and layer.weight is not None and layer.bias is not None
+    if is_plain(layer, Residual):
+        return len(layer) > 0 and is_plain_linear(layer[0]) and all(map(_is_known_layer, layer))
+    is_function = is_plain(layer, *ACTIVATIONS.values()) and not getattr(layer, "inplace", False)
+    return is_function or is_plain(layer, nn.ReLU) or is_plain_linear(layer)
 
 
 def is_plain_linear(module: object) -> bool:
@@ -165,51 +166,6 @@ def _is_known_cell(cell: Any) -> bool:
     if is_plain(cell, nn.GRUCell, nn.LSTMCell, nn.RNNCell):
         return bool(cell.bias)
     return is_plain(cell, LayerNormGRUCell, LayerNormLSTMCell)
-
-
-_widths: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-
-
-@torch.no_grad()
-def feature_width(network: nn.Module, in_features: int, like: Tensor, part: str) -> int:
-    """Return the width of a network's output; one that the loop does not know is called once.
-
-    Raises:
-        UserError: It returns no features.
-    """
-    layers = known_layers(network)
-    if layers is not None:
-        return cast("nn.Linear", layers[-2]).out_features
-    if network not in _widths:
-        with evaluating(network), torch.random.fork_rng([like.device] if like.is_cuda else []):
-            features = network(like.new_zeros(2, in_features))
-        width = features.shape[-1] if isinstance(features, Tensor) and features.ndim else 0
-        require_output(part, features, 2, width)
-        _widths[network] = width
-    return _widths[network]
-
-
-def require_output(part: str, output: object, *shape: int) -> None:
-    """Raise if what a part returned has another shape or type than floating-point numbers."""
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        got: object = output.dtype if isinstance(output, Tensor) else type(output).__name__
-    elif output.shape != shape:
-        got = f"shape {tuple(output.shape)}"
-    else:
-        return
-    raise UserError(f"{part}: returned {got}, expected floating-point numbers of shape {shape}")
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Set a module and what it contains to evaluation for a while."""
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        module.eval()
-        yield
-    finally:
-        for part, is_training in modes:
-            part.training = is_training
 
 
 def draw_frames(head: Any, features: Tensor, temperature: float = 1.0) -> Tensor:

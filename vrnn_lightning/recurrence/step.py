@@ -10,24 +10,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vrnn_lightning.cells import LayerNormGRUCell
 from vrnn_lightning.heads import Gaussian, Network, tempered
 from vrnn_lightning.heads.base import require_temperature
 from vrnn_lightning.recurrence.buffers import Buffer, ParameterRef
+from vrnn_lightning.recurrence.layers import CellSums, lay_features, lay_gaussian, lay_layers, lay_linear
 from vrnn_lightning.recurrence.operations import (
-    GRU,
-    LSTM,
-    RNN,
     Affine,
     Apply,
     Call,
     Cast,
     GaussianSample,
     Given,
-    LayerNormLSTM,
     MatMul,
-    Normalize,
-    Relu,
     StandardNormal,
 )
 from vrnn_lightning.recurrence.parts import draw_frames, is_plain, trained_tensors
@@ -35,7 +29,7 @@ from vrnn_lightning.recurrence.placement import GIVEN, READS, Purpose, partition
 from vrnn_lightning.recurrence.state import Masks, Networks, State, repeat_rows
 from vrnn_lightning.recurrence.tape import Tape
 
-__all__ = ["FastStep", "lay_features"]
+__all__ = ["FastStep"]
 
 
 class FastStep:
@@ -101,7 +95,7 @@ class FastStep:
         narrow = [tape.cast(h, tape.narrow) for h in hs]
         self.h = hs[-1] if self.masks is None else self._masked(hs[-1], count - 1)
         cells = [cast("nn.GRUCell", cell) for cell in model.cells if self.parts.cells]
-        self.cells = [_CellSums(tape, cell, h, c) for cell, h, c in zip(cells, hs, cs or repeat(None), strict=False)]
+        self.cells = [CellSums(tape, cell, h, c) for cell, h, c in zip(cells, hs, cs or repeat(None), strict=False)]
         networks = {name: getattr(self.parts, name) for name in ("prior", "posterior", "emission") if name in inside}
         firsts = {name: cast(nn.Linear, layers[0]) for name, layers in networks.items() if layers is not None}
         front, start = tape.buffer(sum(first.out_features for first in firsts.values())), 0
@@ -189,12 +183,12 @@ class FastStep:
 
     def _lay_prior(self) -> None:
         if self.parts.prior is not None:
-            self.prior = (_lay_gaussian(self.tape, self._sums["prior"], self.parts.prior, self.model.prior),)
+            self.prior = (lay_gaussian(self.tape, self._sums["prior"], self.parts.prior, self.model.prior),)
 
     def _lay_posterior(self) -> None:
         tape, model, latent = self.tape, self.model, self.model.latent
         if self.parts.posterior is not None:
-            self.posterior = (_lay_gaussian(tape, self._sums["posterior"], self.parts.posterior, model.encoder),)
+            self.posterior = (lay_gaussian(tape, self._sums["posterior"], self.parts.posterior, model.encoder),)
             return
         self.posterior = tuple(tape.buffer(width, tape.wide) for width in latent.widths)
         sources = self._sources("x_features", "h", "inputs", "future")
@@ -253,7 +247,7 @@ class FastStep:
 
     def _lay_emission(self) -> None:
         if self.parts.emission is not None:
-            self.emission = _lay_perceptron(self.tape, self._sums["emission"], self.parts.emission)
+            self.emission = lay_layers(self.tape, self._sums["emission"], self.parts.emission[1:])
 
     def _lay_x(self) -> None:
         tape, model, temperature = self.tape, self.model, self.temperature
@@ -272,7 +266,7 @@ class FastStep:
             self._call(draw, list(sources.values()), [self.x, self.mean])
         elif is_plain(head, Gaussian) and is_plain(head.linear, nn.Linear) and head.covariance == "diagonal":
             require_temperature(temperature)
-            raw = tape.cast(_lay_linear(tape, self.emission, head.linear), wide)
+            raw = tape.cast(lay_linear(tape, self.emission, head.linear), wide)
             self._draw(raw, self.x, head.min_std, math.sqrt(temperature))
         else:
             tape.add(Apply(lambda features: draw_frames(head, features, temperature), [self.emission], self.x))
@@ -319,97 +313,3 @@ class FastStep:
 
         after = [state.next_step() for state in self.states]
         self._call(next_state, [*sources.values(), *self.states], after, model.cells, name="cells")
-
-
-class _CellSums:
-    """The sums of a layer of the recurrence, side by side.
-
-    Those of a GRU are n_h, r, u, n_x: h_{t-1} adds to all but the last columns, the layer's input to all but the
-    first. Those of an LSTM are i, f, g, o, and both add to all, as they do to those of a plain network. A cell with
-    layer normalisation has buffers of its own for both products, which are normalised on their way to the sums.
-    """
-
-    def __init__(self, tape: Tape, cell: Any, h: Buffer, c: Buffer | None) -> None:
-        size, self.cell, self.h, self.c = h.width, cell, h, c
-        self.weight_h: Tensor = cell.weight_hh
-        self.bias: Tensor = cell.bias_ih + cell.bias_hh  # of the sums that the layer's input adds to
-        self.is_gru, self.is_normed = is_plain(cell, nn.GRUCell, LayerNormGRUCell), hasattr(cell, "gain_hh")
-        width = self.weight_h.shape[0]
-        self.gates = tape.buffer(width + size * self.is_gru, tape.wide if self.is_normed else tape.narrow)
-        self.to_h = self.gates.columns(0, width)
-        self.to_below = self.gates.columns(size * self.is_gru, self.gates.width)
-        if self.is_gru:
-            self.weight_h = cell.weight_hh.roll(size, 0)
-            self.bias = torch.cat([self.bias[: 2 * size], cell.bias_ih[2 * size :]])
-            tape.add(Affine(self.gates.columns(0, size), tape.parameter(cell.bias_hh[2 * size :], self.gates.dtype)))
-        self.from_h, self.from_below, self.shift = self.to_h, self.to_below, self.bias
-        if self.is_normed:
-            self.from_h, self.from_below = tape.buffer(width), tape.buffer(width)
-            self.bias = torch.zeros_like(self.bias, requires_grad=False)
-
-    def lay(self, tape: Tape) -> None:
-        """Add the next state, once everything was added to the sums."""
-        size, cell = self.h.width, self.cell
-        if self.is_normed:
-            gain_h = cell.gain_hh.roll(size, 0) if self.is_gru else cell.gain_hh
-            tape.add(self._norm(tape, tape.cast(self.from_below, tape.wide), cell.gain_ih, self.to_below, self.shift))
-            tape.add(self._norm(tape, tape.cast(self.from_h, tape.wide), gain_h, self.to_h))
-        gates = tape.cast(self.gates, tape.wide)
-        if self.c is None and not self.is_gru:
-            tape.add(RNN(gates, self.h, is_relu=cell.nonlinearity == "relu"))
-            return
-        new = tape.buffer(size, tape.wide)
-        if self.c is None:
-            tape.add(GRU(gates, self.h, new))
-            return
-        buffers = gates, self.h, self.c, new, tape.buffer(size, tape.wide)
-        if not self.is_normed:
-            tape.add(LSTM(*buffers))
-            return
-        before = tape.buffer(size, tape.wide)
-        norm = self._norm(tape, before, cell.gain_c, buffers[-1], cell.bias_c)
-        tape.add(LayerNormLSTM(*buffers, before, norm))
-
-    def _norm(self, tape: Tape, source: Buffer, gain: Tensor, target: Buffer, bias: Tensor | None = None) -> Normalize:
-        moments = tape.buffer(1, tape.wide), tape.buffer(1, tape.wide)
-        shift = None if bias is None else tape.parameter(bias, tape.wide)
-        return Normalize(source, tape.parameter(gain, tape.wide), target, moments, self.cell.eps, shift)
-
-
-def lay_features(
-    tape: Tape,
-    source: Buffer,
-    layers: Sequence[nn.Module],
-    mask: ParameterRef | None = None,
-    into: Buffer | None = None,
-) -> Buffer:
-    """Add a perceptron to a tape; return its features, which may go into a given buffer."""
-    first = _lay_linear(
-        tape, tape.cast(source, tape.narrow), cast(nn.Linear, layers[0]), into if len(layers) == 2 else None
-    )
-    return _lay_perceptron(tape, first, layers, mask, into)
-
-
-def _lay_perceptron(
-    tape: Tape, sums: Buffer, layers: Sequence[nn.Module], mask: ParameterRef | None = None, into: Buffer | None = None
-) -> Buffer:
-    """Add a perceptron from the sums of its first layer on; mask and ``into`` are for the features."""
-    rest = [layer for layer in layers[1:] if isinstance(layer, nn.Linear)]
-    tape.add(Relu(sums, None if rest else mask))
-    for i, linear in enumerate(rest, 1):
-        is_last = i == len(rest)
-        sums = _lay_linear(tape, sums, linear, into if is_last else None)
-        tape.add(Relu(sums, mask if is_last else None))
-    return sums
-
-
-def _lay_linear(tape: Tape, source: Buffer, linear: nn.Linear, into: Buffer | None = None) -> Buffer:
-    target = tape.buffer(linear.out_features) if into is None else into
-    tape.add(MatMul(source, tape.parameter(linear.weight.t()), target, tape.parameter(linear.bias)))
-    return target
-
-
-def _lay_gaussian(tape: Tape, sums: Buffer, layers: Sequence[nn.Module], network: object) -> Buffer:
-    """Add a network with a Gaussian head, from the sums of its first layer on; return mean and spread."""
-    head = cast("Network[Gaussian]", network).head
-    return tape.cast(_lay_linear(tape, _lay_perceptron(tape, sums, layers), head.linear), tape.wide)

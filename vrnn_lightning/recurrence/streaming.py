@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import ParticleWeights, Resampling
 from vrnn_lightning.heads import Gaussian, Network, log_prob
+from vrnn_lightning.recurrence.layers import lay_features
 from vrnn_lightning.recurrence.state import Networks, State, log_ratio, repeat_rows
-from vrnn_lightning.recurrence.step import FastStep, lay_features
+from vrnn_lightning.recurrence.step import FastStep
 from vrnn_lightning.recurrence.tape import Tape, TapeStepper
 
 __all__ = ["Stream"]

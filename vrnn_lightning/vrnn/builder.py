@@ -7,10 +7,9 @@ from typing import Literal
 
 from torch import nn
 
-from vrnn_lightning.cells import LayerNormGRUCell, LayerNormLSTMCell
 from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.heads import Gaussian, Head, Network
-from vrnn_lightning.nn import MLP, MLPConfig
+from vrnn_lightning.nn import LayerNormGRUCell, LayerNormLSTMCell, MLPConfig, NetworkFactory, feature_width
 from vrnn_lightning.vrnn.equations import StandardNormal
 from vrnn_lightning.vrnn.initial import InitialState, StateFromInputs
 from vrnn_lightning.vrnn.model import VRNN
@@ -34,11 +33,11 @@ def build_vrnn(
     layers: int = 1,
     cell: Cell | Callable[[int, int], nn.Module] = "gru",
     emission: Callable[[int, int], Head] = Gaussian,
-    phi_x: MLPConfig = MLPConfig(),
-    phi_z: MLPConfig = MLPConfig(),
-    prior: MLPConfig | None = MLPConfig(),
-    encoder: MLPConfig = MLPConfig(),
-    decoder: MLPConfig = MLPConfig(),
+    phi_x: MLPConfig | NetworkFactory = MLPConfig(),
+    phi_z: MLPConfig | NetworkFactory = MLPConfig(),
+    prior: MLPConfig | NetworkFactory | None = MLPConfig(),
+    encoder: MLPConfig | NetworkFactory = MLPConfig(),
+    decoder: MLPConfig | NetworkFactory = MLPConfig(),
     residual_posterior: bool = False,
     smoothing: bool = False,
     dropout: float = 0.0,
@@ -57,11 +56,11 @@ def build_vrnn(
             (input_size, hidden_size) for each layer, see :class:`Equations`; the networks read the output, not the
             cell state.
         emission: Called with (in_features, num_features), returns the head of p(x_t | ...).
-        phi_x: Size of the feature extractor of x_t.
-        phi_z: Size of the feature extractor of z_t.
-        prior: Size of the prior network; ``None`` for N(0, I) at every step.
-        encoder: Size of the inference network.
-        decoder: Size of the network before the emission.
+        phi_x: Feature extractor of x_t: a factory, called with the width of what it reads, such as ``MLPConfig``.
+        phi_z: Feature extractor of z_t.
+        prior: Network of the prior; ``None`` for N(0, I) at every step.
+        encoder: Network of the posterior.
+        decoder: Network before the emission.
         residual_posterior: The encoder's mean is added to the prior's (Res_q in Fraccaro et al. 2016).
         smoothing: The encoder also reads future frames of the sequence or window (Fraccaro et al. 2016), through a
             backward recurrence: an LSTM with cell "lstm", otherwise a GRU.
@@ -86,12 +85,13 @@ def build_vrnn(
     if kind is None:
         raise UserError(f"cell {cell!r}: must be one of {', '.join(CELLS)}, or a factory of cells")
     rnn = nn.LSTM if cell == "lstm" else nn.GRU
-    h_width, z_width = hidden_size + num_inputs, phi_z.width if latent_size else 0
-    x_width, future_width = phi_x.width + num_inputs, hidden_size if smoothing else 0
-    x_network = MLP(num_features * (2 if missing else 1), phi_x)
+    x_in, h_width, z_width = num_features * (2 if missing else 1), hidden_size + num_inputs, 0
+    x_network, future_width = phi_x(x_in), hidden_size if smoothing else 0
+    x_width = feature_width(x_network, x_in, "phi_x") + num_inputs
     z_network = prior_network = backward_rnn = encoder_network = None
     if latent_size:
-        z_network = MLP(latent_size, phi_z)
+        z_network = phi_z(latent_size)
+        z_width = feature_width(z_network, latent_size, "phi_z")
         prior_network = StandardNormal(latent_size) if prior is None else Network(h_width, prior, Gaussian, latent_size)
         backward_rnn = rnn(x_width, hidden_size) if smoothing else None
         encoder_network = Network(x_width + future_width + hidden_size, encoder, Gaussian, latent_size)

@@ -15,7 +15,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.recurrence import Parts, compute_weights, evaluating, infer, output, structure_of
+from vrnn_lightning.nn import evaluating
+from vrnn_lightning.recurrence import Parts, compute_weights, infer, output, structure_of
 from vrnn_lightning.vrnn.equations import Equations
 
 __all__ = ["prepared", "random_state", "weights_read", "with_weights"]

@@ -15,6 +15,7 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import map_tensors
 from vrnn_lightning.heads import Factorised, GaussianLatent, Head, Latent, Network, gaussian
+from vrnn_lightning.nn import feature_width
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import (
     Masks,
@@ -23,7 +24,6 @@ from vrnn_lightning.recurrence import (
     Prior,
     Purpose,
     State,
-    feature_width,
     is_plain,
     partition,
     repeat_rows,
@@ -246,8 +246,8 @@ class Equations(nn.Module):
     def feature_widths(self) -> tuple[int, int]:
         """Widths of the features of x_t and of z_t."""
         like = self.input_mean
-        x_width = feature_width(self.phi_x, self.num_features * (2 if self.missing else 1), like, "phi_x")
-        return x_width, 0 if self.phi_z is None else feature_width(self.phi_z, self.latent_size, like, "phi_z")
+        x_width = feature_width(self.phi_x, self.num_features * (2 if self.missing else 1), "phi_x", like)
+        return x_width, 0 if self.phi_z is None else feature_width(self.phi_z, self.latent_size, "phi_z", like)
 
     def next_state(
         self,

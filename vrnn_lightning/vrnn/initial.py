@@ -43,7 +43,8 @@ class StateFromInputs(InitialState):
     def __init__(self, like: State, num_inputs: int, size: MLPConfig) -> None:
         super().__init__(like)
         widths = {name: value.numel() for name, value in self.values.items()}
-        self.network = nn.Sequential(MLP(num_inputs, size), nn.Linear(size.width, sum(widths.values()), bias=False))
+        features = MLP(num_inputs, size)
+        self.network = nn.Sequential(features, nn.Linear(features.out_features, sum(widths.values()), bias=False))
         self.widths = list(widths.values())
 
     def forward(self, batch_size: int, inputs: Tensor | None = None) -> State:

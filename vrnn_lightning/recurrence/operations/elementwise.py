@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from vrnn_lightning.recurrence.buffers import Buffer, ParameterRef
 from vrnn_lightning.recurrence.operations.base import Operation, Pass
 
-__all__ = ["Cast", "Relu"]
+__all__ = ["Add", "Cast", "Elementwise", "Relu"]
 
 
 class Relu(Operation):
@@ -74,3 +77,72 @@ class Cast(Operation):
             self.into[t].add_(self.grads[t])
         else:
             self.into[t].copy_(self.grads[t])
+
+
+class Elementwise(Operation):
+    """``target = function(source)``, a function of each number alone, times a mask if there is one.
+
+    Args:
+        source: The argument.
+        target: The result, in the same type.
+        function: Of a tensor; autograd computes its slope.
+        mask: Shape (rows, width).
+    """
+
+    def __init__(
+        self, source: Buffer, target: Buffer, function: Callable[[Tensor], Tensor], mask: ParameterRef | None = None
+    ) -> None:
+        self.source, self.target, self.function, self.mask = source, target, function, mask
+
+    def bind(self, values: Pass) -> None:
+        self.inputs, self.results = values.steps(self.source), values.steps(self.target)
+        self.kept = None if self.mask is None else values.parameter(self.mask)
+
+    def forward(self, t: int) -> None:
+        result = self.results[t].copy_(self.function(self.inputs[t]))
+        if self.kept is not None:
+            result.mul_(self.kept)
+
+    def plan(self, values: Pass) -> None:
+        self.bind(values)
+        self.arguments, self.adds = values.value(self.source), values.claim(self.source)
+        self.into, self.grads = values.grad_steps(self.source), values.grad_steps(self.target)
+
+    def prepare(self, start: int, end: int) -> None:
+        with torch.enable_grad():
+            argument = self.arguments[start:end].detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.function(argument).sum(), argument)
+        if self.kept is not None:
+            slope = slope * self.kept
+        self.start, self.slopes = start, slope.unbind(0)
+
+    def backward(self, t: int) -> None:
+        slope = self.slopes[t - self.start]
+        if self.adds:
+            self.into[t].addcmul_(self.grads[t], slope)
+        else:
+            torch.mul(self.grads[t], slope, out=self.into[t])
+
+
+class Add(Operation):
+    """``target = one + other``, all in the same type."""
+
+    def __init__(self, one: Buffer, other: Buffer, target: Buffer) -> None:
+        self.sources, self.target = (one, other), target
+
+    def bind(self, values: Pass) -> None:
+        self.inputs, self.sums = [values.steps(source) for source in self.sources], values.steps(self.target)
+
+    def forward(self, t: int) -> None:
+        torch.add(self.inputs[0][t], self.inputs[1][t], out=self.sums[t])
+
+    def plan(self, values: Pass) -> None:
+        self.grads = values.grad_steps(self.target)
+        self.into = [(values.claim(source), values.grad_steps(source)) for source in self.sources]
+
+    def backward(self, t: int) -> None:
+        for adds, into in self.into:
+            if adds:
+                into[t].add_(self.grads[t])
+            else:
+                into[t].copy_(self.grads[t])

@@ -64,7 +64,7 @@ class LayerNormGRUCell(_LayerNormCell):
         """Return h_t, shape (batch, hidden)."""
         of_x, of_h = (products.chunk(3, -1) for products in self.normalized_products(x, h))
         reset, update = ((of_x[i] + of_h[i]).sigmoid() for i in (0, 1))
-        return torch.lerp((of_x[2] + reset * of_h[2]).tanh(), h, update)
+        return torch.lerp((of_x[2] + reset * of_h[2]).tanh().to(h), h, update.to(h))
 
 
 class LayerNormLSTMCell(_LayerNormCell):

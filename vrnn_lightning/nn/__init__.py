@@ -1,0 +1,28 @@
+"""The networks and the recurrent cells that a VRNN is made of."""
+
+from vrnn_lightning.compatibility import old_names
+from vrnn_lightning.nn.cells import LayerNormGRUCell, LayerNormLSTMCell
+from vrnn_lightning.nn.networks import (
+    MLP,
+    MaskedLinear,
+    MLPConfig,
+    NetworkFactory,
+    Residual,
+    evaluating,
+    feature_width,
+    require_output,
+)
+
+__all__ = [
+    "MLP",
+    "LayerNormGRUCell",
+    "LayerNormLSTMCell",
+    "MLPConfig",
+    "MaskedLinear",
+    "NetworkFactory",
+    "Residual",
+    "evaluating",
+    "feature_width",
+    "require_output",
+]
+__getattr__ = old_names(__name__, {"Layers": "MLPConfig"})
