@@ -342,8 +342,12 @@ def test_a_config_is_read_as_the_parser_reads_it(lightning, own, run, more, monk
 
 
 def test_a_class_stands_only_where_one_is_expected(run, folder):
-    path = altered(run, {"cell": spec("torch.nn.Linear", in_features=10**12, out_features=1)})
-    with pytest.raises(UserError, match=r"cell torch\.nn\.Linear is not"):
+    for option in ("emission", "cell"):
+        path = altered(run, {option: spec("torch.optim.Adam", lr=1.0)})
+        with pytest.raises(UserError, match=rf"{option} torch\.optim\.Adam is not"):
+            VRNNLightningModule.load_from_checkpoint(path)
+    path = altered(run, {"cell": spec("torch.nn.Bilinear", out_features=10**12)})
+    with pytest.raises(UserError, match="the options make"):  # before it takes memory
         VRNNLightningModule.load_from_checkpoint(path)
 
 

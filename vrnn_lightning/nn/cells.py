@@ -35,7 +35,8 @@ class _LayerNormCell(nn.Module):
 
     def normalized_products(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the input and the state before add to the gates, each of shape (batch, gates * hidden)."""
-        of_x, of_h, size = F.linear(x, self.weight_ih), F.linear(h, self.weight_hh), self.gain_ih.shape
+        size, wide = self.gain_ih.shape, self.gain_ih.dtype  # autocast narrows the products alone
+        of_x, of_h = F.linear(x, self.weight_ih).to(wide), F.linear(h, self.weight_hh).to(wide)
         return (
             F.layer_norm(of_x, size, self.gain_ih, self.bias_ih, self.eps),
             F.layer_norm(of_h, size, self.gain_hh, self.bias_hh, self.eps),
