@@ -99,12 +99,6 @@ OPTIONS = {
     "dropout": {"dropout": 0.4},
     "covariates": {"num_inputs": 2},
     "missing": {"missing": True},
-    "tanh, layer norm, residual": {
-        name: MLPConfig([6, 6, 7], activation=kind, norm="layer", residual=True)
-        for name, kind in zip(NETWORKS, ("Tanh", "GELU", "ReLU", "ELU", "SiLU"), strict=True)
-    },
-    "no norm, residual": {name: MLPConfig(6, 2, activation="Softplus", residual=True) for name in NETWORKS},
-    "rms norm and the input itself": {"encoder": MLPConfig(6, norm="rms"), "phi_z": MLPConfig(depth=0)},
     "all": {
         "layers": 3, "residual_posterior": True, "smoothing": True, "dropout": 0.4, "num_inputs": 2, "missing": True,
     },

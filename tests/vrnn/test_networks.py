@@ -1,0 +1,118 @@
+"""Networks by configuration: every kind of layer, compiled or called, in every pass; and what they compute."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from passes import CONFIGS, PURPOSES, make_data, make_model
+from test_recurrence import assert_equal_terms, make_batch
+from test_recurrence import make_model as make_other
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vrnn_lightning import UserError, build_vrnn
+from vrnn_lightning.nn import MLP, MLPConfig, Residual
+from vrnn_lightning.nn.networks import ACTIVATIONS
+
+NAMES = ("phi_x", "phi_z", "prior", "encoder", "decoder")
+KINDS = ("Tanh", "GELU", "ReLU", "ELU", "SiLU")
+
+
+class Gated(nn.Module):
+    """A network that the loop does not know."""
+
+    def __init__(self, in_features: int, width: int = 6) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, 2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.glu(self.linear(x), -1)
+
+
+NETWORKS = {
+    "layer norm, residual": {
+        name: MLPConfig([6, 6, 7, 7], activation=kind, norm="layer", residual=True)
+        for name, kind in zip(NAMES, KINDS, strict=True)
+    },
+    "residual": {name: MLPConfig(6, 3, activation="Softplus", residual=True) for name in NAMES},
+    "rms norm": {name: MLPConfig(6, 2, norm="rms") for name in NAMES},
+    "the input itself": {name: MLPConfig(depth=0) for name in NAMES},
+    "own": dict.fromkeys(NAMES, Gated),
+    "sequential": dict.fromkeys(
+        NAMES, lambda width: nn.Sequential(nn.Linear(width, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 5), nn.Mish())
+    ),
+}
+
+
+@pytest.mark.parametrize("purpose", list(PURPOSES)[:-1])
+@pytest.mark.parametrize("config", ["gru", "options"])
+@pytest.mark.parametrize("networks", NETWORKS.values(), ids=NETWORKS)
+def test_every_pass_equals_the_readable_one(networks, config, purpose):
+    model, data = make_model(**{**CONFIGS[config], **networks}), make_data(config)
+    masks = None if data.masks is None else model.draw_masks(data.noise)
+    fast, readable = (run(model.eval(), data._replace(masks=masks)) for run in PURPOSES[purpose])
+    assert len(fast) == len(readable)
+    for one, other in zip(fast, readable, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_is_compiled_as_it_is(name):
+    model = make_other(**{part: MLPConfig(6, 2, activation=name, norm="layer") for part in NAMES})
+    assert_equal_terms(model, make_batch([5, 3]))
+    assert not model.called_parts
+
+
+def test_what_is_compiled_and_what_is_called():
+    def called(networks) -> set[str]:
+        model = make_other(**networks)
+        model(make_batch([2]))
+        return set(model.called_parts)
+
+    assert not called(NETWORKS["layer norm, residual"]) | called(NETWORKS["residual"]) | called(NETWORKS["sequential"])
+    assert called(NETWORKS["own"]) == called(NETWORKS["rms norm"]) == {"encoder", "phi_z"}
+
+
+def test_a_layer_is_a_linear_map_a_norm_an_activation_and_its_input():
+    torch.manual_seed(0)
+    network, x = MLPConfig([4, 4, 3], activation="Tanh", norm="layer", residual=True)(2), torch.randn(5, 2)
+    first, second, third = network[0], network[3], network[4]
+    h = F.layer_norm(first(x), (4,)).tanh()
+    h = h + F.layer_norm(second[0](h), (4,)).tanh()
+    torch.testing.assert_close(network(x), F.layer_norm(third(h), (3,)).tanh())
+    assert isinstance(second, Residual)
+    assert network.out_features == 3
+
+
+def test_the_default_keeps_its_names_and_weights():
+    torch.manual_seed(0)
+    expected = nn.Linear(3, 4), nn.Linear(4, 4)
+    torch.manual_seed(0)
+    network = MLP(3, MLPConfig(4, 2))
+    assert list(network.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert torch.equal(network[2].weight, expected[1].weight)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MLPConfig(activation="Relu"), r"activation 'Relu': must be one of .* Did you mean 'ReLU'"),
+        (lambda: MLPConfig(activation="Softmax"), "activation 'Softmax': must be one of"),
+        (lambda: MLPConfig([3, 0]), "width 0: must be at least 1"),
+        (lambda: MLPConfig(norm="batch"), "norm 'batch': must be 'layer', 'rms' or null"),
+        (lambda: build_vrnn(3, phi_x=lambda width: nn.LSTM(width, 4)), "phi_x: returned tuple, expected"),
+        (lambda: build_vrnn(3, encoder=lambda width: nn.Flatten(0)), r"a network: returned shape \(.*\), expected"),
+    ],
+)
+def test_bad_networks_are_one_line(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_from_the_command_line(lightning, tiny):
+    options = ("--model.encoder.activation", "Tanh", "--model.encoder.norm", "layer", "--model.phi_z.width", "[5,4]")
+    run = lightning("fit", "-c", tiny, *options)
+    assert run.code == 0, run.err
+    own = lightning("fit", "-c", tiny, "--model.phi_x", "test_networks.Gated", "--model.phi_x.width", "7")
+    assert own.code == 0, own.err
+    assert "--model.phi_x.width" in lightning("fit", "--model.phi_x.help", "test_networks.Gated").out
