@@ -577,7 +577,7 @@ TRAPS = {
         lambda folder_of: test_module.test_sequences_of_no_steps_do_not_count(folder_of.mktemp("run")),
     ),
     "a fixed batch size in the state": Trap(
-        around(Equations, "initial_state", lambda right, self, size: right(self, 2)),
+        around(Equations, "initial_state", lambda right, self, size, *rest: right(self, 2, *rest)),
         test_recurrence.test_order_of_the_batch_changes_nothing, UserError,
     ),
     "log(1 - theta - eps)": Trap(swap(Bernoulli, "forward", clipped_logits), survives_extremes("bernoulli", 1e4)),

@@ -142,7 +142,7 @@ _widths: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 @torch.no_grad()
 def feature_width(network: nn.Module, in_features: int, part: str, like: Tensor | None = None) -> int:
-    """Return the width of a network's output; one that is no :class:`MLP` is called once, in evaluation.
+    """Return the width of a network's output; any but an :class:`MLP` is called once, in evaluation.
 
     Raises:
         UserError: It returns no features.
