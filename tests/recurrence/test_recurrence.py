@@ -431,8 +431,8 @@ def test_absurd_sizes_are_refused(options, word):
 def test_layers_need_a_width_and_a_depth():
     with pytest.raises(UserError, match="width 0"):
         MLPConfig(0)
-    with pytest.raises(UserError, match="depth 0"):
-        MLPConfig(4, 0)
+    with pytest.raises(UserError, match="depth -1"):
+        MLPConfig(4, -1)
     with pytest.raises(UserError, match="steps 0"):
         make_model().generate(0)
 

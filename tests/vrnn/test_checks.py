@@ -97,12 +97,13 @@ def test_a_changed_model_is_checked_once(monkeypatch):
             lambda reads: torch.distributions.Independent(torch.distributions.Normal(reads[..., :3], 1.0), 1),
             "encoder: returned shape (2, 3) and (2, 3), expected (2, 4) and (2, 4)",
         ),
-        ("cells.0", lambda x, h: (h, h), "cells.0: returned tuple, expected floating-point numbers of shape (2, 10)"),
+        ("cells.0", lambda x, h: (h, h), "cells.0: Returning returned ((2, 10), (2, 10)), expected (2, 10)"),
         (
             "cells.0",
             lambda x, h: h[:, :3],
-            "cells.0: returned shape (2, 3), expected floating-point numbers of shape (2, 10)",
+            "cells.0: Returning returned (2, 3), expected (2, 10). Fix: return the output",
         ),
+        ("cells.0", lambda x, h: h.long(), "cells.0: Returning returned torch.int64, expected"),
         ("cells.0", lambda x, h: h * torch.nan, "cells: returned NaN or infinity"),
     ],
 )

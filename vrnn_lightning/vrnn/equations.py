@@ -292,6 +292,10 @@ class Equations(nn.Module):
     def _outputs(self, layer: int, found: object, like: object) -> list[Tensor]:
         """Return the tensors that a cell returned; raise if they have another structure or shape than its state."""
         (values, spec), (expected, own) = tree_flatten(found), tree_flatten(like)
+        for x in values:
+            if isinstance(x, Tensor) and not x.is_floating_point():
+                kind = type(self.cells[layer]).__name__
+                raise UserError(f"cells.{layer}: {kind} returned {x.dtype}, expected floating-point numbers")
         if spec != own or any(getattr(x, "shape", None) != y.shape for x, y in zip(values, expected, strict=True)):
             got, needed = (tree_map(lambda x: tuple(getattr(x, "shape", (type(x),))), tree) for tree in (found, like))
             raise UserError(
