@@ -18,15 +18,9 @@ from vrnn_lightning.data import SequenceDataModule, Split, require
 from vrnn_lightning.errors import UserError
 
 __all__ = [
-    "ExactDataModule",
-    "Floats",
-    "Lengths",
-    "MotionDataModule",
-    "SyntheticDataModule",
-    "integrate",
-    "valid_values",
+    "ExactDataModule", "Floats", "Lengths", "MotionDataModule", "SyntheticDataModule", "integrate", "valid_values",
     "require",
-]
+]  # fmt: skip
 
 MAX_GB = 16.0
 """Gigabytes that a split may take while it is drawn, its values in float64."""

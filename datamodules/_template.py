@@ -1,39 +1,6 @@
-r"""A datamodule to copy: ``cp datamodules/_template.py datamodules/mydata.py``, then make it yours.
+"""A datamodule to copy: ``cp datamodules/_template.py datamodules/mydata.py``, then make it yours.
 
-A file whose name has no leading underscore is found by itself: ``lightning fit --data MyData ...`` works at once, and
-``lightning fit --data.help MyData`` lists the arguments of ``__init__`` with their docstring. Give your class its own
-name. The base class scales, pads, batches, shuffles, shards over processes and resumes.
-
-Needed:
-
-- ``__init__`` passes ``num_features`` (values per time step) and the base class's own options to the base class. It
-  opens no file: a checkpoint's model is built from it even without the data.
-- ``sequences(split)`` returns the "train", "val" or "test" sequences in data units: a list of ``SequenceSample``, or
-  any object with ``__len__`` and ``__getitem__`` that reads one when asked. Import heavy libraries inside it. For a
-  folder with one csv file per sequence and a sub-folder per split its body would be
-
-      files = sorted(Path(self.root, split).glob("*.csv"))
-      table = functools.partial(np.loadtxt, delimiter=",", dtype="float32", ndmin=2)
-      return [SequenceSample(torch.from_numpy(table(file)), name=f"{split}/{file.name}") for file in files]
-
-  ``SequenceSample`` also takes ``observed`` (True where a value was measured) and ``inputs`` (covariates that are known
-  beforehand). The model is built for them where ``__init__`` sets ``self.missing = True`` and ``self.num_inputs = 4``
-  (covariates per step, which every sequence must then have). Covariates are not scaled. For a user's mistake raise a
-  ``UserError`` of one line that names the file or option and the fix.
-
-Optional:
-
-- :class:`~vrnn_lightning.data.RandomSplitDataModule` as the base, where files are split at random: the checkpoint then
-  remembers the files of each split, and no file that was trained on is tested after the folder has grown.
-- ``modality``, how samples are shown: "audio", "strokes", "series", "roll" or "image".
-- ``scaling``, fitted on the training split: "per_feature", "scalar" (one mean and std for all features) or "none"
-  (discrete data).
-- ``lengths(split)``, the steps of each sequence, where reading every sequence for its length would be slow.
-- a method ``window(index, first, last)`` of the object that ``sequences`` returns: steps ``first`` to ``last - 1`` of a
-  sequence, for training with ``window``; without it a sequence is read whole and kept meanwhile.
-- a method ``in_epoch(epoch)`` of the object that ``sequences("train")`` returns: that epoch's sequences, where they
-  are drawn or augmented in each, under the same names and in the same lengths. Let it depend on the epoch alone.
-- ``exact_log_likelihood(batch)``, where the true density is known: ``val/gap`` then shows what the model still lacks.
+The documentation's page on your own data and parts lists the hooks.
 """
 
 from __future__ import annotations

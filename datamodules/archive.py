@@ -111,7 +111,6 @@ class Archive(RandomSplitDataModule, FileDataModule):
 
     @cached_property
     def _train(self) -> ArchiveSplit:
-        """The archive's training sequences, with those for other splits."""
         train = self._read("train")
         spread = np.ptp(train.values.astype(np.float64), axis=0) if len(train.values) else np.ones(self.num_features)
         constant = [self.kept[i] for i in np.flatnonzero(spread <= STILL * spread.max())]

@@ -259,7 +259,6 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
             yield name, partial(read, files[name])
 
     def _collect(self, readers: Iterable[Reader], word: str, noun: str) -> ArchiveSplit:
-        """Return drawings end to end, those that are invalid or hold no line left out."""
         rows = InvalidFiles(self.skip_bad).read_all(readers, self.root, noun)
         kept = {name: x for name, x in rows.items() if len(x)}
         if len(kept) < len(rows):
@@ -271,7 +270,6 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
 
     @cached_property
     def _files(self) -> dict[str, Path]:
-        """All files of the layout, by their paths below the root."""
         if not self.root.exists():
             raise UserError(f"--data.root {self.root}: no such file or folder. Fix: check the path")
         if self.root.is_file() and self._layout == "iam":

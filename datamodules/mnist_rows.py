@@ -162,7 +162,6 @@ def _read_idx(path: Path, max_gb: float) -> NDArray[Any]:
 
 
 def _images(path: Path, file: BinaryIO | gzip.GzipFile, max_gb: float) -> NDArray[Any]:
-    """Read images after comparing the header with the limit and the file."""
     start, fix = file.read(16), f"Fix: copy it again from {SOURCE}"
     if len(start) < 16:
         raise UserError(f"{path}: is truncated: it holds {len(start)} bytes. {fix}")

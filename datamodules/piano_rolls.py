@@ -257,7 +257,6 @@ class PianoRolls(FileDataModule):
             return digest
 
     def _names(self) -> list[str]:
-        """Return the paths of all MIDI files below the root, with forward slashes, sorted."""
         names = names_below(self.root, MIDI)
         if not names:
             raise UserError(f"--data.root {self.root}: holds no MIDI files. Fix: give a folder of {' or '.join(MIDI)}")

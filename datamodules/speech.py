@@ -320,7 +320,6 @@ class Speech(RandomSplitDataModule, FileDataModule):
 
     @cached_property
     def _files(self) -> dict[str, IndexedFile]:
-        """The header of every file of the corpus, in the order of their paths."""
         invalid = InvalidFiles(self.skip_bad)
         recordings = find_recordings(self.root, self.layout, invalid)
         total = len(recordings) + len(invalid.problems)

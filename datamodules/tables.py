@@ -310,7 +310,6 @@ class Tables(FileDataModule):
         return f"as no row of {count} series is in it. Fix: raise --data.{split}_share"
 
     def _series(self, split: Split) -> list[Series]:
-        """Return all series of the files that hold a split, read once."""
         part = split if self.split_by == "files" else ""
         if part not in self._series_of:
             place = find_split(self.root, split) if part else self.root
@@ -321,7 +320,6 @@ class Tables(FileDataModule):
         return self._series_of[part]
 
     def _table(self, path: Path) -> Columns:
-        """Return the wanted columns of a file, all cells checked."""
         labels = [] if self.anomaly is None else [self.anomaly]
         wanted = {"columns": self.columns, "inputs": self.inputs, "anomaly": labels}
         table = read_columns(path, wanted, self.id, self.time, self.delimiter, self.max_gb)

@@ -9,15 +9,8 @@ from vrnn_lightning.nn import MLPConfig
 from vrnn_lightning.vrnn import VRNN, build_vrnn
 
 __all__ = [
-    "VRNN",
-    "MLPConfig",
-    "Scaler",
-    "SequenceBatch",
-    "SequenceDataModule",
-    "SequenceSample",
-    "UserError",
-    "VRNNLightningModule",
-    "build_vrnn",
-]
+    "VRNN", "MLPConfig", "Scaler", "SequenceBatch", "SequenceDataModule", "SequenceSample", "UserError",
+    "VRNNLightningModule", "build_vrnn",
+]  # fmt: skip
 __version__ = "0.1.0"
 __getattr__ = old_names(__name__, {"Layers": "MLPConfig", "Sequence": "SequenceSample"})

@@ -17,22 +17,9 @@ from typing import Any
 from vrnn_lightning.errors import UserError
 
 __all__ = [
-    "CLASSES",
-    "FORMAT",
-    "KEY",
-    "OPTIMIZED",
-    "OPTIONS",
-    "WEIGHTS",
-    "current_class",
-    "current_option",
-    "current_options",
-    "current_weights",
-    "keep_old_hooks",
-    "old_names",
-    "renamed",
-    "require_known_format",
-    "upgrade",
-]
+    "CLASSES", "FORMAT", "KEY", "OPTIMIZED", "OPTIONS", "WEIGHTS", "current_class", "current_option", "current_options",
+    "current_weights", "keep_old_hooks", "old_names", "renamed", "require_known_format", "upgrade",
+]  # fmt: skip
 
 FORMAT = 2
 """The format of the checkpoints and pretrained folders that this version writes; 1, without a number, is 0.1.0's."""
@@ -133,7 +120,6 @@ def current_class(path: str) -> str:
 
 
 def _is_module(package: str, name: str) -> bool:
-    """Return whether a package has a module, without importing it."""
     folders = importlib.import_module(package).__path__
     return name.isidentifier() and PathFinder.find_spec(f"{package}.{name}", folders) is not None
 

@@ -18,22 +18,10 @@ from vrnn_lightning.compatibility import old_names
 from vrnn_lightning.errors import UserError, require
 
 __all__ = [
-    "FilterResult",
-    "ParticleWeights",
-    "Particles",
-    "Resampling",
-    "ResamplingEvent",
-    "Step",
-    "WindowEstimate",
-    "draw_by_weight",
-    "effective_samples",
-    "log_evidence",
-    "map_tensors",
-    "particle_filter",
-    "resample",
-    "select_by_weight",
-    "window_estimate",
-]
+    "FilterResult", "ParticleWeights", "Particles", "Resampling", "ResamplingEvent", "Step", "WindowEstimate",
+    "draw_by_weight", "effective_samples", "log_evidence", "map_tensors", "particle_filter", "resample",
+    "select_by_weight", "window_estimate",
+]  # fmt: skip
 
 OLD = {"Filtered": "FilterResult", "Move": "ResamplingEvent", "Weights": "ParticleWeights", "evidence": "log_evidence"}
 __getattr__ = old_names(__name__, OLD)

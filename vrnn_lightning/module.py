@@ -248,7 +248,6 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
             rank_zero_warn(f"{data}: covariates are not read; say in that class how many there are, `num_inputs`")
 
     def _total(self, x: Tensor) -> Tensor:
-        """Sum a tensor over processes, without gradient."""
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(x)
         return x
@@ -392,6 +391,5 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
 
 
 def _parameter_names(module: LightningModule, optimizer: Optimizer) -> list[str]:
-    """Return the names of an optimiser's parameters, in its order."""
     names = {id(p): name for name, p in module.named_parameters()}
     return [names.get(id(p), "") for group in optimizer.param_groups for p in group["params"]]

@@ -107,7 +107,6 @@ def _read_curves(path: Path) -> dict[str, np.ndarray]:
 
 
 def _number(cell: str) -> float:
-    """Return the number in a cell, NaN where it holds none."""
     try:
         return float(cell)
     except ValueError:
@@ -183,7 +182,6 @@ def _samples(folder: Path) -> dict[str, Any] | None:
 
 
 def _prediction(folder: Path) -> dict[str, Any]:
-    """Return what ``lightning predict`` left of a task."""
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     pictures = [path for path in files if path.suffix == ".png"]
     return {
@@ -231,7 +229,6 @@ def _read_table(path: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def _draw_evaluation(paths: list[Path]) -> _File | None:
-    """Draw how the ELBO differs between the test's sequences, and the KL between latent dimensions."""
     parts, kl = [], np.zeros(0)
     for path in paths:
         with _undamaged(path), opened_archive(path) as archive:

@@ -56,7 +56,6 @@ def check_datamodule(make: Make) -> None:
 
 
 def _ready(make: Make, **options: int) -> SequenceDataModule:
-    """Return a datamodule after ``setup``, with these options of its loaders."""
     datamodule = make()
     if not isinstance(datamodule, SequenceDataModule):
         raise SkipTest(f"{type(datamodule).__name__} is not a SequenceDataModule")

@@ -207,7 +207,7 @@ def test_every_pass_begins_in_the_initial_state(start):
     gaps[0, 1] = float("nan")
     assert len(module.impute(list(gaps), samples=2, inputs=None if inputs is None else list(inputs), seed=1)) == 2
     if start == "inputs":
-        with pytest.raises(UserError, match="inputs: the initial state reads covariates of the first step"):
+        with pytest.raises(UserError, match="inputs: the initial state reads those of the first step"):
             module.session(2, 3)
 
 

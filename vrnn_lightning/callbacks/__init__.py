@@ -16,17 +16,6 @@ from vrnn_lightning.callbacks.predictions import Predictions
 from vrnn_lightning.callbacks.samples import Samples
 
 __all__ = [
-    "ConstantKLWeight",
-    "ControlVAE",
-    "CosineKLAnnealing",
-    "CyclicalKLAnnealing",
-    "Diagnostics",
-    "Evaluation",
-    "GradientNorms",
-    "KLAnnealing",
-    "LinearKLAnnealing",
-    "Loop",
-    "Predictions",
-    "Samples",
-    "SigmoidKLAnnealing",
-]
+    "ConstantKLWeight", "ControlVAE", "CosineKLAnnealing", "CyclicalKLAnnealing", "Diagnostics", "Evaluation",
+    "GradientNorms", "KLAnnealing", "LinearKLAnnealing", "Loop", "Predictions", "Samples", "SigmoidKLAnnealing",
+]  # fmt: skip

@@ -19,14 +19,9 @@ from vrnn_lightning.resuming import callbacks_of
 from vrnn_lightning.trust import require_types
 
 __all__ = [
-    "ConstantKLWeight",
-    "ControlVAE",
-    "CosineKLAnnealing",
-    "CyclicalKLAnnealing",
-    "KLAnnealing",
-    "LinearKLAnnealing",
+    "ConstantKLWeight", "ControlVAE", "CosineKLAnnealing", "CyclicalKLAnnealing", "KLAnnealing", "LinearKLAnnealing",
     "SigmoidKLAnnealing",
-]
+]  # fmt: skip
 
 
 class KLAnnealing(Callback, ABC):

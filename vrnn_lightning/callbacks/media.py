@@ -116,7 +116,6 @@ class Media:
 
 
 def _has_mido() -> bool:
-    """Return whether MIDI can be written, and warn if it can't."""
     has_mido = importlib.util.find_spec("mido") is not None
     if not has_mido:
         rank_zero_warn("piano rolls are written as pictures and sound; for MIDI pip install 'vrnn-lightning[music]'")

@@ -16,17 +16,9 @@ from vrnn_lightning.callbacks.panels import is_binary
 from vrnn_lightning.callbacks.strokes import on_paper, save_animation, save_strokes, strokes_svg
 
 __all__ = [
-    "Fan",
-    "draw_fans",
-    "draw_heat",
-    "draw_rows",
-    "draw_scores",
-    "is_binary",
-    "on_paper",
-    "save_animation",
-    "save_strokes",
-    "strokes_svg",
-]
+    "Fan", "draw_fans", "draw_heat", "draw_rows", "draw_scores", "is_binary", "on_paper", "save_animation",
+    "save_strokes", "strokes_svg",
+]  # fmt: skip
 
 BANDS = (("90 %", 0.05, 0.95, "#c7ddee"), ("50 %", 0.25, 0.75, "#8fbbda"))
 """Quantiles between which a fan chart is shaded, and the colours."""
@@ -274,7 +266,6 @@ def _share_limits(grid: np.ndarray, *, widest: bool) -> None:
 
 
 def _share_colours(grid: np.ndarray, span: float | None) -> None:
-    """Give pictures the same colours, over a span below the largest value if there is one."""
     images = [image for axes in grid.flat for image in axes.images]
     if images:
         lows, highs = zip(*(image.get_clim() for image in images), strict=True)
@@ -283,7 +274,6 @@ def _share_colours(grid: np.ndarray, span: float | None) -> None:
 
 
 def _set_titles(row: np.ndarray, titles: list[str] | None) -> None:
-    """Write titles above axes, without formulas."""
     for axes, title in zip(row, titles or [], strict=False):
         axes.set_title(_label(title), fontsize=8)
 

@@ -217,7 +217,6 @@ class Predictions(Callback):
             (folder / name).unlink(missing_ok=True)
 
     def _tidy(self) -> None:
-        """Delete the parts, and new folders that hold nothing."""
         if self._writer is not None:
             self._writer.discard()
             self._writer = None
@@ -275,7 +274,6 @@ def _gather(trainer: Trainer, mine: list[Any]) -> list[Any]:
 
 
 def _write_lead_times(lead_times: dict[str, dict[str, Tensor]], path: Path) -> None:
-    """Write a line for each forecast and step ahead."""
     with path.open("w", newline="", encoding="utf-8") as file:
         file.write(csv_line(["forecast", "ahead", *next(iter(lead_times.values()))]))
         for name, figures in lead_times.items():
@@ -284,7 +282,6 @@ def _write_lead_times(lead_times: dict[str, dict[str, Tensor]], path: Path) -> N
 
 
 def _write_table(task: Task, writer: ArchiveWriter, path: Path) -> None:
-    """Write a line for each step, sequence after sequence."""
     with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         for k, piece in enumerate(writer.sequences("values", "lengths", "names", *task.table_arrays)):
             header, cells = task.table(piece)

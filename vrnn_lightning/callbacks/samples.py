@@ -137,7 +137,6 @@ class Samples(Callback):
 
 
 def _rows(module: VRNNLightningModule, batch: SequenceBatch, trace: Trace, drawn: Tensor) -> Shown:
-    """Return the rows of the picture, in data units."""
     unscale = module.scaler.unscale
     frames = {
         "real": unscale(batch.x).masked_fill(~batch.valid_mask, torch.nan),

@@ -94,7 +94,6 @@ def end_without(error: BaseException) -> int:
 
 
 def _wait(seconds: float) -> None:
-    """Wait for the processes that were launched, and kill those that are left."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and any(map(_is_alive, list_children())):
         time.sleep(POLL)
@@ -116,7 +115,6 @@ def _is_connected() -> bool:
 
 
 def _is_launched() -> bool:
-    """Return whether Lightning started this process beside another one."""
     return int(os.environ.get("LOCAL_RANK", 0)) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ
 
 

@@ -185,7 +185,6 @@ def read_archive(
 
 
 def _steps(path: Path, word: str, lengths: NDArray[Any], rows: int) -> NDArray[np.int64]:
-    """Return the steps of each sequence, which add up to the rows."""
     if (lengths.size and lengths.dtype.kind not in "ui") or lengths.ndim != 1:
         raise UserError(
             f"{path}: {word}_lengths is of type {lengths.dtype} and shape {lengths.shape}, expected integers of shape "

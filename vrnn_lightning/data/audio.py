@@ -22,18 +22,9 @@ if TYPE_CHECKING:
     from soundfile import SoundFile
 
 __all__ = [
-    "AUDIO_SUFFIXES",
-    "HIGHEST_RATE",
-    "SEEKABLE",
-    "AudioHeader",
-    "IndexedFile",
-    "check_samples",
-    "index_audio",
-    "opened",
-    "read_header",
-    "read_samples",
-    "resampled_length",
-]
+    "AUDIO_SUFFIXES", "HIGHEST_RATE", "SEEKABLE", "AudioHeader", "IndexedFile", "check_samples", "index_audio",
+    "opened", "read_header", "read_samples", "resampled_length",
+]  # fmt: skip
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".sph")
 

@@ -259,7 +259,6 @@ def _numbers(cells: Cells, place: _Place) -> NDArray[np.float64]:
 
 
 def _parse(cells: Cells, place: _Place, parse: Callable[[str], Any], missing: Any) -> list[Any]:
-    """Return the values of text, and ``missing`` where a cell is empty."""
     values = []
     for i, cell in enumerate(cells):
         word = (cell or "").strip()

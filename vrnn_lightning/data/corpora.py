@@ -317,7 +317,6 @@ class CorpusSplits(RandomSplits):
     def _select(
         self, split: Split, portion: Portion, recordings: Mapping[str, Recording], generator: torch.Generator
     ) -> set[str]:
-        """Return the files of a split, out of those that no other has."""
         if isinstance(portion, re.Pattern):
             matching = {name for name in recordings if portion.search(name)}
             if not matching:

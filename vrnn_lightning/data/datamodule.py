@@ -256,7 +256,6 @@ class SequenceDataModule(LightningDataModule):
     def _loader(
         self, split: Split, sequences: Sequences | None = None, lengths: Sequence[int] | None = None
     ) -> SequenceLoader:
-        """Return batches of a split, or of other sequences in its place."""
         trainer = self.trainer
         sequences = self.split(split) if sequences is None else sequences
         lengths = self.lengths(split) if lengths is None else lengths

@@ -241,7 +241,6 @@ class ScaledSequences(Dataset[SequenceBatch]):
             raise UserError(f"{f'{path}: ' if path else ''}{name}: holds {what}. Fix: correct or remove it")
 
     def _read(self, item: int | Window) -> SequenceSample:
-        """Return a sequence or a window in data units."""
         index = item.sequence if isinstance(item, Window) else item
         if index < 0:
             return self._nothing
@@ -272,7 +271,6 @@ class ScaledSequences(Dataset[SequenceBatch]):
         return replace(_steps(s, 0, 0), name="(none)")
 
     def _checked(self, index: int, s: SequenceSample) -> SequenceSample:
-        """Return a sequence or a part of it under a name."""
         name, observed = s.name or f"sequence {index}", cast(Any, s.observed)
         if s.x.ndim != 2 or s.x.shape[1] != self.num_features:
             raise UserError(f"{name}: shape {tuple(s.x.shape)}, expected (time, num_features={self.num_features})")
@@ -289,7 +287,6 @@ class ScaledSequences(Dataset[SequenceBatch]):
 
 
 def _steps(s: SequenceSample, first: int, last: int) -> SequenceSample:
-    """Return steps ``first`` to ``last - 1`` of a sequence."""
     observed, inputs = (None if values is None else values[first:last] for values in (s.observed, s.inputs))
     return SequenceSample(s.x[first:last], observed, inputs, s.name)
 

@@ -85,7 +85,6 @@ class LogMelFrames:
 
     @property
     def _size(self) -> int:
-        """Samples of the transform."""
         return 1 << (self.window - 1).bit_length()
 
 

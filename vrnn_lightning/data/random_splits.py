@@ -102,7 +102,6 @@ class RandomSplits:
         return {}
 
     def _members_of(self, names: Iterable[str]) -> dict[Split, list[str]]:
-        """Return the names of each split, drawn in the first call or loaded."""
         if self._members is None:
             present = list(names)
             splits = self.draw(present)

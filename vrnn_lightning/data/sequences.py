@@ -13,15 +13,9 @@ from torch import Tensor
 from vrnn_lightning.batch import SequenceSample
 
 __all__ = [
-    "AugmentedSequences",
-    "ChangingSequences",
-    "Modality",
-    "Scaler",
-    "Sequences",
-    "Split",
-    "WindowedSequences",
+    "AugmentedSequences", "ChangingSequences", "Modality", "Scaler", "Sequences", "Split", "WindowedSequences",
     "narrowed",
-]
+]  # fmt: skip
 
 Modality = Literal["audio", "strokes", "series", "roll", "image"]
 Split = Literal["train", "val", "test"]

@@ -18,23 +18,10 @@ import yaml
 from vrnn_lightning.errors import UserError
 
 __all__ = [
-    "csv_line",
-    "explained",
-    "flush",
-    "is_remote",
-    "read_cell",
-    "replacing",
-    "require_intact_zip",
-    "require_local",
-    "require_plain_yaml",
-    "require_size",
-    "temporary_name",
-    "text_cell",
-    "undamaged",
-    "upload",
-    "write_files",
+    "csv_line", "explained", "flush", "is_remote", "read_cell", "replacing", "require_intact_zip", "require_local",
+    "require_plain_yaml", "require_size", "temporary_name", "text_cell", "undamaged", "upload", "write_files",
     "zip_members",
-]
+]  # fmt: skip
 
 MAX_GB = 4.0  # gigabytes that the content of one file may take, unless an option sets them
 EXPANSION = 16  # times its own size that a file may take in any case

@@ -93,7 +93,6 @@ class FolderLock:
         raise self._taken_error(file)
 
     def _is_alive(self, file: Path) -> bool:
-        """Return whether the process that a lock names may still run."""
         try:
             host, _, process = file.read_text().rpartition(" process ")
             self.file.touch()  # the clock of the file system, which may not be ours

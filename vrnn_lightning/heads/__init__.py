@@ -13,29 +13,8 @@ from vrnn_lightning.heads.multivariate import MultivariateGaussian
 from vrnn_lightning.heads.pen import Pen
 
 __all__ = [
-    "AutoregressiveBernoulli",
-    "Bernoulli",
-    "Categorical",
-    "DiscretisedLogisticMixture",
-    "Factorised",
-    "Flow",
-    "Gaussian",
-    "GaussianLatent",
-    "GaussianMixture",
-    "Group",
-    "Head",
-    "Joint",
-    "Laplace",
-    "Latent",
-    "Mixture",
-    "MuLaw",
-    "MultivariateGaussian",
-    "NegativeBinomial",
-    "Network",
-    "Pen",
-    "Poisson",
-    "StudentT",
-    "gaussian",
-    "log_prob",
+    "AutoregressiveBernoulli", "Bernoulli", "Categorical", "DiscretisedLogisticMixture", "Factorised", "Flow",
+    "Gaussian", "GaussianLatent", "GaussianMixture", "Group", "Head", "Joint", "Laplace", "Latent", "Mixture", "MuLaw",
+    "MultivariateGaussian", "NegativeBinomial", "Network", "Pen", "Poisson", "StudentT", "gaussian", "log_prob",
     "tempered",
-]
+]  # fmt: skip

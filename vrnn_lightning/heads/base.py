@@ -17,19 +17,9 @@ from vrnn_lightning.errors import UserError
 from vrnn_lightning.nn import NetworkFactory, feature_width
 
 __all__ = [
-    "Elementwise",
-    "Factorised",
-    "FrameDistribution",
-    "Head",
-    "Mixture",
-    "Network",
-    "SampleShape",
-    "at_least_float32",
-    "log_prob",
-    "require_floor",
-    "require_temperature",
-    "tempered",
-]
+    "Elementwise", "Factorised", "FrameDistribution", "Head", "Mixture", "Network", "SampleShape", "at_least_float32",
+    "log_prob", "require_floor", "require_temperature", "tempered",
+]  # fmt: skip
 
 SampleShape = torch.Size | list[int] | tuple[int, ...]
 

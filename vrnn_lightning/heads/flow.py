@@ -52,7 +52,7 @@ class Flow(Head):
         require("transforms", transforms, 1)
         if kind not in ("NSF", "MAF"):
             raise UserError(f"kind {kind!r}: choose 'NSF' or 'MAF'")
-        hidden, passes = [network.width] * network.depth, {"passes": 2} if coupling and num_features > 1 else {}
+        hidden, passes = network.widths, {"passes": 2} if coupling and num_features > 1 else {}
         make = getattr(_import_flows(), kind)
         self.flow = make(num_features, in_features, transforms=transforms, hidden_features=hidden, **passes)
 

@@ -36,7 +36,6 @@ class Imputer:
         self._follow(model)
 
     def _follow(self, model: VRNN) -> None:
-        """Follow the sequences to their ends."""
         batch, count, size = self.batch, self.particles, len(self.batch)
         weights = ParticleWeights(batch.lengths, batch.x.new_full((count, size), -math.log(count)), RESAMPLING)
         state, future = model.initial_state_of(batch, count), model.backward_states(batch, None)
@@ -121,7 +120,6 @@ class Imputer:
 
 
 def _complete(emission: Distribution, x: Tensor, valid: Tensor) -> Tensor:
-    """Return frames with missing values drawn from the emission, given the observed ones."""
     if valid.all():
         return x
     if isinstance(emission, JointDistribution):

@@ -14,15 +14,7 @@ from vrnn_lightning.nn.networks import (
 )
 
 __all__ = [
-    "MLP",
-    "LayerNormGRUCell",
-    "LayerNormLSTMCell",
-    "MLPConfig",
-    "MaskedLinear",
-    "NetworkFactory",
-    "Residual",
-    "evaluating",
-    "feature_width",
-    "require_output",
-]
+    "MLP", "LayerNormGRUCell", "LayerNormLSTMCell", "MLPConfig", "MaskedLinear", "NetworkFactory", "Residual",
+    "evaluating", "feature_width", "require_output",
+]  # fmt: skip
 __getattr__ = old_names(__name__, {"Layers": "MLPConfig"})

@@ -16,16 +16,9 @@ from torch.nn import functional as F
 from vrnn_lightning.errors import UserError, require, suggestion
 
 __all__ = [
-    "ACTIVATIONS",
-    "MLP",
-    "MLPConfig",
-    "MaskedLinear",
-    "NetworkFactory",
-    "Residual",
-    "evaluating",
-    "feature_width",
+    "ACTIVATIONS", "MLP", "MLPConfig", "MaskedLinear", "NetworkFactory", "Residual", "evaluating", "feature_width",
     "require_output",
-]
+]  # fmt: skip
 
 NetworkFactory = Callable[[int], nn.Module]
 """Called with the width of the input; returns a network of features (..., in_features) to (..., width)."""

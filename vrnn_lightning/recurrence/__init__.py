@@ -19,27 +19,7 @@ from vrnn_lightning.recurrence.state import Masks, Networks, Prior, State, log_r
 from vrnn_lightning.recurrence.streaming import Stream
 
 __all__ = [
-    "Generated",
-    "InferenceSteps",
-    "Masks",
-    "NetworkInputs",
-    "Networks",
-    "Partition",
-    "Parts",
-    "Prior",
-    "Purpose",
-    "Resample",
-    "State",
-    "Stream",
-    "compute_weights",
-    "draw_frames",
-    "generate",
-    "infer",
-    "is_plain",
-    "log_ratio",
-    "output",
-    "partition",
-    "repeat_rows",
-    "require_plain_weights",
-    "structure_of",
-]
+    "Generated", "InferenceSteps", "Masks", "NetworkInputs", "Networks", "Partition", "Parts", "Prior", "Purpose",
+    "Resample", "State", "Stream", "compute_weights", "draw_frames", "generate", "infer", "is_plain", "log_ratio",
+    "output", "partition", "repeat_rows", "require_plain_weights", "structure_of",
+]  # fmt: skip

@@ -19,16 +19,9 @@ from vrnn_lightning.nn.networks import ACTIVATIONS
 from vrnn_lightning.recurrence.state import Networks
 
 __all__ = [
-    "Parts",
-    "compute_weights",
-    "draw_frames",
-    "is_plain",
-    "is_plain_linear",
-    "known_layers",
-    "require_plain_weights",
-    "structure_of",
-    "trained_tensors",
-]
+    "Parts", "compute_weights", "draw_frames", "is_plain", "is_plain_linear", "known_layers", "require_plain_weights",
+    "structure_of", "trained_tensors",
+]  # fmt: skip
 
 WEIGHT_HOOKS = (BasePruningMethod, WeightNorm)  # they do nothing but compute a weight
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

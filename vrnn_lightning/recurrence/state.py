@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution
 
-from vrnn_lightning.heads import Factorised, Head, Latent, Network
+from vrnn_lightning.heads import Factorised
 
 __all__ = ["Masks", "Networks", "Prior", "State", "log_ratio", "output", "repeat_rows"]
 
@@ -72,40 +72,8 @@ class Masks(NamedTuple):
         return Masks(*(repeat_rows(mask, samples) for mask in self))
 
 
-class Networks(Protocol):
-    """What the time loops read of a model, see :class:`~vrnn_lightning.vrnn.Equations`."""
-
-    phi_x: nn.Module
-    phi_z: nn.Module | None
-    prior: Prior | None
-    encoder: Network[Any] | None
-    decoder: Network[Head]
-    cells: nn.ModuleList
-    backward_rnn: nn.GRU | nn.LSTM | None
-    latent: Latent
-    residual_posterior: bool
-    num_inputs: int
-    num_features: int
-    called_parts: dict[str, float]
-
-    @property
-    def parts(self) -> Any: ...
-    @property
-    def feature_widths(self) -> tuple[int, int]: ...
-    @property
-    def emission_head(self) -> Any: ...
-    def prior_dist(self, h: Tensor, inputs: Tensor | None = None) -> Distribution: ...
-    @property
-    def posterior_dist(self) -> Callable[..., Distribution]: ...
-    @property
-    def emission_dist(self) -> Callable[..., Distribution]: ...
-    @property
-    def next_state(self) -> Callable[..., tuple[Tensor, State]]: ...
-    def emission_features(self, z_features: Tensor | None, h: Tensor, inputs: Tensor | None = None) -> Tensor: ...
-    def extract_x(self, x: Tensor, valid: Tensor | None = None, masks: Masks | None = None) -> Tensor: ...
-    def extract_z(self, z: Tensor, masks: Masks | None = None) -> Tensor: ...
-    def standardize_input(self, x: Tensor, valid: Tensor | None = None) -> Tensor: ...
-    def runs_own_method(self, name: str) -> bool: ...
+Networks = Any
+"""A model, see :class:`~vrnn_lightning.vrnn.Equations`, whose module imports this one."""
 
 
 def output(state: State, masks: Masks | None = None) -> Tensor:

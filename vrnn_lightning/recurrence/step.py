@@ -145,7 +145,6 @@ class FastStep:
         return self.tape.parameter(repeat_rows(mask, self.samples), dtype)
 
     def _masked(self, h: Buffer, layer: int) -> Buffer:
-        """Return h of a layer with its dropout applied."""
         assert self.masks is not None
         masked = self.tape.buffer(h.width, self.tape.wide)
         self.tape.add(Cast(h, masked, self._mask(self.masks.h[:, layer], self.tape.wide)))
@@ -176,7 +175,6 @@ class FastStep:
         *modules: nn.Module | None,
         name: str = "",
     ) -> None:
-        """Add a call of modules, with the tensors that they read."""
         tensors = trained_tensors(*(module for module in modules if module is not None))
         refs = [(self.tape.parameter(tensor, tensor.dtype), tensor) for tensor in tensors]
         self.tape.add(Call(function, sources, targets, refs, name))
@@ -193,7 +191,7 @@ class FastStep:
         self.posterior = tuple(tape.buffer(width, tape.wide) for width in latent.widths)
         sources = self._sources("x_features", "h", "inputs", "future")
 
-        def posterior(*values: Tensor) -> Sequence[Tensor]:
+        def posterior(*values: Tensor) -> Any:
             return latent.posterior_parameters(model.posterior_dist(**dict(zip(sources, values, strict=True))))
 
         prior = model.prior if model.residual_posterior and isinstance(model.prior, nn.Module) else None
@@ -216,13 +214,9 @@ class FastStep:
             tape.add(GaussianSample(self.posterior[0], noise, z, floor, moved_by))
             return
 
-        def rsample(*values: Tensor) -> Tensor:
-            return latent.rsample(latent.dist(*values[:-1]), values[-1])
-
-        self._call(rsample, [*self.posterior, noise], [z], model.encoder)
+        self._call(lambda *x: latent.rsample(latent.dist(*x[:-1]), x[-1]), [*self.posterior, noise], [z], model.encoder)
 
     def _draw(self, raw: Buffer, target: Buffer, floor: float, std: float = 1.0) -> None:
-        """Add a draw from a Gaussian with noise of a standard deviation."""
         noise = self.tape.buffer(target.width, target.dtype)
         self.tape.add(StandardNormal(noise, std))
         self.tape.add(GaussianSample(raw, noise, target, floor))
@@ -301,12 +295,11 @@ class FastStep:
             cell.lay(tape)
 
     def _call_cells(self) -> None:
-        """Add a call of the recurrence."""
         model, like = self.model, self.state
         masks = None if self.masks is None else self.masks.repeat(self.samples)
         sources = self._sources("x_features", "z_features", "inputs")
 
-        def next_state(*values: Tensor) -> Sequence[Tensor]:
+        def next_state(*values: Tensor) -> Any:
             reads: dict[str, Any] = {"z_features": None, **dict(zip(sources, values, strict=False))}
             state = like.with_layers(values[len(sources) :])
             return model.next_state(**reads, state=state, masks=masks)[1].layers()

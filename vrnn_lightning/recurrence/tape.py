@@ -207,7 +207,6 @@ class _Loop:
 
 
 def _bind(tape: Tape, values: Pass) -> tuple[list[Any], list[Any]]:
-    """Return the methods ``begin`` and ``forward`` of a pass' own operations."""
     operations = [copy.copy(operation) for operation in tape.operations]
     for operation in operations:
         operation.bind(values)
@@ -215,7 +214,6 @@ def _bind(tape: Tape, values: Pass) -> tuple[list[Any], list[Any]]:
 
 
 def _methods(operations: Sequence[Operation], name: str) -> list[Any]:
-    """Return the operations' methods of a name, without those that do nothing."""
     return [getattr(o, name) for o in operations if getattr(type(o), name) is not getattr(Operation, name)]
 
 

@@ -11,13 +11,6 @@ from vrnn_lightning.resuming.record import Stage, callbacks_of, match_optimizer_
 from vrnn_lightning.resuming.signals import Interruption, Stopped, interruption
 
 __all__ = [
-    "Interruption",
-    "RunCheckpoint",
-    "Stage",
-    "Stopped",
-    "callbacks_of",
-    "interruption",
-    "make_resumable",
-    "match_optimizer_states",
-    "resume_record",
-]
+    "Interruption", "RunCheckpoint", "Stage", "Stopped", "callbacks_of", "interruption", "make_resumable",
+    "match_optimizer_states", "resume_record",
+]  # fmt: skip

@@ -17,15 +17,9 @@ from vrnn_lightning.compatibility import OPTIMIZED
 from vrnn_lightning.errors import UserError
 
 __all__ = [
-    "RECORD",
-    "Stage",
-    "callbacks_of",
-    "check_record",
-    "make_record",
-    "match_optimizer_states",
-    "resume_record",
+    "RECORD", "Stage", "callbacks_of", "check_record", "make_record", "match_optimizer_states", "resume_record",
     "warn_of_differences",
-]
+]  # fmt: skip
 
 RECORD = "resume"
 """Key of the record in a checkpoint's state of the fit loop."""

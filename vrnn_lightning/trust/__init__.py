@@ -5,15 +5,6 @@ from vrnn_lightning.trust.gate import Gate, is_name, path_of, require_bounded, s
 from vrnn_lightning.trust.parameters import parameters_of
 
 __all__ = [
-    "Gate",
-    "Stored",
-    "is_name",
-    "parameters_of",
-    "path_of",
-    "read_checkpoint",
-    "read_stored",
-    "require_bounded",
-    "require_types",
-    "strings_of",
-    "subclasses_of",
-]
+    "Gate", "Stored", "is_name", "parameters_of", "path_of", "read_checkpoint", "read_stored", "require_bounded",
+    "require_types", "strings_of", "subclasses_of",
+]  # fmt: skip

@@ -11,7 +11,7 @@ from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.heads import Gaussian, Head, Network
 from vrnn_lightning.nn import LayerNormGRUCell, LayerNormLSTMCell, MLPConfig, NetworkFactory, feature_width
 from vrnn_lightning.vrnn.equations import StandardNormal
-from vrnn_lightning.vrnn.initial import InitialState, StateFromInputs
+from vrnn_lightning.vrnn.initial import InitialState
 from vrnn_lightning.vrnn.model import VRNN
 
 __all__ = ["CELLS", "build_vrnn"]
@@ -103,9 +103,7 @@ def build_vrnn(
     parts = (x_network, z_network, prior_network, encoder_network, decoder_network, nn.ModuleList(cells), backward_rnn)
     model = VRNN(*parts, residual_posterior=residual_posterior, dropout=dropout, num_inputs=num_inputs, missing=missing)
     if initial_state != "zero":
-        like = model.zero_state(1)
-        reads = initial_state == "inputs"
-        model.initial = StateFromInputs(like, num_inputs, MLPConfig()) if reads else InitialState(like)
+        model.initial = InitialState(model.zero_state(1), num_inputs if initial_state == "inputs" else 0)
     return model
 
 

@@ -47,21 +47,13 @@ MAX_FILTER_WINDOW = 64  # the same of a particle filter, which holds many partic
 
 
 class _Pass(NamedTuple):
-    """What all windows of a pass share.
+    """What all windows of a pass share."""
 
-    Args:
-        batch: Padded sequences, without invalid values.
-        noise: The noise of the pass, or its normal numbers, shape (samples * batch, time, latent).
-        masks: Dropout.
-        samples: Trajectories per sequence.
-        future: States of the recurrence that reads backwards, time first, for smoothing.
-    """
-
-    batch: SequenceBatch
-    noise: Noise | Tensor
+    batch: SequenceBatch  # without invalid values
+    noise: Noise | Tensor  # or its normal numbers, shape (samples * batch, time, latent)
     masks: Masks | None
     samples: int
-    future: Tensor | None
+    future: Tensor | None  # states of the recurrence that reads backwards, time first
 
     def windows(self, size: int) -> Iterator[tuple[int, _Pass]]:
         """Yield the first step of each window of ``size`` steps, and the pass over it."""
@@ -262,7 +254,6 @@ class VRNN(Equations):
     def _filter_window(
         self, window: _Pass, lengths: Tensor, resampling: Resampling | None, beta: float, particles: Particles
     ) -> tuple[WindowEstimate, State]:
-        """Weigh particles through a window; return the estimate of the window, and the state after it."""
         batch, samples, log_weights = window.batch, window.samples, particles.log_weights
         weights, resample, frames = None, None, Frames.of_batch(batch, samples)
         if resampling is not None and samples > 1 and resampling.threshold > 0:
@@ -277,7 +268,6 @@ class VRNN(Equations):
     def _resampler(
         self, frames: Frames, samples: int, weights: ParticleWeights, draws: tuple[Tensor, ...], beta: float
     ) -> Resample:
-        """Return what weighs the particles after each step, and resamples them."""
 
         def resample(t: int, step: InferenceSteps) -> Tensor | None:
             observed, inputs = (None if part is None else part[t] for part in (frames.observed, frames.inputs))

@@ -63,7 +63,6 @@ class Forecast(Task):
         self._seasons = 0  # forecasts whose past is a season long
 
     def _origins(self, length: int) -> list[int]:
-        """Return the steps of a sequence that its forecasts begin at."""
         first = length if self.prefix is None else self.prefix if self.prefix > 0 else length + self.prefix
         if not 0 < first <= length or (self.steps is None and first == length):
             return []

@@ -9,23 +9,6 @@ from vrnn_lightning.recurrence.operations.normalization import Normalize
 from vrnn_lightning.recurrence.operations.sampling import Apply, GaussianSample, StandardNormal
 
 __all__ = [
-    "GRU",
-    "LSTM",
-    "RNN",
-    "Add",
-    "Affine",
-    "Apply",
-    "Call",
-    "Calls",
-    "Cast",
-    "Elementwise",
-    "GaussianSample",
-    "Given",
-    "LayerNormLSTM",
-    "MatMul",
-    "Normalize",
-    "Operation",
-    "Pass",
-    "Relu",
-    "StandardNormal",
-]
+    "GRU", "LSTM", "RNN", "Add", "Affine", "Apply", "Call", "Calls", "Cast", "Elementwise", "GaussianSample", "Given",
+    "LayerNormLSTM", "MatMul", "Normalize", "Operation", "Pass", "Relu", "StandardNormal",
+]  # fmt: skip

@@ -89,7 +89,6 @@ class Call(Operation):
             seconds[self.name] = seconds.get(self.name, 0.0) + perf_counter() - start
 
     def _call(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Return the outputs of the function, each of its target's shape."""
         returned = self.function(*inputs)
         outputs = [returned] if isinstance(returned, Tensor) else returned
         shapes = [tuple(steps[0].shape) for steps in self.results]
