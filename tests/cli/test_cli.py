@@ -469,7 +469,7 @@ def test_a_config_without_options_is_named(lightning, folder, text):
 @pytest.mark.parametrize(
     ("trained", "asked", "line"),
     [
-        ([], ["--model.prior", "null"], "--model.prior null (checkpoint: {"),
+        ([], ["--model.prior", "null"], "--model.prior null (checkpoint: vrnn_lightning.MLPConfig)"),
         (["--model.prior", "null"], ["--model.prior.width", "8"], "(checkpoint: null)"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from passes import CONFIGS, PURPOSES, make_data, make_model
@@ -27,6 +29,13 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.glu(self.linear(x), -1)
+
+
+class Pair(Gated):
+    """A network that returns no tensor."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
 
 
 NETWORKS = {
@@ -101,7 +110,7 @@ def test_the_default_keeps_its_names_and_weights():
         (lambda: MLPConfig([3, 0]), "width 0: must be at least 1"),
         (lambda: MLPConfig(norm="batch"), "norm 'batch': must be 'layer', 'rms' or null"),
         (lambda: build_vrnn(3, phi_x=lambda width: nn.LSTM(width, 4)), "phi_x: returned tuple, expected"),
-        (lambda: build_vrnn(3, encoder=lambda width: nn.Flatten(0)), r"a network: returned shape \(.*\), expected"),
+        (lambda: build_vrnn(3, encoder=lambda width: nn.Flatten(0)), r"encoder: returned shape \(.*\), expected"),
     ],
 )
 def test_bad_networks_are_one_line(make, message):
@@ -116,3 +125,32 @@ def test_from_the_command_line(lightning, tiny):
     own = lightning("fit", "-c", tiny, "--model.phi_x", "test_networks.Gated", "--model.phi_x.width", "7")
     assert own.code == 0, own.err
     assert "--model.phi_x.width" in lightning("fit", "--model.phi_x.help", "test_networks.Gated").out
+
+
+def test_a_class_of_ones_own_is_the_one_that_is_trained(lightning, tiny):
+    """On the command line, in a YAML and after a resume; not a perceptron of the same width."""
+    spec = "{class_path: test_networks.Gated, init_args: {width: 7}}"
+    assert lightning("fit", "-c", tiny, "--model.encoder", spec, "--model.phi_z", "test_networks.Gated").code == 0
+    (path,) = Path().rglob("last.ckpt")
+    names = torch.load(path, weights_only=True)["state_dict"].keys()
+    assert {"vrnn.encoder.body.linear.weight", "vrnn.phi_z.linear.weight", "vrnn.phi_x.0.weight"} <= names
+    assert "--trust test_networks" in lightning("test", "--ckpt_path", path).err
+    trusted = ("test", "--ckpt_path", path, "--trust", "test_networks")
+    assert lightning(*trusted).code == 0
+    assert "--model.encoder.width 6 (checkpoint: 7)" in lightning(*trusted, "--model.encoder.width", "6").err
+    other = lightning(*trusted, "--model.phi_x", "test_networks.Gated").err
+    assert "--model.phi_x test_networks.Gated (checkpoint: vrnn_lightning.MLPConfig)" in other
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model.encoder.activation", "Relu"), "Did you mean 'ReLU'?"),
+        (("--model.phi_z.width", "0"), "width 0: must be at least 1"),
+        (("--model.prior", "test_networks.Pair"), "prior: returned tuple, expected floating-point numbers"),
+    ],
+)
+def test_bad_options_are_one_line(lightning, tiny, options, message):
+    said = lightning("fit", "-c", tiny, *options)
+    assert (said.code, said.err.count("error: ")) == (1, 1)
+    assert message in said.err

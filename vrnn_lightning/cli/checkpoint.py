@@ -104,6 +104,8 @@ class Checkpoint:
 def _differences(option: str, old: Any, new: Any) -> Iterator[str]:
     """Yield a text for each option that both have with different values."""
     if isinstance(old, dict) and isinstance(new, dict):
+        if "class_path" in new and "class_path" not in old:  # a network of Python or of an earlier release
+            old = {"class_path": "vrnn_lightning.MLPConfig", "init_args": old}
         for key in (key for key in old if key in new):
             inner = option if key in ("class_path", "init_args") else f"{option}.{key}"
             yield from _differences(inner, old[key], new[key])

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import get_loader, set_loader, set_parsing_settings
 from jsonargparse.typing import register_type
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -25,6 +25,7 @@ from vrnn_lightning.callbacks.tasks import TASKS
 from vrnn_lightning.cli.argv import in_current_names
 from vrnn_lightning.files import require_plain_yaml
 from vrnn_lightning.heads import Head
+from vrnn_lightning.nn import MLPConfig
 from vrnn_lightning.objectives import Objective
 from vrnn_lightning.trust import parameters_of, subclasses_of
 from vrnn_lightning.vrnn.builder import CELLS
@@ -68,6 +69,7 @@ def _current(options: dict[str, Any]) -> dict[str, Any]:
 
 register_type(torch.device, str, torch.device)  # so that configs hold devices as text
 set_loader(MODE, _read, (yaml.YAMLError,))
+set_parsing_settings(subclasses_enabled=[MLPConfig])  # or another class in its place would be taken for it
 yaml.SafeDumper.add_multi_representer(LightningEnum, lambda dumper, word: dumper.represent_str(word.value))
 
 

@@ -276,14 +276,21 @@ class Network(nn.Module, Generic[HeadT]):
         network: Called with the width of the input, returns the network.
         head: Called with (in_features, num_features), returns the head.
         num_features: Width of the frame.
+        part: Its name in messages.
     """
 
     def __init__(
-        self, in_features: int, network: NetworkFactory, head: Callable[[int, int], HeadT], num_features: int
+        self,
+        in_features: int,
+        network: NetworkFactory,
+        head: Callable[[int, int], HeadT],
+        num_features: int,
+        *,
+        part: str = "a network",
     ) -> None:
         super().__init__()
         self.body = network(in_features)
-        self.head = head(feature_width(self.body, in_features, "a network"), num_features)
+        self.head = head(feature_width(self.body, in_features, part), num_features)
 
     def forward(self, features: Tensor) -> Distribution:
         """Return the distribution with batch shape (...) and event shape (num_features,)."""

@@ -169,7 +169,7 @@ class Gate:
                 options |= self._options(target, value[part], place, make=make)
         if not make:
             return value
-        if expected.functions:
+        if expected.functions and not is_dataclass(target):  # a dataclass makes factories
             return partial(target, **options) if options else target
         return target if expected.plain else self._call(target, options, place)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from torch import nn
@@ -92,10 +93,11 @@ def build_vrnn(
     if latent_size:
         z_network = phi_z(latent_size)
         z_width = feature_width(z_network, latent_size, "phi_z")
-        prior_network = StandardNormal(latent_size) if prior is None else Network(h_width, prior, Gaussian, latent_size)
+        gaussian = partial(Network, head=Gaussian, num_features=latent_size)
+        prior_network = StandardNormal(latent_size) if prior is None else gaussian(h_width, prior, part="prior")
         backward_rnn = rnn(x_width, hidden_size) if smoothing else None
-        encoder_network = Network(x_width + future_width + hidden_size, encoder, Gaussian, latent_size)
-    decoder_network = Network(z_width + h_width, decoder, emission, num_features)
+        encoder_network = gaussian(x_width + future_width + hidden_size, encoder, part="encoder")
+    decoder_network = Network(z_width + h_width, decoder, emission, num_features, part="decoder")
     cells = [kind(hidden_size if i else x_width + z_width, hidden_size) for i in range(layers)]
     for made in cells:
         if not hasattr(made, "hidden_size"):
