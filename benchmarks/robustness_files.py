@@ -510,7 +510,6 @@ def _bombs(folder: Path) -> list[tuple[str, Path, Callable[[Path], object]]]:
     add("npy and zip headers", "a.npz", bytes(two), archive)
     zeros = npy((5 * 10**7, 1), "<f4", bytes(2 * 10**8))
     add("zip bomb", "a.npz", zipped({"train_values": zeros, "train_lengths": one}, deflate=True), archive)
-    add("pickle of one array many times", "a.npz", _object_bomb(), setup(Handwriting, layout="sketch-rnn"))
     deep: object = [0, 0, 0]
     for _ in range(40):
         deep = [deep, deep, deep]
@@ -519,11 +518,6 @@ def _bombs(folder: Path) -> list[tuple[str, Path, Callable[[Path], object]]]:
     rolls = setup(PianoRolls)
     step: list[list[int]] = [[60]] * 20000
     add("pickle of one roll many times", "a.pickle", pickle.dumps(dict.fromkeys(NOTES, [step] * 20000)), rolls)
-    key: object = (0, 0)
-    for _ in range(60):
-        key = (key, key)
-    add("pickle of nested keys", "a.pickle", pickle.dumps([key, 0])[:-2] + b"", rolls)
-    made[-1][1].write_bytes(b"\x80\x04}" + pickle.dumps(key, 4)[2:-1] + b"K\x00s.")
     add("pickle of nested notes", "a.pickle", pickle.dumps({"train": [[[deep]]]}), rolls)
     add("deep pickle", "a.pickle", b"\x80\x04" + b"]" * 10**6 + b"a" * (10**6 - 1) + b".", rolls)
     add("deep json", "a.json", b"[" * 10**6, rolls)
@@ -566,16 +560,6 @@ def _bombs(folder: Path) -> list[tuple[str, Path, Callable[[Path], object]]]:
         (path / name).write_bytes(content)
         made.append((what, path / name, _report))
     return made
-
-
-def _object_bomb() -> bytes:
-    array = np.zeros((20000, 3), np.int16)
-    parts = {split: np.empty(20000, dtype=object) for split in ("train", "valid", "test")}
-    for part in parts.values():
-        part[:] = [array] * len(part)
-    content = io.BytesIO()
-    np.savez_compressed(content, **parts)
-    return content.getvalue()
 
 
 def _parquet_bombs(add: Callable[..., Path], table: Callable[[Path], object], named: Callable[[Path], object]) -> None:

@@ -11,18 +11,18 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vrnn_lightning.data.archives import npy_header, opened_archive
+from vrnn_lightning.data.archives import opened_archive
 from vrnn_lightning.data.strokes import strokes_to_rows
 from vrnn_lightning.data.unpickling import UnsafePickleError, unpickle
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import MAX_GB, explained, require_size, undamaged
+from vrnn_lightning.files import MAX_GB, explained
 
 __all__ = ["check_sketch", "quickdraw_lines", "read_iam", "read_inkml", "read_quickdraw", "read_sketch_rnn"]
 
@@ -266,40 +266,14 @@ def read_sketch_rnn(path: Path, word: str, max_gb: float = MAX_GB) -> list[Any]:
         UserError: It can't be read, holds no such array, or its pickle names anything else.
     """
     with opened_archive(path, "--data.root") as archive:
-        if f"{word}.npy" not in archive.archive.namelist():
-            raise UserError(f"{path}: has no array {word}. Fix: give an archive with train, valid and test")
-        require_size(path, archive.archive.getinfo(f"{word}.npy").file_size, max_gb)
-        damaged = undamaged(f"{path}: {word} can't be read", "copy the file again")
-        with damaged, archive.archive.open(f"{word}.npy") as file:
+        archive.require(word, max_gb)
+        with archive.content.zip.open(f"{word}.npy") as file:
+            np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
+            *_, dtype = np.lib.format.read_array_header_1_0(file)  # type: ignore[no-untyped-call]
             try:
-                drawings = _object_array(file)  # to its end, where its checksum is compared
+                return list(unpickle(file) if dtype.hasobject else archive.content[word])
             except UnsafePickleError as error:
                 raise UserError(f"{path}: {word} is not plain data: {error}. Fix: use a source you trust") from None
-    require_size(path, sum(map(_nbytes, drawings)), max_gb)
-    return drawings
-
-
-def _nbytes(drawing: Any) -> int:
-    """Return the bytes of a drawing, of which a few bytes of a pickle may name thousands."""
-    if isinstance(drawing, np.ndarray):
-        return int(drawing.nbytes)
-    return 24 * len(drawing) if isinstance(drawing, (list, tuple)) else 0
-
-
-def _object_array(file: IO[bytes]) -> list[Any]:
-    """Read an ``.npy`` file, with our own unpickler in the place of numpy's."""
-    shape, fortran, dtype = npy_header(file)
-    if dtype.hasobject:
-        array = unpickle(file)  # type: ignore[arg-type]  # a member of a zip reads like any binary file
-        if not isinstance(array, (np.ndarray, list)):
-            raise ValueError(f"a {type(array).__name__} in the place of an array")
-        return list(array)
-    if dtype.kind not in "iuf" or len(shape) != 3:
-        raise ValueError(f"an array of type {dtype} and shape {shape} in the place of drawings")
-    content = file.read()
-    if len(content) != int(np.prod(shape)) * dtype.itemsize:
-        raise ValueError("its bytes do not add up")
-    return list(np.frombuffer(content, dtype=dtype).reshape(shape, order="F" if fortran else "C"))
 
 
 def check_sketch(place: str, drawing: Any) -> NDArray[Any]:
