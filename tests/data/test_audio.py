@@ -264,14 +264,12 @@ class TestIndex:
         indexed(corpus)
         assert indexed(tmp_path / "other")["0.wav"].samples == len(RAMP)
 
-    @pytest.mark.parametrize("damage", ["cut", "flipped", "other", "empty"])
+    @pytest.mark.parametrize("damage", ["cut", "other", "empty"])
     def test_a_damaged_index_is_built_again(self, corpus, headers, cached, damage):
         first = indexed(corpus)
         (file,) = cached.iterdir()
         content = file.read_text()
-        file.write_text(
-            {"cut": content[:-9], "flipped": content.replace("100", "900"), "other": "[]", "empty": ""}[damage]
-        )
+        file.write_text({"cut": content[:-9], "other": "[]", "empty": ""}[damage])
         headers.clear()
         assert indexed(corpus) == first
         assert len(headers) == 6
