@@ -440,7 +440,6 @@ def test_two_processes_at_once(chorales, tmp_path):
         ("mnist", "mnist.npz", "give a name without .npz"),
         ("fsdd", "there", "holds other things than the spoken digits"),
         ("mnist", "there", "holds other things than MNIST"),
-        ("mnist", ".", "is the working directory"),
     ],
 )
 def test_a_root_that_cannot_hold_it(name, root, word, server, monkeypatch, tmp_path):

@@ -77,8 +77,6 @@ def fetch(name: str, root: Path) -> None:
     source = SOURCES[name]
     if _is_present(source, root):
         return
-    if root.exists() and Path.cwd().is_relative_to(root.resolve()):
-        raise UserError(f"--data.root {root}: is the working directory. Fix: name a folder below it to download into")
     with explained(root, "--data.root"):
         root.absolute().parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{root.name}.", suffix=".part", dir=root.absolute().parent) as folder:
@@ -128,9 +126,7 @@ def _store(source: Source, root: Path, folder: Path) -> None:
         flush(path)
     if _is_present(source, root):  # another process was faster
         return
-    if root.is_dir():
-        root.rmdir()  # it is empty
-    content.replace(root)
+    content.replace(root)  # an empty folder, if anything
     flush(root.absolute().parent)
 
 

@@ -210,12 +210,11 @@ def read_sketch_rnn(path: Path, word: str, max_gb: float = MAX_GB) -> list[Any]:
 
 def check_sketch(place: str, drawing: Any) -> NDArray[Any]:
     """Return a drawing of sketch-rnn as an array; raise a UserError unless it holds finite rows with lifts 0 or 1."""
-    listed = drawing.tolist() if isinstance(drawing, np.ndarray) and drawing.dtype.hasobject else drawing
-    if isinstance(listed, np.ndarray):
-        rows = listed
-    else:  # its rows first: a few bytes of a pickle may name lists of lists without end
-        is_valid = isinstance(listed, (list, tuple)) and all(map(_is_row, listed))
-        rows = np.array(listed) if is_valid else np.empty(0, dtype=object)
+    if isinstance(drawing, np.ndarray) and drawing.dtype.hasobject:
+        drawing = drawing.tolist()
+    if isinstance(drawing, (list, tuple)):  # a few bytes of a pickle may name lists of lists without end
+        drawing = np.array(drawing if all(map(_is_row, drawing)) else None)
+    rows = np.asarray(drawing)
     if rows.dtype.kind not in "iuf" or rows.dtype.itemsize > 8 or rows.ndim != 2 or rows.shape[1] != 3:
         raise UserError(f"{place}: is {rows.dtype} of shape {rows.shape}. Fix: write numbers of shape (steps, 3)")
     if not np.isfinite(rows).all():
@@ -229,4 +228,4 @@ def check_sketch(place: str, drawing: Any) -> NDArray[Any]:
 
 def _is_row(row: Any) -> bool:
     is_flat = isinstance(row, (list, tuple)) or (isinstance(row, np.ndarray) and row.ndim == 1)
-    return is_flat and len(row) == 3 and all(isinstance(value, (int, float, np.number)) for value in row)
+    return is_flat and len(row) == 3 and all(map(np.isscalar, row))

@@ -94,11 +94,9 @@ def read_midi(
     spans = [(note, step(on), max(step(off), step(on) + 1)) for note, on, off in notes]
     steps = max([step(end), *(last for _, _, last in spans)])
     if steps > max_quarters * resolution:
-        late = sum(on > max_quarters * beat for _, on, _ in notes)
         raise UserError(
-            f"{path}: its {path.stat().st_size} bytes last {steps // resolution} quarter notes, {late} of "
-            f"{len(notes)} notes begin after --data.max_quarters {max_quarters}. Fix: export the file again if it is "
-            "damaged, or raise --data.max_quarters"
+            f"{path}: lasts {steps // resolution} quarter notes, more than --data.max_quarters {max_quarters}. Fix: "
+            "export the file again if it is damaged, or raise --data.max_quarters"
         )
     require_size(path, 8 * KEYS * steps, max_gb)
     if not spans:
