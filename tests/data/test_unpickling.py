@@ -2,7 +2,6 @@ import contextlib
 import io
 import os
 import pickle
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -106,25 +105,6 @@ def test_damaged_pickles_raise_nothing_else():
             read(bytes(content))
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"\x80\x02]r\x00\x00\x00\x7f.",
-        b"(lp2000000000\n.",
-        b"\x80\x05\x96\x00\x00\x00\x00\x10\x00\x00\x00ab.",
-        b"\x8b\x00\x00\x00\x7fab.",
-    ],
-)
-def test_large_numbers_in_a_damaged_file_take_no_memory(content):
-    """A memo's place, a length of bytes and a length of digits."""
-    tracemalloc.start()
-    with contextlib.suppress(pickle.UnpicklingError):
-        assert read(content) == []
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 10**6
-
-
 def test_a_list_that_holds_one_list_many_times_is_read_once():
     nested: list = [0]
     for _ in range(30):
@@ -133,25 +113,17 @@ def test_a_list_that_holds_one_list_many_times_is_read_once():
     assert found[0] is found[9]
 
 
-NESTED_KEY = b"(tp0\n0" + b"".join(b"(g%d\ng%d\ntp%d\n0" % (i, i, i + 1) for i in range(60))
-
-
 @pytest.mark.parametrize(
     "content",
     [
-        NESTED_KEY + b"(g60\nI1\nd.",
-        NESTED_KEY + b"(dg60\nI1\ns.",
-        NESTED_KEY + b"}(g60\nI1\nu.",
         b"cnumpy._core.numeric\n_frombuffer\n(I1000000000000\ncnumpy\ndtype\n(S'i2'\nI0\nI1\ntR(I5\ntS'C'\ntR.",
-        pickle.PROTO + b"\x05" + pickle.dumps(bytearray(b"abc"), 5)[2:-1] + pickle.READONLY_BUFFER + b".",
-        b"(lp0\ng0\na.",
-        b"cnumpy\ndtype\n(S'O8'\nI0\nI1\ntR.",
-        b"cnumpy\nndarray\n(tR.",
+        b"cnumpy\nndarray\n}S'a'\nI1\nsb.",
+        b"c_codecs\nencode\n(N}S'a'\nI1\nstb.",
     ],
-    ids=["dict", "item", "items", "size", "buffer", "cycle", "type", "empty"],
+    ids=["size", "state of a type", "state of a function"],
 )
 def test_what_plain_data_do_not_need(content):
-    """Keys that take for ever to hash, memory that is not the file's, a list of itself, types and arrays alone."""
+    """Arrays of any size, and states of what stands for numpy's functions."""
     with pytest.raises(pickle.UnpicklingError):
         read(content)
 

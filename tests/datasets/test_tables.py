@@ -512,10 +512,10 @@ class TestSplits:
     def test_files_that_are_not_there_or_twice(self, three, tmp_path):
         refused(tmp_path / "three" / "train.csv", "needs a folder", split="files")
         write(three / "test.csv.gz", {"x": [1]})
-        refused(three, r"three: holds both test\.csv and test\.csv\.gz", split="files", stage="test")
+        refused(three, r"three: holds test\.csv and test\.csv\.gz", split="files", stage="test")
         (three / "test.csv").unlink()
         (three / "test.csv.gz").unlink()
-        refused(three, r"three: holds no test for --data.split files. Fix: add", split="files", stage="test")
+        refused(three, r"three: holds no test for --data.split files. Fix: give", split="files", stage="test")
 
     def test_only_the_files_of_the_stage_are_read(self, three):
         (three / "test.csv").write_text("nonsense")
@@ -915,5 +915,5 @@ class TestFilesDrawnWhole:
 
 def test_values_whose_spread_no_float_holds_are_refused(tmp_path):
     path = write(tmp_path / "a.csv", {"x": [1e300, -1e300] * 20})
-    with pytest.raises(UserError, match="too large for float32"):
+    with pytest.raises(UserError, match="too large or too small for float32"):
         _ = Tables(path, ["x"]).scaler

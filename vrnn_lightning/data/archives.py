@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +16,9 @@ from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data.folders import SPLIT_NAMES
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import MAX_GB, PIECE, explained, require_size, undamaged, zip_members
+from vrnn_lightning.files import MAX_GB, explained, require_size, undamaged
 
-__all__ = ["ArchiveSplit", "archive_holds", "npy_header", "opened_archive", "read_archive"]
+__all__ = ["ArchiveSplit", "OpenArchive", "archive_holds", "opened_archive", "read_archive"]
 
 
 @dataclass(frozen=True)
@@ -168,16 +166,16 @@ def read_archive(
             name, axes = stack, "sequences, steps"
         else:
             axes = "total steps"
-        shape, dtype = archive.declared(name)  # all is checked before the rows are read, which may take long
-        if dtype.kind not in "buif" or dtype.itemsize > 8:
-            raise UserError(f"{path}: {name} is of type {dtype}. Fix: save it as integers, float32 or float64")
-        if len(shape) != (3 if name == stack else 2) or shape[-1] != width:
-            raise UserError(f"{path}: {name} has shape {shape}, expected ({axes}, {width}){fix}")
+        values = archive.read(name, max_gb)
+        if values.dtype.kind not in "buif" or values.dtype.itemsize > 8:
+            raise UserError(f"{path}: {name} is of type {values.dtype}. Fix: save it as integers, float32 or float64")
+        if values.ndim != (3 if name == stack else 2) or values.shape[-1] != width:
+            raise UserError(f"{path}: {name} has shape {values.shape}, expected ({axes}, {width}){fix}")
         if name == stack:
-            steps = np.full(shape[0], shape[1])
+            steps = np.full(*values.shape[:2])
         else:
-            steps = _steps(path, word, archive.read(f"{word}_lengths", max_gb), shape[0])
-        values = archive.read(name, max_gb).reshape(-1, width)
+            steps = _steps(path, word, archive.read(f"{word}_lengths", max_gb), len(values))
+    values = values.reshape(-1, width)
     sequences = ArchiveSplit.join(path, word, name, values, steps)
     if values.dtype.kind == "f":
         sequences.raise_if(~np.isfinite(values), "remove or correct the sequence")
@@ -209,84 +207,36 @@ def opened_archive(path: Path, option: str = "") -> Iterator[OpenArchive]:
     with (
         explained(path, option, "give an .npz archive"),
         undamaged(f"{path}: can't be read as an .npz archive", "copy it again, or write it with numpy.savez"),
-        zipfile.ZipFile(path) as archive,
+        path.open("rb") as file,
+        np.load(file, allow_pickle=False) as content,
     ):
-        for member in zip_members(archive):  # a damaged name would hide an array
-            archive.open(member).close()
-        yield OpenArchive(path, archive)
+        yield OpenArchive(path, content)
 
 
 @dataclass(frozen=True)
 class OpenArchive:
-    """An open .npz file.
-
-    Args:
-        path: Its name, for messages.
-        archive: Its members.
-    """
+    """The .npz file ``path``, and its arrays by name as numpy reads them, never pickled."""
 
     path: Path
-    archive: zipfile.ZipFile
+    content: Any
 
     @property
     def names(self) -> list[str]:
         """The names of its arrays."""
-        return [name.removesuffix(".npy") for name in self.archive.namelist()]
+        return list(self.content.files)
 
     def read(self, name: str, max_gb: float = MAX_GB) -> NDArray[Any]:
-        """Return an array after comparing its checksum.
+        """Return an array that takes at most ``max_gb`` gigabytes, or 16 times the file's size."""
+        self.require(name, max_gb)
+        try:
+            return np.asarray(self.content[name])
+        except MemoryError as error:  # of a damaged shape
+            raise UserError(f"{self.path}: {name} can't be read ({error}). Fix: copy the file again") from error
 
-        Args:
-            name: Its name.
-            max_gb: Gigabytes that it may take, or 16 times the file's size.
-
-        Raises:
-            UserError: The array is missing, damaged or pickled, or declares more bytes than there are or allowed.
-        """
-        with self._opened(name) as (member, shape, fortran, dtype):
-            needed = math.prod(shape) * dtype.itemsize
-            require_size(self.path, needed, max_gb)
-            array: NDArray[Any] = np.empty(math.prod(shape), dtype)
-            content, filled = array.view(np.uint8), 0
-            while filled < needed and (piece := member.read(min(PIECE, needed - filled))):
-                content[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
-                filled += len(piece)
-            if filled < needed or member.read(1):  # a read at the end compares the checksum
-                raise ValueError("it breaks off")
-            return array.reshape(shape, order="F" if fortran else "C")
-
-    def declared(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Return the shape and the type of an array from its header, with the errors of :meth:`read`."""
-        with self._opened(name) as (_, shape, _, dtype):
-            return shape, dtype
-
-    @contextmanager
-    def _opened(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype[Any]]]:
+    def require(self, name: str, max_gb: float) -> None:
+        """Raise if there is no such array, or one that takes too much memory."""
         if name not in self.names:
             raise UserError(
                 f"{self.path}: has no array {name}, it holds {', '.join(self.names)[:200] or 'nothing'}. Fix: add it"
             )
-        stored = next(member for member in self.archive.infolist() if member.filename in (name, f"{name}.npy"))
-        damaged = undamaged(f"{self.path}: {name} is damaged or not an array", "copy or write the file again")
-        with damaged, self.archive.open(stored) as member:
-            shape, fortran, dtype = npy_header(member)
-            if dtype.hasobject:
-                raise UserError(
-                    f"{self.path}: {name} holds pickled objects, which are never loaded. Fix: write it as a plain array"
-                )
-            needed, there = math.prod(shape) * dtype.itemsize, stored.file_size - member.tell()
-            if needed != there:
-                raise ValueError(f"it declares {needed:,} bytes, shape {shape} of {dtype}, but holds {there:,}")
-            yield member, shape, fortran, dtype
-
-
-def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Return shape, order (True for Fortran's) and type that an ``.npy`` file declares."""
-    version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
-    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in header:
-        raise ValueError(f"a file of numpy's format {version[0]}.{version[1]}")
-    shape, fortran, dtype = header[version](file)  # type: ignore[no-untyped-call]
-    if any(size < 0 for size in shape):
-        raise ValueError(f"an array of shape {shape}")
-    return shape, fortran, dtype
+        require_size(self.path, self.content.zip.getinfo(f"{name}.npy").file_size, max_gb)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vrnn_lightning.data.cache import digest, recall, remember
 from vrnn_lightning.data.folders import InvalidFiles
@@ -63,7 +64,6 @@ class IndexedFile(NamedTuple):
 def read_header(path: Path, max_gb: float = MAX_GB) -> AudioHeader:
     """Read a file's header, and check that the file is as long as it declares.
 
-    Checked are the size of a wav or SPHERE file, the last page of an ogg file and the last sample of a flac file.
     Damage in the middle shows only when samples are read.
 
     Args:
@@ -73,16 +73,14 @@ def read_header(path: Path, max_gb: float = MAX_GB) -> AudioHeader:
     Raises:
         UserError: It can't be read as audio, is empty, breaks off, or does not declare its length.
     """
-    import soundfile
-
     with explained(path), path.open("rb") as file:
-        damage = _find_damage(file)
-    if damage:
-        raise _make_error(path, damage)
+        head = file.read(SPHERE_HEADER)
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_PAGE))
+        tail = file.read()
     with opened(path) as sound:
         header = AudioHeader(sound.frames, sound.samplerate, sound.channels)
         if header.samples == 0:
-            raise UserError(f"{path}: holds no samples. Fix: remove it")
+            raise _make_error(path, "it holds no samples")
         if header.samples >= UNKNOWN_LENGTH:
             raise _make_error(path, "its header does not tell its length")
         require_size(path, 4 * header.samples * header.channels, max_gb)
@@ -90,13 +88,30 @@ def read_header(path: Path, max_gb: float = MAX_GB) -> AudioHeader:
             raise _make_error(path, f"its header says {header.rate} Hz")
         if sound.subtype.startswith("MPEG"):
             raise _make_error(path, "it is MP3")
-        if sound.format == "FLAC":
-            with suppress(soundfile.LibsndfileError):
-                sound.seek(header.samples - 1)
-                if len(sound.read(1)):
-                    return header
+        if _breaks_off(sound, head, tail):
             raise _make_error(path, "it breaks off")
     return header
+
+
+def _breaks_off(sound: SoundFile, head: bytes, tail: bytes) -> bool:
+    """Return whether a file, given with its first and last bytes, is shorter than it declares: libsndfile reads on."""
+    import soundfile
+
+    if sound.format == "FLAC":
+        with suppress(soundfile.LibsndfileError):
+            sound.seek(sound.frames - 1)
+            return len(sound.read(1)) == 0
+        return True
+    if sound.format == "NIST":
+        count = re.search(rb"sample_count -i (\d+)", head)
+        return count is not None and int(count[1]) > sound.frames
+    if sound.format == "OGG":
+        page = tail.rfind(b"OggS")
+        ends = page >= 0 and len(tail) > page + 26 and tail[page + 5] & 4
+        table = tail[page + 27 : page + 27 + tail[page + 26]] if ends else b""
+        return not ends or page + 27 + len(table) + sum(table) > len(tail)
+    log = re.search(r"^data : (\d+) \(should be|^\*\*\* Calculated frame count", sound.extra_info, re.MULTILINE)
+    return log is not None and int(log[1] or 0) < STREAMED
 
 
 def check_samples(path: Path) -> None:
@@ -227,59 +242,6 @@ def _reduce_ratio(rate: int, wanted: int) -> tuple[int, int]:
     """Return the factors by which to multiply and divide a rate to get the wanted one."""
     common = math.gcd(rate, wanted)
     return wanted // common, rate // common
-
-
-def _find_damage(file: BinaryIO) -> str | None:
-    """Return the damage of a file that libsndfile would read as a shorter one, or has no message for."""
-    size = file.seek(0, 2)
-    file.seek(0)
-    start = file.read(12)
-    if not start:
-        return "it is empty"
-    if start.startswith(b"NIST_1A"):
-        return _find_sphere_damage(start + file.read(SPHERE_HEADER - len(start)), size)
-    if start[:4] in (b"RIFF", b"RIFX", b"RF64") and start[8:] == b"WAVE":
-        return _find_wav_damage(file, "big" if start[:4] == b"RIFX" else "little", size)
-    if start.startswith(b"OggS"):
-        file.seek(max(0, size - LAST_PAGE))
-        tail = file.read()
-        page = tail.rfind(b"OggS")
-        ends = page >= 0 and len(tail) > page + 26 and tail[page + 5] & 4
-        table = tail[page + 27 : page + 27 + tail[page + 26]] if ends else b""
-        whole = ends and page + 27 + len(table) + sum(table) <= len(tail)
-        return None if whole else "it breaks off"
-    return None
-
-
-def _find_wav_damage(file: BinaryIO, order: Literal["big", "little"], size: int) -> str | None:
-    """Return the damage of a wav file, read from its first chunk on."""
-    big = 0  # the length of samples of more than 4 GB
-    while len(chunk := file.read(8)) == 8:
-        length = int.from_bytes(chunk[4:], order)
-        if chunk[:4] == b"ds64":
-            content = file.read(min(length, 64))
-            big = int.from_bytes(content[8:16], "little")
-            file.seek(length - len(content), 1)
-        elif chunk[:4] == b"data":
-            length = big if big and length == 0xFFFFFFFF else length
-            unknown = length == 0 or (not big and length >= STREAMED)
-            return None if unknown or file.tell() + length <= size else "it breaks off"
-        else:
-            file.seek(length + length % 2, 1)
-    return "it breaks off before its samples"
-
-
-def _find_sphere_damage(header: bytes, size: int) -> str | None:
-    text = header.decode("latin1")
-    fields = dict(re.findall(r"^(\w+) -\w+ (.*?)\s*$", text.partition("end_head")[0], re.MULTILINE))
-    coding = fields.get("sample_coding", "pcm")
-    if "," in coding:  # pcm,embedded-shorten-v2.00
-        return f"its SPHERE samples are compressed, {coding.partition(',')[2]}: unpack it with sph2pipe -f wav"
-    numbers = [fields.get(name, "") for name in ("sample_count", "sample_n_bytes", "channel_count")]
-    begin = text.split("\n")[1].strip() if text.count("\n") > 1 else ""
-    if not all(number.isdigit() for number in (*numbers, begin)):
-        return "its SPHERE header is damaged"
-    return None if int(begin) + math.prod(map(int, numbers)) <= size else "it breaks off"
 
 
 def _make_error(path: Path, reason: str) -> UserError:

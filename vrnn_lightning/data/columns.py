@@ -11,17 +11,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import MAX_GB, PIECE, explained, read_cell, require_size, undamaged
-
-if TYPE_CHECKING:
-    from typing import TextIO
-
+from vrnn_lightning.files import MAX_GB, explained, read_cell, require_size, undamaged
 
 __all__ = ["TABLE_SUFFIXES", "Columns", "read_columns"]
 
@@ -93,7 +89,7 @@ def read_columns(
         id: The column that tells series apart, or ``None``.
         time: The column of times, or ``None``.
         delimiter: The character between the cells of a csv file.
-        max_gb: Gigabytes that its text or its columns may take, or 16 times the file's size.
+        max_gb: Gigabytes that its columns may take, or 16 times the file's size.
 
     Raises:
         UserError: The file can't be read, is damaged or has no rows, lacks a column, or a cell does not fit its column.
@@ -103,8 +99,11 @@ def read_columns(
     asked += [(name, option) for option, name in (("id", id), ("time", time)) if name is not None]
     ids: dict[str, int] = {}
     dated: bool | None = None
+    count = 0
     parts: list[tuple[NDArray[Any], ...]] = []
-    for rows, cells in _chunks(path, asked, delimiter, max_gb):
+    for rows, cells in _chunks(path, asked, delimiter):
+        count += len(rows)
+        require_size(path, 8 * count * (len(numbers) + 1), max_gb)
         table = np.empty((len(rows), len(numbers)))
         for i, name in enumerate(numbers):
             table[:, i] = _numbers(cells[name], _Place(path, name, rows))
@@ -135,22 +134,20 @@ Cells = Any
 Chunk = tuple["NDArray[np.int64]", dict[str, Cells]]
 
 
-def _chunks(path: Path, asked: list[tuple[str, str]], delimiter: str, max_gb: float) -> Iterator[Chunk]:
+def _chunks(path: Path, asked: list[tuple[str, str]], delimiter: str) -> Iterator[Chunk]:
     kind = "parquet" if path.name.lower().endswith(".parquet") else "csv"
     with explained(path), undamaged(f"{path}: can't be read as {kind}", "copy or write it again"):
         if path.stat().st_size == 0:
             raise UserError(f"{path}: is empty, it has not even a header. Fix: remove it")
         try:
-            if kind == "parquet":
-                yield from _parquet_chunks(path, asked, max_gb)
-            else:
-                yield from _csv_chunks(path, asked, delimiter, max_gb)
+            yield from _parquet_chunks(path, asked) if kind == "parquet" else _csv_chunks(path, asked, delimiter)
         except UnicodeDecodeError:
             raise UserError(f"{path}: is not UTF-8 text. Fix: save it as UTF-8") from None
 
 
-def _csv_chunks(path: Path, asked: list[tuple[str, str]], delimiter: str, max_gb: float) -> Iterator[Chunk]:
-    with _open_text(path, max_gb) as file:
+def _csv_chunks(path: Path, asked: list[tuple[str, str]], delimiter: str) -> Iterator[Chunk]:
+    text: dict[str, Any] = {"mode": "rt", "encoding": "utf-8-sig", "newline": ""}
+    with gzip.open(path, **text) if path.name.lower().endswith(".gz") else path.open(**text) as file:
         reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
         header = [read_cell(name).strip() for name in next(reader, [])]
         places = _locate(path, header, asked, delimiter)
@@ -166,34 +163,16 @@ def _csv_chunks(path: Path, asked: list[tuple[str, str]], delimiter: str, max_gb
             yield rows, {name: columns[place] for name, place in places.items()}
 
 
-def _open_text(path: Path, max_gb: float) -> TextIO:
-    if path.name.lower().endswith(".gz"):
-        size = 0
-        with gzip.open(path) as file:  # to its end, where the checksum is: one line may hold all of it
-            while piece := file.read(PIECE):
-                size += len(piece)
-                require_size(path, size, max_gb)
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
-
-
-def _parquet_chunks(path: Path, asked: list[tuple[str, str]], max_gb: float) -> Iterator[Chunk]:
+def _parquet_chunks(path: Path, asked: list[tuple[str, str]]) -> Iterator[Chunk]:
     try:
         from pyarrow import parquet
     except ImportError:
         raise UserError(f"{path}: parquet needs pyarrow. Fix: pip install 'vrnn-lightning[tables]'") from None
-    start, checked = 0, {"pre_buffer": False, "page_checksum_verification": True}
+    start = 0
     with path.open("rb") as source:
         try:
-            file = parquet.ParquetFile(source, **checked)
+            file = parquet.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
             names = list(_locate(path, list(file.schema_arrow.names), asked))
-            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-            count = max(file.metadata.num_rows, sum(group.num_rows for group in groups))
-            pages = max((group.total_byte_size for group in groups), default=0)
-            require_size(path, max(8 * count * (len(names) + 1), pages), max_gb)  # runs of one value take no room in it
-            words = [field.name for field in file.schema_arrow if str(field.type).endswith("string")]
-            if words:  # as indices into the words, of which one may be long and stand in every row
-                file = parquet.ParquetFile(source, read_dictionary=words, **checked)
             # no threads: reading processes are forked from this one
             for batch in file.iter_batches(CHUNK, columns=names, use_threads=False):
                 rows = np.arange(start, start + len(batch))
@@ -207,25 +186,17 @@ def _cells(array: Any, path: Path, column: str) -> Cells:
     import pyarrow
     from pyarrow import types
 
+    if types.is_dictionary(array.type):
+        array = array.dictionary_decode()
     kind = array.type
-    numeric = (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean, types.is_null)
-    if types.is_dictionary(kind) and str(kind.value_type).endswith("string"):
-        words = array.dictionary.to_pylist()
-        return [None if index is None else words[index] for index in array.indices.to_pylist()]
-    if types.is_dictionary(kind):
-        array, kind = array.dictionary_decode(), kind.value_type
     if str(kind).endswith(("string", "string_view")):
         return array.to_pylist()
-    if types.is_boolean(kind):
-        array = array.cast(pyarrow.uint8())
-    if types.is_timestamp(kind) or types.is_date(kind):
-        array = array.cast(pyarrow.timestamp("us"), safe=False)
-    elif types.is_integer(kind) and array.null_count == 0:
-        array = array.cast(pyarrow.int64())
-    elif any(is_kind(kind) for is_kind in numeric):
-        array = array.cast(pyarrow.float64(), safe=False)
-    else:
-        raise UserError(f"{path}: column {column!r} is of type {kind}. Fix: write numbers, text or dates")
+    is_whole = types.is_integer(kind) and array.null_count == 0
+    target = pyarrow.timestamp("us") if types.is_timestamp(kind) or types.is_date(kind) else pyarrow.float64()
+    try:
+        array = array.cast(pyarrow.int64()) if is_whole else array.cast(target, safe=False)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: column {column!r} is of type {kind}. Fix: write numbers, text or dates") from error
     return array.to_numpy(zero_copy_only=False)
 
 
@@ -236,8 +207,8 @@ def _locate(path: Path, header: list[str], asked: list[tuple[str, str]], delimit
             continue
         if count:
             raise UserError(f"{path}: has {count} columns called {name!r} (--data.{option}). Fix: rename one")
-        near = difflib.get_close_matches(name.lower(), by_lower := {h.lower(): h for h in header}, n=1, cutoff=0.6)
-        fix = f"name {by_lower[near[0]]!r}" if near else f"name one of its columns as --data.{option}"
+        near = difflib.get_close_matches(name, header, n=1)
+        fix = f"name {near[0]!r}" if near else f"name one of its columns as --data.{option}"
         more = f" and {len(header) - SHOWN} more" if len(header) > SHOWN else ""
         other = next((d for d in ";\t|" if delimiter and len(header) == 1 and d in header[0]), "")
         fix = f"set --data.delimiter {other!r}" if other else fix

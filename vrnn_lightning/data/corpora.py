@@ -19,7 +19,7 @@ from vrnn_lightning.data.folders import SHOWN, InvalidFiles, names_below
 from vrnn_lightning.data.random_splits import RandomSplits, draw_groups
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import explained
+from vrnn_lightning.files import explained, undamaged
 
 __all__ = ["FSDD_TEST", "PATTERNS", "CorpusSplits", "Layout", "Recording", "find_recordings", "place_recordings"]
 
@@ -101,8 +101,6 @@ def find_recordings(root: Path, layout: Layout, invalid: InvalidFiles) -> list[R
             f"--data.root {root}: none of {len(names)} audio files, {names[0]} for example, has a path of "
             f"--data.layout {layout}. Fix: choose another layout, or order the files as {EXAMPLES[layout]}"
         )
-    if layout == "ljspeech":
-        _require_clips(root, [recording.name for recording in recordings], invalid)
     if len(recordings) < len(names):
         rank_zero_warn(
             f"{root}: {len(names) - len(recordings)} of {len(names)} audio files are left out, which --data.layout "
@@ -166,87 +164,44 @@ EXAMPLES = {
 }
 
 
-def _require_clips(root: Path, clips: list[str], invalid: InvalidFiles) -> None:
-    """Raise if clips that LJSpeech's metadata name are missing, or skip them."""
-    there = {posixpath.splitext(name)[0] for name in clips}
-    for folder in sorted({posixpath.dirname(posixpath.dirname(name)) for name in clips}):
-        table = root / folder / "metadata.csv"
-        if _is_file(table):
-            rows = [row for row in _read_text(table).splitlines() if row.strip()]
-            named = [posixpath.join(folder, "wavs", row.partition("|")[0].strip()) for row in rows]
-            _require_none_missing(table, len(rows), [f"{name}.wav" for name in named if name not in there], invalid)
-
-
 def _read_manifest(path: Path, invalid: InvalidFiles) -> list[Recording]:
     """Read a csv file with the columns path (below the manifest's folder) and optionally split and speaker."""
-    if not _is_file(path):
-        raise UserError(f"--data.root {path}: is a folder. Fix: give the csv file, or choose another --data.layout")
-    try:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(_read_text(path).splitlines(), strict=True)]
-    except csv.Error as error:
-        raise UserError(f"{path}: cannot be read as csv ({error}). Fix: write it with a header and commas") from None
-    header = rows[0] if rows else []
-    if "path" not in header:
-        raise UserError(f"{path}: has no column path, its first row is {','.join(header)[:80]!r}. Fix: add it")
+    fix = "write it in UTF-8, with a header and commas"
+    with explained(path), undamaged(f"{path}: cannot be read as csv", fix), path.open(encoding="utf-8-sig") as file:
+        header, *lines = list(csv.reader(file, strict=True)) or [[]]
+    names = [name.strip() for name in header]
+    if "path" not in names:
+        raise UserError(f"{path}: has no column path, its first row is {','.join(names)[:80]!r}. Fix: add it")
     recordings: dict[str, Recording] = {}
-    rows_of: dict[str, int] = {}
     folder = path.parent.absolute().as_posix()
-    for number, cells in enumerate(rows[1:], start=2):
-        if any(cells):
-            recording = _read_row(path, number, dict(zip_longest(header, cells[: len(header)], fillvalue="")))
+    for number, cells in enumerate(lines, start=2):
+        if any(map(str.strip, cells)):
+            recording = _read_row(path, number, dict(zip_longest(names, cells[: len(names)], fillvalue="")))
             place = posixpath.normpath(posixpath.join(folder, recording.name))  # one file may have several spellings
-            if place in rows_of:
-                raise UserError(
-                    f"{path}: row {number} names {recording.name} again, after row {rows_of[place]}. Fix: keep one"
-                )
-            rows_of[place] = number
-            recordings[recording.name] = recording
-    if not recordings:
-        raise UserError(f"{path}: names no files. Fix: write a row for each")
-    missing = [name for name in recordings if not _is_file(path.parent / name)]
-    if invalid.skip and len(missing) == len(recordings):
-        raise UserError(
-            f"{path}: none of {len(recordings)} files that it names is there, not even {missing[0]}. Fix: correct it"
-        )
-    _require_none_missing(path, len(recordings), missing, invalid)
-    return [recordings[name] for name in sorted(recordings.keys() - set(missing))]
+            if place in recordings:
+                raise UserError(f"{path}: row {number} names {recording.name} again. Fix: keep one")
+            recordings[place] = recording
+    with explained(path):
+        missing = {recording.name: place for place, recording in recordings.items() if not Path(place).is_file()}
+    line = f"{path}: {len(missing)} of {len(recordings)} files that it names are missing: "
+    line += ", ".join(list(missing)[:SHOWN]) + (" and more" if len(missing) > SHOWN else "")
+    if len(missing) == len(recordings) or (missing and not invalid.skip):
+        raise UserError(f"{line}. Fix: correct the list, or skip them by --data.skip_bad true")
+    if missing:
+        rank_zero_warn(f"{line}; they are skipped (--data.skip_bad true)")
+    found = (recording for recording in recordings.values() if recording.name not in missing)
+    return sorted(found, key=lambda recording: recording.name)
 
 
 def _read_row(path: Path, number: int, cells: dict[str, str]) -> Recording:
-    given = cells["path"]
-    if not given:
-        raise UserError(f"{path}: row {number} has no path. Fix: write one or remove the row")
+    cells = {name: cell.strip() for name, cell in cells.items()}
+    given, word = cells["path"], cells.get("split")
     if not given.lower().endswith(AUDIO_SUFFIXES):
-        raise UserError(f"{path}: row {number} names {given}. Fix: name {', '.join(AUDIO_SUFFIXES)} files")
-    word = cells.get("split")
+        raise UserError(f"{path}: row {number} names {given!r}. Fix: name {', '.join(AUDIO_SUFFIXES)} files")
     if word is not None and word.lower() not in WORDS:
         raise UserError(f"{path}: row {number} has the split {word!r}. Fix: write train, valid or test")
     name = posixpath.normpath(given.replace("\\", "/"))
     return Recording(name, cells.get("speaker") or name, None if word is None else WORDS[word.lower()])
-
-
-def _require_none_missing(path: Path, total: int, missing: list[str], invalid: InvalidFiles) -> None:
-    listed = ", ".join(missing[:SHOWN]) + (" and more" if len(missing) > SHOWN else "")
-    line = f"{path}: {len(missing)} of {total} files that it names are missing: {listed}"
-    if missing and not invalid.skip:
-        raise UserError(f"{line}. Fix: correct the list, or skip them by --data.skip_bad true")
-    if missing:
-        rank_zero_warn(f"{line}; they are skipped (--data.skip_bad true)")
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
-
-
-def _read_text(path: Path) -> str:
-    try:
-        with explained(path):
-            return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8. Fix: save it as UTF-8") from None
 
 
 class CorpusSplits(RandomSplits):

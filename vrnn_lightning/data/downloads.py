@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
-import shutil
-import sys
 import wave
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import requests
 from numpy.typing import NDArray
 
 from vrnn_lightning.data.folders import SPLIT_NAMES
@@ -31,14 +30,9 @@ GITHUB, RAW = "https://github.com", "https://raw.githubusercontent.com"
 TIMEOUT = 30
 """Seconds for which a server may be silent."""
 CHUNK = 2**14
-"""Bytes that are written at once; a chunk that an interrupted transfer leaves incomplete is lost."""
-LARGEST = 2**28
-"""Bytes that an archive may unpack to."""
+"""Bytes that are written at once."""
 SPLITS: dict[Split, str] = {split: names[0] for split, names in SPLIT_NAMES.items()}
 """The name of each split in archives."""
-
-
-class _TransferError(Exception): ...
 
 
 @dataclass(frozen=True)
@@ -65,9 +59,7 @@ class Source:
 def fetch(name: str, root: Path) -> None:
     """Put a dataset at ``root``, unless something is there already.
 
-    Files are fetched into the folder ``{root}.part`` beside it, checked, and renamed to ``root`` at once when all are
-    complete. An interrupted transfer continues in the next call. A second process that fetches the same data waits for
-    the first.
+    Files are fetched into a temporary folder beside it, checked, and renamed to ``root`` at once when all are complete.
 
     Call it from ``prepare_data``, which Lightning runs in one process per node, before ``setup``::
 
@@ -85,12 +77,10 @@ def fetch(name: str, root: Path) -> None:
     source = SOURCES[name]
     if _is_present(source, root):
         return
-    if root.exists() and Path.cwd().is_relative_to(root.resolve()):
-        raise UserError(f"--data.root {root}: is the working directory. Fix: name a folder below it to download into")
-    staging = root.absolute().with_name(f"{root.name}.part")
-    with explained(staging, "--data.root"), _lock(staging):
-        if not _is_present(source, root):
-            _store(source, root, staging)
+    with explained(root, "--data.root"):
+        root.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{root.name}.", suffix=".part", dir=root.absolute().parent) as folder:
+            _store(source, root, Path(folder))
 
 
 def _is_present(source: Source, root: Path) -> bool:
@@ -111,16 +101,17 @@ def _is_present(source: Source, root: Path) -> bool:
     return False
 
 
-def _store(source: Source, root: Path, staging: Path) -> None:
-    content = files = staging / "files"
+def _store(source: Source, root: Path, folder: Path) -> None:
+    content = files = folder / "files"
+    files.mkdir()
     for file, (address, checksum) in source.files.items():
         try:
-            _retrieve(address, files / file, checksum)
-        except _TransferError as error:
-            raise _make_error(source, root, f"{address}: can't be downloaded ({error})") from None
+            _download(address, files / file, checksum)
+        except (requests.RequestException, ValueError) as error:
+            reason = str(error) if isinstance(error, ValueError) else "no connection, or it broke off"
+            raise _make_error(source, root, f"{address}: can't be downloaded ({reason})") from None
     if source.convert is not None:
-        content = staging / "content"
-        shutil.rmtree(content, ignore_errors=True)  # what was interrupted
+        content = folder / "content"
         try:
             source.convert(files, content)
             if content_sum(content) != source.content:
@@ -128,17 +119,15 @@ def _store(source: Source, root: Path, staging: Path) -> None:
         except (MemoryError, OSError):
             raise
         except Exception as error:  # damaged files raise anything: BadZipFile, EOFError, wave.Error ...
-            shutil.rmtree(files)
             address = next(iter(source.files.values()))[0]
             reason = str(error).partition(". Fix:")[0] or type(error).__name__
             raise _make_error(source, root, f"{address}: was downloaded and removed: {reason}") from None
     for path in [*content.rglob("*"), content]:
         flush(path)
-    if root.is_dir():
-        root.rmdir()  # it is empty
-    content.replace(root)
-    flush(root.parent)
-    shutil.rmtree(staging)
+    if _is_present(source, root):  # another process was faster
+        return
+    content.replace(root)  # an empty folder, if anything
+    flush(root.absolute().parent)
 
 
 def _make_error(source: Source, root: Path, problem: str) -> UserError:
@@ -146,79 +135,19 @@ def _make_error(source: Source, root: Path, problem: str) -> UserError:
     return UserError(f"{problem}. Fix: by hand, fetch {addresses} and {source.by_hand.format(root=root)}")
 
 
-@contextlib.contextmanager
-def _lock(staging: Path) -> Iterator[None]:
-    """Hold a folder for this process, waiting for others; keep only files with which the next call continues."""
-    from filelock import FileLock, Timeout
-
-    staging.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(staging.with_name(f"{staging.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"{staging}: waiting for another process that downloads it", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        if not any(path.is_file() for path in staging.glob("files/*")):
-            shutil.rmtree(staging, ignore_errors=True)
-        with contextlib.suppress(OSError):  # while it is held: no other process can hold the removed file
-            Path(lock.lock_file).unlink()
-        lock.release()
-
-
-def _retrieve(address: str, path: Path, checksum: str | None) -> None:
-    import requests
-
-    if path.is_file():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        _transfer(address, part)
-    except requests.Timeout:
-        raise _TransferError(f"the server was silent for {TIMEOUT} s; the next run continues") from None
-    except requests.RequestException as error:
-        has_begun = error.request is None  # an error that has its request came before the answer
-        raise _TransferError("it broke off; the next run continues" if has_begun else "no connection") from None
-    if checksum is not None:
-        algorithm, _, known = checksum.partition(":")
-        if hashlib.new(algorithm, part.read_bytes()).hexdigest() != known:
-            part.unlink()
-            raise _TransferError("it has another checksum than the published one and was removed")
-    part.replace(path)
-
-
-def _transfer(address: str, part: Path) -> None:
-    """Fetch a file to its end, from where an earlier transfer broke off if the server can do that."""
-    import requests
-
-    start = part.stat().st_size if part.is_file() else 0
-    headers = {"Accept-Encoding": "identity"}  # a range of a compressed response is not a range of the file
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    with requests.get(address, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        span, is_encoded = response.headers.get("Content-Range", ""), "Content-Encoding" in response.headers
-        if response.status_code == 416 and span == f"bytes */{start}":  # it was complete
-            return
-        is_resumed = response.status_code == 206 and span.startswith(f"bytes {start}-") and not is_encoded
-        if start and response.status_code in (206, 416) and not is_resumed:
-            part.unlink()
-            _transfer(address, part)
-            return
+def _download(address: str, path: Path, checksum: str | None) -> None:
+    with requests.get(address, stream=True, timeout=TIMEOUT) as response:
         if not response.ok:
-            raise _TransferError(f"the server answers {response.status_code} {response.reason}")
-        length = response.headers.get("Content-Length", "")
-        start = start if is_resumed else 0
-        total = start + int(length) if length.isdigit() and not is_encoded else None
-        bar = ProgressBar(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True)
-        with part.open("ab" if start else "wb") as file, bar:
+            raise ValueError(f"the server answers {response.status_code} {response.reason}")
+        total = int(response.headers.get("Content-Length", 0)) or None
+        with path.open("wb") as file, ProgressBar(desc=path.name, total=total, unit="B", unit_scale=True) as bar:
             for chunk in response.iter_content(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
-    if total is not None and part.stat().st_size != total:
-        raise requests.ConnectionError("the connection ended early")
+    if checksum is not None:
+        algorithm, _, known = checksum.partition(":")
+        if hashlib.new(algorithm, path.read_bytes()).hexdigest() != known:
+            raise ValueError("it has another checksum than the published one")
 
 
 def content_sum(path: Path) -> str:
@@ -247,12 +176,9 @@ def content_sum(path: Path) -> str:
 def _unpack_recordings(files: Path, content: Path) -> None:
     content.mkdir()
     with zipfile.ZipFile(files / "recordings.zip") as archive:
-        matches = ((re.fullmatch(r"[^/\\]+/recordings/(\w+\.wav)", info.filename), info) for info in archive.infolist())
-        members = {match[1]: info for match, info in matches if match}  # no name has a path: all stay in the folder
-        if sum(info.file_size for info in members.values()) > LARGEST:
-            raise ValueError(f"it unpacks to more than {LARGEST} bytes")
-        for name, info in members.items():
-            (content / name).write_bytes(archive.read(info))
+        for name in archive.namelist():
+            if match := re.fullmatch(r"[^/\\]+/recordings/(\w+\.wav)", name):  # without a path: it stays in the folder
+                (content / match[1]).write_bytes(archive.read(name))
 
 
 def _convert_chorales(files: Path, content: Path) -> None:

@@ -131,9 +131,10 @@ def find_split(root: Path, split: Split) -> Path:
     named = [path for path in named if path.is_dir() or _is_table(path)]
     if len(named) != 1:
         wanted = SPLIT_NAMES[split][0]
-        problem = f"both {named[0].name} and {named[1].name}" if named else f"no {wanted}"
-        fix = "remove one" if named else f"add a folder {wanted}, or {wanted}.csv, .csv.gz or .parquet"
-        raise UserError(f"{root}: holds {problem} for --data.split files. Fix: {fix}")
+        raise UserError(
+            f"{root}: holds {' and '.join(path.name for path in named) or f'no {wanted}'} for --data.split files. Fix: "
+            f"give one folder {wanted}, or {wanted}.csv, .csv.gz or .parquet"
+        )
     return named[0]
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from vrnn_lightning.data.folders import SHOWN, files_below
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import explained
+from vrnn_lightning.files import explained, undamaged
 
 __all__ = ["LISTS", "SECOND", "FormList", "read_form_lists"]
 
@@ -60,7 +60,7 @@ def read_form_lists(root: Path, names: Sequence[str]) -> dict[str, FormList]:
         names: Names of the lists.
 
     Raises:
-        UserError: A list is missing, ambiguous, empty or not text, or a form is in two of them.
+        UserError: A list is missing, ambiguous, empty or not text.
     """
     files = files_below(root)
     lists: dict[str, FormList] = {}
@@ -73,21 +73,10 @@ def read_form_lists(root: Path, names: Sequence[str]) -> dict[str, FormList]:
             )
         if len(paths) > 1:
             raise UserError(f"--data.root {root}: both {paths[0]} and {paths[1]}. Fix: keep the list of task t1")
-        forms = _read_forms(paths[0])
-        for other in lists.values():
-            both = sorted(set(other.forms).intersection(forms))
-            if both:
-                raise UserError(f"{paths[0]}: names {both[0]}, as {other.path} does. Fix: keep it in one of them")
+        fix = "write a form per line, a01-020x for example"
+        with explained(paths[0]), undamaged(f"{paths[0]}: is not text", fix):
+            forms = list(dict.fromkeys(paths[0].read_text(encoding="utf-8-sig").split()))
+        if not forms:
+            raise UserError(f"{paths[0]}: names no form. Fix: {fix}")
         lists[name] = FormList(paths[0], forms)
     return lists
-
-
-def _read_forms(path: Path) -> list[str]:
-    try:
-        with explained(path):
-            words = path.read_text(encoding="utf-8-sig").split()
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not text. Fix: write a form per line, a01-020x for example") from None
-    if not words:
-        raise UserError(f"{path}: names no form. Fix: write a form per line, a01-020x for example")
-    return list(dict.fromkeys(words))

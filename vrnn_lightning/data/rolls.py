@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import json
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,11 +94,9 @@ def read_midi(
     spans = [(note, step(on), max(step(off), step(on) + 1)) for note, on, off in notes]
     steps = max([step(end), *(last for _, _, last in spans)])
     if steps > max_quarters * resolution:
-        late = sum(on > max_quarters * beat for _, on, _ in notes)
         raise UserError(
-            f"{path}: its {path.stat().st_size} bytes last {steps // resolution} quarter notes, {late} of "
-            f"{len(notes)} notes begin after --data.max_quarters {max_quarters}. Fix: export the file again if it is "
-            "damaged, or raise --data.max_quarters"
+            f"{path}: lasts {steps // resolution} quarter notes, more than --data.max_quarters {max_quarters}. Fix: "
+            "export the file again if it is damaged, or raise --data.max_quarters"
         )
     require_size(path, 8 * KEYS * steps, max_gb)
     if not spans:
@@ -200,28 +198,29 @@ def read_note_lists(path: Path, split: Split, max_gb: float = MAX_GB) -> Archive
         holds = ", ".join(map(reprlib.repr, content))[:200] if is_dict else f"a {type(content).__name__}"
         raise UserError(f"{path}: has no {word!r}, it holds {holds or 'nothing'}. Fix: add 'train', 'valid' and 'test'")
 
-    def require_list(value: Any, place: str, of: str) -> None:
-        if not _is_list(value):
-            raise UserError(f"{path}: {word}{place} is {_shorten(value)}, expected a list of {of}")
-
     rolls = content[word]
-    require_list(rolls, "", "sequences")
-    require_size(path, KEYS * sum(len(roll) for roll in rolls if _is_list(roll)), max_gb)  # before they are walked
-    parts = [np.zeros((0, KEYS), dtype=np.uint8)]
-    for i, roll in enumerate(rolls):
-        require_list(roll, f" {i}", "steps")
-        parts.append(np.zeros((len(roll), KEYS), dtype=np.uint8))
-        for t, notes in enumerate(roll):
-            require_list(notes, f" {i}, step {t}", "notes")
-            for note in notes:
-                if not isinstance(note, (int, np.integer)) or not LOWEST <= note < LOWEST + KEYS:
-                    raise UserError(
-                        f"{path}: {word} {i}, step {t} holds note {_shorten(note)}, but a piano's are {LOWEST} to "
-                        f"{LOWEST + KEYS - 1}. Fix: correct or remove it"
-                    )
-                parts[-1][t, int(note) - LOWEST] = 1
-    lengths = np.array([len(roll) for roll in rolls], dtype=np.int64)
-    return ArchiveSplit.join(path, word, word, np.concatenate(parts), lengths)
+    try:
+        require_size(path, KEYS * sum(map(len, rolls)), max_gb)
+        parts = [_roll(path, f"{word} {i}", steps) for i, steps in enumerate(rolls)]
+    except TypeError as error:
+        fix = "write a list of sequences, each a list of steps, each a list of notes"
+        raise UserError(f"{path}: {word} can't be read as notes ({error}). Fix: {fix}") from None
+    values = np.concatenate([np.zeros((0, KEYS), dtype=np.uint8), *parts])
+    return ArchiveSplit.join(path, word, word, values, np.array([len(part) for part in parts], dtype=np.int64))
+
+
+def _roll(path: Path, name: str, steps: Sequence[Iterable[Any]]) -> NDArray[np.uint8]:
+    roll = np.zeros((len(steps), KEYS), dtype=np.uint8)
+    for t, notes in enumerate(steps):
+        for note in notes:
+            if not isinstance(note, (int, np.integer)) or not LOWEST <= note < LOWEST + KEYS:
+                shown = " ".join(reprlib.repr(note).split())[:40]
+                raise UserError(
+                    f"{path}: {name}, step {t} holds note {shown}, but a piano's are {LOWEST} to {LOWEST + KEYS - 1}. "
+                    "Fix: correct or remove it"
+                )
+            roll[t, int(note) - LOWEST] = 1
+    return roll
 
 
 def _mido() -> ModuleType:
@@ -296,12 +295,3 @@ def _load(path: Path) -> Any:
     load, kind = (json.load, "JSON") if path.suffix.lower() == ".json" else (unpickle, "a pickle of notes")
     with explained(path, "--data.root"), undamaged(f"{path}: can't be read as {kind}", "copy or write it again"):
         return load(io.BytesIO(path.read_bytes()))
-
-
-def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
-    return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
-
-
-def _shorten(value: Any) -> str:
-    words = reprlib.repr(value)
-    return words if len(words) <= 40 and "\n" not in words else f"a {type(value).__name__}"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import reprlib
-import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from io import BytesIO
 from typing import Any, BinaryIO, ClassVar
 
@@ -34,42 +33,11 @@ def unpickle(file: BinaryIO) -> Any:
         pickle.UnpicklingError: It is not a pickle, is damaged, or an array in it does not add up.
     """
     try:
-        value = _PlainUnpickler(BytesIO(file.read()), encoding="latin1").load()
-        _require_plain(value, set())
+        return _PlainUnpickler(BytesIO(file.read()), encoding="latin1").load()
     except pickle.UnpicklingError:
         raise
-    except RecursionError:
-        raise pickle.UnpicklingError("nested too deeply") from None
     except Exception as error:  # Python's unpickler raises anything on damaged bytes
         raise pickle.UnpicklingError(f"not a pickle, or a damaged one ({error})") from None
-    return value
-
-
-def _require_plain(value: Any, checked: set[int]) -> None:
-    """Raise if a value holds a stand-in, or itself.
-
-    Args:
-        value: A value whose parts stay alive.
-        checked: Identities of containers that are plain: a few bytes may hold one of them a million times.
-    """
-    if id(value) in checked:
-        return
-    if callable(value) or isinstance(value, np.dtype):
-        raise pickle.UnpicklingError("a type where data is expected")
-    parts: Iterable[Any] = ()
-    if isinstance(value, dict):
-        parts = value.values()
-    elif isinstance(value, list | tuple):
-        parts = value
-    elif isinstance(value, np.ndarray):
-        if value.dtype.kind == "V":
-            raise pickle.UnpicklingError("an array without content")
-        parts = value.flat if value.dtype.kind == "O" else ()
-    else:
-        return
-    for part in parts:
-        _require_plain(part, checked)
-    checked.add(id(value))
 
 
 def _make_array(*_: Any) -> NDArray[Any]:
@@ -128,18 +96,11 @@ for _package in ("numpy.core", "numpy._core"):
     STAND_INS[f"{_package}.multiarray", "scalar"] = _make_scalar
     STAND_INS[f"{_package}.numeric", "_frombuffer"] = _from_buffer
 
-NOT_PLAIN = set(pickle.EMPTY_SET + pickle.ADDITEMS + pickle.FROZENSET + pickle.EXT1 + pickle.EXT2 + pickle.EXT4)
-NOT_PLAIN |= set(pickle.NEXT_BUFFER + pickle.READONLY_BUFFER)
-"""Operations of sets, of registered classes and of memory outside the file."""
-
 
 class _PlainUnpickler(pickle._Unpickler):
     """Reads in Python: the one in C takes gigabytes where a damaged byte gives a memo a large number."""
 
-    read: Callable[[int], bytes]
     stack: list[Any]
-    pop_mark: Callable[[], list[Any]]
-    append: Callable[[Any], None]
 
     def find_class(self, module: str, name: str, /) -> Any:
         try:
@@ -161,39 +122,7 @@ class _PlainUnpickler(pickle._Unpickler):
         elif state[1] in ("<", ">"):
             target.__setstate__(target.newbyteorder(state[1]).__reduce__()[2])  # type: ignore[attr-defined]
 
-    def load_dict(self) -> None:
-        items = self.pop_mark()
-        self.append({})
-        self._set_items(items)
-
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._set_items([key, value])
-
-    def load_setitems(self) -> None:
-        self._set_items(self.pop_mark())
-
-    def _set_items(self, items: list[Any]) -> None:
-        """Set entries under words and numbers: hashing nested tuples may take exponential time."""
-        target = self.stack[-1]
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str | bytes | int | float) or not isinstance(target, dict):
-                raise pickle.UnpicklingError(f"a dict with a {type(key).__name__} for a key")
-            target[key] = value
-
-    def load_bytearray8(self) -> None:
-        """Read the bytes that are there before taking memory for those that are declared."""
-        (size,) = struct.unpack("<Q", self.read(8))
-        content = self.read(size)
-        if len(content) < size:
-            raise pickle.UnpicklingError("truncated")
-        self.append(bytearray(content))
-
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {  # type: ignore[misc]  # a class variable there too
-        **{code: load for code, load in pickle._Unpickler.dispatch.items() if code not in NOT_PLAIN},
-        pickle.BYTEARRAY8[0]: load_bytearray8,
+        **pickle._Unpickler.dispatch,
         pickle.BUILD[0]: load_build,
-        pickle.DICT[0]: load_dict,
-        pickle.SETITEM[0]: load_setitem,
-        pickle.SETITEMS[0]: load_setitems,
     }
