@@ -17,7 +17,7 @@ from torch.distributions import Normal, kl_divergence
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.compatibility import keep_old_hooks, old_names
 from vrnn_lightning.errors import UserError, require
-from vrnn_lightning.filtering import Particles, Resampling
+from vrnn_lightning.filtering import Particles, Resampling, log_evidence
 from vrnn_lightning.heads import Factorised
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.vrnn import VRNN, Trace
@@ -262,9 +262,10 @@ class IWAE(ImportanceBound):
         (log_px, kl, ratio), state = model.collect(
             batch, noise, lambda trace: (trace.log_px, trace.kl, trace.log_ratio), particles.state, masks, samples
         )
-        weights = particles.log_weights + (log_px + beta * ratio).sum(1).unflatten(0, (samples, -1))
-        bound = weights.logsumexp(0)
-        return ObjectiveOutput(bound.sum(), log_px, kl, StreamState(Particles(state, weights - bound)))
+        increments = (log_px + beta * ratio).t().unflatten(1, (samples, -1))
+        is_first = None if batch.is_first is None else (batch.is_first & batch.mask).t()
+        bound, log_weights = log_evidence(increments, particles.log_weights, (), is_first=is_first)
+        return ObjectiveOutput(bound.sum(), log_px, kl, StreamState(Particles(state, log_weights)))
 
     def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise) -> Tensor:
         """Return the bound of each sequence in nats, shape (batch,)."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from vrnn_lightning.heads import Gaussian, Network
 from vrnn_lightning.recurrence.buffers import Buffer
 from vrnn_lightning.recurrence.operations import Pass
+from vrnn_lightning.recurrence.placement import Purpose
 from vrnn_lightning.recurrence.state import Masks, Networks, State
 from vrnn_lightning.recurrence.step import FastStep
 from vrnn_lightning.recurrence.tape import Tape
@@ -70,6 +71,7 @@ def infer(
     masks: Masks | None = None,
     samples: int = 1,
     resample: Resample | None = None,
+    is_first: Tensor | None = None,
 ) -> tuple[InferenceSteps, State]:
     """Infer z_t and h_t step by step; return them, and the state after the last real step of each row.
 
@@ -85,12 +87,15 @@ def infer(
         samples: Rows per sequence, K: row ``k * batch + i`` is sample k of sequence i.
         resample: Called after each step, see :data:`Resample`: how a particle filter resamples. With it, prior and
             emission are computed step by step.
+        is_first: True at steps whose row starts from the initial state, shape (time, batch); ``None`` for none.
     """
     tape = Tape(noise.shape[0], noise.shape[1], state.h)
     given = {name: value for name, value in data._asdict().items() if value is not None}
     known = data.x_features if len(given) == 1 else torch.cat(list(given.values()), -1)
     widths = {name: value.shape[-1] for name, value in given.items()}
-    step = FastStep(model, tape, state, "infer" if resample is None else "filter", known, widths, noise, masks, samples)
+    purpose: Purpose = "infer" if resample is None else "filter"
+    restarts = None if is_first is None else is_first.repeat(1, samples)
+    step = FastStep(model, tape, state, purpose, known, widths, noise, masks, samples, is_first=restarts)
     buffers: dict[str, tuple[Buffer, ...]] = {}
     for name in InferenceSteps._fields:
         found = getattr(step, name) or ()

@@ -361,7 +361,8 @@ class Equations(nn.Module):
             raise UserError(f"the batch has {width} covariates (inputs) per step, the model reads {self.num_inputs}")
         if inputs is not None:
             inputs = inputs.to(batch.x).masked_fill(~batch.mask[..., None], 0.0)
-        return replace(batch, x=batch.x.masked_fill(~batch.valid_mask, 0.0), inputs=inputs)
+        is_first = None if batch.is_first is None else batch.is_first & batch.mask
+        return replace(batch, x=batch.x.masked_fill(~batch.valid_mask, 0.0), inputs=inputs, is_first=is_first)
 
     def network_inputs(self, batch: SequenceBatch, masks: Masks | None, future: Tensor | None) -> NetworkInputs:
         """Return what the networks read of a clean batch, time first."""
@@ -370,7 +371,7 @@ class Equations(nn.Module):
         return NetworkInputs(x_features, None if batch.inputs is None else batch.inputs.transpose(0, 1), future)
 
     def backward_states(self, batch: SequenceBatch, masks: Masks | None) -> Tensor | None:
-        """Return the states of the recurrence that reads each sequence of a clean batch from its end, for smoothing.
+        """Return the states of the recurrence that reads each episode of a clean batch from its end, for smoothing.
 
         Returns:
             Shape (time, batch, hidden), or ``None`` for a model that does not smooth.
@@ -380,10 +381,18 @@ class Equations(nn.Module):
         x_features, inputs, _ = self.network_inputs(batch, masks, None)
         reads, lengths = join(x_features, inputs), batch.lengths
         time = torch.arange(len(reads), device=lengths.device)[:, None]
-        mirrored = torch.where(time < lengths, lengths - 1 - time, time)
         rows = torch.arange(len(lengths), device=lengths.device)
+        if batch.is_first is not None:
+            rows, first, lengths = batch.episodes()
+            time = time[: max(1, int(lengths.max()))]
+        mirrored = torch.where(time < lengths, lengths - 1 - time, time)
+        places = mirrored if batch.is_first is None else (mirrored + first).clamp(max=len(reads) - 1)
         kind = reads.device.type
         narrow = kind != "cpu" and torch.is_autocast_enabled(kind)  # few CPUs have a narrow LSTM
         with torch.autocast(kind, enabled=narrow):
-            states: Tensor = self.backward_rnn(reads[mirrored, rows].to(self.input_mean))[0]
-        return states[mirrored, rows]
+            states: Tensor = self.backward_rnn(reads[places, rows].to(self.input_mean))[0]
+        if batch.is_first is None:
+            return states[mirrored, rows]
+        is_real = time < lengths
+        found = states.new_zeros(len(reads), len(batch), states.shape[-1])
+        return found.index_put((places[is_real], rows.expand_as(is_real)[is_real]), states[is_real])

@@ -3,7 +3,7 @@
 from vrnn_lightning.recurrence.operations.base import Calls, Operation, Pass
 from vrnn_lightning.recurrence.operations.calls import Call, Given
 from vrnn_lightning.recurrence.operations.cells import GRU, LSTM
-from vrnn_lightning.recurrence.operations.elementwise import Cast, Relu
+from vrnn_lightning.recurrence.operations.elementwise import Cast, Relu, Restart
 from vrnn_lightning.recurrence.operations.linear import Affine, MatMul
 from vrnn_lightning.recurrence.operations.sampling import Apply, GaussianSample, StandardNormal
 
@@ -21,5 +21,6 @@ __all__ = [
     "Operation",
     "Pass",
     "Relu",
+    "Restart",
     "StandardNormal",
 ]
