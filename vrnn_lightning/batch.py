@@ -13,11 +13,11 @@ from torch import Tensor
 from vrnn_lightning.compatibility import old_names, renamed
 from vrnn_lightning.errors import UserError
 
-__all__ = ["SequenceBatch", "SequenceSample", "pad"]
+__all__ = ["STEPWISE", "SequenceBatch", "SequenceSample", "pad"]
 __getattr__ = old_names(__name__, {"Sequence": "SequenceSample"})
 
 STEPWISE = ("x", "observed", "inputs", "is_first", "targets")
-"""The fields of a batch that have steps."""
+"""The fields of a batch and of a sample that have steps."""
 
 
 @dataclass
@@ -194,5 +194,5 @@ def pad(sequences: collections.abc.Sequence[SequenceSample], dtype: torch.dtype 
         inputs=stack([s.inputs for s in sequences], 0.0, dtype),
         names=[s.name for s in sequences],
         is_first=stack([s.is_first for s in sequences], False),
-        targets=stack([s.targets for s in sequences], math.nan),
+        targets=stack([s.targets for s in sequences], math.nan, dtype or torch.get_default_dtype()),
     )
