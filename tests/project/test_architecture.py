@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = [
     "errors", "files", "datamodules", "compatibility", "trust", "batch", "noise", "filtering",
-    "nn", "heads", "recurrence", "vrnn", "objectives", "schedules", "metrics", "data", "testing", "inference",
-    "pretrained", "resuming", "module",
+    "nn", "heads", "recurrence", "vrnn", "auxiliary", "objectives", "schedules", "metrics", "data", "testing",
+    "inference", "pretrained", "resuming", "module",
     "callbacks", "report", "tracking", "discovery", "cli",
 ]  # fmt: skip
 FRAMEWORKS = {"lightning", "wandb", "jsonargparse", "pytorch_lightning"}

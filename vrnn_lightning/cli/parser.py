@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from vrnn_lightning import discovery
+from vrnn_lightning.auxiliary import Auxiliary
 from vrnn_lightning.callbacks.tasks import TASKS
 from vrnn_lightning.cli.argv import in_current_names
 from vrnn_lightning.files import require_plain_yaml
@@ -41,6 +42,7 @@ CHOICES = {
 }
 """The values of an option, and what else it takes."""
 BASES = {
+    "auxiliary": Auxiliary,
     "emission": Head,
     "objective": Objective,
     "callbacks": Callback,

@@ -136,18 +136,26 @@ def make_storable(hparams: Any) -> None:
     for name, value in list(hparams.items()):
         if is_dataclass(value) and not isinstance(value, type):
             hparams[name] = asdict(value)
+        elif isinstance(value, list) and any(map(callable, value)):
+            hparams[name] = [_stored(name, part) for part in value]
         elif callable(value):
-            made, options = value, {}
-            if isinstance(value, partial):  # the command line's own function takes the class last
-                is_wrapped = bool(value.args) and not isinstance(value.func, type)
-                made, options = value.args[-1] if is_wrapped else value.func, dict(value.keywords)
-            if isinstance(made, type):
-                hparams[name] = {"class_path": _path(made), "init_args": options}
-            elif name in ("optimizer", "lr_scheduler"):
+            hparams[name] = _stored(name, value)
+            if hparams[name] is None:
                 del hparams[name]
-            else:
-                raise UserError(f"{name}: can't be stored. Fix: pass a class or functools.partial(class, option=value)")
     hparams.setdefault("_instantiator", "lightning.pytorch.cli.instantiate_module")
+
+
+def _stored(name: str, value: Any) -> dict[str, Any] | None:
+    """Return the options that make what a class or a partial of one makes; ``None`` for other optimisers."""
+    made, options = value, {}
+    if isinstance(value, partial):  # the command line's own function takes the class last
+        is_wrapped = bool(value.args) and not isinstance(value.func, type)
+        made, options = value.args[-1] if is_wrapped else value.func, dict(value.keywords)
+    if isinstance(made, type):
+        return {"class_path": _path(made), "init_args": options}
+    if name in ("optimizer", "lr_scheduler"):
+        return None
+    raise UserError(f"{name}: can't be stored. Fix: pass a class or functools.partial(class, option=value)")
 
 
 def _path(cls: type) -> str:
