@@ -17,7 +17,8 @@ Needed:
       return [SequenceSample(torch.from_numpy(table(file)), name=f"{split}/{file.name}") for file in files]
 
   ``SequenceSample`` also takes ``observed`` (True where a value was measured) and ``inputs`` (covariates that are known
-  beforehand). The model is built for them where ``__init__`` sets ``self.missing = True`` and ``self.num_inputs = 4``
+  beforehand), ``targets`` (what auxiliary losses predict) and ``is_first`` (True where an episode begins). The model is
+  built for the first two where ``__init__`` sets ``self.missing = True`` and ``self.num_inputs = 4``
   (covariates per step, which every sequence must then have). Covariates are not scaled. For a user's mistake raise a
   ``UserError`` of one line that names the file or option and the fix.
 

@@ -250,7 +250,7 @@ class ParticleWeights:
 
 
 def _real(is_first: Tensor, lengths: Tensor) -> Tensor:
-    """Return the first steps of episodes, shape (steps, batch), that are no padding."""
+    """Return the first steps of episodes, shape (steps, batch), without padding."""
     return is_first & (torch.arange(len(is_first), device=lengths.device)[:, None] < lengths)
 
 

@@ -116,7 +116,7 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         self.auxiliary_losses = AuxiliaryLosses(len(self.auxiliary))
 
     def _connect_auxiliary(self) -> None:
-        """Let the objective return the terms of auxiliary losses; raise if it can't, or if two have one name."""
+        """Set what the objective returns of auxiliary losses; raise if it can't, or if two have one name."""
         names = [part.name for part in self._auxiliary]
         taken = {*FIGURES, *(name for name in names if names.count(name) > 1)}
         if wrong := next((name for name in names if name in taken), None):
