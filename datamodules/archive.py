@@ -39,11 +39,14 @@ class Archive(RandomSplitDataModule, FileDataModule):
 
     Args:
         root: The ``.npz`` file: ``{split}_values`` (total steps, features) and ``{split}_lengths`` (sequences,) for the
-            splits train, valid and test. It may lie elsewhere when a checkpoint is used again.
+            splits train, valid and test, and optionally ``{split}_is_first`` (total steps,), True where an episode
+            begins within a sequence. It may lie elsewhere when a checkpoint is used again.
         features: Columns of the archive, the width of ``train_values``.
         exclude: Columns to leave out, counted from 0. A column that never changes has no density; a warning names it.
         val: Fraction of the training sequences for validation, where the archive has no ``valid``; at least one.
         test: Fraction of them for the test, where it has no ``test``; at least one unless it is 0.
+        inputs: Columns of the archive's ``{split}_inputs`` (total steps, inputs): covariates, as they are.
+        targets: Columns of ``{split}_targets`` (total steps, targets): what auxiliary losses predict, or NaN.
         options: The other options of ``FileDataModule``.
 
     Raises:
@@ -64,12 +67,15 @@ class Archive(RandomSplitDataModule, FileDataModule):
         exclude: list[int] | None = None,
         val: float = 0.1,
         test: float = 0.1,
+        inputs: int = 0,
+        targets: int = 0,
         **options: Any,
     ) -> None:
         require("features", features, 1)
         out = _columns(exclude or [], features)
         super().__init__(root, num_features=features - len(out), **options)
         self.features = features
+        self.num_inputs, self.num_targets = require("inputs", inputs, 0), require("targets", targets, 0)
         self.kept = [column for column in range(features) if column not in out]
         self._parts: dict[Split, float] = {"val": val, "test": test}
         RandomSplits(val, test, self.seed)  # checks the fractions
@@ -125,7 +131,8 @@ class Archive(RandomSplitDataModule, FileDataModule):
     def _read(self, split: Split) -> ArchiveSplit:
         """Return a split of the archive without the excluded columns."""
         fix = f". Fix: give its width as --data.features, which is {self.features}"
-        whole = read_archive(self.root, split, self.features, fix=fix, max_gb=self.max_gb)
+        more = {"inputs": self.num_inputs, "targets": self.num_targets}
+        whole = read_archive(self.root, split, self.features, fix=fix, max_gb=self.max_gb, more=more)
         return replace(whole, values=whole.values[:, self.kept])
 
 

@@ -50,6 +50,8 @@ class Tables(FileDataModule):
             each row is the next step, counted from the first, so a file that is used again must begin with it.
         step: The interval between rows, in the unit of ``time`` or, of dates, as "15min" (us, ms, s, min, h, d, w).
             Times that are absent become rows of missing values. ``None``: rows follow one another.
+        dt: Add the time since the row before as the last covariate, 0 in a series' first row, divided by this interval,
+            which is given as ``step`` is: "1h" counts hours between dates. ``None`` adds none.
         split: "time" cuts each series in three; "id" draws whole series; "files" takes the folders or files below
             ``root`` that are called train, valid and test.
         val_share: Share of each series' time range, or of the series, for validation; not for "files".
@@ -91,6 +93,7 @@ class Tables(FileDataModule):
         id: str | None = None,
         time: str | None = None,
         step: float | str | None = None,
+        dt: float | str | None = None,
         split: Literal["time", "id", "files"] = "time",
         val_share: float = 0.1,
         test_share: float = 0.1,
@@ -106,7 +109,7 @@ class Tables(FileDataModule):
         super().__init__(root, num_features=len(columns), **options)
         self._check_columns(columns, inputs or [], anomaly)
         self.columns, self.inputs = list(columns), list(inputs or [])
-        self.num_inputs = len(self.inputs)
+        self.num_inputs = len(self.inputs) + (dt is not None)
         self.missing = missing
         self.id, self.time, self.sort, self.delimiter = id, time, sort, delimiter
         self.split_by, self.anomaly = split, anomaly
@@ -115,6 +118,7 @@ class Tables(FileDataModule):
         self.length, self.stride = require("length", length, 1), require("stride", stride, 1)
         self.context = require("context", context, 0)
         self.step = None if step is None else parse_step(step)
+        self.dt = None if dt is None else parse_step(dt, "dt")
         self._check_options()
         self._series_of: dict[str, list[Series]] = {}
         self._cuts: dict[str, list[float]] | None = None
@@ -159,6 +163,7 @@ class Tables(FileDataModule):
                 self.step and self.time is None,
                 f"step {self.step and self.step.word}: needs --data.time. Fix: name the column of times",
             ),
+            (self.dt and self.time is None, "dt: needs --data.time. Fix: name the column of times"),
             (len(self.delimiter) != 1, f"delimiter {self.delimiter!r}: must be one character"),
         ):
             if is_wrong:
@@ -324,7 +329,7 @@ class Tables(FileDataModule):
         wanted = {"columns": self.columns, "inputs": self.inputs, "anomaly": labels}
         table = read_columns(path, wanted, self.id, self.time, self.delimiter, self.max_gb)
         numbers, column = table.numbers, np.arange(table.numbers.shape[1])
-        is_feature, is_label = column < self.num_features, column >= self.num_features + self.num_inputs
+        is_feature, is_label = column < self.num_features, column >= self.num_features + len(self.inputs)
         empty = np.isnan(numbers)
         for wrong, fix in (
             (np.isinf(numbers), "is infinite. Fix: correct it, or leave the cell empty"),
@@ -336,9 +341,12 @@ class Tables(FileDataModule):
             (empty & ~is_feature, "is empty, but covariates (--data.inputs) must be known at each step. Fix: fill it"),
         ):
             table.raise_if(wrong, fix)
-        if self.step is not None and self.step.dated != table.dated:
-            kind, fix = ("dates", "with a unit, as 1h") if table.dated else ("numbers", "without a unit")
-            raise UserError(f"{path}: --data.step {self.step.word}: times are {kind}. Fix: give the step {fix}")
+        for option, interval in (("step", self.step), ("dt", self.dt)):
+            if interval is not None and interval.dated != table.dated:
+                kind, fix = ("dates", "with a unit, as 1h") if table.dated else ("numbers", "without a unit")
+                raise UserError(
+                    f"{path}: --data.{option} {interval.word}: times are {kind}. Fix: give the {option} {fix}"
+                )
         return table
 
     def _make_series(self, name: str, rows: Rows) -> Series:
@@ -350,7 +358,10 @@ class Tables(FileDataModule):
             self._raise_if_gap(rows, times, place)
             numbers = np.full((len(times), numbers.shape[1]), np.nan)
             numbers[place] = rows.numbers
-        features, inputs, labels = np.split(numbers, [self.num_features, self.num_features + self.num_inputs], 1)
+        features, inputs, labels = np.split(numbers, [self.num_features, self.num_features + len(self.inputs)], 1)
+        if self.dt is not None:
+            since = np.diff(times, prepend=times[:1]) / self.dt.size
+            inputs = np.concatenate([inputs, since[:, None]], 1)
         return Series(name, rows.clock, times, features.copy(), inputs.astype(np.float32), (labels == 1).any(1))
 
     def _raise_if_gap(self, rows: Rows, times: NDArray[Any], place: NDArray[np.int64]) -> None:

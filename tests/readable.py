@@ -87,6 +87,8 @@ def readable_step(
         masks: Dropout.
         future: States of the recurrence that reads backwards, for smoothing, shape (batch, time, hidden).
     """
+    if batch.is_first is not None:
+        state = _next_where(batch.is_first[:, t], model.initial_state(len(batch)), state)
     x, valid, h = batch.x[:, t], batch.valid_mask[:, t], output(state, masks)
     inputs, future = (None if values is None else values[:, t] for values in (batch.inputs, future))
     x_features = model.extract_x(x, valid, masks)
@@ -121,6 +123,9 @@ def readable_future(model: Equations, batch: SequenceBatch, masks: Masks | None 
     for t in reversed(range(batch.x.shape[1])):
         x_features = model.extract_x(batch.x[:, t], batch.valid_mask[:, t], masks)
         read = x_features if batch.inputs is None else torch.cat([x_features, batch.inputs[:, t]], -1)
+        if batch.is_first is not None and t + 1 < batch.x.shape[1]:
+            is_same = (~batch.is_first[:, t + 1, None]).to(a)  # step t ends an episode where the next one is first
+            a, c = a * is_same, c * is_same
         before = a if isinstance(cell, nn.GRUCell) else (a, c)
         found = torch.func.functional_call(cell, weights, (read, before))
         new, new_c = (found, c) if isinstance(found, Tensor) else found
@@ -157,8 +162,9 @@ def readable_filter(
     def spread(values: Tensor) -> Tensor:
         return repeat_rows(values, samples)
 
-    observed, inputs = (None if values is None else spread(values) for values in (batch.observed, batch.inputs))
-    many = SequenceBatch(spread(batch.x), spread(batch.lengths), observed, inputs)
+    fields = (batch.observed, batch.inputs, batch.is_first)
+    observed, inputs, is_first = (None if values is None else spread(values) for values in fields)
+    many = SequenceBatch(spread(batch.x), spread(batch.lengths), observed, inputs, is_first=is_first)
     dropped = None if masks is None else Masks(*(spread(mask) for mask in masks))
 
     def step(t: int, state: State) -> tuple[Tensor, State]:
@@ -166,7 +172,10 @@ def readable_filter(
         return (terms.log_px + beta * terms.log_ratio).unflatten(0, (samples, -1)), terms.state
 
     uniforms = iter(draws.unbind(1))
-    return particle_filter(step, state, batch.lengths, samples, batch.x.shape[1], resampling, lambda _: next(uniforms))
+    steps = batch.x.shape[1]
+    return particle_filter(
+        step, state, batch.lengths, samples, steps, resampling, lambda _: next(uniforms), batch.is_first
+    )
 
 
 @torch.no_grad()

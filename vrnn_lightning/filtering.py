@@ -180,10 +180,14 @@ class ParticleWeights:
         lengths: Real steps of each sequence, shape (batch,); ``None`` for sequences without an end.
         log_weights: Before the first step, normalised, shape (particles, batch).
         resampling: The rule; ``None`` never resamples.
+        is_first: True at steps before which the weights are even, shape (batch, time); ``None`` for none.
     """
 
-    def __init__(self, lengths: Tensor | None, log_weights: Tensor, resampling: Resampling | None) -> None:
+    def __init__(
+        self, lengths: Tensor | None, log_weights: Tensor, resampling: Resampling | None, is_first: Tensor | None = None
+    ) -> None:
         self.log_weights, self.resampling = log_weights, resampling
+        self.is_first = None if is_first is None or lengths is None else _real(is_first.t(), lengths)
         self.particles, batch = log_weights.shape
         self.rows = torch.arange(batch, device=log_weights.device)
         self.lengths = torch.full_like(self.rows, 2**62) if lengths is None else lengths
@@ -201,6 +205,8 @@ class ParticleWeights:
             draws: Numbers in [0, 1), shape (particles or 1, batch).
         """
         real = t < self.lengths
+        if self.is_first is not None:
+            self.log_weights = torch.where(self.is_first[t], -math.log(self.particles), self.log_weights)
         evidence = self.log_weights + torch.where(real, increments.to(self.log_weights.dtype), 0.0)
         gained = evidence.logsumexp(0)
         self.total = self.total + gained
@@ -237,6 +243,11 @@ class ParticleWeights:
         rows = self.advance(0, increments, draws)
         self.events.clear()
         return self.total, rows
+
+
+def _real(is_first: Tensor, lengths: Tensor) -> Tensor:
+    """Return the first steps of episodes, shape (steps, batch), without padding."""
+    return is_first & (torch.arange(len(is_first), device=lengths.device)[:, None] < lengths)
 
 
 class ResamplingEvent(NamedTuple):
@@ -291,7 +302,7 @@ def window_estimate(
         gradient: See :class:`Resampling`.
     """
     if weights is not None:
-        gained, last = log_evidence(increments, log_weights, weights.events, gradient)
+        gained, last = log_evidence(increments, log_weights, weights.events, gradient, weights.is_first)
         return WindowEstimate(gained, last, weights.effective_sum, weights.effective)
     gained, last = log_evidence(increments, log_weights, ())
     with torch.no_grad():
@@ -301,24 +312,29 @@ def window_estimate(
 
 
 def log_evidence(
-    increments: Tensor, log_weights: Tensor, events: Sequence[ResamplingEvent], gradient: bool = False
+    increments: Tensor,
+    log_weights: Tensor,
+    events: Sequence[ResamplingEvent],
+    gradient: bool = False,
+    is_first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Return the log-likelihood of each sequence and the last weights, for all steps at once.
 
     Between two resamplings the factors of the estimate telescope: their product is the mean, over the particles, of the
-    exponential of the increments' sum.
+    exponential of the increments' sum. An episode's first step closes the weights, too, and starts from even ones.
 
     Args:
         increments: Zero at padding, shape (steps, particles, batch).
         log_weights: Before the first step, normalised, shape (particles, batch).
         events: The resamplings, from :class:`ParticleWeights`.
         gradient: See :class:`Resampling`.
+        is_first: True at the real first steps of episodes, shape (steps, batch); ``None`` for none.
 
     Returns:
         Nats, shape (batch,), and normalised log-weights, shape (particles, batch).
     """
     increments = increments.to(log_weights.dtype)
-    if not events:
+    if not events and is_first is None:
         final = log_weights + increments.sum(0)
         total = final.logsumexp(0)
         return total, torch.where(total > -math.inf, final - total, -math.log(len(final)))
@@ -326,6 +342,8 @@ def log_evidence(
     due = torch.zeros(steps + 1, batch, dtype=torch.int64, device=increments.device)
     for event in events:
         due[event.t + 1] = event.due
+    if is_first is not None:
+        due[:-1] |= is_first
     stretch = due.cumsum(0)  # the number of resamplings before each step
     count = int(stretch[-1].max()) + 1
     start = log_weights.new_full((count, particles, batch), -math.log(particles))
@@ -354,6 +372,7 @@ def particle_filter(
     steps: int,
     resampling: Resampling | None,
     uniform: Callable[[int], Tensor],
+    is_first: Tensor | None = None,
 ) -> FilterResult:
     r"""Estimate a likelihood with weighted particles (Maddison et al. 2017, arXiv 1705.09279).
 
@@ -375,12 +394,15 @@ def particle_filter(
         steps: Length of the longest sequence.
         resampling: The rule; ``None`` never resamples.
         uniform: Called with a number n, returns fresh numbers in [0, 1), shape (batch, n).
+        is_first: True at the first steps of episodes, shape (batch, steps): their weights start even, and ``step``
+            starts from a fresh state. Not together with ``resampling.gradient``.
     """
     weights: ParticleWeights | None = None
     for t in range(steps):
         increments, state = step(t, state)
         if weights is None:
-            weights = ParticleWeights(lengths, torch.full_like(increments, -math.log(particles)), resampling)
+            even = torch.full_like(increments, -math.log(particles))
+            weights = ParticleWeights(lengths, even, resampling, is_first)
         draws = None if resampling is None or particles == 1 else uniform(resampling.draws(particles)).t()
         rows = weights.advance(t, increments, draws)
         if rows is not None:

@@ -17,7 +17,7 @@ from torch.distributions import Normal, kl_divergence
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.compatibility import keep_old_hooks, old_names
 from vrnn_lightning.errors import UserError, require
-from vrnn_lightning.filtering import Particles, Resampling
+from vrnn_lightning.filtering import Particles, Resampling, log_evidence
 from vrnn_lightning.heads import Factorised
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import State
@@ -125,12 +125,14 @@ class ObjectiveOutput(NamedTuple):
         log_px: Log-likelihood along trajectories without resampling, for the reported ELBO, shape (rows, time).
         kl: KL of each latent dimension along the same trajectories, shape (rows, time, latent).
         carried: State for the next window.
+        auxiliary: Terms of :attr:`Objective.auxiliary` along the same trajectories.
     """
 
     value: Tensor
     log_px: Tensor
     kl: Tensor
     carried: StreamState
+    auxiliary: tuple[Tensor, ...] = ()
 
 
 class Objective(ABC):
@@ -139,6 +141,10 @@ class Objective(ABC):
     unsupported_options: ClassVar[dict[str, str]] = {}
     """Options of other objectives that this one lacks, by name, and the reason."""
     absent = unsupported_options
+    has_auxiliary: ClassVar[bool] = False
+    """Whether it returns the terms of :attr:`auxiliary`, with a gradient."""
+    auxiliary: Callable[[Trace], tuple[Tensor, ...]] | None = None
+    """Further terms of a trace, each (rows, time): auxiliary losses, which the module sets."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Accept :attr:`unsupported_options` under its old name."""
@@ -166,6 +172,9 @@ class Objective(ABC):
             carried: State to continue from; ``None`` at the first step.
         """
 
+    def _select_auxiliary(self, trace: Trace) -> tuple[Tensor, ...]:
+        return () if self.auxiliary is None else self.auxiliary(trace)
+
 
 class ELBO(Objective):
     """The evidence lower bound, with one trajectory per sequence.
@@ -180,6 +189,8 @@ class ELBO(Objective):
     Raises:
         UserError: An option is outside its range, or ``balance`` is given with a sampled KL.
     """
+
+    has_auxiliary = True
 
     def __init__(
         self, kl: Literal["analytic", "sampled"] = "analytic", free_bits: float = 0.0, balance: float | None = None
@@ -209,13 +220,15 @@ class ELBO(Objective):
         same = self.kl == "analytic" and self.balance is None
 
         def select(trace: Trace) -> tuple[Tensor, ...]:
-            return (trace.log_px, trace.kl) if same else (trace.log_px, trace.kl, self._kl(trace, residual))
+            own = () if same else (self._kl(trace, residual),)
+            return trace.log_px, trace.kl, *own, *self._select_auxiliary(trace)
 
         residual, masks = model.residual_posterior, model.draw_masks(noise)
-        terms, state = model.collect(batch, noise, select, trajectories.state, masks)
-        log_px, reported, kl = terms[0], terms[1], terms[-1]
+        (log_px, reported, *rest), state = model.collect(batch, noise, select, trajectories.state, masks)
+        kl = reported if same else rest.pop(0)
         value = elbo(log_px, kl, batch.lengths.sum(), beta, self.free_bits, total)
-        return ObjectiveOutput(value, log_px, reported, StreamState(trajectories._replace(state=state)))
+        ahead = StreamState(trajectories._replace(state=state))
+        return ObjectiveOutput(value, log_px, reported, ahead, tuple(rest))
 
     def _kl(self, trace: Trace, residual: bool) -> Tensor:
         if trace.posterior is None or trace.prior is None or (self.kl == "analytic" and self.balance is None):
@@ -248,12 +261,16 @@ class ImportanceBound(Objective):
 class IWAE(ImportanceBound):
     """The importance-weighted bound (Burda et al. 2016, arXiv 1509.00519), tighter than the ELBO.
 
+    Auxiliary losses are means over the trajectories, which are draws from the posterior; they are not weighted.
+
     Args:
         samples: Trajectories per sequence, K.
 
     Raises:
         UserError: ``samples`` is below 1.
     """
+
+    has_auxiliary = True
 
     def __init__(self, samples: int = 16) -> None:
         self.samples = require("objective.samples", samples, 1)
@@ -271,12 +288,15 @@ class IWAE(ImportanceBound):
         samples = self.samples if model.latent_size else 1
         particles = model.new_particles(batch, samples) if carried is None else carried.trajectories
         masks = model.draw_masks(noise)
-        (log_px, kl, ratio), state = model.collect(
-            batch, noise, lambda trace: (trace.log_px, trace.kl, trace.log_ratio), particles.state, masks, samples
-        )
-        weights = particles.log_weights + (log_px + beta * ratio).sum(1).unflatten(0, (samples, -1))
-        bound = weights.logsumexp(0)
-        return ObjectiveOutput(bound.sum(), log_px, kl, StreamState(Particles(state, weights - bound)))
+
+        def select(trace: Trace) -> tuple[Tensor, ...]:
+            return trace.log_px, trace.kl, trace.log_ratio, *self._select_auxiliary(trace)
+
+        (log_px, kl, ratio, *rest), state = model.collect(batch, noise, select, particles.state, masks, samples)
+        increments = (log_px + beta * ratio).t().unflatten(1, (samples, -1))
+        is_first = None if batch.is_first is None else (batch.is_first & batch.mask).t()
+        bound, log_weights = log_evidence(increments, particles.log_weights, (), is_first=is_first)
+        return ObjectiveOutput(bound.sum(), log_px, kl, StreamState(Particles(state, log_weights)), tuple(rest))
 
     def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise) -> Tensor:
         """Return the bound of each sequence in nats, shape (batch,)."""

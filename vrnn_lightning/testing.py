@@ -99,6 +99,8 @@ def _require_equal(batches: Iterable[SequenceBatch], expected: Iterable[Sequence
         for field, value in vars(batch).items():
             other = getattr(wanted, field)
             are_tensors = isinstance(value, Tensor) and isinstance(other, Tensor)
+            if are_tensors and field == "targets":  # NaN where one is unknown
+                value, other = value.nan_to_num(), other.nan_to_num()
             assert torch.equal(value, other) if are_tensors else value == other, f"{where}: {field} differs"
 
 
@@ -158,6 +160,7 @@ def yields_padded_batches(make: Make) -> None:
 def _require_well_formed(batch: SequenceBatch, datamodule: Any) -> None:
     size, steps, width = batch.x.shape
     kinds = {"x": torch.float32, "lengths": torch.int64, "observed": torch.bool, "inputs": torch.float32}
+    kinds |= {"targets": torch.float32, "is_first": torch.bool}
     for field, kind in kinds.items():
         values = getattr(batch, field)
         assert values is None or values.dtype == kind, f"{field} is {values.dtype}, expected {kind}"
@@ -171,6 +174,11 @@ def _require_well_formed(batch: SequenceBatch, datamodule: Any) -> None:
         assert batch.observed.shape == batch.x.shape, "observed and x differ in shape"
         is_declared = getattr(datamodule, "missing", False) or batch.observed[batch.mask].all()
         assert is_declared, "missing is False, but values are; set self.missing = True"
+    known = getattr(datamodule, "num_targets", 0)
+    expected = (size, steps, known)
+    found = None if batch.targets is None else tuple(batch.targets.shape)
+    assert not known or found == expected, f"targets has shape {found}, expected {expected} by num_targets"
+    assert batch.is_first is None or batch.is_first.shape == (size, steps), "is_first and x differ in shape"
     promised = getattr(datamodule, "num_inputs", 0)
     assert batch.inputs is not None or not promised, f"num_inputs is {promised}, but a batch has no inputs"
     if batch.inputs is not None:

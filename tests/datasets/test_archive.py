@@ -19,7 +19,7 @@ WIDTH = 4
 SPLITS = ("train", "val", "test")
 
 
-def write(path: Path, *splits: str, still: int | None = None) -> Path:
+def write(path: Path, *splits: str, still: int | None = None, beside: bool = False) -> Path:
     generator = np.random.default_rng(0)
     arrays = {}
     for split in splits:
@@ -28,6 +28,13 @@ def write(path: Path, *splits: str, still: int | None = None) -> Path:
         if still is not None:
             values[:, still] = 7
         arrays |= {f"{split}_values": values.astype(np.float32), f"{split}_lengths": lengths}
+        if beside:
+            rewards = np.where(values[:, :2] > 0, values[:, :2], np.nan)
+            arrays |= {
+                f"{split}_inputs": values[:, :1],
+                f"{split}_targets": rewards,
+                f"{split}_is_first": values[:, 0] > 1,
+            }
     np.savez(path, **arrays, columns=np.array(["a", "b", "c", "d"]))
     return path
 
@@ -47,6 +54,35 @@ def named(data: Archive, split: str) -> list[str]:
 def test_contract(check, splits, tmp_path):
     path = write(tmp_path / "a.npz", *splits)
     check(lambda **options: Archive(str(path), WIDTH, exclude=[1], **options))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_contract_with_inputs_targets_and_episodes(check, window, tmp_path):
+    path = write(tmp_path / "a.npz", *SIZES, beside=True)
+    check(lambda **options: Archive(str(path), WIDTH, inputs=1, targets=2, **{"window": window} | options))
+
+
+def test_what_lies_beside_the_values_follows_them(tmp_path):
+    path = write(tmp_path / "a.npz", *SIZES, beside=True)
+    data = Archive(str(path), WIDTH, inputs=1, targets=2, batch_size=3, window=2)
+    data.setup("fit")
+    with np.load(path) as arrays:
+        ends = arrays["train_lengths"].cumsum()
+        first, targets = arrays["train_is_first"], arrays["train_targets"].astype(np.float32)
+    for batch in data.train_dataloader():
+        for i, (row, start, length) in enumerate(zip(batch.index, batch.start, batch.lengths, strict=True)):
+            if row < 0:
+                continue
+            begin = ends[row] - data.lengths("train")[row] + start
+            place = slice(begin, begin + length)
+            assert (batch.is_first[i, :length].numpy() == first[place]).all()
+            np.testing.assert_array_equal(batch.targets[i, :length], targets[place])
+        assert batch.targets[~batch.mask].isnan().all()
+        assert not batch.is_first[~batch.mask].any()
+    for option in ({"inputs": 2}, {"targets": 1}):
+        with pytest.raises(UserError, match=r"of shape .*, expected numbers of shape"):
+            Archive(str(path), WIDTH, **option).setup("fit")
 
 
 def test_construction_opens_no_file():

@@ -917,3 +917,26 @@ def test_values_whose_spread_no_float_holds_are_refused(tmp_path):
     path = write(tmp_path / "a.csv", {"x": [1e300, -1e300] * 20})
     with pytest.raises(UserError, match="too large or too small for float32"):
         _ = Tables(path, ["x"]).scaler
+
+
+def test_the_time_since_the_row_before_is_a_covariate(tmp_path):
+    """In the unit that is asked for, 0 in a series' first row, and after the other covariates."""
+    gaps = np.random.default_rng(0).integers(1, 90, 29)
+    minutes = [0, *gaps.cumsum().tolist()]
+    dates = [str(START + timedelta(minutes=m)) for m in minutes]
+    root = write(tmp_path / "a.csv", {"date": dates, "minute": minutes, "a": noise(30), "hour": [1] * 30})
+    for time, dt, size in (("date", "1h", 60), ("minute", 30, 30)):
+        data = Tables(str(root), ["a"], ["hour"], time=time, dt=dt, length=3)
+        assert data.num_inputs == 2
+        data.setup("fit")
+        inputs = torch.cat([s.inputs for s in data.split("train")])
+        assert (inputs[:, 0] == 1).all()
+        expected = torch.tensor([0, *gaps.tolist()])[: len(inputs)] / size
+        torch.testing.assert_close(inputs[:, 1], expected)
+    for options, message in (
+        ({"dt": "1h"}, "--data.dt: needs --data.time"),
+        ({"dt": "1 parsec", "time": "date"}, "--data.dt 1 parsec: must be a positive number"),
+        ({"dt": 1, "time": "date"}, "--data.dt 1: times are dates"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Tables(str(root), ["a"], **options).setup("fit")

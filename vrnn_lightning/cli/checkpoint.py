@@ -21,7 +21,7 @@ from vrnn_lightning.trust.checkpoints import FIX
 
 __all__ = ["Checkpoint", "find_checkpoint", "runs_folder"]
 
-FROM_DATA = ("num_features", "num_inputs", "missing")  # linked, so not options of the command line
+FROM_DATA = ("num_features", "num_inputs", "num_targets", "missing")  # linked, so not options of the command line
 NOT_ARCHITECTURE = ("optimizer", "lr_scheduler", "objective")  # a test may be run under a YAML that trains otherwise
 RUN_OPTIONS = frozenset({"root", "batch_size", "num_workers"})
 

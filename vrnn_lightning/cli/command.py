@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -168,7 +168,9 @@ class CLI(LightningCLI):
         for group, callback in GROUPS.items():
             parser.add_lightning_class_args(callback, group)
             parser.set_defaults({f"{group}.{key}": value for key, value in CHECKPOINTS.get(group, {}).items()})
-        for option, read in (("num_features", self.num_features), ("num_inputs", _num_inputs), ("missing", _missing)):
+        links: dict[str, Callable[[Any], Any]] = {"num_features": self.num_features, "missing": _missing}
+        links |= {"num_inputs": _num_inputs, "num_targets": _num_targets}
+        for option, read in links.items():
             parser.link_arguments("data", f"model.{option}", compute_fn=read, apply_on="instantiate")
         text = "Fit: a checkpoint whose weights to start from, on any data, with a new optimiser, at step 0."
         parser.add_argument("--init_from", type=str | None, default=None, help=text)
@@ -348,6 +350,10 @@ class CLI(LightningCLI):
 
 def _num_inputs(data: LightningDataModule) -> int:
     return int(getattr(data, "num_inputs", 0))
+
+
+def _num_targets(data: LightningDataModule) -> int:
+    return int(getattr(data, "num_targets", 0))
 
 
 def _missing(data: LightningDataModule) -> bool:

@@ -28,6 +28,7 @@ from vrnn_lightning.heads import Head
 from vrnn_lightning.nn import MLPConfig
 from vrnn_lightning.objectives import Objective
 from vrnn_lightning.trust import parameters_of, subclasses_of
+from vrnn_lightning.vrnn.auxiliary import Auxiliary
 from vrnn_lightning.vrnn.builder import CELLS
 
 __all__ = ["MODE", "Parser", "one_line"]
@@ -44,6 +45,7 @@ CHOICES: dict[str, tuple[Iterable[str], str]] = {
 }
 """The values of an option, and what else it takes."""
 BASES = {
+    "auxiliary": Auxiliary,
     "emission": Head,
     "objective": Objective,
     "callbacks": Callback,

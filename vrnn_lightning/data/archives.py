@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class ArchiveSplit:
         numbers: The number of each sequence in the archive, shape (sequences,).
         names: Names of the archive's sequences by number; ``None`` names them by split and number.
         begins: The step of the archive's sequence at which each one begins, shape (sequences,); ``None`` for 0.
+        more: Other arrays that lie as ``values`` does, by the name of the sample's field.
     """
 
     path: Path
@@ -44,6 +46,7 @@ class ArchiveSplit:
     numbers: NDArray[np.int64]
     names: Sequence[str] | None = None
     begins: NDArray[np.int64] | None = None
+    more: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     @classmethod
     def join(
@@ -75,7 +78,8 @@ class ArchiveSplit:
     def _cut(self, index: int, start: int, end: int) -> SequenceSample:
         exact = np.result_type(self.values.dtype, np.float32)
         x = torch.from_numpy(self.values[start:end].astype(exact))
-        return SequenceSample(x, name=self.name(index))
+        more = {name: torch.from_numpy(rows[start:end]) for name, rows in self.more.items()}
+        return SequenceSample(x, name=self.name(index), **more)
 
     def name(self, index: int) -> str:
         """Return the name of a sequence."""
@@ -138,13 +142,20 @@ def archive_holds(path: Path, split: Split) -> bool:
 
 
 def read_archive(
-    path: Path, split: Split, width: int, stacked: str | None = None, fix: str = "", max_gb: float = MAX_GB
+    path: Path,
+    split: Split,
+    width: int,
+    stacked: str | None = None,
+    fix: str = "",
+    max_gb: float = MAX_GB,
+    more: Mapping[str, int] = MappingProxyType({}),
 ) -> ArchiveSplit:
     """Read one split of a flat archive, and nothing else of the file.
 
     A flat archive is an ``.npz`` file, never pickled, with two arrays for each split, "train", "valid" and "test":
     ``{split}_values`` of shape (total steps, features) and ``{split}_lengths`` of shape (sequences,). Sequence i is
-    ``values[sum(lengths[:i]) : sum(lengths[: i + 1])]``. Other arrays are ignored.
+    ``values[sum(lengths[:i]) : sum(lengths[: i + 1])]``. An array ``{split}_is_first`` (total steps,), bool, is read
+    where there is one; ``more`` names further ones. Other arrays are ignored.
 
     Args:
         path: The file.
@@ -154,6 +165,7 @@ def read_archive(
             ``{split}_values``.
         fix: The end of the message about another number of features.
         max_gb: Gigabytes that an array may take, or 16 times the file's size.
+        more: The width of each further array ``{split}_NAME`` to read, "inputs" or "targets"; 0 reads none.
 
     Raises:
         UserError: The file is missing or not such an archive, its arrays don't fit together or hold values that are not
@@ -175,11 +187,26 @@ def read_archive(
             steps = np.full(*values.shape[:2])
         else:
             steps = _steps(path, word, archive.read(f"{word}_lengths", max_gb), len(values))
-    values = values.reshape(-1, width)
-    sequences = ArchiveSplit.join(path, word, name, values, steps)
+        values = values.reshape(-1, width)
+        wanted: dict[str, tuple[int, ...]] = {key: (len(values), columns) for key, columns in more.items() if columns}
+        if f"{word}_is_first" in archive.names:
+            wanted["is_first"] = (len(values),)
+        beside = {key: _beside(archive, f"{word}_{key}", expected, max_gb) for key, expected in wanted.items()}
+    sequences = replace(ArchiveSplit.join(path, word, name, values, steps), more=beside)
     if values.dtype.kind == "f":
         sequences.raise_if(~np.isfinite(values), "remove or correct the sequence")
     return sequences
+
+
+def _beside(archive: OpenArchive, name: str, expected: tuple[int, ...], max_gb: float) -> NDArray[Any]:
+    """Return an array that lies beside the values: truth values, or numbers in float32."""
+    values = archive.read(name, max_gb)
+    shape, dtype = values.shape, values.dtype
+    kinds = "b" if len(expected) == 1 else "buif"
+    if shape != expected or dtype.kind not in kinds:
+        kind = "bool" if kinds == "b" else "numbers"
+        raise UserError(f"{archive.path}: {name} is {dtype} of shape {shape}, expected {kind} of shape {expected}")
+    return values if kinds == "b" else values.astype(np.float32)
 
 
 def _steps(path: Path, word: str, lengths: NDArray[Any], rows: int) -> NDArray[np.int64]:

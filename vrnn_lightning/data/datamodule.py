@@ -75,6 +75,8 @@ class SequenceDataModule(LightningDataModule):
     run_options: ClassVar[frozenset[str]] = frozenset({"root", "batch_size", "num_workers", "window"})
     num_inputs: int = 0
     """Covariates per time step, which ``__init__`` sets; where it is not 0, every sequence must have them."""
+    num_targets: int = 0
+    """Targets of auxiliary losses per time step, which ``__init__`` sets; as for :attr:`num_inputs`."""
     missing: bool = False
     """True where sequences may come with ``observed``; the model's phi_x is then told which values are missing."""
 
@@ -266,6 +268,7 @@ class SequenceDataModule(LightningDataModule):
             self.num_features,
             sampler,
             self.num_inputs,
+            self.num_targets,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",

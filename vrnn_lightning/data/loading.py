@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from vrnn_lightning.batch import SequenceBatch, SequenceSample, pad
+from vrnn_lightning.batch import STEPWISE, SequenceBatch, SequenceSample, pad
 from vrnn_lightning.data.sequences import ChangingSequences, Scaler, Sequences, WindowedSequences
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained
@@ -179,10 +179,12 @@ class ScaledSequences(Dataset[SequenceBatch]):
     that is not :class:`Rows` is read as in epoch 0.
     """
 
-    def __init__(self, sequences: Sequences, scaler: Scaler, num_features: int, num_inputs: int = 0) -> None:
+    def __init__(
+        self, sequences: Sequences, scaler: Scaler, num_features: int, num_inputs: int = 0, num_targets: int = 0
+    ) -> None:
         self.scaler = scaler
         self.num_features = num_features
-        self.num_inputs = num_inputs
+        self.num_inputs, self.num_targets = num_inputs, num_targets
         self._changing = sequences if isinstance(sequences, ChangingSequences) else None
         self._epoch = 0
         self._set_sequences(sequences)
@@ -204,6 +206,8 @@ class ScaledSequences(Dataset[SequenceBatch]):
         batch.x = batch.x.float()
         if batch.inputs is not None:
             batch.inputs = batch.inputs.float()
+        if batch.targets is not None:
+            batch.targets = batch.targets.float()
         batch.index = torch.tensor([row.sequence if isinstance(row, Window) else row for row in rows])
         if windows:
             batch.reset = torch.tensor([window.reset for window in windows])
@@ -231,6 +235,8 @@ class ScaledSequences(Dataset[SequenceBatch]):
         if batch.inputs is not None and self.num_inputs:
             self._raise_if(batch, ~torch.isfinite(batch.inputs), "NaN or infinite inputs")
             self._raise_if(batch, ~torch.isfinite(batch.inputs.float()), "inputs too large for float32")
+        if batch.targets is not None and self.num_targets:
+            self._raise_if(batch, batch.targets.float().isinf(), "infinite targets, or too large for float32")
         return batch
 
     def _raise_if(self, batch: SequenceBatch, wrong: Tensor, what: str) -> None:
@@ -278,17 +284,21 @@ class ScaledSequences(Dataset[SequenceBatch]):
         if observed is not None and not (is_tensor and observed.dtype == torch.bool and observed.shape == s.x.shape):
             shown = f"{observed.dtype} of shape {tuple(observed.shape)}" if is_tensor else type(observed).__name__
             raise UserError(f"{name}: observed is {shown}, expected a torch.bool tensor of shape {tuple(s.x.shape)}")
-        expected = (len(s.x), self.num_inputs)
-        if self.num_inputs and s.inputs is None:
-            raise UserError(f"{name}: has no inputs, expected shape {expected}")
-        if self.num_inputs and s.inputs is not None and s.inputs.shape != expected:
-            raise UserError(f"{name}: inputs of shape {tuple(s.inputs.shape)}, expected {expected}")
-        return SequenceSample(s.x, s.observed, s.inputs, name)
+        for field, width in (("inputs", self.num_inputs), ("targets", self.num_targets)):
+            values, expected = getattr(s, field), (len(s.x), width)
+            if width and values is None:
+                raise UserError(f"{name}: has no {field}, expected shape {expected}")
+            if width and values.shape != expected:
+                raise UserError(f"{name}: {field} of shape {tuple(values.shape)}, expected {expected}")
+        if s.is_first is not None and (s.is_first.dtype != torch.bool or s.is_first.shape != s.x.shape[:1]):
+            shown = f"{s.is_first.dtype} of shape {tuple(s.is_first.shape)}"
+            raise UserError(f"{name}: is_first is {shown}, expected torch.bool of shape ({len(s.x)},)")
+        return replace(s, name=name)
 
 
 def _steps(s: SequenceSample, first: int, last: int) -> SequenceSample:
-    observed, inputs = (None if values is None else values[first:last] for values in (s.observed, s.inputs))
-    return SequenceSample(s.x[first:last], observed, inputs, s.name)
+    values = {name: value for name in STEPWISE if (value := getattr(s, name)) is not None}
+    return replace(s, **{name: value[first:last] for name, value in values.items()})
 
 
 def _outlive_signals(worker: int) -> None:
@@ -311,6 +321,7 @@ class SequenceLoader:
         num_features: Features per time step, which every sequence must have.
         sampler: Decides the batches.
         num_inputs: Covariates per time step, which every sequence must have; 0 checks none.
+        num_targets: The same of targets.
         options: Those of DataLoader.
     """
 
@@ -321,11 +332,12 @@ class SequenceLoader:
         num_features: int,
         sampler: BatchSampler,
         num_inputs: int = 0,
+        num_targets: int = 0,
         **options: Any,
     ) -> None:
         self.sampler = sampler  # where Lightning looks to announce the epoch
         self.batch_sampler = None  # where it looks next
-        self.dataset = ScaledSequences(sequences, scaler, num_features, num_inputs)
+        self.dataset = ScaledSequences(sequences, scaler, num_features, num_inputs, num_targets)
         if options.get("num_workers"):
             options.setdefault("worker_init_fn", _outlive_signals)
         self._loader: DataLoader[SequenceBatch] = DataLoader(self.dataset, batch_size=None, sampler=sampler, **options)

@@ -37,15 +37,16 @@ class Step(NamedTuple):
     word: str
 
 
-def parse_step(option: float | str) -> Step:
-    """Return the interval that ``--data.step`` gives: a number, or "15min" and the like."""
+def parse_step(option: float | str, name: str = "step") -> Step:
+    """Return the interval that an option gives: a number, or "15min" and the like."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*([a-z]*)\s*", str(option).lower())
     number, unit = match.groups() if match else ("", "")
     size = 0.0
     with suppress(KeyError, OverflowError, ValueError):
         size = round(float(number) * UNITS[unit]) if unit else float(number)
     if not 0 < size < math.inf:
-        raise UserError(f"--data.step {option}: must be a positive number, for dates with a unit of {', '.join(UNITS)}")
+        units = ", ".join(UNITS)
+        raise UserError(f"--data.{name} {option}: must be a positive number, for dates with a unit of {units}")
     return Step(size, bool(unit), str(option))
 
 

@@ -5,18 +5,36 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads.base import Factorised
 
-__all__ = ["GaussianLatent", "Latent", "gaussian"]
+__all__ = ["GaussianLatent", "Latent", "StandardNormal", "gaussian"]
 
 
 def gaussian(mean: Tensor, std: Tensor) -> Factorised:
     """Return a Gaussian of independent dimensions, from moments of shape (..., latent)."""
     return Factorised(Normal(mean, std, validate_args=False))
+
+
+class StandardNormal(nn.Module):
+    """The prior N(0, I), whatever came before (VRNN-I in Chung et al. 2015).
+
+    Args:
+        latent_size: Dimensions of z_t.
+    """
+
+    def __init__(self, latent_size: int) -> None:
+        super().__init__()
+        self.latent_size = latent_size
+
+    def forward(self, features: Tensor) -> Factorised:
+        """Return it with the batch shape of the features, shape (..., width)."""
+        zeros = features.new_zeros(*features.shape[:-1], self.latent_size)
+        return gaussian(zeros, torch.ones_like(zeros))
 
 
 class Latent(ABC):

@@ -38,11 +38,15 @@ def evaluating(model: VRNN, seed: int | None) -> Iterator[None]:
         model.train(is_training)
 
 
-def make_batch(model: VRNN, scaler: Scaler, sequences: Given, inputs: Given | None) -> SequenceBatch:
-    """Return sequences as a batch in scaled units, on the model's device."""
+def make_batch(
+    model: VRNN, scaler: Scaler, sequences: Given, inputs: Given | None, *, is_stepped: bool = False
+) -> SequenceBatch:
+    """Return sequences as a batch in scaled units, on the model's device; raise for ``is_first`` if ``is_stepped``."""
     like = model.input_mean
     if isinstance(sequences, SequenceBatch):
         batch = sequences
+        if is_stepped and batch.is_first is not None:
+            raise UserError("the batch has is_first, which this method does not read. Fix: give each episode by itself")
     else:
         xs = list(sequences)
         if not xs:

@@ -102,7 +102,7 @@ class Inference:
         """
         require("samples", samples, 1)
         with evaluating(self.vrnn, seed):
-            batch = make_batch(self.vrnn, self.scaler, sequences, inputs)
+            batch = make_batch(self.vrnn, self.scaler, sequences, inputs, is_stepped=samples > 1)
             if samples == 1:
                 noise = make_noise(batch, seed)
                 (nats,), _ = self.vrnn.collect(batch, noise, lambda trace: (trace.log_px - trace.kl.sum(-1),))
@@ -122,7 +122,7 @@ class Inference:
             return (trace.z, trace.z, trace.hidden) if q is None else (q.mean, q.stddev, trace.hidden)
 
         with evaluating(self.vrnn, seed):
-            batch = make_batch(self.vrnn, self.scaler, sequences, inputs)
+            batch = make_batch(self.vrnn, self.scaler, sequences, inputs, is_stepped=True)
             (*moments, before), state = self.vrnn.collect(batch, make_noise(batch, seed), select)
             is_last = (torch.arange(before.shape[1], device=before.device) == batch.lengths[:, None] - 1)[..., None]
             hidden = torch.where(is_last, state.h[:, -1:], before.roll(-1, 1))
@@ -290,7 +290,8 @@ class Inference:
         particles = 4 * samples if particles is None else particles
         require("particles", particles, samples)
         with evaluating(self.vrnn, seed):
-            imputer = Imputer(self.vrnn, make_batch(self.vrnn, self.scaler, sequences, inputs), particles)
+            batch = make_batch(self.vrnn, self.scaler, sequences, inputs, is_stepped=True)
+            imputer = Imputer(self.vrnn, batch, particles)
             return [self.scaler.unscale(paths) for paths in imputer.draw(samples, lag)]
 
     def session(

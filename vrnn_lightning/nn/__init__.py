@@ -1,7 +1,7 @@
 """The networks and the recurrent cells that a VRNN is made of."""
 
 from vrnn_lightning.compatibility import old_names
-from vrnn_lightning.nn.cells import LayerNormGRUCell, LayerNormLSTMCell
+from vrnn_lightning.nn.cells import LayerNormGRUCell, LayerNormLSTMCell, cell_outputs, cell_state
 from vrnn_lightning.nn.networks import (
     MLP,
     MaskedLinear,
@@ -15,6 +15,6 @@ from vrnn_lightning.nn.networks import (
 
 __all__ = [
     "MLP", "LayerNormGRUCell", "LayerNormLSTMCell", "MLPConfig", "MaskedLinear", "NetworkFactory", "Residual",
-    "evaluating", "feature_width", "require_output",
+    "cell_outputs", "cell_state", "evaluating", "feature_width", "require_output",
 ]  # fmt: skip
 __getattr__ = old_names(__name__, {"Layers": "MLPConfig"})

@@ -1,16 +1,17 @@
-"""Recurrent cells with layer normalisation, beside those of ``torch.nn``."""
+"""Recurrent cells with layer normalisation, beside those of ``torch.nn``, and checks of any cell."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_map
 
-from vrnn_lightning.errors import require
+from vrnn_lightning.errors import UserError, require
 
-__all__ = ["LayerNormGRUCell", "LayerNormLSTMCell"]
+__all__ = ["LayerNormGRUCell", "LayerNormLSTMCell", "cell_outputs", "cell_state"]
 
 
 class _LayerNormCell(nn.Module):
@@ -95,3 +96,30 @@ class LayerNormLSTMCell(_LayerNormCell):
         write, forget, new, output = (of_x + of_h).chunk(4, -1)
         c = forget.sigmoid() * c + write.sigmoid() * new.tanh()
         return output.sigmoid() * F.layer_norm(c, self.gain_c.shape, self.gain_c, self.bias_c, self.eps).tanh(), c
+
+
+def cell_outputs(name: str, cell: nn.Module, found: object, like: object) -> list[Tensor]:
+    """Return the tensors that a cell returned; raise if they have another structure or shape than its state."""
+    (values, spec), (expected, own) = tree_flatten(found), tree_flatten(like)
+    kind = type(cell).__name__
+    for x in values:
+        if isinstance(x, Tensor) and not x.is_floating_point():
+            raise UserError(f"{name}: {kind} returned {x.dtype}, expected floating-point numbers")
+    if spec != own or any(getattr(x, "shape", None) != y.shape for x, y in zip(values, expected, strict=True)):
+        got, needed = (tree_map(lambda x: tuple(getattr(x, "shape", (type(x),))), tree) for tree in (found, like))
+        raise UserError(
+            f"{name}: {kind} returned {got}, expected {needed}. Fix: return the "
+            "output, beside a state of the shapes of initial_state or, with has_cell_state, the cell state"
+        )
+    return values
+
+
+def cell_state(name: str, cell: Any, batch_size: int) -> list[Tensor]:
+    """Return the tensors of the state that a cell starts from; raise if they are not one row for each sequence."""
+    leaves: list[Any] = tree_flatten(cell.initial_state(batch_size))[0]
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or leaf.ndim < 2 or len(leaf) != batch_size:
+            got = f"shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
+            name = f"{name}: {type(cell).__name__}.initial_state({batch_size})"
+            raise UserError(f"{name} returned {got}, expected tensors of shape ({batch_size}, ...)")
+    return leaves

@@ -5,7 +5,7 @@ follows them frame by frame. Imputation, decoding, sessions and exports call the
 """
 
 from vrnn_lightning.recurrence.generation import Generated, generate
-from vrnn_lightning.recurrence.inference import InferenceSteps, NetworkInputs, Resample, infer
+from vrnn_lightning.recurrence.inference import InferenceSteps, NetworkInputs, Resample, infer, run_backward
 from vrnn_lightning.recurrence.parts import (
     Parts,
     compute_weights,
@@ -21,5 +21,6 @@ from vrnn_lightning.recurrence.streaming import Stream
 __all__ = [
     "Generated", "InferenceSteps", "Masks", "NetworkInputs", "Networks", "Partition", "Parts", "Prior", "Purpose",
     "Resample", "State", "Stream", "compute_weights", "draw_frames", "generate", "infer", "is_plain", "log_ratio",
-    "output", "partition", "repeat_rows", "require_plain_weights", "structure_of",
+    "output", "partition", "repeat_rows", "require_plain_weights", "run_backward",
+    "structure_of",
 ]  # fmt: skip

@@ -6,16 +6,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.heads import Gaussian, Network
 from vrnn_lightning.recurrence.buffers import Buffer
 from vrnn_lightning.recurrence.operations import Pass
+from vrnn_lightning.recurrence.placement import Purpose
 from vrnn_lightning.recurrence.state import Masks, Networks, State
 from vrnn_lightning.recurrence.step import FastStep
 from vrnn_lightning.recurrence.tape import Tape
 
-__all__ = ["InferenceSteps", "NetworkInputs", "Resample", "infer"]
+__all__ = ["InferenceSteps", "NetworkInputs", "Resample", "infer", "run_backward"]
 
 Moments = tuple[Tensor, Tensor]
 
@@ -70,6 +72,7 @@ def infer(
     masks: Masks | None = None,
     samples: int = 1,
     resample: Resample | None = None,
+    is_first: Tensor | None = None,
 ) -> tuple[InferenceSteps, State]:
     """Infer z_t and h_t step by step; return them, and the state after the last real step of each row.
 
@@ -85,12 +88,15 @@ def infer(
         samples: Rows per sequence, K: row ``k * batch + i`` is sample k of sequence i.
         resample: Called after each step, see :data:`Resample`: how a particle filter resamples. With it, prior and
             emission are computed step by step.
+        is_first: True at steps whose row starts from the initial state, shape (time, batch); ``None`` for none.
     """
     tape = Tape(noise.shape[0], noise.shape[1], state.h)
     given = {name: value for name, value in data._asdict().items() if value is not None}
     known = data.x_features if len(given) == 1 else torch.cat(list(given.values()), -1)
     widths = {name: value.shape[-1] for name, value in given.items()}
-    step = FastStep(model, tape, state, "infer" if resample is None else "filter", known, widths, noise, masks, samples)
+    purpose: Purpose = "infer" if resample is None else "filter"
+    restarts = None if is_first is None else is_first.repeat(1, samples)
+    step = FastStep(model, tape, state, purpose, known, widths, noise, masks, samples, is_first=restarts)
     buffers: dict[str, tuple[Buffer, ...]] = {}
     for name in InferenceSteps._fields:
         found = getattr(step, name) or ()
@@ -117,3 +123,30 @@ def infer(
     tensors, last = tape.run(flat, lengths, None if resample is None else resample_step)
     model.called_parts.update(tape.shares)
     return read(tensors), state.with_layers(last)
+
+
+def run_backward(rnn: nn.GRU | nn.LSTM, reads: Tensor, batch: SequenceBatch) -> Tensor:
+    """Return the output of a recurrence that reads each episode of a batch from its end, shape (time, batch, hidden).
+
+    Args:
+        rnn: The recurrence.
+        reads: What it reads, shape (time, batch, width).
+        batch: A clean batch, for the lengths of its episodes.
+    """
+    lengths = batch.lengths
+    time = torch.arange(len(reads), device=lengths.device)[:, None]
+    rows = torch.arange(len(lengths), device=lengths.device)
+    if batch.is_first is not None:
+        rows, first, lengths = batch.episodes()
+        time = time[: max(1, int(lengths.max()))]
+    mirrored = torch.where(time < lengths, lengths - 1 - time, time)
+    places = mirrored if batch.is_first is None else (mirrored + first).clamp(max=len(reads) - 1)
+    kind = reads.device.type
+    narrow = kind != "cpu" and torch.is_autocast_enabled(kind)  # few CPUs have a narrow LSTM
+    with torch.autocast(kind, enabled=narrow):
+        states: Tensor = rnn(reads[places, rows].to(next(rnn.parameters())))[0]
+    if batch.is_first is None:
+        return states[mirrored, rows]
+    is_real = time < lengths
+    found = states.new_zeros(len(reads), len(batch), states.shape[-1])
+    return found.index_put((places[is_real], rows.expand_as(is_real)[is_real]), states[is_real])

@@ -22,6 +22,7 @@ from vrnn_lightning.recurrence.operations import (
     GaussianSample,
     Given,
     MatMul,
+    Restart,
     StandardNormal,
 )
 from vrnn_lightning.recurrence.parts import draw_frames, is_plain, trained_tensors
@@ -50,6 +51,7 @@ class FastStep:
         masks: Dropout, of batch rows.
         samples: Rows per row of ``known``.
         temperature: Temperature of the emission, for generation.
+        is_first: True at the steps before which rows restart from the initial state, shape (steps, rows).
     """
 
     prior: tuple[Buffer, ...] = ()  # mean and spread, if it is inside and compiled
@@ -72,11 +74,16 @@ class FastStep:
         masks: Masks | None = None,
         samples: int = 1,
         temperature: float = 1.0,
+        is_first: Tensor | None = None,
     ) -> None:
         self.model, self.tape, self.purpose = model, tape, purpose
         self.noise, self.masks, self.samples, self.temperature = noise, masks, samples, temperature
         self.parts, self.state = model.parts, state
         self.states = [tape.state(part) for part in state.layers()]
+        self._overwrites = purpose == "filter" or is_first is not None  # states, after the step that computed them
+        if is_first is not None:
+            for own, first in zip(self.states, model.initial_state(len(state.h)).layers(), strict=True):
+                tape.add(Restart(own, tape.parameter(first, tape.wide), is_first))
         x_width, z_width = self.parts.feature_widths
         self.widths = {"inputs": 0, "future": 0, "x_features": x_width, "z_features": z_width}
         self.widths |= {"h": self.states[0].width, **widths}
@@ -289,8 +296,8 @@ class FastStep:
             below = self.states[i].next_step()
             if self.masks is not None:
                 below = self._masked(below, i)
-            elif self.purpose == "filter":
-                below = tape.copy(below)  # resampling overwrites the state
+            elif self._overwrites:
+                below = tape.copy(below)
             tape.add(MatMul(tape.cast(below, tape.narrow), tape.parameter(cell.cell.weight_ih.t()), cell.from_below))
             cell.lay(tape)
 

@@ -4,8 +4,9 @@
 batches, and :func:`build_vrnn` makes one from sizes.
 """
 
+from vrnn_lightning.heads import StandardNormal
 from vrnn_lightning.vrnn.builder import build_vrnn
-from vrnn_lightning.vrnn.equations import Equations, StandardNormal
+from vrnn_lightning.vrnn.equations import Equations
 from vrnn_lightning.vrnn.model import VRNN
 from vrnn_lightning.vrnn.trace import Trace
 

@@ -9,9 +9,8 @@ from typing import Literal
 from torch import nn
 
 from vrnn_lightning.errors import UserError, require
-from vrnn_lightning.heads import Gaussian, Head, Network
+from vrnn_lightning.heads import Gaussian, Head, Network, StandardNormal
 from vrnn_lightning.nn import LayerNormGRUCell, LayerNormLSTMCell, MLPConfig, NetworkFactory, feature_width
-from vrnn_lightning.vrnn.equations import StandardNormal
 from vrnn_lightning.vrnn.initial import InitialState
 from vrnn_lightning.vrnn.model import VRNN
 

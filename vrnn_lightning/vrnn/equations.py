@@ -9,13 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.filtering import map_tensors
 from vrnn_lightning.heads import Factorised, GaussianLatent, Head, Latent, Network, gaussian
-from vrnn_lightning.nn import feature_width
+from vrnn_lightning.nn import cell_outputs, cell_state, feature_width
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import (
     Masks,
@@ -27,32 +27,17 @@ from vrnn_lightning.recurrence import (
     is_plain,
     partition,
     repeat_rows,
+    run_backward,
 )
+from vrnn_lightning.vrnn.initial import InitialState
 
-__all__ = ["Equations", "StandardNormal"]
+__all__ = ["Equations"]
 
 
 def join(*values: Tensor | None) -> Tensor:
     """Return values side by side, without those that are absent."""
     there = [value for value in values if value is not None]
     return there[0] if len(there) == 1 else torch.cat(there, -1)
-
-
-class StandardNormal(nn.Module):
-    """The prior N(0, I), whatever came before (VRNN-I in Chung et al. 2015).
-
-    Args:
-        latent_size: Dimensions of z_t.
-    """
-
-    def __init__(self, latent_size: int) -> None:
-        super().__init__()
-        self.latent_size = latent_size
-
-    def forward(self, features: Tensor) -> Factorised:
-        """Return it with the batch shape of the features, shape (..., width)."""
-        zeros = features.new_zeros(*features.shape[:-1], self.latent_size)
-        return gaussian(zeros, torch.ones_like(zeros))
 
 
 class Equations(nn.Module):
@@ -276,33 +261,18 @@ class Equations(nn.Module):
             if hasattr(cell, "initial_state"):
                 leaves, spec = tree_flatten(cell.initial_state(1))
                 before: Any = tree_unflatten([next(own) for _ in leaves], spec)
-                h, *after = self._outputs(layer, cell(below, before), (h, before))
+                h, *after = cell_outputs(f"cells.{layer}", cell, cell(below, before), (h, before))
                 cs += after
             elif isinstance(state.c, Tensor):
                 both = h, state.c[:, layer]
-                h, *after = self._outputs(layer, cell(below, both), both)
+                h, *after = cell_outputs(f"cells.{layer}", cell, cell(below, both), both)
                 cs += after
             else:
-                (h,) = self._outputs(layer, cell(below, h), h)
+                (h,) = cell_outputs(f"cells.{layer}", cell, cell(below, h), h)
             hs.append(h)
             below = h if masks is None else h * masks.h[:, layer]
         c = tuple(cs) if isinstance(state.c, tuple) else torch.stack(cs, 1) if cs else None
         return below, State(torch.stack(hs, 1), c)
-
-    def _outputs(self, layer: int, found: object, like: object) -> list[Tensor]:
-        """Return the tensors that a cell returned; raise if they have another structure or shape than its state."""
-        (values, spec), (expected, own) = tree_flatten(found), tree_flatten(like)
-        for x in values:
-            if isinstance(x, Tensor) and not x.is_floating_point():
-                kind = type(self.cells[layer]).__name__
-                raise UserError(f"cells.{layer}: {kind} returned {x.dtype}, expected floating-point numbers")
-        if spec != own or any(getattr(x, "shape", None) != y.shape for x, y in zip(values, expected, strict=True)):
-            got, needed = (tree_map(lambda x: tuple(getattr(x, "shape", (type(x),))), tree) for tree in (found, like))
-            raise UserError(
-                f"cells.{layer}: {type(self.cells[layer]).__name__} returned {got}, expected {needed}. Fix: return the "
-                "output, beside a state of the shapes of initial_state or, with has_cell_state, the cell state"
-            )
-        return values
 
     def posterior_dist(
         self,
@@ -356,21 +326,10 @@ class Equations(nn.Module):
     def zero_state(self, batch_size: int) -> State:
         """Return the state of zeros, or of what cells make in ``initial_state``, for ``batch_size`` sequences."""
         zeros = self.input_mean.new_zeros(batch_size, len(self.cells), self.hidden_size)
-        own = [self._own_state(i, batch_size) for i, cell in enumerate(self.cells) if hasattr(cell, "initial_state")]
+        own = [(f"cells.{i}", cell) for i, cell in enumerate(self.cells) if hasattr(cell, "initial_state")]
         if own:
-            return State(zeros, tuple(leaf.to(zeros) for leaves in own for leaf in leaves))
+            return State(zeros, tuple(x.to(zeros) for name, cell in own for x in cell_state(name, cell, batch_size)))
         return State(zeros, zeros if self._has_cell_state else None)
-
-    def _own_state(self, layer: int, batch_size: int) -> list[Tensor]:
-        """Return the tensors of the state that a cell starts from."""
-        cell: Any = self.cells[layer]
-        leaves: list[Any] = tree_flatten(cell.initial_state(batch_size))[0]
-        for leaf in leaves:
-            if not isinstance(leaf, Tensor) or leaf.ndim < 2 or len(leaf) != batch_size:
-                got = f"shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
-                name = f"cells.{layer}: {type(cell).__name__}.initial_state({batch_size})"
-                raise UserError(f"{name} returned {got}, expected tensors of shape ({batch_size}, ...)")
-        return leaves
 
     def require_state(self, state: State) -> None:
         """Raise if a state has another shape or type than this model's."""
@@ -408,7 +367,10 @@ class Equations(nn.Module):
             raise UserError(f"the batch has {width} covariates (inputs) per step, the model reads {self.num_inputs}")
         if inputs is not None:
             inputs = inputs.to(batch.x).masked_fill(~batch.mask[..., None], 0.0)
-        return replace(batch, x=batch.x.masked_fill(~batch.valid_mask, 0.0), inputs=inputs)
+        if batch.is_first is not None and isinstance(self.initial, InitialState) and self.initial.num_inputs:
+            raise UserError("is_first: the initial state reads inputs. Fix: give episodes as separate sequences")
+        is_first = None if batch.is_first is None else batch.is_first & batch.mask
+        return replace(batch, x=batch.x.masked_fill(~batch.valid_mask, 0.0), inputs=inputs, is_first=is_first)
 
     def network_inputs(self, batch: SequenceBatch, masks: Masks | None, future: Tensor | None) -> NetworkInputs:
         """Return what the networks read of a clean batch, time first."""
@@ -417,7 +379,7 @@ class Equations(nn.Module):
         return NetworkInputs(x_features, None if batch.inputs is None else batch.inputs.transpose(0, 1), future)
 
     def backward_states(self, batch: SequenceBatch, masks: Masks | None) -> Tensor | None:
-        """Return the states of the recurrence that reads each sequence of a clean batch from its end, for smoothing.
+        """Return the states of the recurrence that reads each episode of a clean batch from its end, for smoothing.
 
         Returns:
             Shape (time, batch, hidden), or ``None`` for a model that does not smooth.
@@ -425,12 +387,4 @@ class Equations(nn.Module):
         if self.backward_rnn is None:
             return None
         x_features, inputs, _ = self.network_inputs(batch, masks, None)
-        reads, lengths = join(x_features, inputs), batch.lengths
-        time = torch.arange(len(reads), device=lengths.device)[:, None]
-        mirrored = torch.where(time < lengths, lengths - 1 - time, time)
-        rows = torch.arange(len(lengths), device=lengths.device)
-        kind = reads.device.type
-        narrow = kind != "cpu" and torch.is_autocast_enabled(kind)  # few CPUs have a narrow LSTM
-        with torch.autocast(kind, enabled=narrow):
-            states: Tensor = self.backward_rnn(reads[mirrored, rows].to(self.input_mean))[0]
-        return states[mirrored, rows]
+        return run_backward(self.backward_rnn, join(x_features, inputs), batch)

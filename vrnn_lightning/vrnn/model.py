@@ -113,7 +113,8 @@ class VRNN(Equations):
         normal = noise if isinstance(noise, Tensor) else noise.over_time(self.latent.noise_size, samples)
         data, lengths = self.network_inputs(batch, masks, future), repeat_rows(batch.lengths, samples)
         noise = normal.transpose(0, 1).contiguous()
-        steps, state = infer(self, data, noise, state, lengths, masks, samples, resample)
+        is_first = None if batch.is_first is None else batch.is_first.t()
+        steps, state = infer(self, data, noise, state, lengths, masks, samples, resample, is_first)
         frames = Frames.of_batch(batch, samples) if frames is None else frames
         return make_trace(self, steps, state, frames, compiled=self.compiled)
 
@@ -239,6 +240,11 @@ class VRNN(Equations):
                 "objective.resampling_gradient: weighs each choice by all that follows, which loop.checkpoint_every "
                 "does not keep. Fix: give one of the two"
             )
+        if resampling is not None and resampling.gradient and batch.is_first is not None:
+            raise UserError(
+                "objective.resampling_gradient: weighs each choice by all that follows, across the episodes of a batch "
+                "with is_first. Fix: set it to false, or give episodes as separate sequences"
+            )
         whole = _Pass(batch, noise, masks, samples, self.backward_states(batch, masks))
         total = effective_sum = log_weights.new_zeros(len(batch))
         effective = torch.full_like(total, samples)
@@ -257,12 +263,16 @@ class VRNN(Equations):
         batch, samples, log_weights = window.batch, window.samples, particles.log_weights
         weights, resample, frames = None, None, Frames.of_batch(batch, samples)
         if resampling is not None and samples > 1 and resampling.threshold > 0:
-            weights = ParticleWeights(lengths, log_weights.detach(), resampling)
+            weights = ParticleWeights(lengths, log_weights.detach(), resampling, batch.is_first)
             draws = cast(Noise, window.noise).uniform_over_time(resampling.draws(samples)).unbind(1)
             resample = self._resampler(frames, samples, weights, draws, beta)
         trace = self._infer(window, particles.state, resample, frames)
         increments = (trace.log_px + beta * trace.log_ratio).t().unflatten(1, (samples, -1))
         gradient = resampling is not None and resampling.gradient
+        if weights is None and batch.is_first is not None:
+            weights = ParticleWeights(lengths, log_weights.detach(), None, batch.is_first)
+            for t, increment in enumerate(increments.detach()):
+                weights.advance(t, increment, None)
         return window_estimate(increments, log_weights, weights, batch.mask.t(), gradient), trace.state
 
     def _resampler(

@@ -37,6 +37,7 @@ class Trace:
         state: State after the last real step of each sequence.
         hidden: h_{t-1} of the top layer before each step, shape (batch, time, hidden); ``None`` if a long pass did not
             keep it.
+        targets: What auxiliary losses predict, shape (batch, time, targets), if the batch has it.
     """
 
     log_px: Tensor
@@ -49,6 +50,7 @@ class Trace:
     z: Tensor
     state: State
     hidden: Tensor | None = None
+    targets: Tensor | None = None
 
     @property
     def emission(self) -> Distribution:
@@ -71,6 +73,7 @@ class Frames(NamedTuple):
     mask: Tensor  # true at real steps, shape (time, rows)
     observed: Tensor | None  # true at measured values, shape (time, rows, features); None for all
     inputs: Tensor | None  # covariates, shape (time, rows, covariates), if the model reads any
+    targets: Tensor | None = None  # shape (time, rows, targets)
 
     @classmethod
     def of_batch(cls, batch: SequenceBatch, samples: int) -> Frames:
@@ -78,7 +81,7 @@ class Frames(NamedTuple):
         observed = None if batch.observed is None else batch.valid_mask
         x, mask, *rest = (
             None if part is None else repeat_rows(part, samples).transpose(0, 1)
-            for part in (batch.x, batch.mask, observed, batch.inputs)
+            for part in (batch.x, batch.mask, observed, batch.inputs, batch.targets)
         )
         return cls(cast(Tensor, x), cast(Tensor, mask), *rest)
 
@@ -100,13 +103,15 @@ def make_trace(model: Equations, steps: InferenceSteps, state: State, frames: Fr
     terms = score(model, body, head, steps, frames)
     features, log_px, *latent = (part.transpose(0, 1) for part in (*terms, *(steps.posterior or ())))
     hidden, mask = steps.h.transpose(0, 1), frames.mask.t()
+    targets = None if frames.targets is None else frames.targets.transpose(0, 1)
     if steps.posterior is None or steps.z is None:
         none = hidden[..., :0]
-        return Trace(log_px, none, mask, features, head, None, None, none, state, hidden)
+        return Trace(log_px, none, mask, features, head, None, None, none, state, hidden, targets)
     kl, *latent = latent
     posterior = model.latent.dist(*latent[-len(steps.posterior) :])
     prior = model.latent.dist(*latent[: -len(steps.posterior)]) if len(latent) > len(steps.posterior) else None
-    return Trace(log_px, kl, mask, features, head, posterior, prior, steps.z.transpose(0, 1), state, hidden)
+    z = steps.z.transpose(0, 1)
+    return Trace(log_px, kl, mask, features, head, posterior, prior, z, state, hidden, targets)
 
 
 def _score(

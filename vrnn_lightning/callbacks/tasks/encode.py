@@ -12,16 +12,17 @@ from matplotlib.figure import Figure
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.media import Media, Shown
 from vrnn_lightning.callbacks.pictures import draw_heat
-from vrnn_lightning.callbacks.tasks.base import Prediction, Task
+from vrnn_lightning.callbacks.tasks.base import Prediction, Task, numbers
 from vrnn_lightning.module import VRNNLightningModule as Module
 from vrnn_lightning.vrnn import Trace
+from vrnn_lightning.vrnn.auxiliary import Auxiliary
 
 __all__ = ["Encode", "Reconstruct"]
 
 
 @dataclass(kw_only=True, eq=False)
 class Encode(Task):
-    """Posterior means of each step, and the ELBO of each sequence in nats and scaled units."""
+    """Posterior means of each step, what auxiliary parts predict, and each sequence's ELBO in nats and scaled units."""
 
     name = "encode"
     needs_trace = True
@@ -33,9 +34,12 @@ class Encode(Task):
         trace = cast(Trace, outputs)
         means = trace.z if trace.posterior is None else trace.posterior.mean
         elbo = trace.log_px.sum(1) - trace.kl.sum((1, 2))
+        parts = cast("list[Auxiliary]", list(module.auxiliary)) if trace.hidden is not None else []
+        found = {part.name: values for part in parts if (values := part.predict(trace)) is not None}
         for i in real:
             own, rows = means[i, : batch.lengths[i]], {"real": self.truth(module, batch, i)}
-            yield self.predict(batch, i, own, rows, elbo=elbo[i : i + 1].double().cpu().numpy())
+            more = {name: numbers(values[i, : batch.lengths[i]]) for name, values in found.items()}
+            yield self.predict(batch, i, own, rows, elbo=elbo[i : i + 1].double().cpu().numpy(), **more)
 
     def picture(self, shown: Sequence[Prediction], media: Media, rows: Shown) -> Figure:
         values = [torch.from_numpy(piece.arrays["values"]) for piece in shown]

@@ -3,12 +3,12 @@
 from vrnn_lightning.recurrence.operations.base import Calls, Operation, Pass
 from vrnn_lightning.recurrence.operations.calls import Call, Given
 from vrnn_lightning.recurrence.operations.cells import GRU, LSTM, RNN, LayerNormLSTM
-from vrnn_lightning.recurrence.operations.elementwise import Add, Cast, Elementwise, Relu
+from vrnn_lightning.recurrence.operations.elementwise import Add, Cast, Elementwise, Relu, Restart
 from vrnn_lightning.recurrence.operations.linear import Affine, MatMul
 from vrnn_lightning.recurrence.operations.normalization import Normalize
 from vrnn_lightning.recurrence.operations.sampling import Apply, GaussianSample, StandardNormal
 
 __all__ = [
     "GRU", "LSTM", "RNN", "Add", "Affine", "Apply", "Call", "Calls", "Cast", "Elementwise", "GaussianSample", "Given",
-    "LayerNormLSTM", "MatMul", "Normalize", "Operation", "Pass", "Relu", "StandardNormal",
+    "LayerNormLSTM", "MatMul", "Normalize", "Operation", "Pass", "Relu", "Restart", "StandardNormal",
 ]  # fmt: skip

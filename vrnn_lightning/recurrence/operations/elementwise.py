@@ -10,7 +10,40 @@ from torch import Tensor
 from vrnn_lightning.recurrence.buffers import Buffer, ParameterRef
 from vrnn_lightning.recurrence.operations.base import Operation, Pass
 
-__all__ = ["Add", "Cast", "Elementwise", "Relu"]
+__all__ = ["Add", "Cast", "Elementwise", "Relu", "Restart"]
+
+
+class Restart(Operation):
+    """``state = initial`` at some rows, before anything else of a step reads the state.
+
+    Args:
+        state: Its gradient is always written.
+        initial: Shape (rows, width).
+        where: True at the rows of each step that restart, shape (steps, rows).
+    """
+
+    def __init__(self, state: Buffer, initial: ParameterRef, where: Tensor) -> None:
+        self.state, self.initial = state, initial
+        self.where, self.steps = where[..., None].unbind(0), set(where.any(1).nonzero().flatten().tolist())
+
+    def bind(self, values: Pass) -> None:
+        self.states, self.first = values.steps(self.state), values.parameter(self.initial)
+
+    def forward(self, t: int) -> None:
+        if t in self.steps:
+            self.states[t].copy_(torch.where(self.where[t], self.first, self.states[t]))
+
+    def plan(self, values: Pass) -> None:
+        self.grads, self.sum = values.grad_steps(self.state), torch.zeros_like(values.parameter(self.initial))
+
+    def backward(self, t: int) -> None:
+        if t in self.steps:
+            self.sum.addcmul_(self.grads[t], self.where[t].to(self.sum))
+            self.grads[t].masked_fill_(self.where[t], 0.0)
+
+    def finish(self, values: Pass) -> None:
+        if self.initial.requires_grad:
+            values.add_grad(self.initial, self.sum)
 
 
 class Relu(Operation):
