@@ -279,10 +279,9 @@ class ScaledSequences(Dataset[SequenceBatch]):
             shown = f"{observed.dtype} of shape {tuple(observed.shape)}" if is_tensor else type(observed).__name__
             raise UserError(f"{name}: observed is {shown}, expected a torch.bool tensor of shape {tuple(s.x.shape)}")
         expected = (len(s.x), self.num_inputs)
-        if self.num_inputs and s.inputs is None:
-            raise UserError(f"{name}: has no inputs, expected shape {expected}")
-        if self.num_inputs and s.inputs is not None and s.inputs.shape != expected:
-            raise UserError(f"{name}: inputs of shape {tuple(s.inputs.shape)}, expected {expected}")
+        given = None if s.inputs is None else tuple(s.inputs.shape)
+        if self.num_inputs and given != expected:
+            raise UserError(f"{name}: inputs of shape {given}, expected {expected}")
         return SequenceSample(s.x, s.observed, s.inputs, name)
 
 
