@@ -209,9 +209,7 @@ class TestReading:
             track.append(mido.Message("note_on", note=60, velocity=64, time=gap))
             track.append(mido.Message("note_off", note=60, time=96))
         mido.MidiFile(ticks_per_beat=96, tracks=[track]).save(tmp_path / "a.mid")
-        with one_line(
-            r"a.mid: its \d+ bytes last \d+ quarter notes, 1 of 2 notes begin after --data.max_quarters 20000"
-        ):
+        with one_line(r"a.mid: lasts \d+ quarter notes, more than --data.max_quarters 20000"):
             read_midi(tmp_path / "a.mid", 4)
         with one_line("--data.max_gb 0.1"):
             read_midi(tmp_path / "a.mid", 4, max_quarters=10**7, max_gb=0.1)
@@ -222,13 +220,6 @@ class TestReading:
         path.write_bytes(pickle.dumps({"train": [roll] * 10000}))
         with one_line("8.8 GB of content"):
             read_note_lists(path, "train")
-
-    def test_a_key_signature_that_does_not_exist_changes_no_note(self, tmp_path):
-        pytest.importorskip("mido")
-        track = b"\0\xff\x59\x02\x20\x05" + b"\0\x90<@\x60\x80<\0" + b"\0\xff/\0"
-        head = b"MThd\0\0\0\x06\0\0\0\x01\0\x60MTrk" + len(track).to_bytes(4, "big")
-        (tmp_path / "a.mid").write_bytes(head + track)
-        assert read_midi(tmp_path / "a.mid", 4).spans.tolist() == [[39, 0, 4]]
 
     @pytest.mark.parametrize(
         ("text", "match"),

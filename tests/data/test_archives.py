@@ -97,7 +97,7 @@ def test_long_sequences_are_left_out_and_the_others_keep_their_names(tmp_path):
     ("arrays", "message"),
     [
         ({"train_lengths": LENGTHS + 1}, "train_lengths adds up to 12, but train_values has 8 rows"),
-        ({"train_lengths": np.array([9, -1])}, "train_lengths holds -1 at 1. Fix: correct it"),
+        ({"train_lengths": np.array([9, -1])}, "train_lengths adds up to 9, but train_values has 8 rows"),
         ({"train_lengths": np.array([8.0])}, "train_lengths is of type float64 and shape (1,), expected integers"),
         ({"train_lengths": np.array([[8]])}, "train_lengths is of type int64 and shape (1, 1), expected integers"),
         ({"train_lengths": np.array(8)}, "train_lengths is of type int64 and shape (), expected integers"),

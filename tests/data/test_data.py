@@ -616,7 +616,7 @@ class TestInputs:
     @pytest.mark.parametrize(
         ("inputs", "message"),
         [
-            (None, r"odd: has no inputs, expected shape \(3, 4\)"),
+            (None, r"odd: inputs of shape None, expected \(3, 4\)"),
             (torch.ones(3, 2), r"odd: inputs of shape \(3, 2\), expected \(3, 4\)"),
             (torch.ones(2, 4), r"odd: inputs of shape \(2, 4\), expected \(3, 4\)"),
             (torch.ones(4), r"odd: inputs of shape \(4,\), expected \(3, 4\)"),

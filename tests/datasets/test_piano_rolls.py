@@ -395,11 +395,11 @@ def raw(track: bytes, header: bytes = struct.pack(">hhh", 1, 1, 480), size: int 
 NOTE = b"\x00\x90\x3c\x40\x83\x60\x80\x3c\x40"
 END = b"\x00\xff\x2f\x00"
 BAD_MIDI = {
-    "empty": (b"", "can't be read as MIDI (it is empty)"),
+    "empty": (b"", "can't be read as MIDI"),
     "text": (b"no midi at all", "can't be read as MIDI (MThd not found"),
-    "header alone": (raw(NOTE)[:14], "can't be read as MIDI (it breaks off)"),
-    "cut": (raw(NOTE + END)[:-6], "can't be read as MIDI (it breaks off)"),
-    "track too long": (raw(NOTE + END, size=500), "can't be read as MIDI (it breaks off)"),
+    "header alone": (raw(NOTE)[:14], "can't be read as MIDI"),
+    "cut": (raw(NOTE + END)[:-6], "can't be read as MIDI"),
+    "track too long": (raw(NOTE + END, size=500), "can't be read as MIDI"),
     "track too short": (raw(NOTE + END, size=5), "can't be read as MIDI"),
     "no track": (raw(NOTE).replace(b"MTrk", b"XTrk"), "can't be read as MIDI (no MTrk header"),
     "data byte": (raw(b"\x00\x90\xbc\x40" + END), "can't be read as MIDI (data byte"),

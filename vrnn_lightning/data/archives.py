@@ -17,7 +17,7 @@ from vrnn_lightning.batch import SequenceSample
 from vrnn_lightning.data.folders import SPLIT_NAMES
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import MAX_GB, explained, require_size, undamaged
+from vrnn_lightning.files import MAX_GB, explained, require_size, undamaged, zip_members
 
 __all__ = ["ArchiveSplit", "OpenArchive", "archive_holds", "opened_archive", "read_archive"]
 
@@ -216,11 +216,9 @@ def _steps(path: Path, word: str, lengths: NDArray[Any], rows: int) -> NDArray[n
             "(sequences,)"
         )
     steps = lengths.astype(np.int64)
-    if (steps < 0).any():
-        raise UserError(f"{path}: {word}_lengths holds {steps.min()} at {steps.argmin()}. Fix: correct it")
-    if steps.sum() != rows:
+    if (steps < 0).any() or steps.sum() != rows:
         raise UserError(
-            f"{path}: {word}_lengths adds up to {steps.sum()}, but {word}_values has {rows} rows. "
+            f"{path}: {word}_lengths adds up to {steps.clip(0).sum()}, but {word}_values has {rows} rows. "
             "Fix: write both from the same sequences"
         )
     return steps
@@ -237,6 +235,8 @@ def opened_archive(path: Path, option: str = "") -> Iterator[OpenArchive]:
         path.open("rb") as file,
         np.load(file, allow_pickle=False) as content,
     ):
+        for member in zip_members(content.zip):  # a damaged name would hide an array
+            content.zip.open(member).close()
         yield OpenArchive(path, content)
 
 

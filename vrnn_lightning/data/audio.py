@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vrnn_lightning.data.cache import digest, recall, remember
 from vrnn_lightning.data.folders import InvalidFiles
 from vrnn_lightning.data.progress import tracked
-from vrnn_lightning.data.sequences import narrowed
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import MAX_GB, explained, require_size
 
@@ -180,8 +179,6 @@ def read_samples(
 ) -> NDArray[np.floating[Any]]:
     """Return the mean of the channels in [-1, 1], shape (samples,), and read no more of the file than needed.
 
-    The result is in float32, or in float64 where float32 would turn a sample into zero.
-
     Args:
         path: The file's name, for messages.
         file: The file.
@@ -198,8 +195,7 @@ def read_samples(
     begin, end = (start, stop) if up == down else _find_source_span(start, stop, up, down, file.frames)
     if begin:
         file.seek(begin)
-    kind = "float64" if file.subtype == "DOUBLE" else "float32"
-    samples = narrowed(file.read(end - begin, dtype=kind, always_2d=True))
+    samples = file.read(end - begin, dtype="float32", always_2d=True)
     if len(samples) < end - begin:
         raise _make_error(path, "it breaks off")
     mono: NDArray[np.floating[Any]] = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]

@@ -275,11 +275,10 @@ class CorpusSplits(RandomSplits):
         if isinstance(portion, re.Pattern):
             matching = {name for name in recordings if portion.search(name)}
             if not matching:
+                example = f", {next(iter(recordings))!r} for example" if recordings else ""
                 raise UserError(
-                    f"--data.{split} {portion.pattern!r}: matches none of {len(recordings)} paths below {self.folder}, "
-                    f"{next(iter(recordings))!r} for example. Fix: change the expression"
-                    if recordings
-                    else f"--data.{split} {portion.pattern!r}: the test split leaves no file. Fix: narrow --data.test"
+                    f"--data.{split} {portion.pattern!r}: matches none of {len(recordings)} paths below {self.folder}"
+                    f"{example}. Fix: change the expression"
                 )
             return matching
         own = {name for name, recording in recordings.items() if recording.split == split}

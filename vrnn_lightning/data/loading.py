@@ -286,10 +286,9 @@ class ScaledSequences(Dataset[SequenceBatch]):
             raise UserError(f"{name}: observed is {shown}, expected a torch.bool tensor of shape {tuple(s.x.shape)}")
         for field, width in (("inputs", self.num_inputs), ("targets", self.num_targets)):
             values, expected = getattr(s, field), (len(s.x), width)
-            if width and values is None:
-                raise UserError(f"{name}: has no {field}, expected shape {expected}")
-            if width and values.shape != expected:
-                raise UserError(f"{name}: {field} of shape {tuple(values.shape)}, expected {expected}")
+            given = None if values is None else tuple(values.shape)
+            if width and given != expected:
+                raise UserError(f"{name}: {field} of shape {given}, expected {expected}")
         if s.is_first is not None and (s.is_first.dtype != torch.bool or s.is_first.shape != s.x.shape[:1]):
             shown = f"{s.is_first.dtype} of shape {tuple(s.is_first.shape)}"
             raise UserError(f"{name}: is_first is {shown}, expected torch.bool of shape ({len(s.x)},)")

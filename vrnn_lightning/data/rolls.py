@@ -6,7 +6,6 @@ import io
 import json
 import reprlib
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -228,27 +227,14 @@ def _mido() -> ModuleType:
         import mido
     except ImportError:
         raise UserError("MIDI files need mido. Fix: pip install 'vrnn-lightning[music]'") from None
-    from mido.midifiles import meta
-
-    class MetaSpec_key_signature(meta.MetaSpec_key_signature):  # type: ignore[misc]  # noqa: N801  # mido reads the name
-        def decode(self, message: Any, data: Any) -> None:
-            with suppress(meta.KeySignatureError):  # a key that does not exist changes no note
-                super().decode(message, data)
-
-    meta.add_meta_spec(MetaSpec_key_signature)
     module: ModuleType = mido
     return module
 
 
 def _open(path: Path) -> Any:
     mido = _mido()
-    with explained(path):
-        content = path.read_bytes()
-    with undamaged(f"{path}: can't be read as MIDI", "remove it or export it again"):
-        try:
-            return mido.MidiFile(file=io.BytesIO(content))
-        except EOFError:
-            raise ValueError("it breaks off" if content else "it is empty") from None
+    with explained(path), undamaged(f"{path}: can't be read as MIDI", "remove it or export it again"):
+        return mido.MidiFile(file=io.BytesIO(path.read_bytes()))
 
 
 def _collect_notes(tracks: list[Any], sustain: bool) -> tuple[list[tuple[int, int, int]], int]:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Literal, Protocol, Self, runtime_checkable
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from vrnn_lightning.batch import SequenceSample
 
-__all__ = [
-    "AugmentedSequences", "ChangingSequences", "Modality", "Scaler", "Sequences", "Split", "WindowedSequences",
-    "narrowed",
-]  # fmt: skip
+__all__ = ["AugmentedSequences", "ChangingSequences", "Modality", "Scaler", "Sequences", "Split", "WindowedSequences"]
 
 Modality = Literal["audio", "strokes", "series", "roll", "image"]
 Split = Literal["train", "val", "test"]
@@ -94,17 +89,6 @@ class AugmentedSequences:
             sequence: The sequence or part without augmentation, in data units.
         """
         raise NotImplementedError(f"{type(self).__name__} must define augmented(index, sequence)")
-
-
-def narrowed(values: NDArray[Any]) -> NDArray[Any]:
-    """Return float64 values in float32, or as they are where that would turn one of them into zero.
-
-    >>> narrowed(np.array([0.5])).dtype, narrowed(np.array([1e-60])).dtype
-    (dtype('float32'), dtype('float64'))
-    """
-    with np.errstate(over="ignore", under="ignore"):  # readers check for infinite values
-        narrow = values.astype(np.float32)
-    return narrow if ((narrow == 0) == (values == 0)).all() else values
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vrnn_lightning.data.sequences import narrowed
-
 __all__ = ["rows_to_strokes", "smooth_rows", "strokes_to_rows"]
 
 
-def strokes_to_rows(strokes: Sequence[NDArray[Any]]) -> NDArray[np.floating[Any]]:
+def strokes_to_rows(strokes: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
     """Return the rows (dx, dy, lift) of a drawing, from its second point on.
 
     A row is the offset from the last point, and lift is 1 where a stroke ends. The first point has no row, as in Chung
@@ -24,7 +22,7 @@ def strokes_to_rows(strokes: Sequence[NDArray[Any]]) -> NDArray[np.floating[Any]
         strokes: Points (x, y) between two lifts, each of shape (points, 2), y growing downward.
 
     Returns:
-        Shape (points - 1, 3), (0, 3) for a drawing without a line; in float64 where float32 turns an offset into zero.
+        Shape (points - 1, 3), (0, 3) for a drawing without a line.
 
     >>> strokes_to_rows([np.array([[5, 5], [7, 6]]), np.array([[1, 1]])]).tolist()
     [[2.0, 1.0, 1.0], [-6.0, -5.0, 1.0]]
@@ -35,10 +33,10 @@ def strokes_to_rows(strokes: Sequence[NDArray[Any]]) -> NDArray[np.floating[Any]
         return np.zeros((0, 3), dtype=np.float32)
     points = np.concatenate(lines)
     rows = np.zeros((len(points), 3))
+    rows[np.cumsum([len(line) for line in lines]) - 1, 2] = 1
     with np.errstate(over="ignore", invalid="ignore"):  # readers of files check the result
         rows[1:, :2] = np.diff(points, axis=0)
-    rows[np.cumsum([len(line) for line in lines]) - 1, 2] = 1
-    return narrowed(rows[1:])
+        return rows[1:].astype(np.float32)
 
 
 def rows_to_strokes(rows: NDArray[Any], pen_starts_down: bool = False) -> list[NDArray[np.float64]]:
