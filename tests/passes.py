@@ -210,8 +210,8 @@ def step_and_next(
     written, inputs = Written(model), None if frames.inputs is None else frames.inputs[:, 1]
     terms = readable_step(written, frames, 0, state, noise)
     h = terms.state.h[:, -1]
-    prior = written.prior_dist(h, inputs).base_dist
-    z_features = written.extract_z(prior.loc + prior.scale * later)
+    z = model.latent.draw(written.prior_dist(h, inputs), later)
+    z_features = written.extract_z(z)
     return terms.log_px + terms.log_ratio, terms.state, written.emission_dist(z_features, h, inputs)
 
 

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.filtering import FilterResult, Resampling, map_tensors, particle_filter
@@ -94,11 +93,11 @@ def readable_step(
     x_features = model.extract_x(x, valid, masks)
     prior = model.prior_dist(h, inputs)
     posterior = model.posterior_dist(x_features, h, prior, inputs, future)
-    z = posterior.mean + posterior.stddev * noise
+    z = model.latent.rsample(posterior, noise)
     z_features = model.extract_z(z, masks)
     emission = model.emission_dist(z_features, h, inputs)
     log_px = log_prob(emission, x, None if batch.observed is None else valid)
-    kl = kl_divergence(posterior.base_dist, prior.base_dist)
+    kl = model.latent.kl(posterior, prior, z)
     _, after = model.next_state(x_features, z_features, state, inputs, masks)
     return StepTerms(log_px, kl, log_ratio(prior, posterior, z), z, after)
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Normal, kl_divergence
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.compatibility import keep_old_hooks, old_names
 from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.filtering import Particles, Resampling, log_evidence
-from vrnn_lightning.heads import Factorised
+from vrnn_lightning.heads import gaussian
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import State
 from vrnn_lightning.vrnn import VRNN, Trace
@@ -180,8 +179,8 @@ class ELBO(Objective):
     """The evidence lower bound, with one trajectory per sequence.
 
     Args:
-        kl: "analytic", the KL of two Gaussians in closed form; "sampled", log q - log p of the sampled latents, which
-            has the same mean and more variance.
+        kl: "analytic", in closed form where there is one; "sampled", log q - log p of the latents drawn, which has
+            the same mean and more variance.
         free_bits: Nats per step and latent dimension that cost nothing to use (Kingma et al. 2016).
         balance: Share of the KL's gradient that goes to the prior, the rest goes to the posterior (Hafner et al. 2021,
             arXiv 2010.02193, uses 0.8); ``None`` for the whole gradient to both. The KL's value is the same.
@@ -220,32 +219,32 @@ class ELBO(Objective):
         same = self.kl == "analytic" and self.balance is None
 
         def select(trace: Trace) -> tuple[Tensor, ...]:
-            own = () if same else (self._kl(trace, residual),)
+            own = () if same else (self._kl(trace, model),)
             return trace.log_px, trace.kl, *own, *self._select_auxiliary(trace)
 
-        residual, masks = model.residual_posterior, model.draw_masks(noise)
+        masks = model.draw_masks(noise)
         (log_px, reported, *rest), state = model.collect(batch, noise, select, trajectories.state, masks)
         kl = reported if same else rest.pop(0)
         value = elbo(log_px, kl, batch.lengths.sum(), beta, self.free_bits, total)
         ahead = StreamState(trajectories._replace(state=state))
         return ObjectiveOutput(value, log_px, reported, ahead, tuple(rest))
 
-    def _kl(self, trace: Trace, residual: bool) -> Tensor:
-        if trace.posterior is None or trace.prior is None or (self.kl == "analytic" and self.balance is None):
+    def _kl(self, trace: Trace, model: VRNN) -> Tensor:
+        latent, q, p = model.latent, trace.posterior, trace.prior
+        if q is None or p is None:  # no latent, or a sampled KL
+            if q is not None and self.balance is not None:
+                kind = type(latent if not latent.has_closed_kl else model.prior).__name__
+                raise UserError(f"objective.balance: needs a KL in closed form, which {kind} lacks. Fix: leave it out")
             return trace.kl
-        q, p = cast(Factorised, trace.posterior).base_dist, cast(Factorised, trace.prior).base_dist
         if self.balance is None:
-            kl = q.log_prob(trace.z) - p.log_prob(trace.z)
+            kl = latent.each_log_prob(q, trace.z) - latent.each_log_prob(p, trace.z)
         else:
-            if residual:  # the posterior's mean holds the prior's, on which the KL then does not depend
-                q = Normal(q.loc - p.loc, q.scale, validate_args=False)
-                p = Normal(torch.zeros_like(p.loc), p.scale, validate_args=False)
-            kl = self.balance * kl_divergence(_constant(q), p) + (1 - self.balance) * kl_divergence(q, _constant(p))
+            if model.residual_posterior:  # the posterior's mean holds the prior's, on which the KL then does not depend
+                (mean, std), (mean_0, std_0) = latent.parameters(q), latent.parameters(p)
+                q, p = gaussian(mean - mean_0, std), gaussian(torch.zeros_like(mean_0), std_0)
+            fixed_q, fixed_p = (latent.dist(*(x.detach() for x in latent.parameters(dist))) for dist in (q, p))
+            kl = self.balance * latent.kl(fixed_q, p, trace.z) + (1 - self.balance) * latent.kl(q, fixed_p, trace.z)
         return torch.where(trace.mask[..., None], kl, 0.0)
-
-
-def _constant(normal: Normal) -> Normal:
-    return Normal(normal.loc.detach(), normal.scale.detach(), validate_args=False)
 
 
 class ImportanceBound(Objective):

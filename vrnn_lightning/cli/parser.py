@@ -24,7 +24,7 @@ from vrnn_lightning import discovery
 from vrnn_lightning.callbacks.tasks import TASKS
 from vrnn_lightning.cli.argv import in_current_names
 from vrnn_lightning.files import require_plain_yaml
-from vrnn_lightning.heads import Head
+from vrnn_lightning.heads import Head, Latent
 from vrnn_lightning.nn import MLPConfig
 from vrnn_lightning.objectives import Objective
 from vrnn_lightning.trust import parameters_of, subclasses_of
@@ -47,6 +47,7 @@ CHOICES: dict[str, tuple[Iterable[str], str]] = {
 BASES = {
     "auxiliary": Auxiliary,
     "emission": Head,
+    "latent": Latent,
     "objective": Objective,
     "callbacks": Callback,
     "logger": Logger,

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.heads.base import FrameDistribution, Head, SampleShape, at_least_float32
 
-__all__ = ["Categorical"]
+__all__ = ["Categorical", "OneHot"]
 
 
 class Categorical(Head):
@@ -41,8 +41,8 @@ class Categorical(Head):
         self.groups = groups
         self.linear = nn.Linear(in_features, num_features)
 
-    def forward(self, features: Tensor) -> _OneHot:
-        return _OneHot(at_least_float32(self.linear(features)).unflatten(-1, (self.groups, -1)))
+    def forward(self, features: Tensor) -> OneHot:
+        return OneHot(at_least_float32(self.linear(features)).unflatten(-1, (self.groups, -1)))
 
     def supports(self, x: Tensor) -> Tensor:
         is_binary = ((x == 0) | (x == 1)).unflatten(-1, (self.groups, -1))
@@ -64,7 +64,7 @@ def _one_hot(index: Tensor, like: Tensor) -> Tensor:
     return F.one_hot(index, like.shape[-1] // index.shape[-1]).flatten(-2).to(like.dtype)
 
 
-class _OneHot(FrameDistribution):
+class OneHot(FrameDistribution):
     """Independent one-hot groups with unnormalised logits of shape (..., groups, classes)."""
 
     def __init__(self, logits: Tensor) -> None:
@@ -95,5 +95,5 @@ class _OneHot(FrameDistribution):
         index = CategoricalDistribution(logits=self.logits, validate_args=False).sample(torch.Size(sample_shape))
         return _one_hot(index, self.mean)
 
-    def tempered(self, temperature: float) -> _OneHot:
-        return _OneHot(self.logits / temperature)
+    def tempered(self, temperature: float) -> OneHot:
+        return OneHot(self.logits / temperature)

@@ -24,7 +24,7 @@ from vrnn_lightning.heads.base import (
 )
 from vrnn_lightning.heads.gamma import log_gamma_ratio
 
-__all__ = ["Gaussian", "GaussianMixture", "Laplace", "StudentT"]
+__all__ = ["FiniteLaplace", "Gaussian", "GaussianMixture", "Laplace", "StudentT"]
 
 
 class Gaussian(Head):
@@ -135,10 +135,10 @@ class Laplace(Head):
 
     def forward(self, features: Tensor) -> Factorised:
         mean, spread = at_least_float32(self.linear(features)).chunk(2, -1)
-        return Factorised(_Laplace(mean, F.softplus(spread) + self.min_scale, validate_args=False))
+        return Factorised(FiniteLaplace(mean, F.softplus(spread) + self.min_scale, validate_args=False))
 
 
-class _Laplace(LaplaceDistribution):
+class FiniteLaplace(LaplaceDistribution):
     """Torch's Laplace with finite draws."""
 
     def rsample(self, sample_shape: SampleShape = ()) -> Tensor:
@@ -146,8 +146,8 @@ class _Laplace(LaplaceDistribution):
         drawn: Tensor = self.loc + self.scale * (first - second)
         return drawn
 
-    def tempered(self, temperature: float) -> _Laplace:
-        return _Laplace(self.loc, self.scale * math.sqrt(temperature), validate_args=False)
+    def tempered(self, temperature: float) -> FiniteLaplace:
+        return FiniteLaplace(self.loc, self.scale * math.sqrt(temperature), validate_args=False)
 
 
 class StudentT(Head):

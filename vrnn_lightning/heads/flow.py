@@ -14,7 +14,7 @@ from vrnn_lightning.heads.base import FrameDistribution, Head, SampleShape, at_l
 from vrnn_lightning.nn import MLPConfig
 from vrnn_lightning.noise import uniform_of
 
-__all__ = ["Flow"]
+__all__ = ["Flow", "FlowDistribution"]
 
 MEAN_DRAWS = 256
 
@@ -56,9 +56,9 @@ class Flow(Head):
         make = getattr(_import_flows(), kind)
         self.flow = make(num_features, in_features, transforms=transforms, hidden_features=hidden, **passes)
 
-    def forward(self, features: Tensor) -> _Flow:
+    def forward(self, features: Tensor) -> FlowDistribution:
         wide = at_least_float32(features).clamp(-100, 100)  # far beyond, the transformations overflow
-        return _Flow(self.flow.transform(wide), wide.new_zeros(()).expand(*wide.shape[:-1], self.num_features))
+        return FlowDistribution(self.flow, wide, self.num_features)
 
 
 def _import_flows() -> Any:
@@ -67,27 +67,37 @@ def _import_flows() -> Any:
     try:
         import zuko.flows
     except ModuleNotFoundError as error:
-        raise UserError("emission Flow: zuko is not installed. Fix: pip install 'vrnn-lightning[flows]'") from error
+        raise UserError("Flow: zuko is not installed. Fix: pip install 'vrnn-lightning[flows]'") from error
     Distribution.set_default_validate_args(validates)
     return zuko.flows
 
 
-class _Flow(FrameDistribution):
-    """A transformation of frames to a Gaussian whose variance is the temperature; its mean is ``loc`` (..., D)."""
+class FlowDistribution(FrameDistribution):
+    """What a flow of zuko, ``source``, makes of a Gaussian whose variance is the temperature, given features."""
 
-    def __init__(self, transform: Any, loc: Tensor, temperature: float = 1.0) -> None:
-        super().__init__(loc.shape)
-        self.transform, self.temperature = transform, temperature
+    def __init__(self, source: Any, context: Tensor, num_features: int, temperature: float = 1.0) -> None:
+        super().__init__((*context.shape[:-1], num_features))
+        self.source, self.context, self.temperature = source, context, temperature
+        self.transform = source.transform(context)
+        loc = context.new_zeros(()).expand(*context.shape[:-1], num_features)
         self.base = Normal(loc, math.sqrt(temperature), validate_args=False)
 
     @property
     def mean(self) -> Tensor:
-        """Average over draws, whose base values come in pairs of opposite sign."""
+        return self._draws().mean(0)
+
+    @property
+    def variance(self) -> Tensor:
+        return self._draws().var(0, unbiased=False)
+
+    @torch.no_grad()
+    def _draws(self) -> Tensor:
+        """Return draws, the same in every call, whose base values come in pairs of opposite sign."""
         loc = self.base.loc
         uniform = uniform_of(torch.arange(MEAN_DRAWS // 2, device=loc.device), loc.shape[-1], loc.dtype)
         normal = torch.special.ndtri(uniform.clamp(min=1e-7)) * math.sqrt(self.temperature)
         pairs = torch.cat([normal, -normal]).view(MEAN_DRAWS, *[1] * len(self.batch_shape), -1)
-        return self._invert(pairs.expand(-1, *loc.shape)).mean(0)
+        return self.of_noise(pairs.expand(-1, *loc.shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
         with torch.autocast(value.device.type, enabled=False):  # zuko's networks keep the parameters' precision
@@ -103,14 +113,15 @@ class _Flow(FrameDistribution):
             raise UserError(f"Flow: can't score a part of a frame. Fix: {fix}")
         return torch.where(is_whole, self.log_prob(value.masked_fill(~observed, 0.0)), 0.0)
 
-    def sample(self, sample_shape: SampleShape = ()) -> Tensor:
-        return self._invert(self.base.sample(torch.Size(sample_shape)))
-
     @torch.no_grad()
-    def _invert(self, z: Tensor) -> Tensor:
-        with torch.autocast(z.device.type, enabled=False):
-            frames: Tensor = self.transform.inv(z)
+    def sample(self, sample_shape: SampleShape = ()) -> Tensor:
+        return self.of_noise(self.base.sample(torch.Size(sample_shape)))
+
+    def of_noise(self, noise: Tensor) -> Tensor:
+        """Return the draw that the base's values, shape (..., features), decide."""
+        with torch.autocast(noise.device.type, enabled=False):
+            frames: Tensor = self.transform.inv(noise.to(self.context))
         return frames
 
-    def tempered(self, temperature: float) -> _Flow:
-        return _Flow(self.transform, self.base.loc, self.temperature * temperature)
+    def tempered(self, temperature: float) -> FlowDistribution:
+        return FlowDistribution(self.source, self.context, self.event_shape[0], self.temperature * temperature)

@@ -72,7 +72,7 @@ class _Step(nn.Module):
         h, x_features = output(state), model.extract_x(x, observed)
         prior = model.prior_dist(h, inputs)
         posterior = model.posterior_dist(x_features, h, prior, inputs)
-        z = posterior.mean + posterior.stddev * given.get("noise", none)
+        z = model.latent.rsample(posterior, given.get("noise", none)) if model.latent_size else none
         z_features = model.extract_z(z)
         nats = log_prob(model.emission_dist(z_features, h, inputs), x, observed) - log_std
         nats = nats + log_ratio(prior, posterior, z)

@@ -33,7 +33,7 @@ def upcoming(model: VRNN, hidden: Tensor, inputs: Tensor | None, noise: Tensor) 
         noise: Standard normal noise, shape (rows, latent).
     """
     inputs = cast(Tensor, inputs).to(hidden) if model.num_inputs else None
-    z = model.latent.rsample(model.prior_dist(hidden, inputs), noise.to(hidden)) if model.latent_size else noise
+    z = model.latent.draw(model.prior_dist(hidden, inputs), noise.to(hidden)) if model.latent_size else noise
     return model.emission_features(model.extract_z(z.to(hidden)), hidden, inputs)
 
 

@@ -4,10 +4,10 @@
 batches, and :func:`build_vrnn` makes one from sizes.
 """
 
-from vrnn_lightning.heads import StandardNormal
+from vrnn_lightning.heads import StandardPrior
 from vrnn_lightning.vrnn.builder import build_vrnn
 from vrnn_lightning.vrnn.equations import Equations
 from vrnn_lightning.vrnn.model import VRNN
 from vrnn_lightning.vrnn.trace import Trace
 
-__all__ = ["VRNN", "Equations", "StandardNormal", "Trace", "build_vrnn"]
+__all__ = ["VRNN", "Equations", "StandardPrior", "Trace", "build_vrnn"]

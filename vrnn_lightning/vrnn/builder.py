@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from vrnn_lightning.errors import UserError, require
-from vrnn_lightning.heads import Gaussian, Head, Network, StandardNormal
+from vrnn_lightning.heads import Gaussian, GaussianLatent, Head, Latent, Network, StandardPrior
 from vrnn_lightning.nn import LayerNormGRUCell, LayerNormLSTMCell, MLPConfig, NetworkFactory, feature_width
 from vrnn_lightning.vrnn.initial import InitialState
 from vrnn_lightning.vrnn.model import VRNN
@@ -33,6 +32,7 @@ def build_vrnn(
     layers: int = 1,
     cell: Cell | Callable[[int, int], nn.Module] = "gru",
     emission: Callable[[int, int], Head] = Gaussian,
+    latent: Callable[[int], Latent] = GaussianLatent,
     phi_x: MLPConfig | NetworkFactory = MLPConfig(),
     phi_z: MLPConfig | NetworkFactory = MLPConfig(),
     prior: MLPConfig | NetworkFactory | None = MLPConfig(),
@@ -56,6 +56,7 @@ def build_vrnn(
             (input_size, hidden_size) for each layer, see :class:`Equations`; the networks read the output, not the
             cell state.
         emission: Called with (in_features, num_features), returns the head of p(x_t | ...).
+        latent: Called with latent_size, returns the kind of latent, such as ``CategoricalLatent``.
         phi_x: Feature extractor of x_t: a factory, called with the width of what it reads, such as ``MLPConfig``.
         phi_z: Feature extractor of z_t.
         prior: Network of the prior; ``None`` for N(0, I) at every step.
@@ -88,21 +89,28 @@ def build_vrnn(
     x_in, h_width, z_width = num_features * (2 if missing else 1), hidden_size + num_inputs, 0
     x_network, future_width = phi_x(x_in), hidden_size if smoothing else 0
     x_width = feature_width(x_network, x_in, "phi_x") + num_inputs
-    z_network = prior_network = backward_rnn = encoder_network = None
+    z_network = backward_rnn = encoder_network = z_kind = None
+    prior_network: nn.Module | None = None
     if latent_size:
         z_network = phi_z(latent_size)
         z_width = feature_width(z_network, latent_size, "phi_z")
-        gaussian = partial(Network, head=Gaussian, num_features=latent_size)
-        prior_network = StandardNormal(latent_size) if prior is None else gaussian(h_width, prior, part="prior")
+        z_kind = latent(latent_size)
+        if residual_posterior and not z_kind.can_be_residual:
+            raise UserError(f"residual_posterior: a {type(z_kind).__name__} has no mean to add. Fix: set it to false")
+        prior_network = StandardPrior(z_kind)
+        if prior is not None:
+            prior_network = Network(h_width, prior, z_kind.prior_head, latent_size, part="prior")
         backward_rnn = rnn(x_width, hidden_size) if smoothing else None
-        encoder_network = gaussian(x_width + future_width + hidden_size, encoder, part="encoder")
+        read = x_width + future_width + hidden_size
+        encoder_network = Network(read, encoder, z_kind.head, latent_size, part="encoder")
     decoder_network = Network(z_width + h_width, decoder, emission, num_features, part="decoder")
     cells = [kind(hidden_size if i else x_width + z_width, hidden_size) for i in range(layers)]
     for made in cells:
         if not hasattr(made, "hidden_size"):
             vars(made)["hidden_size"] = hidden_size
     parts = (x_network, z_network, prior_network, encoder_network, decoder_network, nn.ModuleList(cells), backward_rnn)
-    model = VRNN(*parts, residual_posterior=residual_posterior, dropout=dropout, num_inputs=num_inputs, missing=missing)
+    options: dict[str, Any] = {"dropout": dropout, "num_inputs": num_inputs, "missing": missing, "latent": z_kind}
+    model = VRNN(*parts, residual_posterior=residual_posterior, **options)
     if initial_state != "zero":
         model.initial = InitialState(model.zero_state(1), num_inputs if initial_state == "inputs" else 0)
     return model

@@ -199,11 +199,15 @@ class Equations(nn.Module):
         return self.emission_dist(z_features, h, inputs if self.num_inputs else None)
 
     def newly_called(self) -> list[str]:
-        """Return a line for each part that the loop called for the first time, with its share of the loop's time."""
+        """Return a line for each part that the loop called for the first time, and for a KL without a closed form."""
         new = {part: share for part, share in self.called_parts.items() if part not in self._reported}
         self._reported |= set(new)
         kinds = {part: type(self.get_submodule(part)).__name__ for part in new}
-        return [f"{part}: {kinds[part]} is called at every step, {new[part]:.0%} of the loop's time" for part in new]
+        lines = [f"{part}: {kinds[part]} is called at every step, {new[part]:.0%} of the loop's time" for part in new]
+        if not self.latent.has_closed_kl and "kl" not in self._reported:
+            self._reported.add("kl")
+            lines.append(f"kl: log q(z) - log p(z) of the latents drawn; {type(self.latent).__name__} has no closed form")
+        return lines
 
     def runs_own_method(self, name: str) -> bool:
         """Return whether a method is the one of this class, which the time loop knows."""
