@@ -14,7 +14,7 @@ import soundfile
 
 from vrnn_lightning.data import InvalidFiles, audio, cache, progress
 from vrnn_lightning.data.audio import check_samples, index_audio, opened, read_header, read_samples, resampled_length
-from vrnn_lightning.data.mel import FLOOR, LogMelFrames, mel_filters
+from vrnn_lightning.data.recordings import FLOOR, LogMelFrames, mel_filters
 from vrnn_lightning.errors import UserError
 
 RATE = 8000

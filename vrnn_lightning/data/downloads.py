@@ -31,8 +31,7 @@ TIMEOUT = 30
 """Seconds for which a server may be silent."""
 CHUNK = 2**14
 """Bytes that are written at once."""
-SPLITS: dict[Split, str] = {split: names[0] for split, names in SPLIT_NAMES.items()}
-"""The name of each split in archives."""
+SPLITS: dict[Split, str] = {split: names[0] for split, names in SPLIT_NAMES.items()}  # their names in archives
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,8 @@ def _download(address: str, path: Path, checksum: str | None) -> None:
         if not response.ok:
             raise ValueError(f"the server answers {response.status_code} {response.reason}")
         total = int(response.headers.get("Content-Length", 0)) or None
-        with path.open("wb") as file, ProgressBar(desc=path.name, total=total, unit="B", unit_scale=True) as bar:
+        bar = ProgressBar(desc=path.name, total=total, unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
+        with path.open("wb") as file, bar:
             for chunk in response.iter_content(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))

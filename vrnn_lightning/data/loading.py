@@ -105,7 +105,6 @@ class BatchSampler(DistributedSampler[Rows]):
         return [self.seed, self.global_batch, self.window or 0, len(self.nonempty), int(self.lengths.sum())]
 
     def __len__(self) -> int:
-        """Return the number of batches in an epoch."""
         if not self.shuffle:
             return len(self._groups)
         return -(-int(self.pieces.sum()) // self.global_batch)
@@ -116,7 +115,6 @@ class BatchSampler(DistributedSampler[Rows]):
         return count if epoch in (None, self.epoch) else 0
 
     def __iter__(self) -> Iterator[Rows]:
-        """Yield this process's batches, in the first pass without those that are ``skipped`` in its epoch."""
         start, self.skipped = self.count_skipped(), (None, 0)
         for items in self._streams(self.window, start) if self.window and self.shuffle else self._shares(start):
             rows = Rows(items)
@@ -331,11 +329,9 @@ class SequenceLoader:
         self.batches_read = 0
 
     def __len__(self) -> int:
-        """Return the number of batches in an epoch."""
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[SequenceBatch]:
-        """Yield the epoch's batches and count them."""
         self.batches_read = self.sampler.count_skipped()
         try:
             for batch in self._loader:

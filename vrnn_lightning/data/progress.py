@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
@@ -17,13 +17,9 @@ T = TypeVar("T")
 
 
 class ProgressBar(tqdm):
-    """tqdm's bar on the standard error of one process, if that is a terminal."""
+    """tqdm's bar on the standard error, without a thread: reading processes are forked from this one."""
 
-    monitor_interval = 0  # no thread: reading processes are forked from this one
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        is_silent = getattr(rank_zero_only, "rank", 0) != 0
-        super().__init__(*args, **options, dynamic_ncols=True, disable=is_silent or None)  # None: off a terminal
+    monitor_interval = 0
 
 
 def tracked(items: Collection[T], what: str) -> Iterator[T]:
@@ -36,4 +32,6 @@ def tracked(items: Collection[T], what: str) -> Iterator[T]:
     >>> list(tracked([1, 2], "counting"))
     [1, 2]
     """
-    return iter(ProgressBar(items, what, delay=PATIENCE, leave=False))
+    is_silent = getattr(rank_zero_only, "rank", 0) != 0
+    options = {"leave": False, "dynamic_ncols": True, "disable": is_silent or None}  # None: off a terminal
+    return iter(ProgressBar(items, what, delay=PATIENCE, **options))
