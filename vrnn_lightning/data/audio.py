@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vrnn_lightning.data.cache import digest, recall, remember
-from vrnn_lightning.data.folders import InvalidFiles
-from vrnn_lightning.data.progress import tracked
+from vrnn_lightning.data.folders import InvalidFiles, tracked
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import MAX_GB, explained, require_size
 

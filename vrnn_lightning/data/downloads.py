@@ -16,9 +16,8 @@ import numpy as np
 import requests
 from numpy.typing import NDArray
 
-from vrnn_lightning.data.folders import SPLIT_NAMES
+from vrnn_lightning.data.folders import SPLIT_NAMES, ProgressBar
 from vrnn_lightning.data.ink import read_sketch_rnn
-from vrnn_lightning.data.progress import ProgressBar
 from vrnn_lightning.data.rolls import read_note_lists
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError

@@ -274,8 +274,7 @@ class ScaledSequences(Dataset[SequenceBatch]):
             raise UserError(f"{name}: shape {tuple(s.x.shape)}, expected (time, num_features={self.num_features})")
         is_tensor = isinstance(observed, Tensor)
         if observed is not None and not (is_tensor and observed.dtype == torch.bool and observed.shape == s.x.shape):
-            shown = f"{observed.dtype} of shape {tuple(observed.shape)}" if is_tensor else type(observed).__name__
-            raise UserError(f"{name}: observed is {shown}, expected a torch.bool tensor of shape {tuple(s.x.shape)}")
+            raise UserError(f"{name}: observed must be a torch.bool tensor of shape {tuple(s.x.shape)}")
         expected = (len(s.x), self.num_inputs)
         given = None if s.inputs is None else tuple(s.inputs.shape)
         if self.num_inputs and given != expected:
