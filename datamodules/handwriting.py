@@ -40,8 +40,7 @@ from vrnn_lightning.data import (
 )
 from vrnn_lightning.data.archives import opened_archive
 from vrnn_lightning.data.folders import SPLIT_NAMES
-from vrnn_lightning.data.iam import LISTS, SECOND, FormList, read_form_lists
-from vrnn_lightning.data.ink import check_sketch
+from vrnn_lightning.data.ink import LISTS, SECOND, FormList, check_sketch, read_form_lists
 from vrnn_lightning.errors import UserError
 
 __all__ = ["Handwriting"]

@@ -27,8 +27,7 @@ from vrnn_lightning.data import (
 from vrnn_lightning.data.audio import HIGHEST_RATE, IndexedFile, index_audio, resampled_length
 from vrnn_lightning.data.cache import digest, recall, remember
 from vrnn_lightning.data.corpora import PATTERNS, CorpusSplits, Layout, Recording, find_recordings
-from vrnn_lightning.data.mel import LogMelFrames
-from vrnn_lightning.data.recordings import PCM16, Crops, RawFrames, Recordings
+from vrnn_lightning.data.recordings import PCM16, Crops, LogMelFrames, RawFrames, Recordings
 from vrnn_lightning.errors import UserError
 
 __all__ = ["PATTERNS", "Speech"]
@@ -59,7 +58,7 @@ class Speech(RandomSplitDataModule, FileDataModule):
             "librispeech", "vctk" or "blizzard", as ``docs/datasets.md`` lists them. "manifest": ``root`` is a csv file
             with the columns path (below its folder) and optionally split (train, valid or test) and speaker.
         features: "raw" samples, or "log_mel": the logarithm of the power in bands of the mel scale, as in
-            :class:`~vrnn_lightning.data.mel.LogMelFrames`.
+            :class:`~vrnn_lightning.data.recordings.LogMelFrames`.
         frame_size: Raw samples per time step: the features of a raw frame, and the hop of log-mel frames.
         mel_bands: Bands of a log-mel frame, its number of features; 80 if ``None``. Only for ``features="log_mel"``.
         mel_window: Samples that a log-mel frame reads; four times ``frame_size`` if ``None``. Only for

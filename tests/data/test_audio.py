@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from vrnn_lightning.data import InvalidFiles, audio, cache, progress
+from vrnn_lightning.data import InvalidFiles, audio, cache, folders
 from vrnn_lightning.data.audio import check_samples, index_audio, opened, read_header, read_samples, resampled_length
-from vrnn_lightning.data.mel import FLOOR, LogMelFrames, mel_filters
+from vrnn_lightning.data.recordings import FLOOR, LogMelFrames, mel_filters
 from vrnn_lightning.errors import UserError
 
 RATE = 8000
@@ -369,7 +369,7 @@ class TestProgress:
 
         def run(terminal: bool = True) -> str:
             monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
-            assert list(progress.tracked(range(5), "counting")) == [0, 1, 2, 3, 4]
+            assert list(folders.tracked(range(5), "counting")) == [0, 1, 2, 3, 4]
             return capsys.readouterr().err
 
         return run
@@ -378,13 +378,13 @@ class TestProgress:
         assert "counting" not in count()
 
     def test_long_work_shows_one(self, count, monkeypatch):
-        monkeypatch.setattr(progress, "PATIENCE", 0)
+        monkeypatch.setattr(folders, "PATIENCE", 0)
         assert "counting:   0%" in count()
         assert count(terminal=False) == ""
 
     def test_other_processes_show_none(self, count, monkeypatch):
-        monkeypatch.setattr(progress, "PATIENCE", 0)
-        monkeypatch.setattr(progress.rank_zero_only, "rank", 1)
+        monkeypatch.setattr(folders, "PATIENCE", 0)
+        monkeypatch.setattr(folders.rank_zero_only, "rank", 1)
         assert count() == ""
 
 

@@ -22,7 +22,7 @@ from vrnn_lightning import VRNNLightningModule
 from vrnn_lightning.callbacks import Samples
 from vrnn_lightning.data import audio
 from vrnn_lightning.data.audio import read_header
-from vrnn_lightning.data.mel import LogMelFrames
+from vrnn_lightning.data.recordings import LogMelFrames
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads import DiscretisedLogisticMixture, MuLaw
 from vrnn_lightning.testing import CHECKS, check_datamodule
@@ -521,7 +521,7 @@ class TestRefusals:
         content[21] &= 0xF0  # the 36 bits of the stream's length, 13 bytes into its first block
         content[22:26] = bytes(4)
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"a.flac: cannot be read as audio .its header does not tell its length"):
+        with pytest.raises(UserError, match=r"a.flac: its \d+ bytes declare .* GB of content"):
             set_up(tmp_path)
 
     def test_no_file_as_long_as_a_frame(self, tmp_path):

@@ -731,7 +731,7 @@ class TestRefusals:
 
     def test_a_wide_table_is_not_listed_in_full(self, tmp_path):
         path = write(tmp_path / "a.csv", {f"c{i:03}": [1] for i in range(200)})
-        assert len(refused(path, "c029 and 170 more", columns=["nothing"])) < 400
+        assert len(refused(path, "c029, c030", columns=["nothing"])) < 400
 
     @pytest.mark.parametrize(
         ("values", "said"),

@@ -6,10 +6,9 @@ from vrnn_lightning.data.columns import TABLE_SUFFIXES, Columns, read_columns
 from vrnn_lightning.data.datamodule import SequenceDataModule, require
 from vrnn_lightning.data.downloads import fetch
 from vrnn_lightning.data.files import FileDataModule, checked_limit, data_root
-from vrnn_lightning.data.folders import InvalidFiles, files_below
+from vrnn_lightning.data.folders import InvalidFiles, files_below, tracked
 from vrnn_lightning.data.ink import quickdraw_lines, read_iam, read_inkml, read_quickdraw, read_sketch_rnn
 from vrnn_lightning.data.loading import BatchSampler, SequenceLoader, Window
-from vrnn_lightning.data.progress import tracked
 from vrnn_lightning.data.random_splits import RandomSplitDataModule, RandomSplits
 from vrnn_lightning.data.sequences import (
     AugmentedSequences,

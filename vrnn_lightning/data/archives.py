@@ -63,11 +63,9 @@ class ArchiveSplit:
         return cls(path, word, array, values, np.stack([ends - lengths, ends], 1), np.arange(len(lengths)), names)
 
     def __len__(self) -> int:
-        """Return the number of sequences."""
         return len(self.bounds)
 
     def __getitem__(self, index: int, /) -> SequenceSample:
-        """Return one sequence, in float32 where that is exact."""
         return self._cut(index, *self.bounds[index])
 
     def window(self, index: int, first: int, last: int, /) -> SequenceSample:

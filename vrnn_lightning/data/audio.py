@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vrnn_lightning.data.cache import digest, recall, remember
-from vrnn_lightning.data.folders import InvalidFiles
-from vrnn_lightning.data.progress import tracked
+from vrnn_lightning.data.folders import InvalidFiles, tracked
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import MAX_GB, explained, require_size
 
@@ -32,7 +31,6 @@ HIGHEST_RATE = 10**6
 """Hz that sound may have: a resampling filter for higher rates takes gigabytes."""
 SEEKABLE = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"}
 """Encodings, flac's included, of which libsndfile reads a part exactly as in the whole file."""
-UNKNOWN_LENGTH = 2**62  # libsndfile's length of a stream whose header leaves it open
 STREAMED = 0x7FFFF000  # programs that write into a pipe declare such sizes or larger ones
 SPHERE_HEADER = 1024
 LAST_PAGE = 2**16 + 512  # an ogg page is never longer
@@ -80,8 +78,6 @@ def read_header(path: Path, max_gb: float = MAX_GB) -> AudioHeader:
         header = AudioHeader(sound.frames, sound.samplerate, sound.channels)
         if header.samples == 0:
             raise _make_error(path, "it holds no samples")
-        if header.samples >= UNKNOWN_LENGTH:
-            raise _make_error(path, "its header does not tell its length")
         require_size(path, 4 * header.samples * header.channels, max_gb)
         if header.rate > HIGHEST_RATE:
             raise _make_error(path, f"its header says {header.rate} Hz")
@@ -235,7 +231,6 @@ def _find_source_span(start: int, stop: int, up: int, down: int, length: int) ->
 
 
 def _reduce_ratio(rate: int, wanted: int) -> tuple[int, int]:
-    """Return the factors by which to multiply and divide a rate to get the wanted one."""
     common = math.gcd(rate, wanted)
     return wanted // common, rate // common
 

@@ -99,7 +99,7 @@ def find_recordings(root: Path, layout: Layout, invalid: InvalidFiles) -> list[R
     if not recordings:
         raise UserError(
             f"--data.root {root}: none of {len(names)} audio files, {names[0]} for example, has a path of "
-            f"--data.layout {layout}. Fix: choose another layout, or order the files as {EXAMPLES[layout]}"
+            f"--data.layout {layout}. Fix: choose another layout, or order the files as docs/datasets.md shows"
         )
     if len(recordings) < len(names):
         rank_zero_warn(
@@ -155,13 +155,6 @@ PATHS = {
     "blizzard": "",
 }
 """Paths of the files of each layout but the manifest; speakers are apart in random splits."""
-EXAMPLES = {
-    "fsdd": "3_jackson_17.wav",
-    "timit": "TRAIN/DR1/FCJF0/SX127.WAV",
-    "ljspeech": "wavs/LJ001-0001.wav",
-    "librispeech": "train-clean-100/19/198/19-198-0001.flac",
-    "vctk": "wav48_silence_trimmed/p225/p225_001_mic1.flac",
-}
 
 
 def _read_manifest(path: Path, invalid: InvalidFiles) -> list[Recording]:

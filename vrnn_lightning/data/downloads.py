@@ -16,9 +16,8 @@ import numpy as np
 import requests
 from numpy.typing import NDArray
 
-from vrnn_lightning.data.folders import SPLIT_NAMES
+from vrnn_lightning.data.folders import SPLIT_NAMES, ProgressBar
 from vrnn_lightning.data.ink import read_sketch_rnn
-from vrnn_lightning.data.progress import ProgressBar
 from vrnn_lightning.data.rolls import read_note_lists
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
@@ -31,8 +30,7 @@ TIMEOUT = 30
 """Seconds for which a server may be silent."""
 CHUNK = 2**14
 """Bytes that are written at once."""
-SPLITS: dict[Split, str] = {split: names[0] for split, names in SPLIT_NAMES.items()}
-"""The name of each split in archives."""
+SPLITS: dict[Split, str] = {split: names[0] for split, names in SPLIT_NAMES.items()}  # their names in archives
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,8 @@ def _download(address: str, path: Path, checksum: str | None) -> None:
         if not response.ok:
             raise ValueError(f"the server answers {response.status_code} {response.reason}")
         total = int(response.headers.get("Content-Length", 0)) or None
-        with path.open("wb") as file, ProgressBar(desc=path.name, total=total, unit="B", unit_scale=True) as bar:
+        bar = ProgressBar(desc=path.name, total=total, unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
+        with path.open("wb") as file, bar:
             for chunk in response.iter_content(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))

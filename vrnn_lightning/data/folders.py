@@ -1,27 +1,54 @@
-"""Files of a dataset: all below a folder, the tables among them, and those that can't be used."""
+"""Files of a dataset: all below a folder, the tables among them, those that can't be used, the progress of reading."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from tqdm import tqdm
 
 from vrnn_lightning.data.columns import TABLE_SUFFIXES
 from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained
 
-__all__ = ["SHOWN", "SPLIT_NAMES", "InvalidFiles", "files_below", "find_split", "find_tables", "names_below"]
+__all__ = [
+    "SHOWN", "SPLIT_NAMES", "InvalidFiles", "ProgressBar", "files_below", "find_split", "find_tables", "names_below",
+    "tracked",
+]  # fmt: skip
 
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
 """Names that the files or folders of a split may have."""
 SHOWN = 5
 """Files that a message names, of those that are missing or invalid."""
+PATIENCE = 1.0
+"""Seconds of work before a bar appears."""
 T = TypeVar("T")
+
+
+class ProgressBar(tqdm):
+    """tqdm's bar on the standard error, without a thread: reading processes are forked from this one."""
+
+    monitor_interval = 0
+
+
+def tracked(items: Collection[T], what: str) -> Iterator[T]:
+    """Yield items; on one process show a bar on standard error once they take longer than a second.
+
+    Args:
+        items: The work.
+        what: The bar's text.
+
+    >>> list(tracked([1, 2], "counting"))
+    [1, 2]
+    """
+    is_silent = getattr(rank_zero_only, "rank", 0) != 0
+    options = {"leave": False, "dynamic_ncols": True, "disable": is_silent or None}  # None: off a terminal
+    return iter(ProgressBar(items, what, delay=PATIENCE, **options))
 
 
 class InvalidFiles:

@@ -105,7 +105,6 @@ class BatchSampler(DistributedSampler[Rows]):
         return [self.seed, self.global_batch, self.window or 0, len(self.nonempty), int(self.lengths.sum())]
 
     def __len__(self) -> int:
-        """Return the number of batches in an epoch."""
         if not self.shuffle:
             return len(self._groups)
         return -(-int(self.pieces.sum()) // self.global_batch)
@@ -116,7 +115,6 @@ class BatchSampler(DistributedSampler[Rows]):
         return count if epoch in (None, self.epoch) else 0
 
     def __iter__(self) -> Iterator[Rows]:
-        """Yield this process's batches, in the first pass without those that are ``skipped`` in its epoch."""
         start, self.skipped = self.count_skipped(), (None, 0)
         for items in self._streams(self.window, start) if self.window and self.shuffle else self._shares(start):
             rows = Rows(items)
@@ -282,8 +280,7 @@ class ScaledSequences(Dataset[SequenceBatch]):
             raise UserError(f"{name}: shape {tuple(s.x.shape)}, expected (time, num_features={self.num_features})")
         is_tensor = isinstance(observed, Tensor)
         if observed is not None and not (is_tensor and observed.dtype == torch.bool and observed.shape == s.x.shape):
-            shown = f"{observed.dtype} of shape {tuple(observed.shape)}" if is_tensor else type(observed).__name__
-            raise UserError(f"{name}: observed is {shown}, expected a torch.bool tensor of shape {tuple(s.x.shape)}")
+            raise UserError(f"{name}: observed must be a torch.bool tensor of shape {tuple(s.x.shape)}")
         for field, width in (("inputs", self.num_inputs), ("targets", self.num_targets)):
             values, expected = getattr(s, field), (len(s.x), width)
             given = None if values is None else tuple(values.shape)
@@ -343,11 +340,9 @@ class SequenceLoader:
         self.batches_read = 0
 
     def __len__(self) -> int:
-        """Return the number of batches in an epoch."""
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[SequenceBatch]:
-        """Yield the epoch's batches and count them."""
         self.batches_read = self.sampler.count_skipped()
         try:
             for batch in self._loader:

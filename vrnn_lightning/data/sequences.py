@@ -60,11 +60,9 @@ class AugmentedSequences:
     epoch: int = 0
 
     def __len__(self) -> int:
-        """Return the number of sequences."""
         return len(self.sequences)
 
     def __getitem__(self, index: int, /) -> SequenceSample:
-        """Return one sequence of the epoch."""
         return self.augmented(index, self.sequences[index])
 
     @property

@@ -206,7 +206,9 @@ class Equations(nn.Module):
         lines = [f"{part}: {kinds[part]} is called at every step, {new[part]:.0%} of the loop's time" for part in new]
         if not self.latent.has_closed_kl and "kl" not in self._reported:
             self._reported.add("kl")
-            lines.append(f"kl: log q(z) - log p(z) of the latents drawn; {type(self.latent).__name__} has no closed form")
+            lines.append(
+                f"kl: log q(z) - log p(z) of the latents drawn; {type(self.latent).__name__} has no closed form"
+            )
         return lines
 
     def runs_own_method(self, name: str) -> bool:
