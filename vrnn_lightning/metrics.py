@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-__all__ = ["ActiveUnits", "AuxiliaryLosses", "Bound", "Detection", "DrawScores", "Estimate", "below", "seasonal_naive"]
+__all__ = ["ActiveUnits", "Bound", "Detection", "DrawScores", "Estimate", "below", "seasonal_naive"]
 
 
 WIDE = torch.float32 if torch.backends.mps.is_available() else torch.float64  # Apple GPUs have no float64
@@ -99,24 +99,6 @@ class Bound(_Totals):
             figures["exact_log_likelihood"] = self.exact / self.steps
             figures["gap"] = (self.exact - totals["elbo"]) / self.steps
         return figures
-
-
-class AuxiliaryLosses(_Totals):
-    """The mean of each auxiliary loss over the steps that count, NaN where none does.
-
-    Args:
-        count: Number of losses.
-    """
-
-    names = ("losses", "steps")
-
-    def update(self, losses: Tensor, steps: Tensor) -> None:
-        """Add sums of losses and numbers of steps, each (losses,)."""
-        self.add(losses=losses.detach().to(WIDE), steps=steps.to(WIDE))
-
-    def compute(self) -> Tensor:
-        """Return the means, shape (losses,)."""
-        return self.losses / self.steps
 
 
 class ActiveUnits(_Totals):

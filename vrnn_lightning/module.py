@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from vrnn_lightning.batch import SequenceBatch
@@ -23,21 +23,16 @@ from vrnn_lightning.compatibility import FORMAT, KEY, OPTIMIZED, upgrade
 from vrnn_lightning.data import Scaler
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.inference import Inference
-from vrnn_lightning.metrics import ActiveUnits, AuxiliaryLosses, Bound, Estimate
+from vrnn_lightning.metrics import ActiveUnits, Bound, Estimate
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO, ImportanceBound, Objective, StreamState
 from vrnn_lightning.pretrained import Pretrained
 from vrnn_lightning.resuming import make_resumable, match_optimizer_states
 from vrnn_lightning.trust.checkpoints import make_storable
 from vrnn_lightning.vrnn import Trace, build_vrnn
-from vrnn_lightning.vrnn.auxiliary import Auxiliary
+from vrnn_lightning.vrnn.auxiliary import Auxiliary, AuxiliaryLosses
 
 __all__ = ["VRNNLightningModule"]
-
-BOUND = ("elbo", "reconstruction", "kl")
-FIGURES = {"loss", "objective", "beta", "padding", "grad_norm", "active_units", "bits_per_dim", "gap", *BOUND}
-FIGURES |= {"exact_log_likelihood", *(f"{name}_per_sequence" for name in BOUND)}
-"""Names of figures that an auxiliary loss can't have."""
 
 if not hasattr(ArgumentParser, "instantiate_classes"):  # jsonargparse 5; Lightning 2.6 loads checkpoints with it
     ArgumentParser.instantiate_classes = ArgumentParser.instantiate  # type: ignore[method-assign]  # absent there
@@ -91,8 +86,10 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         make_storable(self.hparams)
         self.objective = objective()
         sizes = self.vrnn.hidden_size, self.vrnn.latent_size, num_targets
-        self.auxiliary = nn.ModuleList([make(*sizes) for make in auxiliary or ()])
-        self._connect_auxiliary()
+        self.auxiliary = AuxiliaryLosses(make(*sizes) for make in auxiliary or ())
+        if self.auxiliary:
+            self.objective.require_auxiliary()
+            self.objective.auxiliary = self.auxiliary.terms
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
         self.beta = 1.0
         """Weight of the KL in training; a callback may set it."""
@@ -111,28 +108,6 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         self.bound = Bound()
         self.val_objective_metric = Estimate()
         self.active = ActiveUnits(self.vrnn.latent_size)
-        self.auxiliary_losses = AuxiliaryLosses(len(self.auxiliary))
-
-    def _connect_auxiliary(self) -> None:
-        """Set what the objective returns of auxiliary losses; raise if it can't, or if two have one name."""
-        names = [part.name for part in self._auxiliary]
-        taken = {*FIGURES, *(name for name in names if names.count(name) > 1)}
-        if wrong := next((name for name in names if name in taken), None):
-            raise UserError(f"auxiliary: the name {wrong!r} is in use. Fix: give another as its option name")
-        if names and not self.objective.has_auxiliary:
-            kind = type(self.objective).__name__
-            raise UserError(
-                f"auxiliary: the objective {kind} has no trajectories with a gradient. Fix: use ELBO or IWAE"
-            )
-        self.objective.auxiliary = self._auxiliary_terms if names else None
-
-    @property
-    def _auxiliary(self) -> list[Auxiliary]:
-        return cast("list[Auxiliary]", list(self.auxiliary))
-
-    def _auxiliary_terms(self, trace: Trace) -> tuple[Tensor, ...]:
-        """Return the loss of each auxiliary part and whether it counts, alternately, each (rows, time)."""
-        return tuple(term for part in self.auxiliary for term in part(trace))
 
     @property
     def scaler(self) -> Scaler:
@@ -247,8 +222,8 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         self._carried = None if batch.reset is None else ahead.reset_rows(torch.zeros_like(batch.reset))
         steps, sequences = batch.lengths.sum(), (batch.lengths > 0).sum()
         samples = len(log_px) // len(batch)
-        beside, counts = _auxiliary_sums(terms[0] if terms else (), samples, value)
-        value = value - sum(part.weight * loss for part, loss in zip(self._auxiliary, beside, strict=True))
+        beside, counts = self.auxiliary.sums(terms[0] if terms else (), samples, value)
+        value = value - sum(part.weight * loss for part, loss in zip(self.auxiliary, beside, strict=True))
         parts = (value, log_px.sum() / samples, kl.sum() / samples, steps, sequences, *beside, *counts)
         stacked = torch.stack([part.detach().to(self.bound.kl.dtype) for part in parts])
         total, reconstruction, all_kl, all_steps, all_sequences, *rest = self._total(stacked)
@@ -265,9 +240,8 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         for name, part in (("elbo", reconstruction - all_kl), ("reconstruction", reconstruction), ("kl", all_kl)):
             self.log(f"train/{name}", part / all_steps, prog_bar=True)
             self.log(f"train/{name}_per_sequence", part / all_sequences)
-        for part, summed, count in zip(self._auxiliary, rest[: len(beside)], rest[len(beside) :], strict=True):
-            if count:
-                self.log(f"train/{part.name}", summed / count)
+        for name, mean in self.auxiliary.named_means(rest[: len(beside)], rest[len(beside) :]).items():
+            self.log(f"train/{name}", mean)
         return loss
 
     def _carried_into(self, batch: SequenceBatch) -> StreamState | None:
@@ -281,8 +255,7 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
     def _check(self, batch: SequenceBatch) -> None:
         """Raise if the emission can't score a value, and warn of what the model does not read."""
         self.vrnn.head.check(batch.x, batch.valid_mask)
-        for part in self._auxiliary:
-            part.check(batch.targets, batch.mask)
+        self.auxiliary.check(batch)
         data = type(self._data).__name__
         if not self.vrnn.missing and batch.observed is not None and not batch.observed[batch.mask].all():
             rank_zero_warn(f"{data}: missing values read as the mean; set `missing = True` in that class to mark them")
@@ -370,14 +343,12 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         return trace
 
     def _evaluate_auxiliary(self, batch: SequenceBatch, batch_idx: int, trace: Trace) -> None:
-        for part in self._auxiliary:
-            part.check(batch.targets, batch.mask)
+        self.auxiliary.check(batch)
         if trace.hidden is None:  # of a long pass, which keeps no states
-            terms = tuple(self.vrnn.collect(batch, self._noise(batch, batch_idx), self._auxiliary_terms)[0])
+            terms = tuple(self.vrnn.collect(batch, self._noise(batch, batch_idx), self.auxiliary.terms)[0])
         else:
-            terms = self._auxiliary_terms(trace)
-        losses, counts = _auxiliary_sums(terms, 1, trace.log_px)
-        self.auxiliary_losses.update(torch.stack(losses), torch.stack(counts))
+            terms = self.auxiliary.terms(trace)
+        self.auxiliary.update(terms)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation figures, and the bound that is trained on."""
@@ -399,9 +370,7 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         if self.vrnn.latent_size:
             figures[f"{stage}/active_units"] = self.active.compute().float()
         if self.auxiliary:
-            means = self.auxiliary_losses.compute().float()
-            figures |= {f"{stage}/{part.name}": mean for part, mean in zip(self._auxiliary, means, strict=True)}
-            self.auxiliary_losses.reset()
+            figures |= {f"{stage}/{name}": mean for name, mean in self.auxiliary.compute().items()}
         self.bound.reset()
         self.active.reset()
         self.log_dict(figures, sync_dist=True)  # the totals are reduced already; this only tells Lightning so
@@ -446,12 +415,6 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         self.noise_seed = checkpoint.get("noise_seed", self.noise_seed)
         self._resumed = checkpoint.get("carried")
         self._loaded = checkpoint if OPTIMIZED in checkpoint else None
-
-
-def _auxiliary_sums(terms: Sequence[Tensor], samples: int, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the sum of each auxiliary loss and the number of its steps, of one trajectory per sequence."""
-    losses, counts = ([term.to(like).sum() / samples for term in terms[start::2]] for start in (0, 1))
-    return losses, counts
 
 
 def _parameter_names(module: LightningModule, optimizer: Optimizer) -> list[str]:

@@ -171,6 +171,14 @@ class Objective(ABC):
             carried: State to continue from; ``None`` at the first step.
         """
 
+    def require_auxiliary(self) -> None:
+        """Raise if the objective does not return auxiliary terms."""
+        if not self.has_auxiliary:
+            kind = type(self).__name__
+            raise UserError(
+                f"auxiliary: the objective {kind} has no trajectories with a gradient. Fix: use ELBO or IWAE"
+            )
+
     def _select_auxiliary(self, trace: Trace) -> tuple[Tensor, ...]:
         return () if self.auxiliary is None else self.auxiliary(trace)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.distributions import MultivariateNormal
-from vrnn_lightning.datamodules.ornstein_uhlenbeck import OrnsteinUhlenbeck
 
 from vrnn_lightning.testing import CHECKS
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from ornstein_uhlenbeck import OrnsteinUhlenbeck
 
 SMALL = {"train_size": 21, "val_size": 9, "test_size": 7, "steps": 5, "min_steps": 1, "batch_size": 4}
 

@@ -79,7 +79,7 @@ def test_objectives_return_the_terms_and_keep_their_value(objective, every):
     found = module.objective(module.vrnn, batch, Noise(batch, [0, 1, 2]), 1.0, lambda x: x)
     torch.testing.assert_close(found.value, plain.value)
     samples = len(found.log_px) // 3
-    expected = module._auxiliary_terms(evaluate(module, batch, samples))
+    expected = module.auxiliary.terms(evaluate(module, batch, samples))
     for a, b in zip(found.auxiliary, expected, strict=True):
         torch.testing.assert_close(a, b)
     parameters = [p for p in module.parameters() if p.requires_grad]

@@ -205,7 +205,7 @@ class GaussianLatent(_LocationScale):
         if self.scale != "softplus" or self.separate:
             return _GaussianHead(in_features, self)
         head = Gaussian(in_features, size)
-        head.min_std = self.min_std  # 0 is allowed here: it is no likelihood of data, which would have no bound
+        head.min_std = self.min_std  # 0 is allowed: only the likelihood of data needs a floor
         return head
 
     def dist(self, *parameters: Tensor) -> Factorised:

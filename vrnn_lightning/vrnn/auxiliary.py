@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
 
+from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.heads import Factorised, Gaussian, Network, log_prob
-from vrnn_lightning.nn import MLP, MLPConfig
-from vrnn_lightning.vrnn import Trace
+from vrnn_lightning.nn import MLPConfig
+from vrnn_lightning.vrnn.trace import Trace
 
-__all__ = ["Auxiliary", "Classification", "Regression"]
+__all__ = ["Auxiliary", "AuxiliaryLosses", "Classification", "Regression"]
+
+BOUND = ("elbo", "reconstruction", "kl")
+FIGURES = {"loss", "objective", "beta", "padding", "grad_norm", "active_units", "bits_per_dim", "gap", *BOUND}
+FIGURES |= {"exact_log_likelihood", *(f"{name}_per_sequence" for name in BOUND)}
+"""Names of figures that an auxiliary loss can't have."""
 
 
 class Auxiliary(nn.Module, ABC):
@@ -45,6 +53,70 @@ class Auxiliary(nn.Module, ABC):
 
     def check(self, targets: Tensor | None, mask: Tensor) -> None:
         """Raise if targets, shape (batch, time, targets), are not what the loss is defined for at real steps."""
+
+
+class AuxiliaryLosses(nn.Module):
+    """The auxiliary losses of a model: their terms in training, and their means in evaluation.
+
+    Args:
+        parts: The losses.
+
+    Raises:
+        UserError: A name is taken.
+    """
+
+    def __init__(self, parts: Iterable[Auxiliary]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        names = [part.name for part in self]
+        if wrong := next((name for name in names if name in FIGURES or names.count(name) > 1), None):
+            raise UserError(f"auxiliary: the name {wrong!r} is in use. Fix: give another as its option name")
+        self.means = nn.ModuleDict({name: MeanMetric() for name in names})
+
+    def __len__(self) -> int:
+        """Return the number of losses."""
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[Auxiliary]:
+        """Yield the losses."""
+        return iter(cast("list[Auxiliary]", self.parts))
+
+    def __getitem__(self, index: int) -> Auxiliary:
+        """Return a loss."""
+        return cast(Auxiliary, self.parts[index])
+
+    def terms(self, trace: Trace) -> tuple[Tensor, ...]:
+        """Return the loss of each part and whether it counts, alternately, each (rows, time)."""
+        return tuple(term for part in self for term in part(trace))
+
+    def check(self, batch: SequenceBatch) -> None:
+        """Raise if a batch has not the targets that the losses are defined for."""
+        for part in self:
+            part.check(batch.targets, batch.mask)
+
+    @staticmethod
+    def sums(terms: Sequence[Tensor], samples: int, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the sum of each loss and the number of its steps, of one trajectory per sequence."""
+        losses, counts = ([term.to(like).sum() / samples for term in terms[start::2]] for start in (0, 1))
+        return losses, counts
+
+    def named_means(self, losses: Iterable[Tensor], counts: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Return the mean of each loss that counts somewhere, by its name."""
+        return {part.name: a / n for part, a, n in zip(self, losses, counts, strict=True) if n}
+
+    def update(self, terms: Sequence[Tensor]) -> None:
+        """Add the terms of a batch to the means of an evaluation."""
+        losses, counts = self.sums(terms, 1, torch.zeros(()))
+        for part, loss, count in zip(self, losses, counts, strict=True):
+            if count:
+                self.means[part.name].update(loss / count, count)  # type: ignore[operator]  # a metric
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the means of an evaluation by name, and begin another."""
+        means = {name: cast(MeanMetric, mean).compute() for name, mean in self.means.items()}
+        for mean in self.means.values():
+            cast(MeanMetric, mean).reset()
+        return means
 
 
 class _Readout(Auxiliary):
@@ -96,8 +168,7 @@ class Regression(_Readout):
         num_targets: Given by the data.
         columns: The targets that are predicted, counted from 0; ``None`` for all.
         loss: "gaussian", minus the log-density of a normal distribution in nats; "mse", the squared error of its mean.
-        width: Units per layer.
-        depth: Layers.
+        network: The network before the output.
         name: It is logged as ``{stage}/NAME``.
         weight: Weight in training.
     """
@@ -109,14 +180,13 @@ class Regression(_Readout):
         num_targets: int,
         columns: list[int] | None = None,
         loss: Literal["gaussian", "mse"] = "gaussian",
-        width: int = 64,
-        depth: int = 1,
+        network: MLPConfig = MLPConfig(),
         name: str = "regression",
         weight: float = 1.0,
     ) -> None:
         super().__init__(hidden_size, latent_size, num_targets, columns, name, weight)
         self.loss = loss
-        self.network = Network(self.in_features, MLPConfig(width, depth), Gaussian, len(self.columns))
+        self.network = Network(self.in_features, network, Gaussian, len(self.columns))
 
     def predict(self, trace: Trace) -> Tensor:
         """Return the mean of each target, shape (rows, time, columns)."""
@@ -140,8 +210,7 @@ class Classification(_Readout):
         num_targets: Given by the data.
         classes: Number of classes.
         column: The target that is predicted, counted from 0.
-        width: Units per layer.
-        depth: Layers.
+        network: The network before the output.
         name: It is logged as ``{stage}/NAME``.
         weight: Weight in training.
     """
@@ -153,14 +222,14 @@ class Classification(_Readout):
         num_targets: int,
         classes: int = 2,
         column: int = 0,
-        width: int = 64,
-        depth: int = 1,
+        network: MLPConfig = MLPConfig(),
         name: str = "classification",
         weight: float = 1.0,
     ) -> None:
         super().__init__(hidden_size, latent_size, num_targets, [column], name, weight)
         self.classes = require("auxiliary.classes", classes, 2)
-        self.network = nn.Sequential(MLP(self.in_features, MLPConfig(width, depth)), nn.Linear(width, classes))
+        body = network(self.in_features)
+        self.network = nn.Sequential(body, nn.Linear(body.out_features, classes))
 
     def predict(self, trace: Trace) -> Tensor:
         """Return the probability of each class, shape (rows, time, classes)."""

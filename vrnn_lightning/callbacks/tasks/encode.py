@@ -15,7 +15,6 @@ from vrnn_lightning.callbacks.pictures import draw_heat
 from vrnn_lightning.callbacks.tasks.base import Prediction, Task, numbers
 from vrnn_lightning.module import VRNNLightningModule as Module
 from vrnn_lightning.vrnn import Trace
-from vrnn_lightning.vrnn.auxiliary import Auxiliary
 
 __all__ = ["Encode", "Reconstruct"]
 
@@ -34,7 +33,7 @@ class Encode(Task):
         trace = cast(Trace, outputs)
         means = trace.z if trace.posterior is None else trace.posterior.mean
         elbo = trace.log_px.sum(1) - trace.kl.sum((1, 2))
-        parts = cast("list[Auxiliary]", list(module.auxiliary)) if trace.hidden is not None else []
+        parts = list(module.auxiliary) if trace.hidden is not None else []
         found = {part.name: values for part in parts if (values := part.predict(trace)) is not None}
         for i in real:
             own, rows = means[i, : batch.lengths[i]], {"real": self.truth(module, batch, i)}

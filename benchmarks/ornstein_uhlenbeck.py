@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vrnn_lightning.datamodules._synthetic import Lengths, SyntheticDataModule, require, valid_values
 
 from vrnn_lightning.batch import SequenceBatch, SequenceSample
 from vrnn_lightning.data import Split
-
-from ._synthetic import Lengths, SyntheticDataModule, require, valid_values
 
 __all__ = ["OrnsteinUhlenbeck"]
 
