@@ -244,6 +244,8 @@ class ELBO(Objective):
                 kind = type(latent if not latent.has_closed_kl else model.prior).__name__
                 raise UserError(f"objective.balance: needs a KL in closed form, which {kind} lacks. Fix: leave it out")
             return trace.kl
+        if self.balance is None and self.kl == "analytic":
+            return trace.kl
         if self.balance is None:
             kl = latent.each_log_prob(q, trace.z) - latent.each_log_prob(p, trace.z)
         else:
