@@ -45,7 +45,7 @@ def make_batch(
     like = model.input_mean
     if isinstance(sequences, SequenceBatch):
         batch = sequences
-        if is_stepped and batch.is_first is not None:
+        if is_stepped and batch.is_first is not None and (batch.is_first & batch.mask)[:, 1:].any():
             raise UserError("the batch has is_first, which this method does not read. Fix: give each episode by itself")
     else:
         xs = list(sequences)

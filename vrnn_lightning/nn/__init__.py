@@ -4,6 +4,7 @@ from vrnn_lightning.compatibility import old_names
 from vrnn_lightning.nn.cells import LayerNormGRUCell, LayerNormLSTMCell, cell_outputs, cell_state
 from vrnn_lightning.nn.networks import (
     MLP,
+    Conv,
     MaskedLinear,
     MLPConfig,
     NetworkFactory,
@@ -14,7 +15,7 @@ from vrnn_lightning.nn.networks import (
 )
 
 __all__ = [
-    "MLP", "LayerNormGRUCell", "LayerNormLSTMCell", "MLPConfig", "MaskedLinear", "NetworkFactory", "Residual",
+    "MLP", "Conv", "LayerNormGRUCell", "LayerNormLSTMCell", "MLPConfig", "MaskedLinear", "NetworkFactory", "Residual",
     "cell_outputs", "cell_state", "evaluating", "feature_width", "require_output",
 ]  # fmt: skip
 __getattr__ = old_names(__name__, {"Layers": "MLPConfig"})

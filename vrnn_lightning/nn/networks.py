@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from torch.nn import functional as F
 from vrnn_lightning.errors import UserError, require, suggestion
 
 __all__ = [
-    "ACTIVATIONS", "MLP", "MLPConfig", "MaskedLinear", "NetworkFactory", "Residual", "evaluating", "feature_width",
-    "require_output",
+    "ACTIVATIONS", "MLP", "Conv", "MLPConfig", "MaskedLinear", "NetworkFactory", "Residual", "evaluating",
+    "feature_width", "require_output",
 ]  # fmt: skip
 
 NetworkFactory = Callable[[int], nn.Module]
@@ -173,3 +174,49 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, is_training in modes:
             part.training = is_training
+
+
+class Conv(nn.Module):
+    """Convolutions over frames that are images or windows; features (..., in_features) to (..., out_features).
+
+    Args:
+        in_features: Numbers of a frame, the product of ``shape``.
+        shape: Of a frame: [channels, length], or [channels, height, width].
+        channels: Channels of each layer.
+        kernel: Width of the kernels, odd.
+        stride: Stride of each layer.
+        activation: A class of ``torch.nn`` that maps each number alone, such as ReLU.
+
+    Raises:
+        UserError: An option is outside its range, or the shape does not hold the frame.
+
+    >>> Conv(256, [1, 16, 16])(torch.zeros(5, 3, 256)).shape
+    torch.Size([5, 3, 512])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        shape: list[int],
+        channels: list[int] = [16, 32],  # noqa: B006  # it is read only
+        kernel: int = 3,
+        stride: int = 2,
+        activation: str = "ReLU",
+    ) -> None:
+        super().__init__()
+        if len(shape) not in (2, 3) or math.prod(shape) != in_features:
+            sizes = "[channels, length] or [channels, height, width]"
+            raise UserError(f"shape {shape}: must be {sizes} of {in_features} numbers, the width of what is read")
+        for option, value in (("kernel", kernel), ("stride", stride), *(("channels", count) for count in channels)):
+            require(option, value, 1)
+        MLPConfig(activation=activation)  # checks its name
+        kind = nn.Conv1d if len(shape) == 2 else nn.Conv2d
+        layers: list[nn.Module] = []
+        for before, after in pairwise([shape[0], *channels]):
+            layers += [kind(before, after, kernel, stride, kernel // 2), ACTIVATIONS[activation]()]
+        self.shape, self.layers = list(shape), nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map frames of shape (..., in_features) to features (..., out_features)."""
+        features: Tensor = self.layers(x.reshape(-1, *self.shape)).flatten(1)
+        return features.reshape(*x.shape[:-1], features.shape[-1])
