@@ -130,7 +130,7 @@ def test_datamodule_elsewhere_by_dotted_path(lightning, folder):
 
 
 def test_help(lightning, plugin):
-    listed = "DoublePendulum, Handwriting, HiddenMarkov, Jumps, LinearGaussian, Lorenz, MNISTRows, Pairs, PianoRolls,"
+    listed = "DoublePendulum, Handwriting, HiddenMarkov, Jumps, LinearGaussian, Lorenz, MNISTRows, Pairs, Pendulum,"
     assert listed in " ".join(lightning("fit", "--help").out.split())
     assert "--data.wrong" in lightning("fit", "--data.help", "Pairs").out
     assert "--model.emission.min_std" in lightning("fit", "--model.emission.help", "Gaussian").out

@@ -44,6 +44,8 @@ class MLPConfig:
         activation: A class of ``torch.nn`` that maps each number alone, such as ReLU, Tanh, ELU, SiLU or GELU.
         norm: "layer" (Ba et al. 2016) or "rms" (Zhang & Sennrich 2019) before each activation.
         residual: Add the input of each layer to its output, where both have the same width.
+        dropout: Probability of dropping a unit after each layer, drawn anew at every call; the time loop calls such a
+            network. ``dropout`` of the model drops the same units at every step.
 
     Raises:
         UserError: An option is outside its range.
@@ -57,10 +59,12 @@ class MLPConfig:
     activation: str = "ReLU"
     norm: Literal["layer", "rms"] | None = None
     residual: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         """Raise if an option is outside its range."""
         require("depth", self.depth, 0)
+        require("dropout", self.dropout, 0, below=1)
         for width in self.width if isinstance(self.width, list) else [self.width]:
             require("width", width, 1)
         if self.activation not in ACTIVATIONS:
@@ -102,6 +106,7 @@ class MLP(nn.Sequential):
             norm = [] if layers.norm is None else [NORMS[layers.norm](after)]
             layer = [nn.Linear(before, after), *norm, ACTIVATIONS[layers.activation]()]
             steps += [Residual(*layer)] if layers.residual and i and before == after else layer
+            steps += [nn.Dropout(layers.dropout)] if layers.dropout else []
         super().__init__(*steps)
         self.out_features = widths[-1]
 
