@@ -6,7 +6,7 @@ import gzip
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from vrnn_lightning.errors import UserError
 __all__ = ["MNISTRows"]
 
 SIDE = 28
-IMAGES, LABELS = 2051, 2049  # the magic numbers of idx files: unsigned bytes in three dimensions, and in one
+IMAGES = 2051  # the magic number of idx files of unsigned bytes in three dimensions
 SOURCE = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 
 
@@ -152,31 +152,17 @@ def _find(root: Path, name: str) -> Path:
 
 def _read_idx(path: Path, max_gb: float) -> NDArray[Any]:
     """Read the images of an idx file, shape (images, 28, 28), in bytes."""
-    with path.open("rb") as file:
-        is_packed = file.read(2) == b"\x1f\x8b" or path.suffix == ".gz"
-        file.seek(0)
-        try:
-            return _images(path, gzip.open(file) if is_packed else file, max_gb)
-        except (EOFError, gzip.BadGzipFile, zlib.error):
-            raise UserError(f"{path}: is damaged or not a gzip file. Fix: copy it again from {SOURCE}") from None
-
-
-def _images(path: Path, file: BinaryIO | gzip.GzipFile, max_gb: float) -> NDArray[Any]:
-    start, fix = file.read(16), f"Fix: copy it again from {SOURCE}"
-    if len(start) < 16:
-        raise UserError(f"{path}: is truncated: it holds {len(start)} bytes. {fix}")
-    magic, *shape = np.frombuffer(start, ">u4").tolist()
-    if magic == LABELS:
-        raise UserError(f"{path}: holds labels (magic number {LABELS}), expected images ({IMAGES}). {fix}")
-    if magic != IMAGES:
-        raise UserError(f"{path}: begins with {magic}, expected the magic number of images, {IMAGES}. {fix}")
-    count, *size = shape
-    if size != [SIDE, SIDE]:
-        raise UserError(f"{path}: has images of {size[0]} x {size[1]} pixels, expected {SIDE} x {SIDE}. {fix}")
-    expected = count * SIDE**2
-    require_size(path, expected, max_gb)
-    data = file.read(expected)
-    if len(data) < expected or file.read(1):
-        what = f"truncated: it holds {16 + len(data)}" if len(data) < expected else "damaged: it holds more"
-        raise UserError(f"{path}: is {what} bytes, but {count} images take {16 + expected}. {fix}")
+    fix = f"Fix: copy it again from {SOURCE}"
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            start = file.read(16)
+            magic, count, *size = np.frombuffer(start.ljust(16, b"\0"), ">u4").tolist()
+            if [magic, *size] != [IMAGES, SIDE, SIDE]:
+                raise UserError(f"{path}: does not begin as idx images of {SIDE} x {SIDE} pixels do. {fix}")
+            require_size(path, count * SIDE**2, max_gb)
+            data = file.read(count * SIDE**2 + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise UserError(f"{path}: is damaged or not a gzip file. {fix}") from None
+    if len(data) != count * SIDE**2:
+        raise UserError(f"{path}: does not hold the {count} images that it declares. {fix}")
     return np.frombuffer(data, np.uint8).reshape(count, SIDE, SIDE)

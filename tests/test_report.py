@@ -80,7 +80,6 @@ def test_a_page_is_whole_and_holds_the_figures(page):
     assert "<script" not in text
     assert text.count("share of the true values") == 1, "of the table that has coverages alone"
     assert "a.wav" not in text
-    assert text.count("data:audio/mpeg") == 1  # the long one
     assert "At step 5" in text
 
 
@@ -128,7 +127,6 @@ def test_what_several_processes_left_is_shown(tmp_path):
         ("evaluation.npz", b""),
         ("predictions/forecast/figures.json", b"{"),
         ("predictions/forecast/figures.json", b"[1]"),
-        ("samples/step_0000010_real_0.wav", b"RIFF" + bytes(2**18)),
     ],
 )
 def test_a_damaged_file_is_named_and_the_last_page_kept(tmp_path, name, content):

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
-__all__ = ["ActiveUnits", "Bound", "Detection", "DrawScores", "Estimate", "below", "seasonal_naive"]
+__all__ = ["ActiveUnits", "Bound", "DrawScores", "Estimate", "below", "detection", "seasonal_naive"]
 
 
 WIDE = torch.float32 if torch.backends.mps.is_available() else torch.float64  # Apple GPUs have no float64
@@ -128,56 +127,32 @@ class ActiveUnits(_Totals):
         return (variance > self.threshold).sum()
 
 
-class Detection(Metric):
-    """``precision``, ``recall`` and ``AUROC`` of steps that are known to be faulty; the scores of all steps are kept.
+def detection(nats: Tensor, faulty: Tensor, threshold: float) -> dict[str, Tensor]:
+    """Return ``precision``, ``recall`` and ``AUROC`` of steps that are known to be faulty, those that are defined.
 
     The AUROC is the chance that a faulty step scores below another, where ties count half.
 
     Args:
-        sync_on_compute: Whether ``compute`` joins the steps of all processes.
+        nats: Log-likelihood of each step, shape (steps,).
+        faulty: True at faulty steps, shape (steps,).
+        threshold: Steps below it are flagged, and those whose log-likelihood is not a number.
 
-    >>> detection = Detection()
-    >>> detection.update(torch.tensor([-9.0, -1.0, -2.0]), torch.tensor([True, False, True]), threshold=-1.5)
-    >>> {name: round(value.item(), 3) for name, value in detection.compute().items()}
+    >>> figures = detection(torch.tensor([-9.0, -1.0, -2.0]), torch.tensor([True, False, True]), threshold=-1.5)
+    >>> {name: round(value.item(), 3) for name, value in figures.items()}
     {'precision': 1.0, 'recall': 1.0, 'AUROC': 1.0}
     """
-
-    full_state_update = False
-    nats: list[Tensor]
-    faulty: list[Tensor]
-    flagged: list[Tensor]
-
-    def __init__(self, sync_on_compute: bool = True) -> None:
-        super().__init__(sync_on_compute=sync_on_compute)
-        for name in ("nats", "faulty", "flagged"):
-            self.add_state(name, [], dist_reduce_fx="cat")
-
-    def update(self, nats: Tensor, faulty: Tensor, threshold: float) -> None:
-        """Add steps.
-
-        Args:
-            nats: Log-likelihood of each step, shape (steps,).
-            faulty: True at faulty steps, shape (steps,).
-            threshold: Steps below it are flagged, and those whose log-likelihood is not a number.
-        """
-        self.nats.append(torch.where(nats.isnan(), -math.inf, nats.detach().to(WIDE)))
-        self.faulty.append(faulty.to(nats.device))
-        self.flagged.append(below(nats, threshold))
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the figures by name, those that are defined."""
-        nats, faulty, flagged = (dim_zero_cat(part) for part in (self.nats, self.faulty, self.flagged))
-        hits, bad, good = (faulty & flagged).sum(), faulty.sum(), (~faulty).sum()
-        figures = {}
-        if flagged.any():
-            figures["precision"] = hits / flagged.sum()
-        if bad:
-            figures["recall"] = hits / bad
-        if bad and good:
-            _, place, ties = (-nats).unique(return_inverse=True, return_counts=True)
-            ranks = (ties.cumsum(0) - (ties - 1) / 2)[place].to(WIDE)  # of ties, their mean
-            figures["AUROC"] = (ranks[faulty].sum() - bad * (bad + 1) / 2) / (bad * good)
-        return figures
+    nats, flagged = torch.where(nats.isnan(), -math.inf, nats.to(WIDE)), below(nats, threshold)
+    hits, bad, good = (faulty & flagged).sum(), faulty.sum(), (~faulty).sum()
+    figures = {}
+    if flagged.any():
+        figures["precision"] = hits / flagged.sum()
+    if bad:
+        figures["recall"] = hits / bad
+    if bad and good:
+        _, place, ties = (-nats).unique(return_inverse=True, return_counts=True)
+        ranks = (ties.cumsum(0) - (ties - 1) / 2)[place].to(WIDE)  # of ties, their mean
+        figures["AUROC"] = (ranks[faulty].sum() - bad * (bad + 1) / 2) / (bad * good)
+    return figures
 
 
 def below(nats: Tensor, threshold: float) -> Tensor:

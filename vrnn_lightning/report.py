@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 
 from vrnn_lightning.callbacks.pictures import make_grid
 from vrnn_lightning.data.archives import opened_archive
-from vrnn_lightning.data.audio import opened, read_header
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, read_cell, undamaged, write_files
 
@@ -28,7 +27,6 @@ NAME = "report.html"
 """Name of the page in the run's folder; its template lies beside this file."""
 KINDS = {".png": "image/png", ".svg": "image/svg+xml", ".wav": "audio/wav", ".mid": "audio/midi"}
 MOST_FILES, MOST_BYTES = 48, 16 * 2**20  # of a group of pictures or sounds, and of one of them
-LONG_SOUND, MP3_RATES = 2**17, (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 MOST_POINTS = 1000  # of a curve
 EARLIER = 8  # pictures of earlier steps
 MOST_ROWS, MOST_LETTERS = 40, 200  # of a table, and of a cell
@@ -261,30 +259,13 @@ def _media(paths: list[Path], prefix: str) -> dict[str, tuple[list[list[_File]],
 
 
 def _embed(path: Path, limit: float = math.inf) -> _File:
-    if path.stat().st_size > limit:
-        return _File(path, "")
-    return _File(path, _sound(path) if path.suffix == ".wav" else _data_url(KINDS[path.suffix], path.read_bytes()))
+    return _File(path, "" if path.stat().st_size > limit else _data_url(KINDS[path.suffix], path.read_bytes()))
 
 
 def _rendered(name: str, figure: Figure) -> _File:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
     return _File(Path(name), _data_url("image/png", content.getvalue()))
-
-
-def _sound(path: Path) -> str:
-    """Return a sound's data URL, as MP3 where it is long and this machine's libsndfile can write that at its rate."""
-    if path.stat().st_size > LONG_SOUND:
-        import soundfile
-
-        rate = read_header(path).rate
-        with opened(path) as sound:
-            wave = sound.read(dtype="float32")
-        if rate in MP3_RATES and "MP3" in soundfile.available_formats():
-            content = io.BytesIO()
-            soundfile.write(content, wave, rate, format="MP3")
-            return _data_url("audio/mpeg", content.getvalue())
-    return _data_url(KINDS[".wav"], path.read_bytes())
 
 
 def _data_url(kind: str, content: bytes) -> str:

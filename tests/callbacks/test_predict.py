@@ -21,7 +21,7 @@ from vrnn_lightning.callbacks import Predictions
 from vrnn_lightning.callbacks.archives import ArchiveWriter
 from vrnn_lightning.callbacks.predictions import GROUP, Draws
 from vrnn_lightning.data import read_archive
-from vrnn_lightning.metrics import Detection, DrawScores, seasonal_naive
+from vrnn_lightning.metrics import DrawScores, detection, seasonal_naive
 from vrnn_lightning.nn import MLPConfig
 
 LENGTHS = (9, 4, 12, 7)
@@ -467,17 +467,12 @@ def test_seasonal_naive_takes_the_last_known_value_of_a_phase():
 def test_detection_is_that_of_all_pairs():
     torch.manual_seed(0)
     nats, faulty = torch.randint(-8, 0, (60,)).double(), torch.rand(60) < 0.3
-    detection = Detection()
-    for part in range(3):
-        detection.update(nats[part::3], faulty[part::3], threshold=-5.0)
-    found = detection.compute()
+    found = detection(nats, faulty, threshold=-5.0)
     bad, good = nats[faulty][:, None], nats[~faulty]
     assert found["AUROC"].item() == pytest.approx(((bad < good).double() + (bad == good) / 2).mean().item())
     assert found["precision"].item() == pytest.approx(faulty[nats < -5].double().mean().item())
     assert found["recall"].item() == pytest.approx((nats[faulty] < -5).double().mean().item())
-    none = Detection()
-    none.update(nats, torch.zeros(60, dtype=torch.bool), threshold=-99.0)
-    assert none.compute() == {}
+    assert detection(nats, torch.zeros(60, dtype=torch.bool), threshold=-99.0) == {}
 
 
 def test_planted_faults_are_flagged(tmp_path):

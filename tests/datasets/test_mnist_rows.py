@@ -216,13 +216,13 @@ def test_options_out_of_range(option, message):
 WHOLE = idx(ALL_TRAIN)
 LARGE = idx(np.zeros((2, 32, 30), np.uint8))
 BROKEN = {
-    "truncated": (TRAIN, WHOLE[:-1], f"is truncated: it holds {len(WHOLE) - 1} bytes, but 23 images take {len(WHOLE)}"),
-    "cut header": (TRAIN, WHOLE[:9], "is truncated: it holds 9 bytes"),
-    "empty": (TRAIN, b"", "is truncated: it holds 0 bytes"),
-    "too long": (TRAIN, WHOLE + b"x", f"is damaged: it holds more bytes, but 23 images take {len(WHOLE)}"),
-    "labels": (TRAIN, np.array([2049, 20], ">u4").tobytes() + bytes(20), "holds labels (magic number 2049), expected"),
-    "wrong magic": (TRAIN, idx(ALL_TRAIN, 1234), "begins with 1234, expected the magic number of images, 2051"),
-    "wrong size": (TRAIN, LARGE, "has images of 32 x 30 pixels, expected 28 x 28"),
+    "truncated": (TRAIN, WHOLE[:-1], "does not hold the 23 images that it declares"),
+    "cut header": (TRAIN, WHOLE[:9], "does not begin as idx images of 28 x 28 pixels do"),
+    "empty": (TRAIN, b"", "does not begin as idx images"),
+    "too long": (TRAIN, WHOLE + b"x", "does not hold the 23 images that it declares"),
+    "labels": (TRAIN, np.array([2049, 20], ">u4").tobytes() + bytes(20), "does not begin as idx images"),
+    "wrong magic": (TRAIN, idx(ALL_TRAIN, 1234), "does not begin as idx images"),
+    "wrong size": (TRAIN, LARGE, "does not begin as idx images of 28 x 28 pixels do"),
     "cut gzip": (
         f"{TRAIN}.gz",
         gzip.compress(WHOLE)[:-99],
@@ -230,7 +230,7 @@ BROKEN = {
     ),
     "spoilt gzip": (f"{TRAIN}.gz", gzip.compress(WHOLE)[:40] + bytes(999), "is damaged or not a gzip file"),
     "no gzip": (f"{TRAIN}.gz", WHOLE, "is damaged or not a gzip file"),
-    "truncated inside": (f"{TRAIN}.gz", gzip.compress(WHOLE[:-1]), "is truncated: it holds"),
+    "truncated inside": (f"{TRAIN}.gz", gzip.compress(WHOLE[:-1]), "does not hold the 23 images"),
     "other file": ("t10k-labels-idx1-ubyte", b"", "holds no train-images-idx3-ubyte(.gz). Fix: download it from"),
 }
 

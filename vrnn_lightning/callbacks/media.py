@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vrnn_lightning.callbacks.archives import FOLDER
 from vrnn_lightning.callbacks.pictures import draw_rows
-from vrnn_lightning.callbacks.strokes import on_paper, save_animation, strokes_svg
+from vrnn_lightning.callbacks.strokes import on_paper, write_strokes
 from vrnn_lightning.data.rolls import KEYS, roll_sound, write_midi
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import csv_line, replacing
@@ -72,7 +72,7 @@ class Media:
     def write(self, rows: Shown, folder: Path, stem: str) -> dict[str, dict[str, list[Path]]]:
         """Write the result of :meth:`to_display` as files ``<stem>_<row>_<i>.<suffix>``; return them by suffix and row.
 
-        Audio becomes wav; strokes become svg in which they are drawn one by one, and sampled ones gif; piano rolls
+        Audio becomes wav; strokes become svg, and sampled ones animated gif; piano rolls
         become wav, and MIDI where mido is installed. Missing values of data are silent; a sequence of the model that
         holds NaN becomes no file.
         """
@@ -109,10 +109,8 @@ class Media:
             content = io.BytesIO()  # libsndfile's own word for a full disk is not an OSError
             soundfile.write(content, wave, ROLL_RATE if is_roll else int(self.sample_rate or 1), format="WAV")
             path.write_bytes(content.getvalue())
-        elif suffix == "gif":
-            save_animation(x, path)
         else:
-            path.write_text(strokes_svg(x, animated=True), encoding="utf-8")
+            write_strokes(x, path, suffix)
 
 
 def _has_mido() -> bool:

@@ -13,12 +13,9 @@ from torch import Tensor
 
 from vrnn_lightning.callbacks import panels
 from vrnn_lightning.callbacks.panels import is_binary
-from vrnn_lightning.callbacks.strokes import on_paper, save_animation, save_strokes, strokes_svg
+from vrnn_lightning.callbacks.strokes import on_paper, save_strokes
 
-__all__ = [
-    "Fan", "draw_fans", "draw_heat", "draw_rows", "draw_scores", "is_binary", "on_paper", "save_animation",
-    "save_strokes", "strokes_svg",
-]  # fmt: skip
+__all__ = ["Fan", "draw_fans", "draw_heat", "draw_rows", "draw_scores", "is_binary", "on_paper", "save_strokes"]
 
 BANDS = (("90 %", 0.05, 0.95, "#c7ddee"), ("50 %", 0.25, 0.75, "#8fbbda"))
 """Quantiles between which a fan chart is shaded, and the colours."""

@@ -88,10 +88,8 @@ class Score(Task):
         labelled = gather(self._labelled)
         if self.threshold is None or not labelled:
             return {}
-        detection = metrics.Detection(sync_on_compute=False)
-        for nats, faulty in labelled:
-            detection.update(nats, faulty, self.threshold)
-        return {"detection": {key: x.item() for key, x in detection.compute().items()}}
+        nats, faulty = map(torch.cat, zip(*labelled, strict=True))
+        return {"detection": {key: x.item() for key, x in metrics.detection(nats, faulty, self.threshold).items()}}
 
     def remarks(self) -> list[str]:
         return [] if self.threshold is None else [f"flagged are steps below {self.threshold:.4g} nats"]
