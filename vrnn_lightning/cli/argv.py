@@ -15,8 +15,8 @@ import vrnn_lightning
 from vrnn_lightning.compatibility import current_class
 from vrnn_lightning.compatibility import current_options as in_current_names
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import explained, require_plain_yaml
-from vrnn_lightning.trust import require_bounded, strings_of
+from vrnn_lightning.files import explained, require_bounded, require_plain_yaml
+from vrnn_lightning.trust import strings_of
 
 __all__ = ["collect_texts", "in_current_names", "last_mention", "mentions", "read_config", "with_configs"]
 
