@@ -26,18 +26,6 @@ def run(request, folder):
     return Path(shutil.copytree(request.param, folder / "runs" / "sines" / "version_0"))
 
 
-@pytest.fixture
-def renamed(monkeypatch):
-    """Rename a part of the model, an option, a class' option and a class, as a release would."""
-    monkeypatch.setitem(compatibility.WEIGHTS, "vrnn.old_cell", "vrnn.cells")
-    monkeypatch.setitem(compatibility.OPTIONS, "model.states", "latent_size")
-    monkeypatch.setitem(compatibility.OPTIONS, "loop.every", "checkpoint_every")
-    monkeypatch.setitem(compatibility.OPTIONS, "vrnn_lightning.heads.StudentT.floor", "min_scale")
-    monkeypatch.setitem(compatibility.OPTIONS, "vrnn_lightning.datamodules.sines.Sines.length", "steps")
-    classes = [("vrnn_lightning.heads.OldT", "vrnn_lightning.heads.StudentT"), *compatibility.CLASSES]
-    monkeypatch.setattr(compatibility, "CLASSES", classes)
-
-
 def rows(file):
     with Path(file).open(newline="") as lines:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(lines)]
@@ -72,48 +60,29 @@ def test_models_load(run):
         assert torch.equal(value, there), name
 
 
-def test_old_names_of_options_classes_and_weights(run, lightning, renamed):
-    path, options = run / "checkpoints" / "last.ckpt", run / "pretrained" / "config.json"
+def test_old_names_of_weights(run, monkeypatch):
+    monkeypatch.setitem(compatibility.WEIGHTS, "vrnn.old_cell", "vrnn.cells")
+    path = run / "checkpoints" / "last.ckpt"
     module = VRNNLightningModule.load_from_checkpoint(path)
     content = torch.load(path, weights_only=True)
     weights = content["state_dict"]
     content["state_dict"] = {name.replace("vrnn.cells", "vrnn.old_cell"): value for name, value in weights.items()}
     assert content["state_dict"].keys() != weights.keys()
-    old = {"class_path": "vrnn_lightning.heads.OldT", "init_args": {"floor": 0.01, "min_df": 2.0}}
-    content["hyper_parameters"] |= {"states": content["hyper_parameters"].pop("latent_size"), "emission": old}
-    content["datamodule_hyper_parameters"] |= {"length": content["datamodule_hyper_parameters"].pop("steps")}
     torch.save(content, path)
-    config = json.loads(options.read_text())
-    config["model"] |= {"states": config["model"].pop("latent_size"), "emission": old}
-    options.write_text(json.dumps(config))
-    loaded = VRNNLightningModule.load_from_checkpoint(path)
-    for found in (loaded, VRNNLightningModule.from_pretrained(run / "pretrained")):
-        assert found.hparams["emission"]["init_args"]["min_scale"] == 0.01
+    for found in (VRNNLightningModule.load_from_checkpoint(path), module.from_pretrained(run / "pretrained")):
         assert torch.equal(next(found.parameters()), next(module.parameters()))
-    said = lightning("test", "--ckpt_path", path, "--evaluation.samples=2", "--data.length", 6, "--model.states=2")
-    assert said.code == 0
-    lines = ["--model.states: is now --model.latent_size", "--data.length: is now --data.steps"]
-    assert said.err.splitlines()[:2] == lines
-    Path("old.yaml").write_text("{model: {states: 2}, loop: {every: 3}}")
-    words = ["-c", run / "config.yaml", "-c", "old.yaml", "--model.emission=OldT", "--model.emission.floor=0.01"]
-    said = lightning("fit", *words, "--print_config")
+    optimized = {compatibility.OPTIMIZED: [["vrnn.old_cell.0.weight_ih", "vrnn.old_cells"]]}
+    compatibility.upgrade(optimized, "last.ckpt")
+    assert optimized == {compatibility.OPTIMIZED: [["vrnn.cells.0.weight_ih", "vrnn.old_cells"]]}
+
+
+def test_an_old_class_path_on_the_command_line(lightning):
+    said = lightning("fit", "--data", "datamodules.sines.Sines", "--print_config")
     assert said.code == 0, said.err
-    written = yaml.safe_load(said.out)
-    assert (written["model"]["latent_size"], written["loop"]["checkpoint_every"]) == (2, 3)
+    assert yaml.safe_load(said.out)["data"]["class_path"] == "vrnn_lightning.datamodules.sines.Sines"
+    Path("old.yaml").write_text("fit: {data: {class_path: datamodules.sines.Sines}}")
+    written = yaml.safe_load(lightning("-c", "old.yaml", "fit", "--print_config").out)
     assert written["data"]["class_path"] == "vrnn_lightning.datamodules.sines.Sines"
-    assert written["model"]["emission"]["init_args"]["min_scale"] == 0.01
-    assert "--loop.every: is now --loop.checkpoint_every" in said.err
-
-
-def test_states_below_an_old_class_are_kept(monkeypatch):
-    monkeypatch.setattr(compatibility, "CLASSES", [("a.Old", "a.New"), ("a.Data", "b.Data2")])
-    monkeypatch.setitem(compatibility.WEIGHTS, "vrnn.old_cell", "vrnn.cells")
-    optimized = compatibility.OPTIMIZED
-    content = {"callbacks": {"Old{'monitor': None}": 1, "Older": 2}, "Data": {"epoch": 3}}
-    content[optimized] = [["vrnn.old_cell.0.weight_ih", "vrnn.old_cells"]]
-    compatibility.upgrade(content, "last.ckpt")
-    assert content.pop(optimized) == [["vrnn.cells.0.weight_ih", "vrnn.old_cells"]]
-    assert content == {"callbacks": {"New{'monitor': None}": 1, "Older": 2}, "Data2": {"epoch": 3}}
 
 
 def test_a_dropped_file_of_an_old_checkpoint_and_a_foreign_package(folder):
@@ -138,11 +107,6 @@ def test_a_newer_format_is_one_line(run, lightning):
         VRNNLightningModule.load_from_checkpoint(path)
     with pytest.raises(UserError, match=f"has format {newer}"):
         VRNNLightningModule.from_pretrained(run / "pretrained")
-
-
-def test_options_of_a_command_are_those_of_the_command_line(renamed):
-    found = compatibility.current_options({"fit": {"model": {"states": 2, "name": "OldT"}}}, commands={"fit"})
-    assert found == {"fit": {"model": {"latent_size": 2, "name": "OldT"}}}
 
 
 @pytest.mark.parametrize("number", [0, -1, True, "2", 1.0, [[2]]])

@@ -1,24 +1,22 @@
 """Files of earlier releases: the number of their format, and the tables of everything that was renamed since.
 
-A release that renames an option, a class or a part of the model adds a row here. Checkpoints, pretrained folders,
-config files and command lines are read through these tables, so an old name is never given to something else.
+A release that moves a package of classes or renames a part of the model adds a row here. Checkpoints, pretrained
+folders, config files and command lines are read through these tables, so an old name is never given to something else.
 """
 
 from __future__ import annotations
 
 import importlib
-import re
 import warnings
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from importlib.machinery import PathFinder
 from typing import Any
 
 from vrnn_lightning.errors import UserError
 
 __all__ = [
-    "CLASSES", "FORMAT", "KEY", "OPTIMIZED", "OPTIONS", "WEIGHTS", "current_class", "current_option", "current_options",
-    "current_weights", "keep_old_hooks", "old_names", "renamed", "require_known_format", "upgrade",
+    "FORMAT", "KEY", "OPTIMIZED", "PACKAGES", "WEIGHTS", "current_class", "current_options", "current_weights",
+    "keep_old_hooks", "old_names", "renamed", "require_known_format", "upgrade",
 ]  # fmt: skip
 
 FORMAT = 2
@@ -27,14 +25,11 @@ OPTIMIZED = "optimizer_parameters"
 """Key in a checkpoint: the names of each optimiser's parameters, in the order of its state."""
 KEY = "vrnn_lightning_format"
 """The format's place in a checkpoint."""
-OPTIONS: dict[str, str] = {}
-"""The new last part of an option by its full old name, of the command line (``model.phi_x``) or of a class
-(``vrnn_lightning.heads.StudentT.min_df``); all parts but the last are current names."""
-CLASSES: list[tuple[str, str]] = [
-    ("datamodules.", "vrnn_lightning.datamodules."),  # 0.1.0
-    ("datamodules.", "vrnn_lightning.datamodules.local."),  # 0.1.0, files of the working directory
-]
-"""Old and new class path, or package with a dot at its end, which counts for the modules that the new one has."""
+PACKAGES = (
+    ("datamodules", "vrnn_lightning.datamodules"),  # 0.1.0
+    ("datamodules", "vrnn_lightning.datamodules.local"),  # 0.1.0, files of the working directory
+)
+"""Old and new package of classes, which counts for the modules that the new one has."""
 WEIGHTS: dict[str, str] = {"prepared": "is_initialized"}
 """The new name of a part of the model by its old one, as in ``state_dict`` (``vrnn.phi_x``)."""
 
@@ -103,19 +98,17 @@ def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 
 
 def current_class(path: str) -> str:
-    """Return the class path that a class has now; a name without a package counts where a class of that name had one.
+    """Return the class path that a class has now.
 
     >>> current_class("datamodules.sines.Sines")
     'vrnn_lightning.datamodules.sines.Sines'
     >>> current_class("torch.optim.Adam")
     'torch.optim.Adam'
     """
-    for old, new in CLASSES:
-        if path and path in (old, old.rpartition(".")[2]):
-            return new
-        module, _, name = path.removeprefix(old).rpartition(".")
-        if old.endswith(".") and path.startswith(old) and _is_module(new[:-1], module):
-            return f"{new}{module}.{name}"
+    for old, new in PACKAGES:
+        module, _, name = path.removeprefix(f"{old}.").rpartition(".")
+        if path.startswith(f"{old}.") and _is_module(new, module):
+            return f"{new}.{module}.{name}"
     return path
 
 
@@ -124,56 +117,17 @@ def _is_module(package: str, name: str) -> bool:
     return name.isidentifier() and PathFinder.find_spec(f"{package}.{name}", folders) is not None
 
 
-def current_option(name: str) -> str:
-    """Return the name that an option of the command line has now.
-
-    >>> current_option("model.phi_x.width")
-    'model.phi_x.width'
-    """
-    current: list[str] = []
-    for part in name.split("."):
-        current.append(OPTIONS.get(".".join([*current, part]), part))
-    return ".".join(current)
-
-
-def current_options(
-    options: Any,
-    place: str = "",
-    say: Callable[[str, str], object] = lambda old, new: None,
-    commands: Collection[str] = (),
-) -> Any:
-    """Return the options of a config file or a checkpoint under the names that they have now.
-
-    Args:
-        options: Their values by name, of any depth.
-        place: The option that they belong to, ``"model"``; or the path of their class.
-        say: Called with the old and the new name of each option that was renamed.
-        commands: Names at the top whose options are those of the command line.
+def current_options(options: Any) -> Any:
+    """Return the options of a config file or a checkpoint, of any depth, with the class paths that classes have now.
 
     >>> current_options({"data": {"class_path": "datamodules.sines.Sines", "init_args": {"steps": 9}}})
     {'data': {'class_path': 'vrnn_lightning.datamodules.sines.Sines', 'init_args': {'steps': 9}}}
     """
     if isinstance(options, list):
-        return [current_options(value, place, say) for value in options]
-    if not isinstance(options, Mapping):
-        is_class = isinstance(options, str) and not place.endswith("name")
-        return current_class(options) if is_class else options
-    paths = [options.get(key) for key in ("class_path", "_class_path")]
-    made = current_class(next((path for path in paths if isinstance(path, str)), ""))
-    current = {}
-    for key, value in options.items():
-        if not isinstance(key, str):
-            current[key] = value
-            continue
-        option = key.removesuffix("+")  # appends to a list
-        old = f"{place}.{option}".lstrip(".")
-        new = OPTIONS.get(old) or OPTIONS.get(f"{made}.{option}") or option
-        full = f"{place}.{new}".lstrip(".")
-        if new != option:
-            say(old, full)
-        within = made if key == "init_args" else "" if key in commands else full
-        current[new + key[len(option) :]] = current_options(value, within, say)
-    return current
+        return [current_options(value) for value in options]
+    if isinstance(options, Mapping):
+        return {key: current_options(value) for key, value in options.items()}
+    return current_class(options) if isinstance(options, str) else options
 
 
 def current_weights(weights: dict[str, Any]) -> dict[str, Any]:
@@ -190,14 +144,9 @@ def _current_weight(name: str) -> str:
 def upgrade(content: dict[str, Any], place: object) -> None:
     """Give everything in a checkpoint the name that it has now, in place; ``place`` is its file, for the message."""
     require_known_format(content.get(KEY), place)
-    short = {old.rpartition(".")[2]: new.rpartition(".")[2] for old, new in CLASSES if not old.endswith(".")}
-    content |= {short[key]: content.pop(key) for key in [*content] if key in short}  # the datamodule's state
-    if isinstance(content.get("callbacks"), Mapping):  # their states, each below its class and perhaps options
-        current = partial(re.sub, r"^\w+", lambda name: short.get(name[0], name[0]))
-        content["callbacks"] = {current(key): state for key, state in content["callbacks"].items()}
-    for key, group in (("hyper_parameters", "model"), ("datamodule_hyper_parameters", "data")):
-        if isinstance(content.get(key), Mapping):
-            content[key] = current_options(content[key], group)
+    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+        if key in content:
+            content[key] = current_options(content[key])
     for key in ("state_dict", "current_model_state"):  # the second: weights beside their average
         if isinstance(content.get(key), Mapping):
             content[key] = current_weights(content[key])

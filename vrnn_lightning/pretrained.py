@@ -238,4 +238,4 @@ def _read_options(path: Path) -> dict[str, Any]:
     if name != NAME or not number.isdecimal() or not isinstance(config.get("model"), dict):
         raise UserError(f"{path}: is not what save_pretrained writes. Fix: give the config.json that it wrote")
     require_known_format(int(number), path)
-    return dict(current_options(config["model"], "model"))
+    return dict(current_options(config["model"]))

@@ -11,7 +11,7 @@ import pytest
 from pages import BLOCKS, FILES, LINES, PAGES, README, ROOT, SHELLS, blocks_of, write_files
 
 from vrnn_lightning import discovery
-from vrnn_lightning.cli.argv import mentions, with_configs, with_current_names
+from vrnn_lightning.cli.argv import mentions, with_configs
 from vrnn_lightning.cli.command import CLI
 from vrnn_lightning.datamodules import local
 from vrnn_lightning.testing import CHECKS
@@ -78,7 +78,7 @@ def parsers():
 
 
 def words_of(command: str) -> list[str]:
-    return with_current_names(with_configs(shlex.split(command)))
+    return with_configs(shlex.split(command))
 
 
 def data_of(words: list[str]) -> list[str]:

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 
 import vrnn_lightning
-from vrnn_lightning.compatibility import OPTIONS, current_option, current_options
+from vrnn_lightning.compatibility import current_class
+from vrnn_lightning.compatibility import current_options as in_current_names
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import explained, require_plain_yaml
-from vrnn_lightning.trust import require_bounded, strings_of
+from vrnn_lightning.files import explained, require_bounded, require_plain_yaml
+from vrnn_lightning.trust import strings_of
 
-__all__ = ["collect_texts", "last_mention", "mentions", "read_config", "with_configs", "with_current_names"]
+__all__ = ["collect_texts", "in_current_names", "last_mention", "mentions", "read_config", "with_configs"]
 
 
 def with_configs(argv: list[str]) -> list[str]:
-    """Return the command line with every config as ``--config=PATH``; the package has those that are not at a path."""
+    """Return the command line with the class paths of now, and every config as ``--config=PATH``.
+
+    The package has the configs that are not at a path.
+    """
     resolved, rest = [], iter(argv)
     for word in rest:
-        option, equals, path = word.partition("=")
+        option, equals, value = word.partition("=")
         if option in ("-c", "--config"):
-            word = f"--config={_find_config(path if equals else next(rest, ''))}"
+            word = f"--config={_find_config(value if equals else next(rest, ''))}"
+        else:
+            word = f"{option}={current_class(value)}" if equals else current_class(word)
         resolved.append(word)
     return resolved
 
@@ -42,37 +45,6 @@ def _find_config(path: str) -> str:
                 require_plain_yaml((folder / path).read_text("utf-8", "replace"), f"--config {path}")
                 return str(folder / path)
     raise UserError(f"--config {path}: no such config file. Fix: check the path")
-
-
-def in_current_names(options: Any, place: str = "") -> Any:
-    """Return the options of a config, or the value of one, under the names that they have now."""
-    return current_options(options, place, _print_renamed, LightningCLI.subcommands())
-
-
-def with_current_names(argv: list[str], defaults: Mapping[str, Any] | None = None) -> list[str]:
-    """Return the command line with every option and class under its present name, given a checkpoint's options."""
-    current: list[str] = []
-    for word in argv:
-        option, equals, value = word.partition("=")
-        if not option.startswith("--"):
-            current.append(in_current_names(word, current[-1] if current else ""))
-            continue
-        new = current_option(option[2:])
-        group, _, last = new.rpartition(".")
-        names = [old for old in OPTIONS if old.endswith(f".{last}")]
-        for chosen in (mentions(argv, group) or [(defaults or {}).get(group)]) if names else ():
-            path = chosen.get("class_path") if isinstance(chosen, dict) else chosen
-            new = next((f"{group}.{OPTIONS[old]}" for old in names if f".{old}".endswith(f".{path}.{last}")), new)
-        if new != option[2:]:
-            _print_renamed(option[2:], new)
-        current.append(f"--{new}{equals}{in_current_names(value, option)}")
-    return current
-
-
-@cache
-@rank_zero_only
-def _print_renamed(old: str, new: str) -> None:
-    print(f"--{old}: is now --{new}", file=sys.stderr)
 
 
 def mentions(argv: list[str], key: str) -> list[Any]:

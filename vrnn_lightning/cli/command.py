@@ -20,7 +20,7 @@ from vrnn_lightning import discovery
 from vrnn_lightning.callbacks import Diagnostics, Evaluation, Loop, Predictions, Samples
 from vrnn_lightning.callbacks.predictions import Draws
 from vrnn_lightning.cli import processes, slurm
-from vrnn_lightning.cli.argv import collect_texts, last_mention, mentions, read_config, with_configs, with_current_names
+from vrnn_lightning.cli.argv import collect_texts, last_mention, mentions, read_config, with_configs
 from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint, runs_folder
 from vrnn_lightning.cli.failures import explain_construction, explain_run
 from vrnn_lightning.cli.outcome import class_name, evaluation_lines, fit_lines, foreign_data, prediction_lines, shorten
@@ -65,7 +65,7 @@ class CLI(LightningCLI):
     def __init__(self, argv: list[str]) -> None:
         local.use_working_directory()
         self.command_line = argv
-        self.argv = with_current_names(with_configs(argv))
+        self.argv = with_configs(argv)
         self.is_help = bool({"-h", "--help"} & set(self.argv))
         self.trusted = _trusted(self.argv)
         values = [value for key in ("data", "data.class_path", "data.help") for value in mentions(self.argv, key)]
@@ -73,7 +73,6 @@ class CLI(LightningCLI):
         self.checkpoint = self._read_checkpoint()
         self.origin = self._read_origin()
         if self.checkpoint:
-            self.argv = with_current_names(self.argv, self.checkpoint.defaults())
             has_config = any(word.startswith("--config=") for word in self.argv)
             if self.checkpoint.folder and not has_config and "fit" in self.argv:
                 config = self.checkpoint.folder / "config.yaml"

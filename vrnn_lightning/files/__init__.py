@@ -18,14 +18,15 @@ import yaml
 from vrnn_lightning.errors import UserError
 
 __all__ = [
-    "csv_line", "explained", "flush", "is_remote", "read_cell", "replacing", "require_intact_zip", "require_local",
-    "require_plain_yaml", "require_size", "temporary_name", "text_cell", "undamaged", "upload", "write_files",
-    "zip_members",
+    "csv_line", "explained", "flush", "is_remote", "read_cell", "replacing", "require_bounded", "require_intact_zip",
+    "require_local", "require_plain_yaml", "require_size", "temporary_name", "text_cell", "undamaged",
+    "upload", "write_files", "zip_members",
 ]  # fmt: skip
 
 MAX_GB = 4.0  # gigabytes that the content of one file may take, unless an option sets them
 EXPANSION = 16  # times its own size that a file may take in any case
-SHORT_YAML, DEEPEST_YAML, MOST_VALUES = 100, 100, 100_000  # characters without harm, nesting, values of a short text
+SHORT_YAML = 100  # characters that hold too little to do harm
+MAX_DEPTH, MAX_SIZE = 32, 200_000  # of nested containers; the values of repeated parts are counted each time
 PIECE = 2**20  # bytes that are read at once
 ABANDONED = 3600.0  # seconds without a change after which a temporary file belongs to a process that was killed
 LONGEST_NAME = 40  # characters of a file's name in the name of its temporary file, which must not be too long
@@ -235,41 +236,35 @@ def undamaged(problem: str, fix: str) -> Iterator[None]:
         raise UserError(f"{problem} ({reason}). Fix: {fix}") from error
 
 
-def require_plain_yaml(text: str, place: str) -> None:
-    """Raise if YAML holds far more values than it has characters, as aliases of aliases do, or is nested very deeply.
+def require_bounded(value: object, source: str) -> None:
+    """Raise if nested containers are too deep or too large, as repeated or cyclic parts make them."""
+    level, size = [value], 0
+    for _ in range(MAX_DEPTH):
+        containers = [part for part in level if isinstance(part, (Mapping, list, tuple, set, frozenset))]
+        size += sum(map(len, containers))
+        if size > MAX_SIZE:
+            raise UserError(f"{source}: holds more than {MAX_SIZE} values. Fix: shorten it")
+        level = [x for part in containers for x in (part.values() if isinstance(part, Mapping) else part)]
+        if not level:
+            return
+    raise UserError(f"{source}: is nested more than {MAX_DEPTH} deep. Fix: flatten it")
 
-    It is not loaded. A text that is not YAML passes: its reader raises.
+
+def require_plain_yaml(text: str, place: str) -> None:
+    """Raise as :func:`require_bounded` does for YAML, of which only containers and texts are made, no object.
+
+    A text that is not YAML passes: its reader raises.
 
     >>> require_plain_yaml("{a: &a [1, 2], b: [*a, *a]}", "a.yaml")
     """
     if len(text) < SHORT_YAML and "&" not in text:
         return
-    anchors: dict[str, int] = {}
-    inside: list[tuple[str | None, int]] = [(None, 0)]  # of each open collection its anchor, and its values so far
-    limit = max(MOST_VALUES, len(text))
-    deep = f"{place}: is nested more than {DEEPEST_YAML} deep. Fix: write it flatter"
-    try:
-        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-            anchor, values = getattr(event, "anchor", None), 0
-            if isinstance(event, yaml.CollectionStartEvent):
-                inside.append((anchor, 1))
-                if len(inside) > DEEPEST_YAML:
-                    raise UserError(deep)
-            elif isinstance(event, yaml.CollectionEndEvent):
-                anchor, values = inside.pop()
-            elif isinstance(event, yaml.AliasEvent):
-                values, anchor = anchors.get(str(anchor), 1), None
-            elif isinstance(event, yaml.ScalarEvent):
-                values = 1
-            if anchor and values:
-                anchors[anchor] = values
-            inside[-1] = inside[-1][0], inside[-1][1] + values
-            if inside[-1][1] > limit:
-                place = f"{place}: its {len(text)} characters"
-                raise UserError(f"{place} expand to more than {limit} values by aliases. Fix: repeat less")
-    except yaml.YAMLError as error:
-        if "nesting depth" in str(error):
-            raise UserError(deep) from None
+    with suppress(yaml.YAMLError, ValueError):
+        try:
+            value = yaml.load(text, Loader=yaml.BaseLoader)
+        except RecursionError:
+            raise UserError(f"{place}: is nested more than {MAX_DEPTH} deep. Fix: flatten it") from None
+        require_bounded(value, place)
 
 
 def require_size(path: Path, needed: int, max_gb: float, option: str = "--data.max_gb") -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from vrnn_lightning.compatibility import KEY, require_known_format, upgrade
 from vrnn_lightning.errors import UserError
-from vrnn_lightning.files import explained, require_intact_zip, undamaged
-from vrnn_lightning.trust.gate import Gate, path_of, require_bounded
+from vrnn_lightning.files import explained, require_bounded, require_intact_zip, undamaged
+from vrnn_lightning.trust.gate import Gate, path_of
 
 __all__ = ["Stored", "make_storable", "read_checkpoint", "read_stored", "require_types"]
 

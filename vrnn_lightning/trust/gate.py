@@ -17,9 +17,10 @@ import yaml
 from vrnn_lightning import datamodules
 from vrnn_lightning.compatibility import current_class
 from vrnn_lightning.errors import UserError
+from vrnn_lightning.files import MAX_DEPTH, require_bounded
 from vrnn_lightning.trust.parameters import Expected, expected_of, parameters_of
 
-__all__ = ["Gate", "is_name", "path_of", "require_bounded", "strings_of", "subclasses_of"]
+__all__ = ["Gate", "is_name", "path_of", "strings_of", "subclasses_of"]
 
 OWN = "vrnn_lightning"
 ALLOWED = (
@@ -39,9 +40,6 @@ NOT_ALLOWED = (f"{OWN}.cli", f"{OWN}.discovery", f"{OWN}.testing", f"{OWN}.__mai
 """Parts of this package that run what they are given."""
 ENTRY_POINTS = "vrnn_lightning.datamodules"
 SCALARS = (bool, int, float, str)
-MAX_DEPTH = 32
-MAX_SIZE = 200_000
-"""Values that the options of a file may hold, those of repeated parts counted each time."""
 MAX_TEXT = 10_000
 """Characters of a text that is read as YAML."""
 
@@ -266,20 +264,6 @@ class Gate:
             if any(mark in text for mark in ("class_path", "{", "[")):
                 raise UserError(f"{self.source}: {place} is neither a name nor YAML. Fix: correct it") from None
             return text
-
-
-def require_bounded(value: Any, source: str) -> None:
-    """Raise a UserError if nested containers are too deep or too large, as repeated or cyclic parts make them."""
-    level, size = [value], 0
-    for _ in range(MAX_DEPTH):
-        containers = [part for part in level if isinstance(part, (Mapping, list, tuple, set, frozenset))]
-        size += sum(map(len, containers))
-        if size > MAX_SIZE:
-            raise UserError(f"{source}: holds more than {MAX_SIZE} values. Fix: shorten it")
-        level = [x for part in containers for x in (part.values() if isinstance(part, Mapping) else part)]
-        if not level:
-            return
-    raise UserError(f"{source}: is nested more than {MAX_DEPTH} deep. Fix: flatten it")
 
 
 def strings_of(value: Any) -> Iterator[str]:
