@@ -6,7 +6,6 @@ import io
 import os
 import pickle
 import stat
-import time
 import zipfile
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import fsspec
 import numpy as np
 import pytest
 
-from vrnn_lightning import files
 from vrnn_lightning.data import read_archive
 from vrnn_lightning.data.rolls import read_midi, read_note_lists
 from vrnn_lightning.errors import UserError
@@ -103,15 +101,6 @@ class TestReplacing:
         with one_line("gone"), replacing(tmp_path / "gone" / "a") as temporary:
             temporary.parent.rmdir()
             temporary.write_text("one")
-
-    def test_what_a_killed_process_left_is_swept_away(self, tmp_path):
-        old, fresh = tmp_path / ".a.txt.0123.part", tmp_path / ".a.txt.4567.part"
-        for path in (old, fresh):
-            path.write_text("half")
-        os.utime(old, (time.time() - 2 * files.ABANDONED,) * 2)
-        with replacing(tmp_path / "a.txt") as temporary:
-            temporary.write_text("one")
-        assert left(tmp_path) == [fresh.name, "a.txt"]
 
     def test_several_files_are_replaced_when_all_are_there(self, tmp_path, monkeypatch):
         write_files({tmp_path / "a": b"1", tmp_path / "b": b"1"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import importlib
 import re
 import sys
@@ -89,19 +88,13 @@ def _classes(files: list[Path]) -> Iterator[tuple[str, Path]]:
     for file in files:
         text = file.read_text(encoding="utf-8", errors="replace")
         try:
-            nodes += [(node, file) for node in _class_nodes(text)]
+            nodes += [(node, file) for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
         except (SyntaxError, ValueError):  # its error is printed when it is asked for
             yield from ((name, file) for name in re.findall(r"^class ([A-Za-z]\w*)", text, re.MULTILINE))
     modules: set[str] = set()
     while more := {n.name for n, _ in nodes if n.name not in modules and _is_datamodule(n, modules)}:
         modules |= more
     yield from ((n.name, file) for n, file in nodes if n.name in modules and not n.name.startswith("_"))
-
-
-@functools.lru_cache(256)
-def _class_nodes(text: str) -> tuple[ast.ClassDef, ...]:
-    """Return the classes at the top level of a file; a command asks several times for the same."""
-    return tuple(node for node in ast.parse(text).body if isinstance(node, ast.ClassDef))
 
 
 def _is_datamodule(node: ast.ClassDef, known_names: set[str]) -> bool:

@@ -28,7 +28,6 @@ EXPANSION = 16  # times its own size that a file may take in any case
 SHORT_YAML = 100  # characters that hold too little to do harm
 MAX_DEPTH, MAX_SIZE = 32, 200_000  # of nested containers; the values of repeated parts are counted each time
 PIECE = 2**20  # bytes that are read at once
-ABANDONED = 3600.0  # seconds without a change after which a temporary file belongs to a process that was killed
 LONGEST_NAME = 40  # characters of a file's name in the name of its temporary file, which must not be too long
 FORMULA = re.compile(r"'*[=+\-@\t\r]")  # the start of a text that a spreadsheet would run, or that text_cell wrote
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -77,7 +76,6 @@ def replacing(path: Path | str, option: str = "") -> Iterator[Path]:
         try:
             yield temporary
             flush(temporary)
-            _sweep(temporary)
             temporary.replace(path)
         finally:
             with suppress(OSError):
@@ -279,17 +277,6 @@ def require_size(path: Path, needed: int, max_gb: float, option: str = "--data.m
             f"{path}: its {size} bytes declare {needed / 1e9:,.1f} GB of content, more than {option} {max_gb:g}. "
             f"Fix: copy the file again if it is damaged, or raise {option}"
         )
-
-
-def _sweep(temporary: Path) -> None:
-    """Remove temporary files of the same target that a killed process left long ago."""
-    now, prefix = temporary.stat().st_mtime, f"{temporary.name.rsplit('.', 2)[0]}."
-    with os.scandir(temporary.parent) as entries:
-        old = [entry for entry in entries if entry.name.startswith(prefix) and entry.name.endswith(".part")]
-    for entry in old:
-        with suppress(OSError):  # another process has removed it
-            if now - entry.stat().st_mtime > ABANDONED:
-                Path(entry.path).unlink()
 
 
 def flush(path: Path) -> None:

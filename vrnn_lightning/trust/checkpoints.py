@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,8 +29,6 @@ KEYS: dict[Any, tuple[str, ...]] = {
     str: ("pytorch-lightning_version",),
 }
 """Keys of a checkpoint by the type of their values."""
-COUNTS = frozenset({"ready", "started", "processed", "completed", "_batches_that_stepped"})
-"""Numbers that Lightning's loops count."""
 
 
 def read_checkpoint(path: Path, option: str = "", map_location: Any = "cpu") -> dict[str, Any]:
@@ -53,7 +50,6 @@ def read_checkpoint(path: Path, option: str = "", map_location: Any = "cpu") -> 
         problem = "is damaged or not a checkpoint" if is_file else "is a folder" if is_folder else "no such file"
         raise UserError(f"{place}: {problem}. Fix: {FIX}")
     require_intact_zip(path, option)
-    _require_stored(path, place)
     with explained(path, option), undamaged(f"{place}: is damaged, or holds more than weights and options", FIX):
         content = torch.load(path, map_location=map_location, weights_only=True)
     if isinstance(content, dict):
@@ -160,14 +156,6 @@ def _path(cls: type) -> str:
     return f"{package if public else cls.__module__}.{cls.__qualname__}"
 
 
-def _require_stored(path: Path, place: str) -> None:
-    """Raise if a checkpoint's members are compressed: torch writes them as they are, so their size is the file's."""
-    with zipfile.ZipFile(path) as archive:
-        declared = sum(member.file_size for member in archive.infolist())
-    if declared > path.stat().st_size:
-        raise UserError(f"{place}: declares {declared} bytes, but the file has {path.stat().st_size}. Fix: {FIX}")
-
-
 def _require_shape(content: Any, place: str) -> None:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{place}: is not a checkpoint. Fix: {FIX}")
@@ -175,7 +163,6 @@ def _require_shape(content: Any, place: str) -> None:
         require_bounded(content[key], f"{place}: its {key[:80]}")
     for problem in _problems(content):
         raise UserError(f"{place}: its {problem}. Fix: {FIX}")
-    _require_weights(content.get("state_dict", {}), place)
 
 
 def _problems(content: Mapping[str, Any]) -> Iterator[str]:
@@ -187,37 +174,9 @@ def _problems(content: Mapping[str, Any]) -> Iterator[str]:
     for key in KEYS[int]:
         if not 0 <= content.get(key, 0) < 2**64:
             yield f"{key} is {content[key]}"
-    if not re.fullmatch(r"\d+(\.\d+)*[.\w+]*", content.get("pytorch-lightning_version", "2")):
-        yield "pytorch-lightning_version is not a version"
     for key in KEYS[dict]:
         if not all(isinstance(name, str) for name in content.get(key, {})):
             yield f"{key} has names that are not text"
-    for key in ("optimizer_states", "lr_schedulers"):
-        if not all(isinstance(state, dict) for state in content.get(key, [])):
-            yield f"{key} are not states by name"
-    named = content.get("optimizer_parameters", [])
-    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in named):
-        yield "optimizer_parameters are not lists of names"
-    yield from _miscounts(content.get("loops", {}), "loops")
-
-
-def _miscounts(loops: Mapping[Any, Any], place: str) -> Iterator[str]:
-    for name, value in loops.items():
-        if name in COUNTS and not (isinstance(value, int) and 0 <= value < 2**63):
-            yield f"{place}.{name} is not a count"
-        elif isinstance(value, dict):
-            yield from _miscounts(value, f"{place}.{str(name)[:80]}")
-
-
-def _require_weights(weights: Mapping[Any, Any], place: str) -> None:
-    """Raise if a ``state_dict`` holds anything but whole tensors: a view can declare more values than it has."""
-    storages: dict[int, int] = {}
-    for name, value in weights.items():
-        is_plain = isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
-        if not is_plain or value.is_quantized or value.is_nested or value.device.type == "meta":
-            raise UserError(f"{place}: {str(name)[:80]} is not a tensor of weights. Fix: {FIX}")
-        storage = value.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-    declared, held = sum(value.numel() * value.element_size() for value in weights.values()), sum(storages.values())
-    if declared > held:
-        raise UserError(f"{place}: its weights declare {declared} bytes, but it holds {held}. Fix: {FIX}")
+    for name, value in content.get("state_dict", {}).items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type == "meta":
+            yield f"{name[:80]} is not a tensor of weights"
