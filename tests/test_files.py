@@ -25,9 +25,9 @@ from vrnn_lightning.files import (
     require_local,
     require_plain_yaml,
     text_cell,
-    upload,
     write_files,
 )
+from vrnn_lightning.resuming.checkpoint import WholeCheckpoints
 
 
 def left(folder: Path) -> list[str]:
@@ -114,28 +114,11 @@ class TestReplacing:
 class TestRemote:
     URL = "memory://bucket/run/a.ckpt"
 
-    def test_a_file_is_written_here_and_uploaded_whole(self):
-        for content in (b"one", b"three"):
-            with replacing(self.URL) as temporary:
-                temporary.write_bytes(content)
-            remote = fsspec.filesystem("memory")
-            assert remote.cat("/bucket/run/a.ckpt") == content
-            assert remote.find("/bucket") == ["/bucket/run/a.ckpt"]
-
-    def test_a_short_copy_leaves_the_earlier_file(self, tmp_path, monkeypatch):
-        remote = fsspec.filesystem("memory")
-        (tmp_path / "a").write_bytes(b"first")
-        upload(tmp_path / "a", self.URL)
-        monkeypatch.setattr(type(remote), "put_file", lambda self, local, place, **_: self.pipe_file(place, b"fi"))
-        (tmp_path / "a").write_bytes(b"second")
-        with one_line(r"--x memory://bucket/run/a.ckpt: can't be uploaded \(2 of 6 bytes arrived\)"):
-            upload(tmp_path / "a", self.URL, "--x")
-        assert remote.cat("/bucket/run/a.ckpt") == b"first"
-        assert remote.find("/bucket") == ["/bucket/run/a.ckpt"]
-
-    def test_an_unknown_protocol(self, tmp_path):
-        with one_line("nowhere://a"):
-            upload(tmp_path / "a", "nowhere://a/b")
+    def test_a_checkpoint_is_written_as_lightning_writes_it(self):
+        for content in ({"epoch": 1}, {"epoch": 2}):
+            WholeCheckpoints().save_checkpoint(content, self.URL)
+            assert WholeCheckpoints().load_checkpoint(self.URL) == content
+            assert fsspec.filesystem("memory").find("/bucket") == ["/bucket/run/a.ckpt"]
 
     def test_folders_that_are_written_file_by_file_are_local(self, tmp_path):
         assert require_local(str(tmp_path), "--x") == tmp_path

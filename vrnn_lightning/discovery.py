@@ -8,7 +8,6 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from itertools import chain
 from pathlib import Path
@@ -19,31 +18,18 @@ from lightning.pytorch import LightningDataModule
 from vrnn_lightning.datamodules import INSTALLED, local
 from vrnn_lightning.errors import UserError, suggestion
 
-__all__ = ["Found", "known", "load", "suggestion"]
+__all__ = ["known", "load", "suggestion"]
 
 ENTRY_POINTS = PACKAGE = "vrnn_lightning.datamodules"
 
 
-@dataclass(frozen=True)
-class Found:
-    """The places of a datamodule.
-
-    Args:
-        name: The class' name, as in ``--data NAME``.
-        places: The files and entry points that define the name; :func:`load` raises if there are several.
-    """
-
-    name: str
-    places: tuple[Path | EntryPoint, ...]
-
-
-def known() -> dict[str, Found]:
-    """Return every datamodule by name, without importing any of them."""
+def known() -> dict[str, tuple[Path | EntryPoint, ...]]:
+    """Return the files and entry points that define each datamodule, by its name, without importing any of them."""
     places: dict[str, tuple[Path | EntryPoint, ...]] = {}
     points = ((point.name, point) for point in entry_points(group=ENTRY_POINTS))
     for name, place in chain[tuple[str, Path | EntryPoint]](_classes(_files()), points):
         places[name] = (*places.get(name, ()), place)
-    return {name: Found(name, places[name]) for name in sorted(places)}
+    return dict(sorted(places.items()))
 
 
 def load(name: str) -> type[LightningDataModule]:
@@ -64,7 +50,7 @@ def load(name: str) -> type[LightningDataModule]:
     if name not in names:
         fix = f"choose one of {', '.join(names)}" if names else "put its file into ./datamodules"
         raise UserError(f"--data {name}: no such datamodule.{suggestion(name, names)} Fix: {fix}")
-    place, *others = names[name].places
+    place, *others = names[name]
     if others:
         places = [f"{p.value} (entry point)" if isinstance(p, EntryPoint) else str(p) for p in (place, *others)]
         raise UserError(f"--data {name}: defined in {' and in '.join(places)}. Fix: rename one")
