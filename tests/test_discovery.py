@@ -50,8 +50,8 @@ def test_dropped_file_is_loaded_from_this_working_directory(drop, tmp_path_facto
 
 def test_installed_are_those_that_come_with_the_package(drop):
     drop("dropped_too.py", HEAD + "class DroppedToo(SequenceDataModule): pass\n")
-    for name, found in discovery.known().items():
-        path = f"vrnn_lightning.datamodules.{found.places[0].stem}.{name}"
+    for name, places in discovery.known().items():
+        path = f"vrnn_lightning.datamodules.{places[0].stem}.{name}"
         assert is_installed(path) == (name != "DroppedToo")
     for name in ("Sines", "absent.Sines", "local.sines.Sines"):
         assert not is_installed(f"vrnn_lightning.datamodules.{name}")
@@ -100,7 +100,7 @@ def test_file_of_an_installed_name_hides_nothing(drop):
 
 def test_folder_that_is_both_is_read_once(folder, monkeypatch):
     monkeypatch.chdir(Path(discovery.__file__).parents[1])
-    assert len(discovery.known()["Sines"].places) == 1
+    assert len(discovery.known()["Sines"]) == 1
 
 
 @pytest.mark.parametrize(

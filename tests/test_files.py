@@ -6,7 +6,6 @@ import io
 import os
 import pickle
 import stat
-import time
 import zipfile
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import fsspec
 import numpy as np
 import pytest
 
-from vrnn_lightning import files
 from vrnn_lightning.data import read_archive
 from vrnn_lightning.data.rolls import read_midi, read_note_lists
 from vrnn_lightning.errors import UserError
@@ -27,9 +25,9 @@ from vrnn_lightning.files import (
     require_local,
     require_plain_yaml,
     text_cell,
-    upload,
     write_files,
 )
+from vrnn_lightning.resuming.checkpoint import WholeCheckpoints
 
 
 def left(folder: Path) -> list[str]:
@@ -104,15 +102,6 @@ class TestReplacing:
             temporary.parent.rmdir()
             temporary.write_text("one")
 
-    def test_what_a_killed_process_left_is_swept_away(self, tmp_path):
-        old, fresh = tmp_path / ".a.txt.0123.part", tmp_path / ".a.txt.4567.part"
-        for path in (old, fresh):
-            path.write_text("half")
-        os.utime(old, (time.time() - 2 * files.ABANDONED,) * 2)
-        with replacing(tmp_path / "a.txt") as temporary:
-            temporary.write_text("one")
-        assert left(tmp_path) == [fresh.name, "a.txt"]
-
     def test_several_files_are_replaced_when_all_are_there(self, tmp_path, monkeypatch):
         write_files({tmp_path / "a": b"1", tmp_path / "b": b"1"})
         (tmp_path / "c").mkdir()
@@ -125,28 +114,11 @@ class TestReplacing:
 class TestRemote:
     URL = "memory://bucket/run/a.ckpt"
 
-    def test_a_file_is_written_here_and_uploaded_whole(self):
-        for content in (b"one", b"three"):
-            with replacing(self.URL) as temporary:
-                temporary.write_bytes(content)
-            remote = fsspec.filesystem("memory")
-            assert remote.cat("/bucket/run/a.ckpt") == content
-            assert remote.find("/bucket") == ["/bucket/run/a.ckpt"]
-
-    def test_a_short_copy_leaves_the_earlier_file(self, tmp_path, monkeypatch):
-        remote = fsspec.filesystem("memory")
-        (tmp_path / "a").write_bytes(b"first")
-        upload(tmp_path / "a", self.URL)
-        monkeypatch.setattr(type(remote), "put_file", lambda self, local, place, **_: self.pipe_file(place, b"fi"))
-        (tmp_path / "a").write_bytes(b"second")
-        with one_line(r"--x memory://bucket/run/a.ckpt: can't be uploaded \(2 of 6 bytes arrived\)"):
-            upload(tmp_path / "a", self.URL, "--x")
-        assert remote.cat("/bucket/run/a.ckpt") == b"first"
-        assert remote.find("/bucket") == ["/bucket/run/a.ckpt"]
-
-    def test_an_unknown_protocol(self, tmp_path):
-        with one_line("nowhere://a"):
-            upload(tmp_path / "a", "nowhere://a/b")
+    def test_a_checkpoint_is_written_as_lightning_writes_it(self):
+        for content in ({"epoch": 1}, {"epoch": 2}):
+            WholeCheckpoints().save_checkpoint(content, self.URL)
+            assert WholeCheckpoints().load_checkpoint(self.URL) == content
+            assert fsspec.filesystem("memory").find("/bucket") == ["/bucket/run/a.ckpt"]
 
     def test_folders_that_are_written_file_by_file_are_local(self, tmp_path):
         assert require_local(str(tmp_path), "--x") == tmp_path

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ast
-import functools
 import importlib
 import re
 import sys
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from itertools import chain
 from pathlib import Path
@@ -20,31 +18,18 @@ from lightning.pytorch import LightningDataModule
 from vrnn_lightning.datamodules import INSTALLED, local
 from vrnn_lightning.errors import UserError, suggestion
 
-__all__ = ["Found", "known", "load", "suggestion"]
+__all__ = ["known", "load", "suggestion"]
 
 ENTRY_POINTS = PACKAGE = "vrnn_lightning.datamodules"
 
 
-@dataclass(frozen=True)
-class Found:
-    """The places of a datamodule.
-
-    Args:
-        name: The class' name, as in ``--data NAME``.
-        places: The files and entry points that define the name; :func:`load` raises if there are several.
-    """
-
-    name: str
-    places: tuple[Path | EntryPoint, ...]
-
-
-def known() -> dict[str, Found]:
-    """Return every datamodule by name, without importing any of them."""
+def known() -> dict[str, tuple[Path | EntryPoint, ...]]:
+    """Return the files and entry points that define each datamodule, by its name, without importing any of them."""
     places: dict[str, tuple[Path | EntryPoint, ...]] = {}
     points = ((point.name, point) for point in entry_points(group=ENTRY_POINTS))
     for name, place in chain[tuple[str, Path | EntryPoint]](_classes(_files()), points):
         places[name] = (*places.get(name, ()), place)
-    return {name: Found(name, places[name]) for name in sorted(places)}
+    return dict(sorted(places.items()))
 
 
 def load(name: str) -> type[LightningDataModule]:
@@ -65,7 +50,7 @@ def load(name: str) -> type[LightningDataModule]:
     if name not in names:
         fix = f"choose one of {', '.join(names)}" if names else "put its file into ./datamodules"
         raise UserError(f"--data {name}: no such datamodule.{suggestion(name, names)} Fix: {fix}")
-    place, *others = names[name].places
+    place, *others = names[name]
     if others:
         places = [f"{p.value} (entry point)" if isinstance(p, EntryPoint) else str(p) for p in (place, *others)]
         raise UserError(f"--data {name}: defined in {' and in '.join(places)}. Fix: rename one")
@@ -89,19 +74,13 @@ def _classes(files: list[Path]) -> Iterator[tuple[str, Path]]:
     for file in files:
         text = file.read_text(encoding="utf-8", errors="replace")
         try:
-            nodes += [(node, file) for node in _class_nodes(text)]
+            nodes += [(node, file) for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
         except (SyntaxError, ValueError):  # its error is printed when it is asked for
             yield from ((name, file) for name in re.findall(r"^class ([A-Za-z]\w*)", text, re.MULTILINE))
     modules: set[str] = set()
     while more := {n.name for n, _ in nodes if n.name not in modules and _is_datamodule(n, modules)}:
         modules |= more
     yield from ((n.name, file) for n, file in nodes if n.name in modules and not n.name.startswith("_"))
-
-
-@functools.lru_cache(256)
-def _class_nodes(text: str) -> tuple[ast.ClassDef, ...]:
-    """Return the classes at the top level of a file; a command asks several times for the same."""
-    return tuple(node for node in ast.parse(text).body if isinstance(node, ast.ClassDef))
 
 
 def _is_datamodule(node: ast.ClassDef, known_names: set[str]) -> bool:

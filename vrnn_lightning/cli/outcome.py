@@ -74,8 +74,8 @@ def foreign_data(argv: list[str]) -> str:
     """Return the option for a datamodule that a checkpoint alone may not name, or nothing."""
     names = [name for name in map(class_name, mentions(argv, "data")) if name]
     name = names[-1] if names else ""
-    known = discovery.known().get(name.rpartition(".")[2] if name.startswith(f"{datamodules.__name__}.") else name)
-    places = known.places if known else ()
+    short = name.rpartition(".")[2] if name.startswith(f"{datamodules.__name__}.") else name
+    places = discovery.known().get(short, ())
     is_own = bool(places) and all(isinstance(p, Path) and p.parent == datamodules.INSTALLED for p in places)
     return f" --data {name}" if name and not is_own else ""
 

@@ -11,7 +11,6 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import yaml
 
@@ -20,7 +19,7 @@ from vrnn_lightning.errors import UserError
 __all__ = [
     "csv_line", "explained", "flush", "is_remote", "read_cell", "replacing", "require_bounded", "require_intact_zip",
     "require_local", "require_plain_yaml", "require_size", "temporary_name", "text_cell", "undamaged",
-    "upload", "write_files", "zip_members",
+    "write_files", "zip_members",
 ]  # fmt: skip
 
 MAX_GB = 4.0  # gigabytes that the content of one file may take, unless an option sets them
@@ -28,22 +27,15 @@ EXPANSION = 16  # times its own size that a file may take in any case
 SHORT_YAML = 100  # characters that hold too little to do harm
 MAX_DEPTH, MAX_SIZE = 32, 200_000  # of nested containers; the values of repeated parts are counted each time
 PIECE = 2**20  # bytes that are read at once
-ABANDONED = 3600.0  # seconds without a change after which a temporary file belongs to a process that was killed
 LONGEST_NAME = 40  # characters of a file's name in the name of its temporary file, which must not be too long
 FORMULA = re.compile(r"'*[=+\-@\t\r]")  # the start of a text that a spreadsheet would run, or that text_cell wrote
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 FIXES = {
     errno.ENOSPC: "free some space, or choose a folder on another disk",
-    errno.EDQUOT: "free some of your quota, or choose another folder",
     errno.EACCES: "give yourself permission, or choose another path",
-    errno.EPERM: "give yourself permission, or choose another path",
-    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
-    errno.EROFS: "choose a folder that can be written to",
     errno.ENOENT: "check the path; the folder may have been deleted",
     errno.EISDIR: "remove the folder of that name, or choose another path",
     errno.ENOTDIR: "remove the file that stands in place of a folder, or choose another path",
-    errno.EEXIST: "remove the file that stands in place of a folder, or choose another path",
-    errno.ENAMETOOLONG: "choose a shorter path",
 }
 
 
@@ -53,9 +45,9 @@ def replacing(path: Path | str, option: str = "") -> Iterator[Path]:
 
     The temporary file lies in the folder of ``path``, which is made if it does not exist. The replacement is one atomic
     step, flushed to the disk (fsync): a crash, a kill or a full disk leaves the earlier file or the new one, never a
-    part. A remote file, given by its URL, is written locally and uploaded at the end. Where the system can't write, a
-    UserError names ``option``.
+    part. Where the system can't write, a UserError names ``option``.
 
+    >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     path = Path(folder) / "a.txt"
     ...     with replacing(path) as temporary:
@@ -64,11 +56,6 @@ def replacing(path: Path | str, option: str = "") -> Iterator[Path]:
     'whole'
     """
     with explained(path, option):
-        if is_remote(path):
-            with TemporaryDirectory() as folder:
-                yield Path(folder, "file")
-                upload(Path(folder, "file"), str(path), option)
-            return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -77,7 +64,6 @@ def replacing(path: Path | str, option: str = "") -> Iterator[Path]:
         try:
             yield temporary
             flush(temporary)
-            _sweep(temporary)
             temporary.replace(path)
         finally:
             with suppress(OSError):
@@ -93,35 +79,6 @@ def write_files(files: Mapping[Path, bytes]) -> None:
             temporary = stack.enter_context(replacing(path))
             temporary.write_bytes(files[path])
             flush(temporary)
-
-
-def upload(local: Path, url: str, option: str = "") -> None:
-    """Copy a local file to a remote place, ``s3://bucket/run/last.ckpt`` or any other that fsspec knows, for an option.
-
-    It gets a temporary name, and its own when its size is right; else an earlier file of that name stays.
-    """
-    try:
-        from fsspec.core import url_to_fs  # type: ignore[import-untyped]  # it has no types
-
-        remote, place = url_to_fs(url)
-        folder, _, name = place.rpartition("/")
-        temporary = f"{folder}/{temporary_name(name)}"
-        remote.makedirs(folder, exist_ok=True)
-        try:
-            remote.put_file(str(local), temporary)
-            remote.invalidate_cache()
-            sizes = local.stat().st_size, remote.size(temporary)
-            if sizes[0] != sizes[1]:
-                raise OSError(f"{sizes[1]} of {sizes[0]} bytes arrived")
-            remote.mv(temporary, place)
-        except BaseException:
-            with suppress(Exception):  # the same error may stop this
-                remote.rm_file(temporary)
-            raise
-    except Exception as error:  # the file systems' errors have no common base
-        place = f"{option} {url}" if option else url
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{place}: can't be uploaded ({reason}). Fix: check the address and your access") from error
 
 
 def is_remote(path: Path | str) -> bool:
@@ -279,17 +236,6 @@ def require_size(path: Path, needed: int, max_gb: float, option: str = "--data.m
             f"{path}: its {size} bytes declare {needed / 1e9:,.1f} GB of content, more than {option} {max_gb:g}. "
             f"Fix: copy the file again if it is damaged, or raise {option}"
         )
-
-
-def _sweep(temporary: Path) -> None:
-    """Remove temporary files of the same target that a killed process left long ago."""
-    now, prefix = temporary.stat().st_mtime, f"{temporary.name.rsplit('.', 2)[0]}."
-    with os.scandir(temporary.parent) as entries:
-        old = [entry for entry in entries if entry.name.startswith(prefix) and entry.name.endswith(".part")]
-    for entry in old:
-        with suppress(OSError):  # another process has removed it
-            if now - entry.stat().st_mtime > ABANDONED:
-                Path(entry.path).unlink()
 
 
 def flush(path: Path) -> None:

@@ -173,7 +173,10 @@ class WholeCheckpoints(TorchCheckpointIO):
         return read_checkpoint(Path(path), map_location=map_location or "cpu")
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint, whole or not at all."""
+        """Write a checkpoint, whole or not at all; to a remote place, given by its URL, as Lightning does."""
+        if is_remote(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
         with replacing(str(path)) as temporary, temporary.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
