@@ -174,10 +174,8 @@ class Objective(ABC):
     def require_auxiliary(self) -> None:
         """Raise if the objective does not return auxiliary terms."""
         if not self.has_auxiliary:
-            kind = type(self).__name__
-            raise UserError(
-                f"auxiliary: the objective {kind} has no trajectories with a gradient. Fix: use ELBO or IWAE"
-            )
+            name = type(self).__name__
+            raise UserError(f"auxiliary: {name} has no trajectories with a gradient. Fix: use ELBO or IWAE")
 
     def _select_auxiliary(self, trace: Trace) -> tuple[Tensor, ...]:
         return () if self.auxiliary is None else self.auxiliary(trace)

@@ -42,7 +42,7 @@ def test_losses_are_those_of_torch():
     module, batch = make(REWARD, LABEL, partial(Regression, columns=[0], loss="mse", name="error")), make_batch()
     trace = evaluate(module, batch)
     reads = torch.cat([trace.hidden, trace.z], -1)
-    reward, label, error = module.auxiliary
+    reward, label, error = module.auxiliary.parts
     known = ~batch.targets.isnan() & batch.mask[..., None]
     dist = reward.network(reads).base_dist
     expected = {
@@ -99,9 +99,9 @@ def test_objectives_return_the_terms_and_keep_their_value(objective, every):
         ("no targets", lambda: VRNNLightningModule(3, auxiliary=[REWARD])),
         ("columns 2", lambda: make(partial(Regression, columns=[2]))),
         ("weight -1", lambda: make(partial(Regression, weight=-1.0))),
-        ("a label is", lambda: make(partial(Classification, column=0)).auxiliary[0].check(
+        ("a label is", lambda: make(partial(Classification, column=0)).auxiliary.parts[0].check(
             make_batch().targets, make_batch().mask)),
-        ("has no targets", lambda: make(REWARD).auxiliary[0].check(None, make_batch().mask)),
+        ("has no targets", lambda: make(REWARD).auxiliary.parts[0].check(None, make_batch().mask)),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_line(message, call):

@@ -109,6 +109,9 @@ def _differences(option: str, old: Any, new: Any) -> Iterator[str]:
         for key in (key for key in old if key in new):
             inner = option if key in ("class_path", "init_args") else f"{option}.{key}"
             yield from _differences(inner, old[key], new[key])
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for before, after in zip(old, new, strict=True):
+            yield from _differences(option, before, after)
     elif old != new and (old is None or new is None or isinstance(old, dict) == isinstance(new, dict)):
         yield f"{option} {_shown(new)} (checkpoint: {_shown(old)})"
 

@@ -110,12 +110,6 @@ class MLP(nn.Sequential):
         super().__init__(*steps)
         self.out_features = widths[-1]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map features of shape (..., in_features) to (..., out_features)."""
-        for module in self:
-            x = module(x)
-        return x
-
 
 class MaskedLinear(nn.Linear):
     """A linear map some of whose outputs do not read some of its inputs.

@@ -81,10 +81,6 @@ class AuxiliaryLosses(nn.Module):
         """Yield the losses."""
         return iter(cast("list[Auxiliary]", self.parts))
 
-    def __getitem__(self, index: int) -> Auxiliary:
-        """Return a loss."""
-        return cast(Auxiliary, self.parts[index])
-
     def terms(self, trace: Trace) -> tuple[Tensor, ...]:
         """Return the loss of each part and whether it counts, alternately, each (rows, time)."""
         return tuple(term for part in self for term in part(trace))
@@ -120,16 +116,7 @@ class AuxiliaryLosses(nn.Module):
 
 
 class _Readout(Auxiliary):
-    """A network that reads h_{t-1} and z_t.
-
-    Args:
-        hidden_size: Width of h.
-        latent_size: Width of z.
-        num_targets: Targets per step.
-        columns: The targets that are predicted, counted from 0; ``None`` for all.
-        name: See :class:`Auxiliary`.
-        weight: See :class:`Auxiliary`.
-    """
+    """A network that reads h_{t-1} and z_t."""
 
     def __init__(
         self, hidden_size: int, latent_size: int, num_targets: int, columns: list[int] | None, name: str, weight: float
