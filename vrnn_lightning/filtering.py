@@ -187,10 +187,11 @@ class ParticleWeights:
         self, lengths: Tensor | None, log_weights: Tensor, resampling: Resampling | None, is_first: Tensor | None = None
     ) -> None:
         self.log_weights, self.resampling = log_weights, resampling
-        self.is_first = None if is_first is None or lengths is None else _real(is_first.t(), lengths)
         self.particles, batch = log_weights.shape
         self.rows = torch.arange(batch, device=log_weights.device)
         self.lengths = torch.full_like(self.rows, 2**62) if lengths is None else lengths
+        time = torch.arange(0 if is_first is None else is_first.shape[1], device=self.rows.device)[:, None]
+        self.is_first = None if is_first is None else is_first.t() & (time < self.lengths)  # without padding
         self.total = log_weights.new_zeros(batch)
         self.effective_sum = torch.zeros_like(self.total)
         self.effective = torch.full_like(self.total, self.particles)
@@ -243,11 +244,6 @@ class ParticleWeights:
         rows = self.advance(0, increments, draws)
         self.events.clear()
         return self.total, rows
-
-
-def _real(is_first: Tensor, lengths: Tensor) -> Tensor:
-    """Return the first steps of episodes, shape (steps, batch), without padding."""
-    return is_first & (torch.arange(len(is_first), device=lengths.device)[:, None] < lengths)
 
 
 class ResamplingEvent(NamedTuple):

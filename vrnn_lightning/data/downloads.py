@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import requests
 from numpy.typing import NDArray
 
 from vrnn_lightning.data.folders import SPLIT_NAMES, ProgressBar
@@ -100,6 +99,8 @@ def _is_present(source: Source, root: Path) -> bool:
 
 
 def _store(source: Source, root: Path, folder: Path) -> None:
+    import requests
+
     content = files = folder / "files"
     files.mkdir()
     for file, (address, checksum) in source.files.items():
@@ -134,6 +135,8 @@ def _make_error(source: Source, root: Path, problem: str) -> UserError:
 
 
 def _download(address: str, path: Path, checksum: str | None) -> None:
+    import requests
+
     with requests.get(address, stream=True, timeout=TIMEOUT) as response:
         if not response.ok:
             raise ValueError(f"the server answers {response.status_code} {response.reason}")

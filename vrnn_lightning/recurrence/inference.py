@@ -126,13 +126,7 @@ def infer(
 
 
 def run_backward(rnn: nn.GRU | nn.LSTM, reads: Tensor, batch: SequenceBatch) -> Tensor:
-    """Return the output of a recurrence that reads each episode of a batch from its end, shape (time, batch, hidden).
-
-    Args:
-        rnn: The recurrence.
-        reads: What it reads, shape (time, batch, width).
-        batch: A clean batch, for the lengths of its episodes.
-    """
+    """Return what a recurrence makes of each episode of a batch, read from its end, shape (time, batch, hidden)."""
     lengths = batch.lengths
     time = torch.arange(len(reads), device=lengths.device)[:, None]
     rows = torch.arange(len(lengths), device=lengths.device)
