@@ -81,7 +81,6 @@ class SequenceBatch:
     targets: Tensor | None = None
 
     def __len__(self) -> int:
-        """Return the number of sequences."""
         return self.x.shape[0]
 
     @property

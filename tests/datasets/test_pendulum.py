@@ -10,6 +10,7 @@ import torch
 from vrnn_lightning.datamodules.pendulum import Pendulum
 
 from vrnn_lightning import UserError, build_vrnn
+from vrnn_lightning.callbacks.media import Media
 from vrnn_lightning.nn import Conv
 from vrnn_lightning.testing import CHECKS
 
@@ -92,3 +93,11 @@ def test_the_recipe_trains_forecasts_and_shows_rewards(lightning, folder):
     done = lightning("test", "--ckpt_path", "best", "--evaluation.samples", "2")
     assert done.code == 0, done.err
     assert "test/reward" in done.out
+
+
+def test_frames_that_are_images_are_shown_side_by_side():
+    media, x = Media(Pendulum(train_size=2)), torch.rand(12, 256)
+    (shown,) = media.to_display({"sampled": [x]})["sampled"]
+    assert shown.shape == (2 * 17, 10 * 17)
+    assert torch.equal(shown[17 : 17 + 16, 17 : 17 + 16], x[11].view(16, 16))
+    assert shown[16].isnan().all()

@@ -381,8 +381,8 @@ def other_ancestors(right, self, t, increments, draws):
     return rows // batch + self.particles * (rows % batch)
 
 
-def uneven(right, self, lengths, log_weights, resampling):
-    right(self, lengths, torch.zeros_like(log_weights), resampling)
+def uneven(right, self, lengths, log_weights, *more):
+    right(self, lengths, torch.zeros_like(log_weights), *more)
 
 
 def from_the_padding(right, self, batch, masks):
@@ -565,8 +565,8 @@ TRAPS = {
     "cell's gradient cut from the output": Trap(swap(LSTM, "backward", no_gradient_of_c), lambda: equals_readable("lstm")),
     "gradients left with the chosen particles": Trap(swap(tape._Loop, "_scatter", never), filters_as_readable),
     "resampled within a stretch": Trap(
-        around(filtering, "log_evidence", lambda right, increments, weights, events, gradient=False: right(
-            increments, weights, [event._replace(t=event.t - 1) for event in events], gradient)), filters_as_readable,
+        around(filtering, "log_evidence", lambda right, increments, weights, events, *more: right(
+            increments, weights, [event._replace(t=event.t - 1) for event in events], *more)), filters_as_readable,
     ),
     "windows across the borders of sequences": Trap(
         around(test_archives, "read_archive", across_borders),

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from vrnn_lightning.callbacks.archives import FOLDER
 from vrnn_lightning.callbacks.pictures import draw_rows
@@ -23,10 +23,20 @@ from vrnn_lightning.files import csv_line, replacing
 __all__ = ["Media", "MediaLogger", "Shown", "require_columns", "save_picture"]
 
 MAX_COLUMNS = 64  # side by side they are 20,000 pixels wide
+ACROSS = 10  # frames in a line
 ROLL_RATE = 16000  # Hz, of a roll's sound
 DATA = ("real", "given")  # rows that the data made, not the model
 Shown = dict[str, list[Tensor]]
 """Name of a row to its sequences, each of shape (time, features)."""
+
+
+def _as_image(x: Tensor, width: int) -> Tensor:
+    """Return the complete rows of an image that comes in pieces, or frames that are images side by side, as in text."""
+    if x.shape[1] <= width:
+        return x.flatten()[: x.numel() // width * width].view(-1, width)
+    frames = nn.functional.pad(x.unflatten(1, (-1, width)), (0, 1, 0, 1, 0, -len(x) % ACROSS), value=torch.nan)
+    lines: Tensor = frames.unflatten(0, (-1, ACROSS))
+    return lines.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class Media:
@@ -53,8 +63,8 @@ class Media:
         x = x.detach().cpu() / self._loudest
         if name in DATA and self.modality in ("audio", "strokes"):
             x = x.nan_to_num(0.0)
-        if self._width is not None:  # pieces of an image: its complete rows
-            x = x.flatten()[: x.numel() // self._width * self._width].view(-1, self._width)
+        if self._width is not None:
+            x = _as_image(x, self._width)
         return on_paper(x) if self.modality == "strokes" and self._pen_starts_down else x
 
     @property

@@ -64,13 +64,7 @@ def read_checkpoint(path: Path, option: str = "", map_location: Any = "cpu") -> 
 
 
 class Stored(NamedTuple):
-    """A checkpoint, and the class and the options that it names.
-
-    Args:
-        content: The result of :func:`read_checkpoint`.
-        made: The class that its options belong to.
-        options: The arguments of that class.
-    """
+    """A checkpoint, and the class and the options that it names."""
 
     content: dict[str, Any]
     made: type
@@ -87,18 +81,7 @@ def read_stored(
     hparams_file: object,
     weights_only: bool | None,
 ) -> Stored:
-    """Return a checkpoint with the class and the options that ``load_from_checkpoint`` calls.
-
-    Args:
-        path: The file.
-        key: The key of the options.
-        cls: The class to make, or its base class if the options name one.
-        trust: What the user trusts.
-        given: Arguments in place of the checkpoint's.
-        map_location: Where its tensors go, as in ``torch.load``.
-        hparams_file: Lightning's, which must be ``None``: a checkpoint holds its options.
-        weights_only: Lightning's, which must not be ``False``: nothing else is ever loaded.
-    """
+    """Return a checkpoint with the class, ``cls`` or one below it, and the options below ``key``, or those given."""
     if hparams_file is not None or weights_only is False:
         raise UserError(f"{path}: hparams_file and weights_only=False are not supported. Fix: leave it out")
     content = read_checkpoint(path, map_location=map_location)

@@ -74,11 +74,9 @@ class AuxiliaryLosses(nn.Module):
         self.means = nn.ModuleDict({name: MeanMetric() for name in names})
 
     def __len__(self) -> int:
-        """Return the number of losses."""
         return len(self.parts)
 
     def __iter__(self) -> Iterator[Auxiliary]:
-        """Yield the losses."""
         return iter(cast("list[Auxiliary]", self.parts))
 
     def terms(self, trace: Trace) -> tuple[Tensor, ...]:
