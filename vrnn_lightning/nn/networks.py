@@ -44,7 +44,7 @@ class MLPConfig:
         activation: A class of ``torch.nn`` that maps each number alone, such as ReLU, Tanh, ELU, SiLU or GELU.
         norm: "layer" (Ba et al. 2016) or "rms" (Zhang & Sennrich 2019) before each activation.
         residual: Add the input of each layer to its output, where both have the same width.
-        dropout: Probability of dropping a unit after each layer, drawn anew at every call; the time loop calls such a
+        dropout: Probability of dropping a unit after each layer, drawn again at every call; the time loop calls such a
             network. ``dropout`` of the model drops the same units at every step.
 
     Raises:
