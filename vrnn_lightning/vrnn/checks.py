@@ -131,7 +131,8 @@ def _both_ways(model: Equations) -> list[tuple[str, Tensor, Tensor]]:
         pairs.append(("cells", steps.h[t], h))
         if steps.posterior is not None and steps.z is not None and steps.z_features is not None:
             posterior = model.posterior_dist(x_features, h, None, now, later)
-            z = model.latent.rsample(posterior, noise[t])
+            same = model.latent.dist(*(part[t].to(like) for part in steps.posterior))  # a rounding may change a class
+            z = model.latent.rsample(same, noise[t])
             z_features = model.extract_z(z)
             own = model.latent.posterior_parameters(posterior)
             pairs += [("encoder", fast[t], value) for fast, value in zip(steps.posterior, own, strict=True)]
