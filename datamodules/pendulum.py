@@ -38,9 +38,6 @@ class Pendulum(SyntheticDataModule):
         val_size: Validation sequences.
         test_size: Test sequences.
         options: The other options of ``SyntheticDataModule``.
-
-    Raises:
-        UserError: An option outside its range.
     """
 
     modality = "image"

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.filtering import FilterResult, Resampling, map_tensors, particle_filter
@@ -66,6 +67,15 @@ def readable_loop(
     return StepTerms(log_px, kl, ratio, z, state)
 
 
+def readable_kl(posterior: Distribution, prior: Distribution, z: Tensor) -> Tensor:
+    """Return the KL of each dimension or group, or an estimate of the whole of width 1."""
+    if isinstance(posterior, Independent) and isinstance(prior, Independent):
+        return kl_divergence(posterior.base_dist, prior.base_dist)
+    if hasattr(posterior, "logits"):
+        return kl_divergence(Categorical(logits=posterior.logits), Categorical(logits=prior.logits))
+    return (posterior.log_prob(z) - prior.log_prob(z))[..., None]
+
+
 def readable_step(
     model: Equations,
     batch: SequenceBatch,
@@ -93,11 +103,12 @@ def readable_step(
     x_features = model.extract_x(x, valid, masks)
     prior = model.prior_dist(h, inputs)
     posterior = model.posterior_dist(x_features, h, prior, inputs, future)
-    z = model.latent.rsample(posterior, noise)
+    is_gaussian = isinstance(getattr(posterior, "base_dist", None), Normal)
+    z = posterior.mean + posterior.stddev * noise if is_gaussian else model.latent.rsample(posterior, noise)
     z_features = model.extract_z(z, masks)
     emission = model.emission_dist(z_features, h, inputs)
     log_px = log_prob(emission, x, None if batch.observed is None else valid)
-    kl = model.latent.kl(posterior, prior, z)
+    kl = readable_kl(posterior, prior, z)
     _, after = model.next_state(x_features, z_features, state, inputs, masks)
     return StepTerms(log_px, kl, log_ratio(prior, posterior, z), z, after)
 

@@ -22,6 +22,7 @@ TINY = {
     "handwriting": ["--data.root", "strokes.npz"],
     "mnist": ["--data.root", "digits.npz"],
     "music": ["--data.root", "rolls.npz"],
+    "rssm": ["--data.train_size", "8", "--data.val_size", "4", "--data.steps", "5"],
     "synthetic": ["--data.train_size", "8", "--data.val_size", "4", "--data.steps", "5"],
     "speech": ["--data.root", "recordings", "--data.frame_size", "20"],
     "tables": ["--data.root", "sensors.csv", "--data.length", "12"],

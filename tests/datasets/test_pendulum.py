@@ -68,8 +68,11 @@ def test_convolutions_are_those_of_torch(shape):
 def test_bad_options_are_one_line():
     for make, message in (
         (lambda: Conv(255, [1, 16, 16]), r"shape \[1, 16, 16\]: must be .* of 255 numbers"),
+        (lambda: Conv(3, [-1, -3]), r"shape \[-1, -3\]: must be"),
+        (lambda: Conv(256, [1, 16, 16], kernel=2), "kernel 2, .* the kernel odd"),
+        (lambda: Conv(256, [1, 16, 16], channels=[]), r"channels \[\]"),
         (lambda: Conv(256, [256]), r"shape \[256\]: must be"),
-        (lambda: Conv(256, [1, 16, 16], stride=0), "stride 0: must be at least 1"),
+        (lambda: Conv(256, [1, 16, 16], stride=0), "stride 0: must be positive"),
         (lambda: Conv(256, [1, 16, 16], activation="relu"), "activation 'relu': must be one of"),
         (lambda: Pendulum(episode=0), "--data.episode 0: must be at least 1"),
     ):

@@ -39,6 +39,10 @@ def here(tmp_path, monkeypatch):
         soundfile.write(f"recordings/a_{i}.wav", noise, 8000)
     rows = [f"2024-01-{1 + t // 24:02}T{t % 24:02}:00,s{s},{20 + s},50,{t % 24}" for s in range(3) for t in range(240)]
     (tmp_path / "sensors.csv").write_text("\n".join(["date,sensor,temperature,humidity,hour", *rows]))
+    episodes = {f"{split}_lengths": np.array([60, 40]) for split in ("train", "valid", "test")}
+    for split in ("train", "valid", "test"):
+        episodes |= {f"{split}_{name}": noise[: 100 * n].reshape(100, n) for name, n in (("values", 8), ("targets", 1))}
+    np.savez("episodes.npz", **episodes)
     write_files(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(local, "__path__", list(local.__path__))

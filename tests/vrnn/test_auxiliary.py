@@ -96,6 +96,9 @@ def test_objectives_return_the_terms_and_keep_their_value(objective, every):
         ("FIVO has no trajectories", lambda: make(REWARD, objective=FIVO)),
         ("'reward' is in use", lambda: make(REWARD, REWARD)),
         ("'kl' is in use", lambda: make(partial(Regression, name="kl"))),
+        ("'iwae_gap' is in use", lambda: make(partial(Regression, name="iwae_gap"))),
+        ("'' is in use", lambda: make(partial(Regression, name=""))),
+        ("columns is empty", lambda: make(partial(Regression, columns=[]))),
         ("no targets", lambda: VRNNLightningModule(3, auxiliary=[REWARD])),
         ("columns 2", lambda: make(partial(Regression, columns=[2]))),
         ("weight -1", lambda: make(partial(Regression, weight=-1.0))),
@@ -107,6 +110,13 @@ def test_objectives_return_the_terms_and_keep_their_value(objective, every):
 def test_what_does_not_fit_is_one_line(message, call):
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_any_other_name_is_logged_under_itself():
+    batch, names = make_batch(), ["a.b", "keys", "items"]
+    module = make(*(partial(Regression, columns=[0], name=name) for name in names))
+    module.auxiliary.update(module.auxiliary.terms(evaluate(module, batch)))
+    assert list(module.auxiliary.compute()) == names
 
 
 def write(path) -> str:

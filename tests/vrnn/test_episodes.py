@@ -158,7 +158,15 @@ def test_what_does_not_read_episodes_refuses_them():
     module, batch = VRNNLightningModule(3, latent_size=2), make()[1]
     batch.x = batch.x.float()
     assert [len(nats) for nats in module.score(batch)] == [6, 4, 1]
-    for call in (module.encode, module.impute, lambda given: module.score(given, samples=2)):
+    for wrong in (batch.is_first.long(), batch.is_first[:, :-1], batch.is_first[:1]):
+        with pytest.raises(UserError, match=r"is_first: must be torch.bool of shape \(3, 6\)"):
+            module.score(replace(batch, is_first=wrong))
+    for call in (
+        module.encode,
+        module.impute,
+        lambda given: module.backtest(given, [3], 2),
+        lambda given: module.score(given, samples=2),
+    ):
         with pytest.raises(UserError, match="is_first"):
             call(batch)
     reads = VRNNLightningModule(3, latent_size=2, num_inputs=2, initial_state="inputs")

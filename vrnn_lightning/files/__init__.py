@@ -35,6 +35,8 @@ FIXES = {
     errno.EACCES: "give yourself permission, or choose another path",
     errno.ENOENT: "check the path; the folder may have been deleted",
     errno.EISDIR: "remove the folder of that name, or choose another path",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EEXIST: "remove the file that stands in place of a folder, or choose another path",
     errno.ENOTDIR: "remove the file that stands in place of a folder, or choose another path",
 }
 

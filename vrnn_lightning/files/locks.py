@@ -24,6 +24,9 @@ class FolderLock:
         self.file = folder / ".lock"
         self._lock: BaseFileLock = FileLock(self.file, thread_local=False)
 
+    def __reduce__(self) -> tuple[type[FolderLock], tuple[Path]]:
+        return FolderLock, (self.folder,)  # copies of a trainer hold nothing
+
     @property
     def is_held(self) -> bool:
         """Whether this process has the folder."""

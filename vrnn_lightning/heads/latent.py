@@ -20,8 +20,6 @@ __all__ = [
     "gaussian",
 ]  # fmt: skip
 
-SCALES = ("softplus", "exp", "exp_half")
-
 
 def gaussian(mean: Tensor, std: Tensor) -> Factorised:
     """Return a Gaussian of independent dimensions, from moments of shape (..., latent)."""
@@ -137,11 +135,7 @@ class Latent(ABC):
 
 
 class StandardPrior(nn.Module):
-    """The prior of a model without a prior network, N(0, I) for a Gaussian (VRNN-I in Chung et al. 2015).
-
-    Args:
-        latent: The kind of latent.
-    """
+    """The prior of a model without a prior network, N(0, I) for a Gaussian (VRNN-I in Chung et al. 2015)."""
 
     def __init__(self, latent: Latent) -> None:
         super().__init__()
@@ -197,8 +191,8 @@ class GaussianLatent(_LocationScale):
     ) -> None:
         super().__init__(size)
         self.min_std = require("latent.min_std", min_std, 0, below=math.inf)
-        if scale not in SCALES:
-            raise UserError(f"latent.scale {scale!r}: must be one of {', '.join(SCALES)}")
+        if scale not in ("softplus", "exp", "exp_half"):
+            raise UserError(f"latent.scale {scale!r}: must be one of softplus, exp, exp_half")
         self.scale, self.separate = scale, separate
 
     def head(self, in_features: int, size: int) -> Any:

@@ -191,7 +191,7 @@ class Inference:
         require("steps", steps, 1)
         require("samples", samples, 1)
         with evaluating(self.vrnn, seed):
-            batch = make_batch(self.vrnn, self.scaler, prefix, inputs)
+            batch = make_batch(self.vrnn, self.scaler, prefix, inputs, is_stepped=True)
             filtered = self.vrnn.filter(batch, samples, RESAMPLING, make_noise(batch, seed))
             step = self._step_before(batch.x.shape[1], filtered, seed)
             return step.forecast(steps, samples, temperature, future_inputs)
@@ -225,7 +225,7 @@ class Inference:
         """
         require("steps", steps, 1)
         require("samples", samples, 1)
-        batch = make_batch(self.vrnn, self.scaler, sequences, inputs)
+        batch = make_batch(self.vrnn, self.scaler, sequences, inputs, is_stepped=True)
         shortest = int(batch.lengths.min())
         if any(later <= earlier for earlier, later in pairwise([0, *origins])):
             raise UserError(f"origins {list(origins)}: must increase, from 1 on")

@@ -44,8 +44,6 @@ class MLPConfig:
         activation: A class of ``torch.nn`` that maps each number alone, such as ReLU, Tanh, ELU, SiLU or GELU.
         norm: "layer" (Ba et al. 2016) or "rms" (Zhang & Sennrich 2019) before each activation.
         residual: Add the input of each layer to its output, where both have the same width.
-        dropout: Probability of dropping a unit after each layer, drawn again at every call; the time loop calls such a
-            network. ``dropout`` of the model drops the same units at every step.
 
     Raises:
         UserError: An option is outside its range.
@@ -59,12 +57,10 @@ class MLPConfig:
     activation: str = "ReLU"
     norm: Literal["layer", "rms"] | None = None
     residual: bool = False
-    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         """Raise if an option is outside its range."""
         require("depth", self.depth, 0)
-        require("dropout", self.dropout, 0, below=1)
         for width in self.width if isinstance(self.width, list) else [self.width]:
             require("width", width, 1)
         if self.activation not in ACTIVATIONS:
@@ -106,7 +102,6 @@ class MLP(nn.Sequential):
             norm = [] if layers.norm is None else [NORMS[layers.norm](after)]
             layer = [nn.Linear(before, after), *norm, ACTIVATIONS[layers.activation]()]
             steps += [Residual(*layer)] if layers.residual and i and before == after else layer
-            steps += [nn.Dropout(layers.dropout)] if layers.dropout else []
         super().__init__(*steps)
         self.out_features = widths[-1]
 
@@ -203,11 +198,11 @@ class Conv(nn.Module):
         activation: str = "ReLU",
     ) -> None:
         super().__init__()
-        if len(shape) not in (2, 3) or math.prod(shape) != in_features:
+        if len(shape) not in (2, 3) or min(shape) < 1 or math.prod(shape) != in_features:
             sizes = "[channels, length] or [channels, height, width]"
             raise UserError(f"shape {shape}: must be {sizes} of {in_features} numbers, the width of what is read")
-        for option, value in (("kernel", kernel), ("stride", stride), *(("channels", count) for count in channels)):
-            require(option, value, 1)
+        if kernel % 2 == 0 or not channels or min(kernel, stride, *channels) < 1:
+            raise UserError(f"channels {channels}, kernel {kernel}, stride {stride}: must be positive, the kernel odd")
         MLPConfig(activation=activation)  # checks its name
         kind = nn.Conv1d if len(shape) == 2 else nn.Conv2d
         layers: list[nn.Module] = []

@@ -20,10 +20,11 @@ from vrnn_lightning.vrnn.trace import Trace
 
 __all__ = ["Auxiliary", "AuxiliaryLosses", "Classification", "Regression"]
 
-BOUND = ("elbo", "reconstruction", "kl")
-FIGURES = {"loss", "objective", "beta", "padding", "grad_norm", "active_units", "bits_per_dim", "gap", *BOUND}
-FIGURES |= {"exact_log_likelihood", *(f"{name}_per_sequence" for name in BOUND)}
-"""Names of figures that an auxiliary loss can't have."""
+TAKEN = {
+    "loss", "objective", "beta", "padding", "grad", "active", "bits", "gap", "iwae", "fivo", "samples", "exact", "elbo",
+    "reconstruction", "kl",
+}  # fmt: skip
+"""The first words of other figures' names."""
 
 
 class Auxiliary(nn.Module, ABC):
@@ -56,22 +57,16 @@ class Auxiliary(nn.Module, ABC):
 
 
 class AuxiliaryLosses(nn.Module):
-    """The auxiliary losses of a model: their terms in training, and their means in evaluation.
-
-    Args:
-        parts: The losses.
-
-    Raises:
-        UserError: A name is taken.
-    """
+    """The auxiliary losses of a model: their terms in training, and their means in evaluation."""
 
     def __init__(self, parts: Iterable[Auxiliary]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
         names = [part.name for part in self]
-        if wrong := next((name for name in names if name in FIGURES or names.count(name) > 1), None):
-            raise UserError(f"auxiliary: the name {wrong!r} is in use. Fix: give another as its option name")
-        self.means = nn.ModuleDict({name: MeanMetric() for name in names})
+        for name in names:
+            if name.partition("_")[0] in TAKEN | {""} or names.count(name) > 1:
+                raise UserError(f"auxiliary: the name {name!r} is in use. Fix: give another as its option name")
+        self.means = nn.ModuleList(MeanMetric() for _ in names)
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -101,14 +96,14 @@ class AuxiliaryLosses(nn.Module):
     def update(self, terms: Sequence[Tensor]) -> None:
         """Add the terms of a batch to the means of an evaluation."""
         losses, counts = self.sums(terms, 1, torch.zeros(()))
-        for part, loss, count in zip(self, losses, counts, strict=True):
+        for mean, loss, count in zip(self.means, losses, counts, strict=True):
             if count:
-                self.means[part.name].update(loss / count, count)  # type: ignore[operator]  # a metric
+                cast(MeanMetric, mean).update(loss / count, count)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means of an evaluation by name, and begin another."""
-        means = {name: cast(MeanMetric, mean).compute() for name, mean in self.means.items()}
-        for mean in self.means.values():
+        means = {part.name: cast(MeanMetric, mean).compute() for part, mean in zip(self, self.means, strict=True)}
+        for mean in self.means:
             cast(MeanMetric, mean).reset()
         return means
 
@@ -124,6 +119,8 @@ class _Readout(Auxiliary):
             raise UserError(f"auxiliary {name}: the data have no targets. Fix: set `num_targets` in the datamodule")
         self.in_features = hidden_size + latent_size
         self.columns = list(range(num_targets)) if columns is None else columns
+        if not self.columns:
+            raise UserError(f"auxiliary {name}: columns is empty. Fix: name a target")
         for column in self.columns:
             require("auxiliary.columns", column, 0, num_targets - 1)
 

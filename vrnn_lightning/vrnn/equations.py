@@ -373,6 +373,9 @@ class Equations(nn.Module):
             raise UserError(f"the batch has {width} covariates (inputs) per step, the model reads {self.num_inputs}")
         if inputs is not None:
             inputs = inputs.to(batch.x).masked_fill(~batch.mask[..., None], 0.0)
+        first, shape = batch.is_first, batch.mask.shape
+        if first is not None and (first.dtype != torch.bool or first.shape != shape):
+            raise UserError(f"is_first: must be torch.bool of shape {tuple(shape)}, (batch, time)")
         if batch.is_first is not None and isinstance(self.initial, InitialState) and self.initial.num_inputs:
             raise UserError("is_first: the initial state reads inputs. Fix: give episodes as separate sequences")
         is_first = None if batch.is_first is None else batch.is_first & batch.mask

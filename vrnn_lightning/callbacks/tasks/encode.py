@@ -13,6 +13,7 @@ from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.callbacks.media import Media, Shown
 from vrnn_lightning.callbacks.pictures import draw_heat
 from vrnn_lightning.callbacks.tasks.base import Prediction, Task, numbers
+from vrnn_lightning.errors import UserError
 from vrnn_lightning.module import VRNNLightningModule as Module
 from vrnn_lightning.vrnn import Trace
 
@@ -33,7 +34,9 @@ class Encode(Task):
         trace = cast(Trace, outputs)
         means = trace.z if trace.posterior is None else trace.posterior.mean
         elbo = trace.log_px.sum(1) - trace.kl.sum((1, 2))
-        parts = list(module.auxiliary) if trace.hidden is not None else []
+        if module.auxiliary and trace.hidden is None:
+            raise UserError("encode: a long pass keeps no states for auxiliary losses. Fix: give shorter sequences")
+        parts = list(module.auxiliary)
         found = {part.name: values for part in parts if (values := part.predict(trace)) is not None}
         for i in real:
             own, rows = means[i, : batch.lengths[i]], {"real": self.truth(module, batch, i)}
