@@ -117,9 +117,9 @@ class TestDamage:
     @pytest.mark.parametrize("share", [0.999, 0.5, 0.1, 0.001])
     @pytest.mark.parametrize(("suffix", "subtype"), EVERY)
     def test_what_breaks_off_is_known_from_the_header(self, tmp_path, suffix, subtype, share):
-        with pytest.raises(
-            UserError, match=r"a\.\w+: cannot be read as audio \(.+\). Fix: remove it or convert it"
-        ) as raised:
+        reason = r"cannot be read as audio \(.+\). Fix: remove it or convert it"
+        unknown = "its .* bytes declare .*. Fix: copy the file again"  # older releases of libsndfile know no length
+        with pytest.raises(UserError, match=rf"a\.\w+: ({reason}|{unknown})") as raised:
             read_header(broken(tmp_path, suffix, subtype, share))
         assert "\n" not in str(raised.value)
 

@@ -146,6 +146,8 @@ def _download(address: str, path: Path, checksum: str | None) -> None:
             for chunk in response.iter_content(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
+        if total and path.stat().st_size < total:  # urllib3 1 does not look
+            raise requests.ConnectionError("it broke off")
     if checksum is not None:
         algorithm, _, known = checksum.partition(":")
         if hashlib.new(algorithm, path.read_bytes()).hexdigest() != known:

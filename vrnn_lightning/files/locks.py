@@ -41,8 +41,8 @@ class FolderLock:
             except Timeout:
                 fix = "wait for it, leave the logger's `version` out, or test a copy of the checkpoint elsewhere"
                 raise UserError(f"{self.folder}: another run writes there. Fix: {fix}") from None
-            except OSError as error:
-                if error.errno != errno.ENOLCK:
+            except (OSError, NotImplementedError) as error:
+                if getattr(error, "errno", errno.ENOLCK) != errno.ENOLCK:
                     raise
                 self._lock = SoftFileLock(self.file.with_suffix(".owner"), thread_local=False)
                 self.acquire()
