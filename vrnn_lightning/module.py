@@ -250,7 +250,7 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
             return None
         if len(self._carried.trajectories.log_weights[0]) != len(batch):
             raise UserError(f"{type(self._data).__name__}: every batch of streams must have the same number of rows")
-        return self._carried.reset_rows(batch.reset, self.vrnn.initial_state_of(batch))
+        return self._carried.reset_rows(batch.reset, self.vrnn.initial_state_of(batch).state)
 
     def _check(self, batch: SequenceBatch) -> None:
         """Raise if the emission can't score a value, and warn of what the model does not read."""

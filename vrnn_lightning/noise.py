@@ -15,7 +15,7 @@ __all__ = ["Noise", "hash_rows", "uniform_of"]
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the increment of SplitMix64, as a signed number
 FACTORS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
-LATENT, CHOICE, DROPOUT = 1, 2, 3  # purposes of a stream of numbers
+LATENT, CHOICE, DROPOUT, INITIAL = 1, 2, 3, 4  # purposes of a stream of numbers
 
 
 class Noise:
@@ -71,12 +71,17 @@ class Noise:
         Returns:
             Shape (samples * batch, time, width); row ``k * batch + i`` is sample k of sequence i.
         """
+        return self._normal(self._keys(LATENT), width, samples)
+
+    def normal(self, width: int, samples: int = 1) -> Tensor:
+        """Draw standard normal numbers once for a whole sequence, shape (samples * batch, width)."""
+        return self._normal(_mix(self._seeds + INITIAL)[None], width, samples)[:, 0]
+
+    def _normal(self, keys: Tensor, width: int, samples: int) -> Tensor:
         pairs = -(-width // 2)
-        bits = _stream(
-            self._keys(LATENT), samples * pairs, self._first_sample * pairs
-        )  # (time, batch, samples * pairs)
+        bits = _stream(keys, samples * pairs, self._first_sample * pairs)  # (time, batch, samples * pairs)
         if bits.numel() == 0:
-            return torch.zeros(samples * len(self._seeds), self._steps, width, dtype=self._dtype, device=bits.device)
+            return torch.zeros(samples * len(self._seeds), len(keys), width, dtype=self._dtype, device=bits.device)
         normal = _normal(bits, self._dtype)  # (time, batch, samples * pairs, 2)
         shaped = normal.view(*bits.shape[:2], samples, 2 * pairs)[..., :width]
         return shaped.transpose(1, 2).flatten(1, 2).transpose(0, 1)

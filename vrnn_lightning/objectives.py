@@ -116,6 +116,15 @@ class StreamState(NamedTuple):
         return cls(*(Particles(State.of_tensors(dict(zip(names, x, strict=True))), weights) for weights, *x in parts))
 
 
+def _trajectories(
+    model: VRNN, batch: SequenceBatch, samples: int, carried: StreamState | None
+) -> tuple[State | None, Tensor]:
+    """Return the state of the trajectories that are carried, ``None`` for new ones, and their log-weights."""
+    if carried is None:
+        return None, model.even_weights(samples, len(batch))
+    return carried.trajectories.state, carried.trajectories.log_weights
+
+
 class ObjectiveOutput(NamedTuple):
     """The value of an objective on a batch.
 
@@ -221,7 +230,7 @@ class ELBO(Objective):
         carried: StreamState | None = None,
     ) -> ObjectiveOutput:
         """Evaluate the objective."""
-        trajectories = model.new_particles(batch, 1) if carried is None else carried.trajectories
+        state, log_weights = _trajectories(model, batch, 1, carried)
         same = self.kl == "analytic" and self.balance is None
 
         def select(trace: Trace) -> tuple[Tensor, ...]:
@@ -229,11 +238,11 @@ class ELBO(Objective):
             return trace.log_px, trace.kl, *own, *self._select_auxiliary(trace)
 
         masks = model.draw_masks(noise)
-        (log_px, reported, *rest), state = model.collect(batch, noise, select, trajectories.state, masks)
-        kl = reported if same else rest.pop(0)
+        (log_px, reported, *rest), state = model.collect(batch, noise, select, state, masks)
+        kl = reported[..., : reported.shape[-1] - model.infers_state] if same else rest.pop(0)
         value = elbo(log_px, kl, batch.lengths.sum(), beta, self.free_bits, total)
-        ahead = StreamState(trajectories._replace(state=state))
-        return ObjectiveOutput(value, log_px, reported, ahead, tuple(rest))
+        value = value - beta * reported[..., kl.shape[-1] :].sum()  # of the initial state
+        return ObjectiveOutput(value, log_px, reported, StreamState(Particles(state, log_weights)), tuple(rest))
 
     def _kl(self, trace: Trace, model: VRNN) -> Tensor:
         latent, q, p = model.latent, trace.posterior, trace.prior
@@ -241,9 +250,9 @@ class ELBO(Objective):
             if q is not None and self.balance is not None:
                 kind = type(latent if not latent.has_closed_kl else model.prior).__name__
                 raise UserError(f"objective.balance: needs a KL in closed form, which {kind} lacks. Fix: leave it out")
-            return trace.kl
+            return trace.step_kl
         if self.balance is None and self.kl == "analytic":
-            return trace.kl
+            return trace.step_kl
         if self.balance is None:
             kl = latent.each_log_prob(q, trace.z) - latent.each_log_prob(p, trace.z)
         else:
@@ -292,22 +301,22 @@ class IWAE(ImportanceBound):
         carried: StreamState | None = None,
     ) -> ObjectiveOutput:
         """Evaluate the objective."""
-        samples = self.samples if model.latent_size else 1
-        particles = model.new_particles(batch, samples) if carried is None else carried.trajectories
+        samples = self.samples if model.has_latent else 1
+        state, weights = _trajectories(model, batch, samples, carried)
         masks = model.draw_masks(noise)
 
         def select(trace: Trace) -> tuple[Tensor, ...]:
             return trace.log_px, trace.kl, trace.log_ratio, *self._select_auxiliary(trace)
 
-        (log_px, kl, ratio, *rest), state = model.collect(batch, noise, select, particles.state, masks, samples)
+        (log_px, kl, ratio, *rest), state = model.collect(batch, noise, select, state, masks, samples)
         increments = (log_px + beta * ratio).t().unflatten(1, (samples, -1))
         is_first = None if batch.is_first is None else (batch.is_first & batch.mask).t()
-        bound, log_weights = log_evidence(increments, particles.log_weights, (), is_first=is_first)
+        bound, log_weights = log_evidence(increments, weights, (), is_first=is_first)
         return ObjectiveOutput(bound.sum(), log_px, kl, StreamState(Particles(state, log_weights)), tuple(rest))
 
     def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise) -> Tensor:
         """Return the bound of each sequence in nats, shape (batch,)."""
-        return model.filter(batch, self.samples if model.latent_size else 1, None, noise).log_likelihood
+        return model.filter(batch, self.samples if model.has_latent else 1, None, noise).log_likelihood
 
 
 class FIVO(ImportanceBound):
@@ -344,24 +353,22 @@ class FIVO(ImportanceBound):
     ) -> ObjectiveOutput:
         """Evaluate the objective; the reported ELBO comes from a separate pass without gradient or resampling."""
         masks = model.draw_masks(noise)
-        trajectories = model.new_particles(batch, 1) if carried is None else carried.trajectories
+        state, log_weights = _trajectories(model, batch, 1, carried)
         with torch.no_grad():
-            (log_px, kl), state = model.collect(
-                batch, noise, lambda trace: (trace.log_px, trace.kl), trajectories.state, masks
-            )
+            (log_px, kl), state = model.collect(batch, noise, lambda trace: (trace.log_px, trace.kl), state, masks)
         filtered = model.filter(
             batch,
-            self.particles if model.latent_size else 1,
+            self.particles if model.has_latent else 1,
             self.resampling,
             noise,
             masks,
             beta,
             None if carried is None else carried.particles,
         )
-        ahead = StreamState(trajectories._replace(state=state), Particles(filtered.state, filtered.log_weights))
+        ahead = StreamState(Particles(state, log_weights), Particles(filtered.state, filtered.log_weights))
         return ObjectiveOutput(filtered.log_likelihood.sum(), log_px, kl, ahead)
 
     def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise) -> Tensor:
         """Return the bound of each sequence in nats, shape (batch,)."""
-        particles = self.particles if model.latent_size else 1
+        particles = self.particles if model.has_latent else 1
         return model.filter(batch, particles, self.resampling, noise).log_likelihood

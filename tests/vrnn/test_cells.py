@@ -14,7 +14,7 @@ from test_windows import STREAMS, losses
 from torch import Tensor, nn
 
 from vrnn_lightning import SequenceBatch, UserError, VRNNLightningModule, build_vrnn
-from vrnn_lightning.filtering import Resampling, map_tensors
+from vrnn_lightning.filtering import Particles, Resampling, map_tensors
 from vrnn_lightning.nn import LayerNormGRUCell
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.objectives import ELBO, FIVO, IWAE
@@ -86,11 +86,11 @@ def test_every_pass_equals_the_readable_one(config, purpose):
     run, readable = PURPOSES[purpose]
     model, data = make_model(**CONFIGS[config]).eval(), make_data(config)
     if purpose == "filter":  # the readable one is given the state
-        data = data._replace(zero=model.initial_state_of(data.batch, passes.SAMPLES))
+        data = data._replace(zero=model.initial_state_of(data.batch, passes.SAMPLES).state)
     found = run(model, data)
     model, data = make_model(**CONFIGS[config]).eval(), make_data(config)
     if purpose == "filter":
-        data = data._replace(zero=model.initial_state_of(data.batch, passes.SAMPLES))
+        data = data._replace(zero=model.initial_state_of(data.batch, passes.SAMPLES).state)
     close(found, readable(model, data))
 
 
@@ -144,7 +144,7 @@ def test_a_learned_start_has_its_gradient(start, cell):
             value.add_(torch.rand_like(value))
     noise = data.noise.over_time(3)
     trace = model(data.batch, noise)
-    slow = readable_loop(model, data.batch, noise, model.initial_state_of(data.batch))
+    slow = readable_loop(model, data.batch, noise, model.initial_state_of(data.batch).state)
     found, expected = ([t.log_px, t.kl, *t.state.tensors().values()] for t in (trace, slow))
     close(found, expected)
     grads = torch.autograd.grad(trace.log_px.sum(), list(model.initial.parameters()), retain_graph=True)
@@ -162,11 +162,11 @@ def test_a_reset_row_starts_from_the_initial_state(start, objective):
             value.data.add_(0.3)
     first = objective(model, batch, Noise(batch, [5, 6]), 0.7, lambda x: x)
     reset = torch.tensor([True, False])
-    carried = first.carried.reset_rows(reset, model.initial_state_of(batch))
-    fresh, kept = model.initial_state_of(batch), first.carried.trajectories.state
+    carried = first.carried.reset_rows(reset, model.initial_state_of(batch).state)
+    fresh, kept = model.initial_state_of(batch).state, first.carried.trajectories.state
     torch.testing.assert_close(carried.trajectories.state.h[0], fresh.h[0])
     torch.testing.assert_close(carried.trajectories.state.h[1], kept.h[1])
-    again = first.carried.reset_rows(torch.ones(2, dtype=torch.bool), model.initial_state_of(batch))
+    again = first.carried.reset_rows(torch.ones(2, dtype=torch.bool), model.initial_state_of(batch).state)
     second = objective(model, batch, Noise(batch, [5, 6]), 0.7, lambda x: x, again)
     torch.testing.assert_close(second.value, first.value)
     close(gradients(model, second.value[None]), gradients(model, first.value[None]))
@@ -186,7 +186,7 @@ def test_every_pass_begins_in_the_initial_state(start):
         batch = SequenceBatch(batch.x, batch.lengths)
     inputs = batch.inputs
     now = None if inputs is None else inputs[:, 0]
-    state, many = model.initial_state_of(batch), model.initial_state_of(batch, 3)
+    state, many = model.initial_state_of(batch).state, model.initial_state_of(batch, 3).state
     assert (many.h[2:4] == state.h).all()
     torch.manual_seed(0)
     x = model.generate(4, 2, inputs=inputs).x
@@ -199,7 +199,7 @@ def test_every_pass_begins_in_the_initial_state(start):
     even = torch.full((3, 2), 1 / 3).log().double()
     scores = [
         model.filter(batch, 3, Resampling(), Noise(batch, [1, 2]), particles=given).log_likelihood
-        for given in (None, type(model.new_particles(batch, 3))(many, even))
+        for given in (None, Particles(many, even))
     ]
     torch.testing.assert_close(*scores)
     assert module.decode(torch.zeros(2, 4, 2).double(), inputs).shape == (2, 4, 3)

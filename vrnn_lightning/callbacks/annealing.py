@@ -198,7 +198,7 @@ class ControlVAE(KLAnnealing):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise if the trainer has a second annealer, or the model has no KL."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and not cast(VRNNLightningModule, pl_module).vrnn.latent_size:
+        if stage == "fit" and not cast(VRNNLightningModule, pl_module).vrnn.has_latent:
             raise UserError("ControlVAE: a model of latent_size 0 has no KL. Fix: leave the callback out")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

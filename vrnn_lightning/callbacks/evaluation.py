@@ -155,7 +155,7 @@ class Evaluation(Callback):
     def _bounds(self, module: VRNNLightningModule, batch: SequenceBatch, batch_idx: int) -> dict[str, Tensor]:
         """Return each sequence's bounds in nats, and effective samples: of trajectories, and summed over steps."""
         model = module.vrnn
-        samples = self.samples if model.latent_size else 1
+        samples = self.samples if model.has_latent else 1
         size = max(1, self.rows // samples)
         order = batch.lengths.argsort(stable=True).tolist()  # less padding
         parts = []
@@ -167,7 +167,7 @@ class Evaluation(Callback):
             fivo = model.filter(part, samples, self.resampling, draws[1])
             of_steps = fivo.effective_samples * part.lengths
             parts.append(torch.stack([iwae, fivo.log_likelihood, of_trajectories, of_steps]))
-        names = ("iwae", "fivo", "iwae_effective_samples", "fivo_effective_samples")[: 4 if model.latent_size else 2]
+        names = ("iwae", "fivo", "iwae_effective_samples", "fivo_effective_samples")[: 4 if model.has_latent else 2]
         return dict(zip(names, torch.cat(parts, 1)[:, torch.tensor(order).argsort()], strict=False))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -178,7 +178,7 @@ class Evaluation(Callback):
         for name, estimate in sorted(self._estimates.items()):  # every process in the same order
             figures = estimate.compute()
             shown |= {f"{name}{ending}": figures[ending] for ending in SHOWN[name] if ending in figures}
-        latent = cast(VRNNLightningModule, pl_module).vrnn.latent_size
+        latent = cast(VRNNLightningModule, pl_module).vrnn.has_latent
         shown["samples"] = torch.tensor(float(self.samples if latent else 1))
         pl_module.log_dict({f"{stage}/{name}": value.float() for name, value in shown.items()}, sync_dist=True)
         steps = torch.tensor(self._steps, device=pl_module.device)

@@ -165,7 +165,7 @@ def _log_latent(
     """Show the KL of latent dimensions, a traversal and an interpolation."""
     assert trace.posterior is not None
     media, lengths = logger.media, batch.lengths.tolist()
-    order = trace.kl.sum((0, 1)).argsort(descending=True)
+    order = trace.step_kl.sum((0, 1)).argsort(descending=True)
     kl = _without_padding(trace.kl[:, :, order[:MOST]], batch)
     names = [f"z{d}" for d in order[:MOST].tolist()]
     logger.picture("latent", draw_heat(kl, names, "KL, nats", real, media.modality, media.sample_rate, batch.names))

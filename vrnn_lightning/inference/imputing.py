@@ -38,7 +38,8 @@ class Imputer:
     def _follow(self, model: VRNN) -> None:
         batch, count, size = self.batch, self.particles, len(self.batch)
         weights = ParticleWeights(batch.lengths, batch.x.new_full((count, size), -math.log(count)), RESAMPLING)
-        state, future = model.initial_state_of(batch, count), model.backward_states(batch, None)
+        state, terms = model.initial_state_of(batch, count)
+        future = model.backward_states(batch, None)
         for t in range(batch.x.shape[1]):
             x, valid = (repeat_rows(part[:, t], count) for part in (batch.x, batch.valid_mask))
             inputs = None if batch.inputs is None else repeat_rows(batch.inputs[:, t], count)
@@ -51,6 +52,8 @@ class Imputer:
             emission = model.emission_dist(z_features, h, inputs)
             increments = torch.where(is_seen, log_ratio(prior, posterior, z), 0.0)
             increments = increments + log_prob(emission, x, None if valid.all() else valid)
+            if t == 0 and terms is not None:
+                increments = increments + terms[1]
             frame = _complete(emission, x, valid)
             x_features = model.extract_x(x, valid) if model.missing else model.extract_x(frame)
             _, state = model.next_state(x_features, z_features, state, inputs)

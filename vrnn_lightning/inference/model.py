@@ -153,7 +153,7 @@ class Inference:
         with evaluating(self.vrnn, None):
             like, frames = model.input_mean, []
             inputs = inputs.to(like) if model.num_inputs and inputs is not None else None
-            state = model.initial_state(len(latents), None if inputs is None else inputs[:, 0])
+            state = model.initial_state(len(latents), None if inputs is None else inputs[:, 0], mean=True)
             for t, z_features in enumerate(model.extract_z(latents.to(like)).unbind(1)):
                 u = None if inputs is None else inputs[:, t]
                 frame = model.head.round_mean(model.emission_dist(z_features, output(state), u).mean)
@@ -233,12 +233,11 @@ class Inference:
             raise UserError(f"origins: {origins[-1]} is beyond the {shortest} steps of a sequence. Fix: lower it")
 
         def paths() -> Iterator[Tensor]:  # between two origins, generators and mode are the caller's
-            noise, new = make_noise(batch, seed), self.vrnn.new_particles(batch, samples)
-            particles, first = new, 0
+            noise, particles, first = make_noise(batch, seed), None, 0
             for origin in origins:
                 with evaluating(self.vrnn, seed):
-                    if self.vrnn.backward_rnn is not None:
-                        particles, first = new, 0
+                    if self.vrnn.reads_ahead:
+                        particles, first = None, 0
                     window, draws = batch.window(first, origin), noise.window(first, origin)
                     filtered = self.vrnn.filter(window, samples, RESAMPLING, draws, particles=particles)
                     future = None if batch.inputs is None else batch.inputs[:, origin : origin + steps]

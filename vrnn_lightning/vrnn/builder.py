@@ -10,7 +10,7 @@ from torch import nn
 from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.heads import Gaussian, GaussianLatent, Head, Latent, Network, StandardPrior
 from vrnn_lightning.nn import LayerNormGRUCell, LayerNormLSTMCell, MLPConfig, NetworkFactory, feature_width
-from vrnn_lightning.vrnn.initial import InitialState
+from vrnn_lightning.vrnn.initial import InferredState, InitialState
 from vrnn_lightning.vrnn.model import VRNN
 
 __all__ = ["CELLS", "build_vrnn"]
@@ -43,7 +43,7 @@ def build_vrnn(
     dropout: float = 0.0,
     num_inputs: int = 0,
     missing: bool = False,
-    initial_state: Literal["zero", "learned", "inputs"] = "zero",
+    initial_state: Literal["zero", "learned", "inputs", "inferred"] = "zero",
 ) -> VRNN:
     """Return a VRNN made of parts that fit each other.
 
@@ -69,8 +69,10 @@ def build_vrnn(
         num_inputs: Covariates per step; every network and the recurrence read them.
         missing: phi_x also reads which values were measured.
         initial_state: State before the first step: "zero" (of a cell with ``initial_state``, what it returns),
-            "learned", the same parameters for all sequences, or "inputs", those plus a network of the covariates of
-            the first step, for what is known of a sequence as a whole.
+            "learned", the same parameters for all sequences, "inputs", those plus a network of the covariates of the
+            first step, for what is known of a sequence as a whole, or "inferred", those plus a linear map of a Gaussian
+            latent that a recurrence infers from the whole sequence, whose KL is part of the bound (LFADS, Pandarinath
+            et al. 2018).
 
     >>> build_vrnn(num_features=3, latent_size=2).generate(steps=5, batch_size=4).x.shape
     torch.Size([4, 5, 3])
@@ -78,8 +80,8 @@ def build_vrnn(
     _require_at_least(1, num_features=num_features, hidden_size=hidden_size, layers=layers)
     _require_at_least(0, latent_size=latent_size, num_inputs=num_inputs)
     require("dropout", dropout, 0, below=1)
-    if initial_state not in ("zero", "learned", "inputs"):
-        raise UserError(f"initial_state {initial_state!r}: must be 'zero', 'learned' or 'inputs'")
+    if initial_state not in ("zero", "learned", "inputs", "inferred"):
+        raise UserError(f"initial_state {initial_state!r}: must be 'zero', 'learned', 'inputs' or 'inferred'")
     if initial_state == "inputs" and not num_inputs:
         raise UserError("initial_state 'inputs': the data have no covariates (num_inputs). Fix: choose 'learned'")
     kind = cell if callable(cell) else CELLS.get(cell)
@@ -111,7 +113,9 @@ def build_vrnn(
     parts = (x_network, z_network, prior_network, encoder_network, decoder_network, nn.ModuleList(cells), backward_rnn)
     options: dict[str, Any] = {"dropout": dropout, "num_inputs": num_inputs, "missing": missing, "latent": z_kind}
     model = VRNN(*parts, residual_posterior=residual_posterior, **options)
-    if initial_state != "zero":
+    if initial_state == "inferred":
+        model.initial = InferredState(model.zero_state(1), x_width)
+    elif initial_state != "zero":
         model.initial = InitialState(model.zero_state(1), num_inputs if initial_state == "inputs" else 0)
     return model
 

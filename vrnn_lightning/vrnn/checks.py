@@ -16,6 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.nn import evaluating
+from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import Parts, compute_weights, infer, output, structure_of
 from vrnn_lightning.vrnn.equations import Equations
 
@@ -121,7 +122,8 @@ def _both_ways(model: Equations) -> list[tuple[str, Tensor, Tensor]]:
     lengths = torch.full((ROWS,), STEPS, device=like.device)
     batch = SequenceBatch(x, lengths, None, inputs if model.num_inputs else None)
     future = model.backward_states(batch, None)
-    data, state = model.network_inputs(batch, None, future), model.initial_state_of(batch)
+    data = model.network_inputs(batch, None, future)
+    state = model.initial_state_of(batch, noise=Noise(batch, list(range(ROWS)))).state
     noise = noise.transpose(0, 1).contiguous()
     steps, last = infer(model, data, noise, state, lengths, resample=lambda t, step: None)
     pairs: list[tuple[str, Tensor, Tensor]] = []

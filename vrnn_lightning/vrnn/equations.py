@@ -29,7 +29,7 @@ from vrnn_lightning.recurrence import (
     repeat_rows,
     run_backward,
 )
-from vrnn_lightning.vrnn.initial import InitialState
+from vrnn_lightning.vrnn.initial import InferredState, Initial, InitialState
 
 __all__ = ["Equations"]
 
@@ -82,7 +82,8 @@ class Equations(nn.Module):
         missing: phi_x also reads which values were measured.
         latent: The kind of latent; Gaussian by default.
         initial: Called with a number of rows and the covariates of their first steps, returns the state before the
-            first step; zero, or what cells make in ``initial_state``, by default.
+            first step; zero, or what cells make in ``initial_state``, by default. An
+            :class:`~vrnn_lightning.vrnn.initial.InferredState` also reads the sequence.
     """
 
     input_mean: Tensor
@@ -234,6 +235,21 @@ class Equations(nn.Module):
         return Parts.of(self) if self.checked is None else self.checked[1]
 
     @property
+    def infers_state(self) -> bool:
+        """Whether the initial state is a latent; the KL of a pass then has a column for it."""
+        return isinstance(self.initial, InferredState)
+
+    @property
+    def has_latent(self) -> bool:
+        """Whether anything is inferred: z_t, or the initial state."""
+        return bool(self.latent_size) or self.infers_state
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether what is inferred at a step depends on later frames: a smoothing posterior, an inferred state."""
+        return self.backward_rnn is not None or self.infers_state
+
+    @property
     def feature_widths(self) -> tuple[int, int]:
         """Widths of the features of x_t and of z_t."""
         like = self.input_mean
@@ -313,21 +329,39 @@ class Equations(nn.Module):
         """
         return str(partition(self, purpose))
 
-    def initial_state(self, batch_size: int, inputs: Tensor | None = None) -> State:
+    def initial_state(self, batch_size: int, inputs: Tensor | None = None, *, mean: bool = False) -> State:
         """Return the state before the first step.
 
         Args:
             batch_size: Number of sequences.
             inputs: Covariates of the first step, shape (batch_size, covariates), if the state is a function of them.
+            mean: If the state is a latent, return its prior's mean and not a draw.
         """
-        return self.zero_state(batch_size) if self.initial is None else cast(State, self.initial(batch_size, inputs))
+        if self.initial is None:
+            return self.zero_state(batch_size)
+        if mean and isinstance(self.initial, InferredState):
+            return self.initial.moved(batch_size, None)
+        return cast(State, self.initial(batch_size, inputs))
 
-    def initial_state_of(self, batch: SequenceBatch, samples: int = 1) -> State:
-        """Return the state before the first step of each sequence, for ``samples`` trajectories of it."""
+    def initial_state_of(
+        self, batch: SequenceBatch, samples: int = 1, noise: Noise | None = None, masks: Masks | None = None
+    ) -> Initial:
+        """Return the state before the first step of each sequence, for ``samples`` trajectories of it.
+
+        Args:
+            batch: Sequences; a clean batch if the state is inferred.
+            samples: Trajectories, K.
+            noise: The noise of the pass, if the state is inferred; from torch's global generator if not given.
+            masks: Dropout.
+        """
+        if isinstance(self.initial, InferredState):
+            x_features, covariates, _ = self.network_inputs(batch, masks, None)
+            noise = Noise(batch) if noise is None else noise
+            return self.initial.infer(join(x_features, covariates), batch, noise, samples)
         inputs = batch.inputs[:, 0].to(self.input_mean) if self.num_inputs and batch.inputs is not None else None
         if inputs is not None:
             inputs = torch.where(batch.lengths[:, None] > 0, inputs, 0.0)
-        return map_tensors(lambda x: repeat_rows(x, samples), self.initial_state(len(batch), inputs))
+        return Initial(map_tensors(lambda x: repeat_rows(x, samples), self.initial_state(len(batch), inputs)))
 
     def zero_state(self, batch_size: int) -> State:
         """Return the state of zeros, or of what cells make in ``initial_state``, for ``batch_size`` sequences."""
@@ -376,8 +410,8 @@ class Equations(nn.Module):
         first, shape = batch.is_first, batch.mask.shape
         if first is not None and (first.dtype != torch.bool or first.shape != shape):
             raise UserError(f"is_first: must be torch.bool of shape {tuple(shape)}, (batch, time)")
-        if batch.is_first is not None and isinstance(self.initial, InitialState) and self.initial.num_inputs:
-            raise UserError("is_first: the initial state reads inputs. Fix: give episodes as separate sequences")
+        if isinstance(self.initial, InitialState):
+            self.initial.require_whole(batch)
         is_first = None if batch.is_first is None else batch.is_first & batch.mask
         return replace(batch, x=batch.x.masked_fill(~batch.valid_mask, 0.0), inputs=inputs, is_first=is_first)
 

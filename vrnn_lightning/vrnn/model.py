@@ -54,6 +54,7 @@ class _Pass(NamedTuple):
     masks: Masks | None
     samples: int
     future: Tensor | None  # states of the recurrence that reads backwards, time first
+    initial: tuple[Tensor, Tensor] | None = None  # KL and log-ratio of an inferred initial state, each (rows,)
 
     def windows(self, size: int) -> Iterator[tuple[int, _Pass]]:
         """Yield the first step of each window of ``size`` steps, and the pass over it."""
@@ -63,7 +64,8 @@ class _Pass(NamedTuple):
             batch = self.batch if size >= steps else self.batch.window(first, last)
             future = None if self.future is None else self.future[first:last]
             noise = cast(Noise, self.noise).window(first, last)
-            yield first, self._replace(batch=batch, noise=noise, future=future)
+            initial = map_tensors(torch.zeros_like, self.initial) if first else self.initial
+            yield first, self._replace(batch=batch, noise=noise, future=future, initial=initial)
 
 
 class VRNN(Equations):
@@ -73,7 +75,7 @@ class VRNN(Equations):
     def forward(
         self,
         batch: SequenceBatch,
-        noise: Tensor | None = None,
+        noise: Noise | Tensor | None = None,
         state: State | None = None,
         masks: Masks | None = None,
         samples: int = 1,
@@ -82,7 +84,8 @@ class VRNN(Equations):
 
         Args:
             batch: Padded sequences.
-            noise: Standard normal noise, shape (samples * batch, time, latent); drawn if not given.
+            noise: The noise of the pass, or standard normal noise, shape (samples * batch, time, latent); drawn if not
+                given.
             state: State before the first step, of samples * batch rows; the model's initial state if not given.
             masks: Dropout; drawn if not given, in training.
             samples: Latent trajectories per sequence, K. Row ``k * batch + i`` of the trace is trajectory k of
@@ -95,18 +98,27 @@ class VRNN(Equations):
             UserError: The batch has no steps, or not the covariates that the model reads.
         """
         batch = self.mask_invalid(batch)
-        if noise is None or (masks is None and self.training and self.dropout):
-            source = Noise(batch)
-            noise = source.over_time(self.latent.noise_size, samples) if noise is None else noise
-            masks = self.draw_masks(source) if masks is None else masks
-        state = self.initial_state_of(batch, samples) if state is None else state
-        return self._infer(_Pass(batch, noise, masks, samples, self.backward_states(batch, masks)), state)
+        needs_masks = masks is None and self.training and self.dropout
+        source = noise if isinstance(noise, Noise) else Noise(batch) if noise is None or needs_masks else None
+        masks = self.draw_masks(source) if needs_masks and source is not None else masks
+        noise = cast(Noise, source) if noise is None else noise
+        return self._infer(*self._begin(batch, noise, masks, samples, state))
+
+    def _begin(
+        self, batch: SequenceBatch, noise: Noise | Tensor, masks: Masks | None, samples: int, state: State | None
+    ) -> tuple[_Pass, State]:
+        """Return the pass over a clean batch, and the state that it starts from: the initial one if not given."""
+        initial = None
+        if state is None:
+            source = noise if isinstance(noise, Noise) else None
+            state, initial = self.initial_state_of(batch, samples, source, masks)
+        return _Pass(batch, noise, masks, samples, self.backward_states(batch, masks), initial), state
 
     def _infer(
         self, window: _Pass, state: State, resample: Resample | None = None, frames: Frames | None = None
     ) -> Trace:
         """Infer the latents of a window, and score it."""
-        batch, noise, masks, samples, future = window
+        batch, noise, masks, samples, future, initial = window
         if len(state.h) != samples * len(batch):
             raise UserError(f"state: has {len(state.h)} rows, expected {samples} x {len(batch)} (samples * batch_size)")
         self.require_state(state)
@@ -116,7 +128,8 @@ class VRNN(Equations):
         is_first = None if batch.is_first is None else batch.is_first.t()
         steps, state = infer(self, data, noise, state, lengths, masks, samples, resample, is_first)
         frames = Frames.of_batch(batch, samples) if frames is None else frames
-        return make_trace(self, steps, state, frames, compiled=self.compiled)
+        trace = make_trace(self, steps, state, frames, compiled=self.compiled)
+        return trace if initial is None else trace.with_initial(*initial)
 
     @prepared
     def collect(
@@ -145,8 +158,7 @@ class VRNN(Equations):
             UserError: The batch has no steps, or not the covariates that the model reads.
         """
         batch = self.mask_invalid(batch)
-        state = self.initial_state_of(batch, samples) if state is None else state
-        whole = _Pass(batch, noise, masks, samples, self.backward_states(batch, masks))
+        whole, state = self._begin(batch, noise, masks, samples, state)
         windows: list[tuple[Tensor, ...]] = []
 
         def run(window: _Pass, state: State) -> tuple[tuple[Tensor, ...], State]:
@@ -171,11 +183,12 @@ class VRNN(Equations):
             UserError: The batch has no steps, or not the covariates that the model reads.
         """
         if torch.is_grad_enabled() or batch.x.shape[1] <= MAX_WINDOW:
-            return cast(Trace, self(batch, noise.over_time(self.latent.noise_size)))
+            return cast(Trace, self(batch, noise))
 
         def select(trace: Trace) -> tuple[Tensor, ...]:
             dists = [dist for dist in (trace.posterior, trace.prior) if dist is not None]
-            return trace.log_px, trace.kl, trace.z, *(x for dist in dists for x in self.latent.parameters(dist))
+            own = (x for dist in dists for x in self.latent.parameters(dist))
+            return trace.log_px, trace.kl, trace.z, *own
 
         (log_px, kl, z, *found), state = self.collect(batch, noise, select, masks=self.draw_masks(noise))
         count = len(self.latent.widths)
@@ -234,7 +247,7 @@ class VRNN(Equations):
         """
         batch = self.mask_invalid(batch)
         noise = Noise(batch) if noise is None else noise
-        state, log_weights = self.new_particles(batch, samples) if particles is None else particles
+        state, log_weights = (None, self.even_weights(samples, len(batch))) if particles is None else particles
         if resampling is not None and resampling.gradient and self.checkpoint_every and torch.is_grad_enabled():
             raise UserError(
                 "objective.resampling_gradient: weighs each choice by all that follows, which loop.checkpoint_every "
@@ -245,7 +258,7 @@ class VRNN(Equations):
                 "objective.resampling_gradient: weighs each choice by all that follows, across the episodes of a batch "
                 "with is_first. Fix: set it to false, or give episodes as separate sequences"
             )
-        whole = _Pass(batch, noise, masks, samples, self.backward_states(batch, masks))
+        whole, state = self._begin(batch, noise, masks, samples, state)
         total = effective_sum = log_weights.new_zeros(len(batch))
         effective = torch.full_like(total, samples)
         for first, window in whole.windows(self._window_size(batch, MAX_FILTER_WINDOW)):
@@ -265,7 +278,7 @@ class VRNN(Equations):
         if resampling is not None and samples > 1 and resampling.threshold > 0:
             weights = ParticleWeights(lengths, log_weights.detach(), resampling, batch.is_first)
             draws = cast(Noise, window.noise).uniform_over_time(resampling.draws(samples)).unbind(1)
-            resample = self._resampler(frames, samples, weights, draws, beta)
+            resample = self._resampler(window, frames, weights, draws, beta)
         trace = self._infer(window, particles.state, resample, frames)
         increments = (trace.log_px + beta * trace.log_ratio).t().unflatten(1, (samples, -1))
         gradient = resampling is not None and resampling.gradient
@@ -276,7 +289,7 @@ class VRNN(Equations):
         return window_estimate(increments, log_weights, weights, batch.mask.t(), gradient), trace.state
 
     def _resampler(
-        self, frames: Frames, samples: int, weights: ParticleWeights, draws: tuple[Tensor, ...], beta: float
+        self, window: _Pass, frames: Frames, weights: ParticleWeights, draws: tuple[Tensor, ...], beta: float
     ) -> Resample:
 
         def resample(t: int, step: InferenceSteps) -> Tensor | None:
@@ -289,19 +302,20 @@ class VRNN(Equations):
             latent = latent_dists(self, step, inputs)
             if latent is not None and step.z is not None:
                 increments = increments + beta * log_ratio(*latent, step.z)
+            if t == 0 and window.initial is not None:
+                increments = increments + beta * window.initial[1].detach()
             if before is not None and not torch.equal(before, random_state(step.h.device)):
                 raise UserError(
                     "decoder or prior: draws random numbers, so that a particle filter can't weigh by the same ones "
                     "twice. Fix: take out its Dropout or choose the objective ELBO"
                 )
-            return weights.advance(t, increments.unflatten(0, (samples, -1)), draws[t].t())
+            return weights.advance(t, increments.unflatten(0, (window.samples, -1)), draws[t].t())
 
         return resample
 
-    def new_particles(self, batch: SequenceBatch, samples: int) -> Particles:
-        """Return ``samples`` even particles in the initial state for each sequence of a batch."""
-        state = self.initial_state_of(batch, samples)
-        return Particles(state, state.h.new_full((samples, len(batch)), -math.log(samples)))
+    def even_weights(self, samples: int, batch_size: int) -> Tensor:
+        """Return the log-weights of ``samples`` even particles for each sequence, shape (samples, batch_size)."""
+        return self.input_mean.new_full((samples, batch_size), -math.log(samples))
 
     @prepared
     def generate(
@@ -371,7 +385,8 @@ class VRNN(Equations):
         require("batch_size", batch_size, 1)
         require("samples", samples, 1)
         if state is None:
-            state = map_tensors(lambda x: repeat_rows(x, samples), self.initial_state(batch_size, inputs))
+            inputs = None if inputs is None else repeat_rows(inputs, samples)
+            state = self.initial_state(samples * batch_size, inputs)
         if len(state.h) != samples * batch_size:
             raise UserError(f"state: has {len(state.h)} rows, expected {samples * batch_size} (samples * batch_size)")
         self.require_state(state)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn import functional as F
 
 from vrnn_lightning.batch import SequenceBatch
 from vrnn_lightning.heads import Factorised, gaussian, log_prob
@@ -38,6 +39,8 @@ class Trace:
         hidden: h_{t-1} of the top layer before each step, shape (batch, time, hidden); ``None`` if a long pass did not
             keep it.
         targets: What auxiliary losses predict, shape (batch, time, targets), if the batch has it.
+        initial: KL and log-ratio of an inferred initial state, see :class:`~vrnn_lightning.vrnn.initial.Initial`. The
+            last column of ``kl`` holds this KL, at the first step.
     """
 
     log_px: Tensor
@@ -51,6 +54,17 @@ class Trace:
     state: State
     hidden: Tensor | None = None
     targets: Tensor | None = None
+    initial: tuple[Tensor, Tensor] | None = None
+
+    def with_initial(self, kl: Tensor, log_ratio: Tensor) -> Trace:
+        """Return the trace of a window with the terms of its initial state, each (rows,); zero if it continues."""
+        column = F.pad(kl[:, None, None], (0, 0, 0, self.kl.shape[1] - 1))
+        return replace(self, kl=torch.cat([self.kl, column.to(self.kl)], -1), initial=(kl, log_ratio))
+
+    @property
+    def step_kl(self) -> Tensor:
+        """KL of each dimension of z_t, shape (batch, time, latent): ``kl`` without that of the initial state."""
+        return self.kl if self.initial is None else self.kl[..., :-1]
 
     @property
     def emission(self) -> Distribution:
@@ -60,10 +74,17 @@ class Trace:
 
     @property
     def log_ratio(self) -> Tensor:
-        """Log p(z_t | .) - log q(z_t | .) of the latents drawn in nats, zero at padding, shape (batch, time)."""
+        """Log p(z_t | .) - log q(z_t | .) of the latents drawn in nats, zero at padding, shape (batch, time).
+
+        The first step's has the initial state's latent in it.
+        """
         if self.prior is None or self.posterior is None:
-            return -self.kl.sum(-1)
-        return torch.where(self.mask, log_ratio(self.prior, self.posterior, self.z), 0.0)
+            ratio = -self.step_kl.sum(-1)
+        else:
+            ratio = torch.where(self.mask, log_ratio(self.prior, self.posterior, self.z), 0.0)
+        if self.initial is None:
+            return ratio
+        return ratio + F.pad(self.initial[1][:, None], (0, ratio.shape[1] - 1)).to(ratio)
 
 
 class Frames(NamedTuple):
