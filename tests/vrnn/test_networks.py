@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from vrnn_lightning import UserError, build_vrnn
 from vrnn_lightning.nn import MLP, MLPConfig, Residual
-from vrnn_lightning.nn.networks import ACTIVATIONS
+from vrnn_lightning.nn.networks import ACTIVATIONS, HashedDropout
+from vrnn_lightning.noise import Noise
+from vrnn_lightning.objectives import ELBO, FIVO
 
 NAMES = ("phi_x", "phi_z", "prior", "encoder", "decoder")
 KINDS = ("Tanh", "GELU", "ReLU", "ELU", "SiLU")
@@ -45,6 +47,8 @@ NETWORKS = {
     },
     "residual": {name: MLPConfig(6, 3, activation="Softplus", residual=True) for name in NAMES},
     "rms norm": {name: MLPConfig(6, 2, norm="rms") for name in NAMES},
+    "dropout": {name: MLPConfig(6, 2, dropout=0.4) for name in NAMES},
+    "without biases": dict.fromkeys(NAMES, lambda width: nn.Sequential(nn.Linear(width, 6, bias=False), nn.Tanh())),
     "the input itself": {name: MLPConfig(depth=0) for name in NAMES},
     "own": dict.fromkeys(NAMES, Gated),
     "sequential": dict.fromkeys(
@@ -70,6 +74,38 @@ def test_every_activation_is_compiled_as_it_is(name):
     model = make_other(**{part: MLPConfig(6, 2, activation=name, norm="layer") for part in NAMES})
     assert_equal_terms(model, make_batch([5, 3]))
     assert not model.called_parts
+
+
+@pytest.mark.parametrize("config", [{}, {"residual_posterior": True, "layers": 2}])
+def test_dropout_of_a_network_is_a_function_of_its_features(config):
+    """The fast loop drops what the readable one does, whole, recomputed and in a filter; in evaluation nothing."""
+    model = make_other(**{part: MLPConfig(40, 2, dropout=0.4) for part in NAMES}, **config).train()
+    batch = make_batch([5, 3])
+    assert_equal_terms(model, batch)
+    assert not model.called_parts
+    noise = Noise(batch, [1, 2])
+
+    def bounds() -> list[Tensor]:
+        values = [objective(model, batch, noise, 1.0, lambda x: x).value for objective in (ELBO(), FIVO(4))]
+        return [*values, *torch.autograd.grad(sum(values), list(model.parameters()), allow_unused=True)]
+
+    whole = bounds()
+    model.checkpoint_every = 2
+    for one, other in zip(bounds(), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    fast = model.eval()(batch, noise)
+    for network in model.modules():
+        if isinstance(network, HashedDropout):
+            network.p = 0.0
+    torch.testing.assert_close(fast.log_px, model.train()(batch, noise).log_px)
+    layer = HashedDropout(0.25)
+    dropped = layer(torch.rand(4000, 8) + 1)
+    assert abs((dropped == 0).double().mean() - 0.25) < 0.01
+    assert abs(dropped.mean() - 1.5) < 0.02
+    together = (dropped == 0).double()  # units, and rows, are independent
+    assert abs((together[:, 0] * together[:, 1]).mean() - 0.0625) < 0.02
+    assert abs((together[1:, 0] * together[:-1, 0]).mean() - 0.0625) < 0.02
+    assert torch.equal(layer(torch.ones(2, 8))[0], layer(torch.ones(2, 8))[1])
 
 
 def test_what_is_compiled_and_what_is_called():
@@ -105,6 +141,7 @@ def test_the_default_keeps_its_names_and_weights():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: MLPConfig(dropout=1.0), r"dropout 1.0"),
         (lambda: MLPConfig(activation="Relu"), r"activation 'Relu': must be one of .* Did you mean 'ReLU'"),
         (lambda: MLPConfig(activation="Softmax"), "activation 'Softmax': must be one of"),
         (lambda: MLPConfig([3, 0]), "width 0: must be at least 1"),

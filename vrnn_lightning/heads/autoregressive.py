@@ -14,7 +14,8 @@ from vrnn_lightning.errors import UserError, require
 from vrnn_lightning.heads.base import FrameDistribution, SampleShape, at_least_float32
 from vrnn_lightning.heads.discrete import Bernoulli
 from vrnn_lightning.nn import MaskedLinear
-from vrnn_lightning.noise import hash_rows, uniform_of
+from vrnn_lightning.nn.networks import HashedDropout
+from vrnn_lightning.noise import uniform_of
 
 __all__ = ["AutoregressiveBernoulli"]
 
@@ -67,9 +68,8 @@ class AutoregressiveBernoulli(Bernoulli):
     def _keep(self, features: Tensor) -> Tensor:
         """Return the factor of each hidden unit, shape (layers, ..., hidden_size)."""
         shape = (len(self.hidden) + 1, self.context.out_features)
-        uniform = uniform_of(hash_rows(features), shape[0] * shape[1], torch.float32).unflatten(-1, shape)
-        kept: Tensor = (uniform >= self.dropout) / (1 - self.dropout)
-        return kept.movedim(-2, 0)
+        factors: Tensor = HashedDropout(self.dropout).factors(features, shape[0] * shape[1]).unflatten(-1, shape)
+        return factors.movedim(-2, 0)
 
 
 class _Autoregressive(FrameDistribution):

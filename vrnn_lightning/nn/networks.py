@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vrnn_lightning.errors import UserError, require, suggestion
+from vrnn_lightning.noise import hash_rows, uniform_of
 
 __all__ = [
-    "ACTIVATIONS", "MLP", "Conv", "MLPConfig", "MaskedLinear", "NetworkFactory", "Residual", "evaluating",
-    "feature_width", "require_output",
+    "ACTIVATIONS", "MLP", "Conv", "HashedDropout", "MLPConfig", "MaskedLinear", "NetworkFactory", "Residual",
+    "evaluating", "feature_width", "require_output",
 ]  # fmt: skip
 
 NetworkFactory = Callable[[int], nn.Module]
@@ -44,6 +45,7 @@ class MLPConfig:
         activation: A class of ``torch.nn`` that maps each number alone, such as ReLU, Tanh, ELU, SiLU or GELU.
         norm: "layer" (Ba et al. 2016) or "rms" (Zhang & Sennrich 2019) before each activation.
         residual: Add the input of each layer to its output, where both have the same width.
+        dropout: Probability of dropping a unit after each activation in training, at every step on its own.
 
     Raises:
         UserError: An option is outside its range.
@@ -57,10 +59,12 @@ class MLPConfig:
     activation: str = "ReLU"
     norm: Literal["layer", "rms"] | None = None
     residual: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         """Raise if an option is outside its range."""
         require("depth", self.depth, 0)
+        require("dropout", self.dropout, 0, below=1)
         for width in self.width if isinstance(self.width, list) else [self.width]:
             require("width", width, 1)
         if self.activation not in ACTIVATIONS:
@@ -77,6 +81,29 @@ class MLPConfig:
     def __call__(self, in_features: int) -> MLP:
         """Return the network for inputs of a width."""
         return MLP(in_features, self)
+
+
+class HashedDropout(nn.Module):
+    """Dropout of units, shape (..., width), that the features themselves decide.
+
+    A pass that is computed again, a resumed run and a network that is called twice drop the same units.
+
+    Args:
+        p: Probability of dropping a unit.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the features, in training without the dropped ones and the others divided by 1 - p."""
+        return x * self.factors(x, x.shape[-1]) if self.training else x
+
+    def factors(self, features: Tensor, width: int) -> Tensor:
+        """Return 0 or 1 / (1 - p) for some units, shape (..., width), that features decide, shape (..., any)."""
+        kept: Tensor = uniform_of(hash_rows(features), width, torch.float32) >= self.p
+        return kept / (1 - self.p)
 
 
 class Residual(nn.Sequential):
@@ -100,7 +127,8 @@ class MLP(nn.Sequential):
         widths, steps = [in_features, *layers.widths], list[nn.Module]()
         for i, (before, after) in enumerate(pairwise(widths)):
             norm = [] if layers.norm is None else [NORMS[layers.norm](after)]
-            layer = [nn.Linear(before, after), *norm, ACTIVATIONS[layers.activation]()]
+            dropout = [HashedDropout(layers.dropout)] if layers.dropout else []
+            layer = [nn.Linear(before, after), *norm, ACTIVATIONS[layers.activation](), *dropout]
             steps += [Residual(*layer)] if layers.residual and i and before == after else layer
         super().__init__(*steps)
         self.out_features = widths[-1]

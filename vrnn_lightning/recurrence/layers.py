@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vrnn_lightning.heads import Gaussian, Network
 from vrnn_lightning.nn import LayerNormGRUCell, Residual
+from vrnn_lightning.nn.networks import HashedDropout
 from vrnn_lightning.recurrence.buffers import Buffer, ParameterRef
 from vrnn_lightning.recurrence.operations import (
     GRU,
@@ -93,9 +94,15 @@ def lay_features(
     into: Buffer | None = None,
 ) -> Buffer:
     """Add a network to a tape; return its features, which may go into a given buffer."""
+    layers = _acting(layers)
     is_one = all(isinstance(layer, nn.ReLU) for layer in layers[1:])
     first = lay_linear(tape, tape.cast(source, tape.narrow), layers[0], into if is_one else None)
     return lay_layers(tape, first, layers[1:], mask, into)
+
+
+def _acting(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the layers that do something: dropout only in training."""
+    return [layer for layer in layers if layer.training or not isinstance(layer, HashedDropout)]
 
 
 def lay_layers(
@@ -105,6 +112,7 @@ def lay_layers(
 
     A ReLU works in place on what the layer before it has written.
     """
+    layers = _acting(layers)
     for i, layer in enumerate(layers):
         rest = layers[i + 1 :]
         target = into if all(isinstance(later, nn.ReLU) for later in rest) else None
@@ -147,7 +155,8 @@ def lay_linear(tape: Tape, source: Buffer, layer: nn.Module, into: Buffer | None
     """Add a linear map; return its sums, which may go into a given buffer."""
     linear = cast(nn.Linear, layer)
     target = tape.buffer(linear.out_features) if into is None else into
-    tape.add(MatMul(source, tape.parameter(linear.weight.t()), target, tape.parameter(linear.bias)))
+    bias = None if linear.bias is None else tape.parameter(linear.bias)
+    tape.add(MatMul(source, tape.parameter(linear.weight.t()), target, bias, overwrites=bias is None))
     return target
 
 

@@ -15,11 +15,11 @@ from torch.nn.utils.weight_norm import WeightNorm
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.heads import Gaussian, GaussianLatent, Head, Network, tempered
 from vrnn_lightning.nn import MLP, LayerNormGRUCell, LayerNormLSTMCell, Residual
-from vrnn_lightning.nn.networks import ACTIVATIONS
+from vrnn_lightning.nn.networks import ACTIVATIONS, HashedDropout
 from vrnn_lightning.recurrence.state import Networks
 
 __all__ = [
-    "Parts", "compute_weights", "draw_frames", "is_plain", "is_plain_linear", "known_layers", "require_plain_weights",
+    "Parts", "compute_weights", "draw_frames", "is_plain", "known_layers", "require_plain_weights",
     "structure_of", "trained_tensors",
 ]  # fmt: skip
 
@@ -85,21 +85,16 @@ def known_layers(network: object) -> list[nn.Module] | None:
     if not is_plain(network, MLP, nn.Sequential):
         return None
     layers: list[nn.Module] = list(cast("Any", network))
-    return layers if layers and is_plain_linear(layers[0]) and all(map(_is_known_layer, layers)) else None
+    return layers if layers and is_plain(layers[0], nn.Linear) and all(map(_is_known_layer, layers)) else None
 
 
 def _is_known_layer(layer: Any) -> bool:
     if is_plain(layer, nn.LayerNorm):
         return len(layer.normalized_shape) == 1 and layer.weight is not None and layer.bias is not None
     if is_plain(layer, Residual):
-        return len(layer) > 0 and is_plain_linear(layer[0]) and all(map(_is_known_layer, layer))
+        return len(layer) > 0 and is_plain(layer[0], nn.Linear) and all(map(_is_known_layer, layer))
     is_function = is_plain(layer, *ACTIVATIONS.values()) and not getattr(layer, "inplace", False)
-    return is_function or is_plain(layer, nn.ReLU) or is_plain_linear(layer)
-
-
-def is_plain_linear(module: object) -> bool:
-    """Return whether a module is a linear map with a bias that the loop compiles."""
-    return is_plain(module, nn.Linear) and module.bias is not None  # type: ignore[attr-defined]  # an nn.Linear
+    return is_function or is_plain(layer, nn.ReLU, nn.Linear, HashedDropout)
 
 
 class Parts(NamedTuple):
@@ -151,7 +146,7 @@ def _gaussian_layers(network: object) -> list[nn.Module] | None:
     if not is_plain(network, Network):
         return None
     head = network.head  # type: ignore[attr-defined]  # a Network
-    is_known = is_plain(head, Gaussian) and head.covariance == "diagonal" and is_plain_linear(head.linear)
+    is_known = is_plain(head, Gaussian) and head.covariance == "diagonal" and is_plain(head.linear, nn.Linear)
     return known_layers(network.body) if is_known else None  # type: ignore[attr-defined]  # a Network
 
 

@@ -109,7 +109,8 @@ class FastStep:
         for name, first in firsts.items():
             self._sums[name] = front.columns(start, start + first.out_features)
             start += first.out_features
-            self._add_known(name, first.weight, first.bias)
+            bias = first.weight.new_zeros(first.out_features) if first.bias is None else first.bias
+            self._add_known(name, first.weight, bias)
         if self.cells:
             self._sums["state"] = self.cells[0].from_below
             self._add_known("state", cells[0].weight_ih, self.cells[0].bias)

@@ -24,7 +24,7 @@ class Initial(NamedTuple):
     Args:
         state: Of samples * batch rows.
         terms: KL of an inferred state's latent g from its prior, and log p(g) - log q(g) of the one drawn, each (rows,)
-            in nats, zero for sequences of no steps; ``None`` for a state that is no latent.
+            in nats, zero for sequences of no steps; ``None`` for a state that is not inferred.
     """
 
     state: State
