@@ -29,6 +29,7 @@ from contestants import (
     medians,
     operations,
     product_rate,
+    replaced,
     training,
 )
 
@@ -192,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
         measure_peak(*words[1:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = ("training", "rates", "evaluation", "generation", "filter", "compiled", "profile", "memory")
+    tables = ("training", "replaced", "rates", "evaluation", "generation", "filter", "compiled", "profile", "memory")
     parser.add_argument("tables", nargs="*", default=[], help=f"which of {', '.join(tables)} (default: all)")
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds per row (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
@@ -209,6 +210,8 @@ def main(arguments: list[str] | None = None) -> None:
     if "training" in wanted:
         precision, sizes = ("bf16", CUDA) if device == "cuda" else ("32", TRAINING)
         table("training", sizes, lambda size: training(size, device, precision), options)
+    if "replaced" in wanted:
+        table("training, of another class", TRAINING[:3], lambda size: replaced(size, device), options)
     if "rates" in wanted and device == "cpu":
         rates(options)
     if "evaluation" in wanted:
