@@ -231,3 +231,29 @@ def test_from_the_command_line(lightning, tiny):
         said = lightning("fit", "-c", tiny, *options)
         assert said.code != 0
         assert message in said.err, said.err
+
+
+class Wide(GaussianLatent):
+    """A latent of one's own, with an option."""
+
+    def __init__(self, size: int, factor: float = 1.0) -> None:
+        super().__init__(size)
+        self.factor = factor
+
+    def dist(self, mean, std):
+        return super().dist(mean, self.factor * std)
+
+
+def test_a_latent_of_ones_own_is_the_one_that_is_trained_and_resumed(lightning, tiny):
+    said = lightning("fit", "-c", tiny, "--model.latent", "test_latents.Wide", "--model.latent.factor", "2.0")
+    assert said.code == 0, said.err
+    (path,) = Path().rglob("last.ckpt")
+    assert "--trust test_latents" in lightning("test", "--ckpt_path", path).err
+    trusted = ("--ckpt_path", path, "--trust", "test_latents")
+    assert lightning("test", *trusted).code == 0
+    assert (
+        "--model.latent.factor 3.0 (checkpoint: 2.0)" in lightning("test", *trusted, "--model.latent.factor", "3.0").err
+    )
+    own = VRNNLightningModule.load_from_checkpoint(path, trust=["test_latents"]).vrnn.latent
+    assert (type(own), own.factor) == (Wide, 2.0)
+    assert lightning("fit", "-c", tiny, *trusted, "--trainer.max_epochs", "3").code == 0
