@@ -80,13 +80,6 @@ def build_vrnn(
     _require_at_least(1, num_features=num_features, hidden_size=hidden_size, layers=layers)
     _require_at_least(0, latent_size=latent_size, num_inputs=num_inputs)
     require("dropout", dropout, 0, below=1)
-    if initial_state not in ("zero", "learned", "inputs", "inferred"):
-        raise UserError(f"initial_state {initial_state!r}: must be 'zero', 'learned', 'inputs' or 'inferred'")
-    if initial_state == "inputs" and not num_inputs:
-        raise UserError("initial_state 'inputs': the data have no covariates (num_inputs). Fix: choose 'learned'")
-    kind = cell if callable(cell) else CELLS.get(cell)
-    if kind is None:
-        raise UserError(f"cell {cell!r}: must be one of {', '.join(CELLS)}, or a factory of cells")
     rnn = nn.LSTM if cell == "lstm" else nn.GRU
     x_in, h_width, z_width = num_features * (2 if missing else 1), hidden_size + num_inputs, 0
     x_network, future_width = phi_x(x_in), hidden_size if smoothing else 0
@@ -106,18 +99,37 @@ def build_vrnn(
         read = x_width + future_width + hidden_size
         encoder_network = Network(read, encoder, z_kind.head, latent_size, part="encoder")
     decoder_network = Network(z_width + h_width, decoder, emission, num_features, part="decoder")
-    cells = [kind(hidden_size if i else x_width + z_width, hidden_size) for i in range(layers)]
+    cells = _make_cells(cell, x_width + z_width, hidden_size, layers)
+    parts = (x_network, z_network, prior_network, encoder_network, decoder_network, cells, backward_rnn)
+    options: dict[str, Any] = {"dropout": dropout, "num_inputs": num_inputs, "missing": missing, "latent": z_kind}
+    model = VRNN(*parts, residual_posterior=residual_posterior, **options)
+    model.initial = _make_initial(initial_state, model, x_width)
+    return model
+
+
+def _make_cells(
+    cell: Cell | Callable[[int, int], nn.Module], in_features: int, hidden_size: int, layers: int
+) -> nn.ModuleList:
+    kind = cell if callable(cell) else CELLS.get(cell)
+    if kind is None:
+        raise UserError(f"cell {cell!r}: must be one of {', '.join(CELLS)}, or a factory of cells")
+    cells = [kind(hidden_size if i else in_features, hidden_size) for i in range(layers)]
     for made in cells:
         if not hasattr(made, "hidden_size"):
             vars(made)["hidden_size"] = hidden_size
-    parts = (x_network, z_network, prior_network, encoder_network, decoder_network, nn.ModuleList(cells), backward_rnn)
-    options: dict[str, Any] = {"dropout": dropout, "num_inputs": num_inputs, "missing": missing, "latent": z_kind}
-    model = VRNN(*parts, residual_posterior=residual_posterior, **options)
+    return nn.ModuleList(cells)
+
+
+def _make_initial(initial_state: str, model: VRNN, x_width: int) -> InitialState | None:
+    if initial_state == "zero":
+        return None
     if initial_state == "inferred":
-        model.initial = InferredState(model.zero_state(1), x_width)
-    elif initial_state != "zero":
-        model.initial = InitialState(model.zero_state(1), num_inputs if initial_state == "inputs" else 0)
-    return model
+        return InferredState(model.zero_state(1), x_width)
+    if initial_state not in ("learned", "inputs"):
+        raise UserError(f"initial_state {initial_state!r}: must be 'zero', 'learned', 'inputs' or 'inferred'")
+    if initial_state == "inputs" and not model.num_inputs:
+        raise UserError("initial_state 'inputs': the data have no covariates (num_inputs). Fix: choose 'learned'")
+    return InitialState(model.zero_state(1), model.num_inputs if initial_state == "inputs" else 0)
 
 
 def _require_at_least(least: int, **sizes: int) -> None:
