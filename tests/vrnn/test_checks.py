@@ -183,3 +183,16 @@ def test_a_filter_is_not_trained_on_random_numbers_that_it_can_not_draw_twice(pa
     with pytest.raises(UserError, match=r"^decoder or prior: draws random numbers"):
         model.filter(batch, 3, Resampling(threshold=1.0))
     model.eval().filter(batch, 3, Resampling(threshold=1.0))
+
+
+def test_a_prior_that_drops_units_by_chance_is_refused_for_a_residual_posterior():
+    def prior(width):
+        return nn.Sequential(nn.Linear(width, 6), nn.ReLU(), nn.Dropout(0.2))
+
+    model, batch = (
+        build_vrnn(3, 2, prior=prior, residual_posterior=True),
+        SequenceBatch(torch.randn(2, 3, 3), torch.tensor([3, 2])),
+    )
+    with pytest.raises(UserError, match=r"prior.body.2: drops other units .* Fix: use MLPConfig"):
+        model(batch)
+    assert model.eval()(batch).log_px.isfinite().all()

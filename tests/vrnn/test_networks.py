@@ -184,6 +184,9 @@ def test_a_class_of_ones_own_is_the_one_that_is_trained(lightning, tiny):
     [
         (("--model.encoder.activation", "Relu"), "Did you mean 'ReLU'?"),
         (("--model.phi_z.width", "0"), "width 0: must be at least 1"),
+        (("--model.encoder.dropout", "1"), "network.dropout 1.0: must lie in [0, 1)"),
+        (("--model.phi_x", "test_networks.Nope"), "--model.phi_x test_networks.Nope: no such class. Fix: "),
+        (("--model.emission", "nowhere.Nope"), "--model.emission nowhere.Nope: no such class. Fix: "),
         (("--model.prior", "test_networks.Pair"), "prior: returned tuple, expected floating-point numbers"),
     ],
 )

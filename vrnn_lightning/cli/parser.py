@@ -131,6 +131,7 @@ class Parser(LightningArgumentParser):
                 _unknown_init_arg,
             ),
             (r"Expected a dot import path string: (?P<name>\S+)", _unknown_class),
+            (r"Expected a path but (?P<name>\S+) either not accessible", _unknown_class),
             (
                 r"Got value: \W*(?:class_path\W+)?(?P<name>[\w.]+)[^\n]*\n\s*Subtype errors:.*path or the name of",
                 _unknown_class,
@@ -175,12 +176,16 @@ def _unknown_class(key: str, name: str) -> str:
         return _wrong_choice(key, name)
     bases = [BASES[part] for part in key.strip("-+").split(".") if part in BASES]
     names = {cls.__name__ for base in bases for cls in subclasses_of(base)}
+    if "." in name:
+        return f"{key} {name}: no such class. Fix: give the path of one that can be imported from here"
     return f"{key} {name}: no such class.{discovery.suggestion(name, names)}"
 
 
 def _wrong_type(key: str, expected: str, value: str) -> str:
     if key in CHOICES:
         return _wrong_choice(key, value)
+    if "Callable" in expected and re.fullmatch(r"[\w.]+\.\w+", value):
+        return _unknown_class(key, value)
     types = re.sub(r"<class '(.*?)'>", r"\1", expected).replace("typing.Literal", "one of ").replace("NoneType", "null")
     return f"{key} {' '.join(value.split())}: expected {types.replace(', null', ' or null')}"
 

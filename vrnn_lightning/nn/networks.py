@@ -63,10 +63,10 @@ class MLPConfig:
 
     def __post_init__(self) -> None:
         """Raise if an option is outside its range."""
-        require("depth", self.depth, 0)
-        require("dropout", self.dropout, 0, below=1)
+        require("network.depth", self.depth, 0)
+        require("network.dropout", self.dropout, 0, below=1)
         for width in self.width if isinstance(self.width, list) else [self.width]:
-            require("width", width, 1)
+            require("network.width", width, 1)
         if self.activation not in ACTIVATIONS:
             near = suggestion(self.activation, ACTIVATIONS)
             raise UserError(f"activation {self.activation!r}: must be one of {', '.join(ACTIVATIONS)}.{near}")

@@ -62,6 +62,11 @@ def _prepare(model: Equations) -> None:
     is_changed = model.checked is None or model.checked[0] != structure
     if is_changed:
         model.checked = None
+    prior = model.prior if model.residual_posterior and model.training else None
+    for module in prior.modules() if isinstance(prior, nn.Module) else ():
+        if isinstance(module, nn.Dropout) and module.p:
+            what = "drops other units for the mean of a residual posterior than for the KL"
+            _refuse(model, module, what, "use MLPConfig's dropout, which its features decide")
     for module in model.modules():
         if module._forward_pre_hooks:
             compute_weights(module)
