@@ -9,7 +9,7 @@ import torch
 from test_recurrence import make_batch, make_model
 from torch import Tensor, nn
 
-from vrnn_lightning import UserError
+from vrnn_lightning import SequenceBatch, UserError, build_vrnn
 from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence.operations import Relu

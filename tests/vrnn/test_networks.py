@@ -192,5 +192,6 @@ def test_a_class_of_ones_own_is_the_one_that_is_trained(lightning, tiny):
 )
 def test_bad_options_are_one_line(lightning, tiny, options, message):
     said = lightning("fit", "-c", tiny, *options)
-    assert (said.code, said.err.count("error: ")) == (1, 1)
+    assert said.code in (1, 2)
+    assert said.err.count("error: ") == 1
     assert message in said.err
