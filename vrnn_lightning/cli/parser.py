@@ -176,6 +176,7 @@ def _unknown_class(key: str, name: str) -> str:
         return _wrong_choice(key, name)
     bases = [BASES[part] for part in key.strip("-+").split(".") if part in BASES]
     names = {cls.__name__ for base in bases for cls in subclasses_of(base)}
+    name = name.rstrip(".")
     if "." in name:
         return f"{key} {name}: no such class. Fix: give the path of one that can be imported from here"
     return f"{key} {name}: no such class.{discovery.suggestion(name, names)}"
