@@ -206,6 +206,8 @@ def test_every_pass_begins_in_the_initial_state(start):
     gaps = batch.x.clone()
     gaps[0, 1] = float("nan")
     assert len(module.impute(list(gaps), samples=2, inputs=None if inputs is None else list(inputs), seed=1)) == 2
+    many = module.score(list(batch.x), samples=4, inputs=None if inputs is None else list(inputs), seed=1)
+    assert all(part.isfinite().all() for part in many)
     if start == "inputs":
         with pytest.raises(UserError, match="inputs: the initial state reads those of the first step"):
             module.session(2, 3)

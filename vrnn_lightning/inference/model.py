@@ -107,8 +107,8 @@ class Inference:
                 noise = make_noise(batch, seed)
                 (nats,), _ = self.vrnn.collect(batch, noise, lambda trace: (trace.log_px - trace.kl.sum(-1),))
             else:
-                stream = self.vrnn.stream(len(batch), samples, resampling=RESAMPLING)
                 us = [None] * batch.x.shape[1] if batch.inputs is None else batch.inputs.unbind(1)
+                stream = self.vrnn.stream(len(batch), samples, resampling=RESAMPLING, inputs=us[0])
                 frames = zip(batch.x.unbind(1), batch.valid_mask.unbind(1), us, strict=True)
                 nats = torch.stack([stream.step(x, valid, u) for x, valid, u in frames], 1)
             return trim(nats - log_std(self.scaler, batch.valid_mask).to(nats), batch.lengths)
