@@ -89,7 +89,14 @@ def column(run: Path, name: str) -> list[float]:
 STREAMS = {"data": "Jumps", "data.fresh": "true", "data.window": 3}
 
 
-@pytest.mark.parametrize("more", [{}, STREAMS], ids=["whole sequences", "streams of what is drawn in each epoch"])
+INFERRED = {"model.initial_state": "inferred", "model.encoder.dropout": 0.2}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, STREAMS, INFERRED],
+    ids=["whole sequences", "streams of what is drawn in each epoch", "an inferred state, and dropout"],
+)
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, more):
     """Parameters, losses and figures, with a latent, free bits, ragged lengths and a last batch of one sequence."""
     one = fit(tmp_path / "one", **more, **{"data.batch_size": 4})
