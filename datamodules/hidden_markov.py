@@ -69,6 +69,7 @@ class HiddenMarkov(ExactDataModule):
         if not 0 < stay < 1:
             raise UserError(f"--data.stay {stay}: must lie in (0, 1)")
         self.emission = emission
+        self.likelihood = "mass" if emission == "bernoulli" else "density"
         self.missing = missing_rate > 0
         same = torch.eye(states, dtype=torch.float64)
         self.initial = torch.full((states,), 1 / states, dtype=torch.float64)

@@ -256,7 +256,12 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         """Raise if the emission can't score a value, and warn of what the model does not read."""
         self.vrnn.head.check(batch.x, batch.valid_mask)
         self.auxiliary.check(batch)
-        data = type(self._data).__name__
+        data, own = type(self._data).__name__, getattr(self._data, "likelihood", self.vrnn.head.likelihood)
+        if own != self.vrnn.head.likelihood:
+            has = f"emission {type(self.vrnn.head).__name__} has a {self.vrnn.head.likelihood}"
+            rank_zero_warn(
+                f"{data}: the likelihood of its values is a {own}, but {has}: the two have no gap; choose another emission"
+            )
         if not self.vrnn.missing and batch.observed is not None and not batch.observed[batch.mask].all():
             rank_zero_warn(f"{data}: missing values read as the mean; set `missing = True` in that class to mark them")
         if not self.vrnn.num_inputs and batch.inputs is not None:
@@ -334,13 +339,19 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         trace = self.trace(batch, batch_idx)
         valid = batch.valid_mask
         log_scale = (valid * self.scale_std.log()).sum()
-        exact = getattr(self._data, "exact_log_likelihood", lambda batch: None)(batch)
+        exact = self.exact_log_likelihood(batch)
         self.bound.update(trace.log_px, trace.kl, batch.lengths, valid.sum(), log_scale, exact)
         if self.auxiliary:
             self._evaluate_auxiliary(batch, batch_idx, trace)
         if trace.posterior is not None:
             self.active.update(trace.posterior.mean, batch.mask)
         return trace
+
+    def exact_log_likelihood(self, batch: SequenceBatch) -> Tensor | None:
+        """Return log p(x) of each sequence in nats, if the data know it and it is of the emission's kind."""
+        kind = self.vrnn.head.likelihood
+        is_comparable = getattr(self._data, "likelihood", kind) == kind
+        return getattr(self._data, "exact_log_likelihood", lambda batch: None)(batch) if is_comparable else None
 
     def _evaluate_auxiliary(self, batch: SequenceBatch, batch_idx: int, trace: Trace) -> None:
         self.auxiliary.check(batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -183,3 +184,21 @@ def test_the_share_of_missing_values_is_as_asked():
 def test_absurd_options_are_named(option):
     with pytest.raises(UserError, match=f"--data.{next(iter(option))} "):
         small(**option)
+
+
+@pytest.mark.parametrize("emission", ["Gaussian", "Bernoulli"])
+def test_a_density_has_no_gap_to_a_probability(lightning, emission):
+    """Of values that are 0 or 1 a Gaussian's density has no bound."""
+    small = [f"--data.{name}_size=8" for name in ("train", "val", "test")]
+    words = ["--data", "HiddenMarkov", *small, "--model.emission", emission]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        done = lightning("fit", *words, "--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false")
+    assert done.code == 0, done.err
+    tested = lightning("test", "--ckpt_path", "best").out
+    told = [
+        str(warning.message) for warning in caught if "is a mass, but emission Gaussian has" in str(warning.message)
+    ]
+    assert len(told) == (emission == "Gaussian")
+    assert ("exact log-likelihood" in done.out) == (emission == "Bernoulli")
+    assert ("test/gap" in tested) == ("test/fivo_gap" in tested) == (emission == "Bernoulli")

@@ -129,8 +129,7 @@ class Evaluation(Callback):
         with module.summon_full_params():
             bounds = self._bounds(module, batch, batch_idx)
         figures = {"elbo": trace.log_px.sum(1) - trace.kl.sum((1, 2)), **bounds}
-        known = getattr(getattr(trainer, "datamodule", None), "exact_log_likelihood", None)
-        exact = known(batch) if known is not None else None
+        exact = module.exact_log_likelihood(batch)
         if exact is not None:
             exact = exact.to(figures["elbo"])
             gaps = {"gap": "elbo", "iwae_gap": "iwae", "fivo_gap": "fivo"}
