@@ -256,12 +256,10 @@ class VRNNLightningModule(Inference, Pretrained, LightningModule):  # type: igno
         """Raise if the emission can't score a value, and warn of what the model does not read."""
         self.vrnn.head.check(batch.x, batch.valid_mask)
         self.auxiliary.check(batch)
-        data, own = type(self._data).__name__, getattr(self._data, "likelihood", self.vrnn.head.likelihood)
-        if own != self.vrnn.head.likelihood:
-            has = f"emission {type(self.vrnn.head).__name__} has a {self.vrnn.head.likelihood}"
-            rank_zero_warn(
-                f"{data}: the likelihood of its values is a {own}, but {has}: the two have no gap; choose another emission"
-            )
+        data, kind = type(self._data).__name__, self.vrnn.head.likelihood
+        own = getattr(self._data, "likelihood", kind)
+        if own != kind:
+            rank_zero_warn(f"{data}: its likelihood is a {own}, but the emission has a {kind}, so there is no val/gap")
         if not self.vrnn.missing and batch.observed is not None and not batch.observed[batch.mask].all():
             rank_zero_warn(f"{data}: missing values read as the mean; set `missing = True` in that class to mark them")
         if not self.vrnn.num_inputs and batch.inputs is not None:

@@ -197,7 +197,9 @@ def test_a_density_has_no_gap_to_a_probability(lightning, emission):
     assert done.code == 0, done.err
     tested = lightning("test", "--ckpt_path", "best").out
     told = [
-        str(warning.message) for warning in caught if "is a mass, but emission Gaussian has" in str(warning.message)
+        str(warning.message)
+        for warning in caught
+        if "is a mass, but the emission has a density" in str(warning.message)
     ]
     assert len(told) == (emission == "Gaussian")
     assert ("exact log-likelihood" in done.out) == (emission == "Bernoulli")
