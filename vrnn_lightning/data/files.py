@@ -13,7 +13,7 @@ from vrnn_lightning.data.downloads import fetch
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import MAX_GB
 
-__all__ = ["FileDataModule", "checked_limit", "data_root"]
+__all__ = ["FileDataModule", "data_root"]
 
 
 class FileDataModule(SequenceDataModule):
@@ -36,7 +36,9 @@ class FileDataModule(SequenceDataModule):
         super().__init__(**options)
         if "download" in self.hparams:
             self.hparams["download"] = False  # an option of this run: checkpoints do not repeat it
-        self.root, self.max_gb = data_root(root), checked_limit(max_gb)
+        if not max_gb > 0:
+            raise UserError(f"--data.max_gb {max_gb}: must be positive, in gigabytes")
+        self.root, self.max_gb = data_root(root), max_gb
         self._warnings = WarningCache()
         self._require_choices()
 
@@ -66,10 +68,3 @@ def data_root(root: str) -> Path:
         return Path(root).expanduser()
     except RuntimeError as error:  # no such user
         raise UserError(f"--data.root {root}: {str(error).rstrip('.')}. Fix: write the whole path") from error
-
-
-def checked_limit(max_gb: float) -> float:
-    """Return the option ``max_gb`` of a datamodule; raise a UserError unless it is positive."""
-    if not max_gb > 0:
-        raise UserError(f"--data.max_gb {max_gb}: must be positive, in gigabytes")
-    return max_gb
