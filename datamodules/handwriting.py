@@ -137,7 +137,6 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
         **options: Any,
     ) -> None:
         super().__init__(root, num_features=3, batch_size=batch_size, **options)
-        self.download = download
         self.max_steps = require("max_steps", max_steps, 1)
         if clip is not None and not 0 < clip < math.inf:
             raise UserError(f"--data.clip {clip}: must be positive, in data units")

@@ -102,7 +102,7 @@ class PianoRolls(FileDataModule):
         self.transpose = require("transpose", transpose, 0, KEYS - 1)
         self.max_quarters = require("max_quarters", max_quarters, 1, 10**9)
         self.test, self.val = require("test", test, 0, below=1), require("val", val, 0, below=1)
-        self.sustain, self.skip_bad, self.download = sustain, skip_bad, download
+        self.sustain, self.skip_bad = sustain, skip_bad
         self._members: dict[Split, list[str]] | None = None
         self._notes: dict[str, Notes] = {}
 

@@ -131,7 +131,6 @@ class Speech(RandomSplitDataModule, FileDataModule):
         is_mel = features == "log_mel"
         width = mel_bands or MEL_BANDS if is_mel else frame_size
         super().__init__(root, num_features=width, batch_size=batch_size, **options)
-        self.download = download
         self.frame_size = frame_size
         self.mel_window = mel_window or 4 * frame_size
         self.resample = resample

@@ -19,7 +19,7 @@ __all__ = ["FileDataModule", "data_root"]
 class FileDataModule(SequenceDataModule):
     """Base class of datamodules that read the file or folder ``root``.
 
-    A subclass whose data can be fetched names them by ``dataset`` and sets ``self.download`` to its option.
+    A subclass whose data can be fetched names them by ``dataset`` and has an option ``download``.
 
     Args:
         root: The file or folder. It may lie elsewhere when a checkpoint is used again.
@@ -30,11 +30,11 @@ class FileDataModule(SequenceDataModule):
 
     run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {"max_gb"}
     dataset: ClassVar[str] = ""
-    download: bool = False
 
     def __init__(self, root: str, max_gb: float = MAX_GB, **options: Any) -> None:
         super().__init__(**options)
-        if "download" in self.hparams:
+        self.download: bool = self.hparams.get("download", False)
+        if self.download:
             self.hparams["download"] = False  # an option of this run: checkpoints do not repeat it
         if not max_gb > 0:
             raise UserError(f"--data.max_gb {max_gb}: must be positive, in gigabytes")
