@@ -21,13 +21,11 @@ from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, undamaged
 
-__all__ = ["FSDD_TEST", "PATTERNS", "CorpusSplits", "Layout", "Recording", "find_recordings", "place_recordings"]
+__all__ = ["PATTERNS", "CorpusSplits", "Layout", "Recording", "find_recordings", "place_recordings"]
 
 Layout = Literal["folder", "fsdd", "timit", "ljspeech", "librispeech", "vctk", "blizzard", "manifest"]
 Place = Split | Literal["unused", "never"] | None
 
-FSDD_TEST = r"_[0-4]\.[^.]+$"
-"""The official test split of the spoken digits: the first five recordings of each digit and speaker."""
 LJSPEECH_HELD = 250
 """Clips for validation and as many for the test, as ESPnet and others take them: the last of all."""
 TIMIT_CORE = (
@@ -48,7 +46,7 @@ WORDS: dict[str, Split] = {
 }  # fmt: skip
 """What a manifest may call a split."""
 
-PATTERNS = {"fsdd": FSDD_TEST}
+PATTERNS = {"fsdd": r"_[0-4]\.[^.]+$"}
 """Official splits by name. ``fsdd``: the first five recordings of each spoken digit and speaker."""
 
 SHARE = 0.1
@@ -120,7 +118,7 @@ def place_recordings(layout: Layout, names: list[str]) -> list[Recording]:
 
 def _assign_splits(layout: Layout, matches: list[re.Match[str]]) -> Sequence[Place]:
     if layout == "fsdd":
-        return ["test" if re.search(FSDD_TEST, match.string) else None for match in matches]
+        return ["test" if re.search(PATTERNS["fsdd"], match.string) else None for match in matches]
     if layout == "timit":  # all speakers speak the sentences SA
         return [
             "never"

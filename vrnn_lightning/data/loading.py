@@ -334,8 +334,7 @@ class SequenceLoader:
         self.sampler = sampler  # where Lightning looks to announce the epoch
         self.batch_sampler = None  # where it looks next
         self.dataset = ScaledSequences(sequences, scaler, num_features, num_inputs, num_targets)
-        if options.get("num_workers"):
-            options.setdefault("worker_init_fn", _outlive_signals)
+        options.setdefault("worker_init_fn", _outlive_signals)
         self._loader: DataLoader[SequenceBatch] = DataLoader(self.dataset, batch_size=None, sampler=sampler, **options)
         self.batches_read = 0
 
