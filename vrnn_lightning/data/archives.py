@@ -114,9 +114,7 @@ class ArchiveSplit:
 
     def rows(self) -> NDArray[Any]:
         """Return the rows of all sequences, shape (steps, features)."""
-        if len(self) == 0:
-            return self.values[:0]
-        return np.concatenate([self.values[start:end] for start, end in self.bounds])
+        return np.concatenate([self.values[:0], *(self.values[start:end] for start, end in self.bounds)])
 
     def raise_if(self, wrong: NDArray[np.bool_], fix: str) -> None:
         """Raise a UserError with the first wrong value and its place, if there is one.

@@ -129,9 +129,8 @@ class Rows:
             raise UserError(
                 f"{self.place(0)}: {option} makes {count} steps of {len(place)} rows. Fix: choose a longer one"
             )
-        return self.times[0] + np.arange(count) * (
-            int(step.size) if float(step.size).is_integer() else step.size
-        ), place
+        size = int(step.size) if float(step.size).is_integer() else step.size
+        return self.times[0] + np.arange(count) * size, place
 
 
 def group_rows(tables: Mapping[str, Columns], *, by_id: bool, sort: bool) -> dict[str, Rows]:
