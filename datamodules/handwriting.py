@@ -297,11 +297,7 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
 
 @dataclass(frozen=True, kw_only=True)
 class _Stretched(AugmentedSequences):
-    """Sequences of one epoch, stretched along x and y by factors of their own; another epoch has others.
-
-    Args:
-        amount: How far from 1 a factor may be.
-    """
+    """Sequences, stretched along x and y by other factors in each epoch, at most ``amount`` away from 1."""
 
     amount: float
 

@@ -287,11 +287,9 @@ class _Songs:
 
 @dataclass(frozen=True, kw_only=True)
 class _Transposed(AugmentedSequences):
-    """Rolls that are shifted along the keyboard, by another interval in each epoch.
+    """Rolls that are shifted along the keyboard, by another interval of at most ``most`` semitones in each epoch.
 
-    Args:
-        most: Semitones.
-        reach: Lowest and highest key of each roll.
+    ``reach`` is the lowest and the highest key of each roll.
     """
 
     most: int

@@ -53,11 +53,8 @@ class AudioFile(NamedTuple):
 def read_header(path: Path, max_gb: float = MAX_GB) -> AudioFile:
     """Read a file's header, and check that the file is as long as it declares.
 
-    Damage in the middle shows only when samples are read.
-
-    Args:
-        path: The file.
-        max_gb: Gigabytes that its samples may take in float32, or 16 times the file's size.
+    Damage in the middle shows only when samples are read. They may take ``max_gb`` gigabytes in float32, or 16 times
+    the file's size.
 
     Raises:
         UserError: It can't be read as audio, is empty, breaks off, or does not declare its length.
@@ -117,15 +114,10 @@ def check_samples(path: Path) -> None:
 def index_audio(
     root: Path, names: Sequence[str], invalid: InvalidFiles, max_gb: float = MAX_GB
 ) -> dict[str, AudioFile]:
-    """Return the headers of a corpus' files, from the user's cache folder where size and time are the same.
+    """Return the headers of files below a folder, from the user's cache folder where size and time are the same.
 
-    If invalid files are skipped, each file is read to its end, once: all damage is known before the splits are drawn.
-
-    Args:
-        root: The folder of the corpus.
-        names: Paths below it.
-        invalid: Decides about files that can't be used.
-        max_gb: Gigabytes that the samples of a file may take, or 16 times its size.
+    If ``invalid`` skips files that can't be used, each file is read to its end, once: all damage is known before the
+    splits are drawn. ``max_gb`` is that of :func:`read_header`.
 
     Raises:
         UserError: A file can't be used, and ``invalid`` does not skip it.

@@ -137,12 +137,9 @@ def temporary_name(name: str) -> str:
 
 @contextmanager
 def explained(path: Path | str, option: str = "", fix: str = "") -> Iterator[None]:
-    """Raise an OSError of the block as one line, a UserError that names the path, the option and the fix.
+    """Raise an OSError of the block as one line, a UserError that names the path, its option and the fix.
 
-    Args:
-        path: The file or folder that the block reads or writes.
-        option: The option that names it.
-        fix: The fix; by default one that suits the error.
+    The path is the file or folder that the block reads or writes; the fix is by default one that suits the error.
     """
     place = f"{option} {path}" if option else str(path)
     try:
