@@ -144,30 +144,22 @@ class Tables(FileDataModule):
                 used[name] = option
 
     def _check_options(self) -> None:
-        val, test, stride, context = self.val_share, self.test_share, self.stride, self.context
-        for is_wrong, problem in (
-            (
-                val + test >= 1,
-                f"val_share {val} and --data.test_share {test}: leave nothing to train on. Fix: lower them",
-            ),
-            (
-                stride is not None and self.length is None,
-                f"stride {stride}: needs --data.length. Fix: give the steps of a window",
-            ),
-            (
-                context and self.split_by != "time",
-                f"context {context}: needs a split by time, but --data.split is {self.split_by}. Fix: set it to time",
-            ),
-            (self.sort and self.time is None, "sort: needs --data.time. Fix: name the column of times"),
-            (
-                self.step and self.time is None,
-                f"step {self.step and self.step.word}: needs --data.time. Fix: name the column of times",
-            ),
-            (self.dt and self.time is None, "dt: needs --data.time. Fix: name the column of times"),
-            (len(self.delimiter) != 1, f"delimiter {self.delimiter!r}: must be one character"),
-        ):
-            if is_wrong:
-                raise UserError(f"--data.{problem}")
+        val, test, problem = self.val_share, self.test_share, ""
+        step = f"step {self.step.word}" if self.step else ""
+        of_time = ("sort" if self.sort else "") or step or ("dt" if self.dt else "")
+        if val + test >= 1:
+            problem = f"val_share {val} and --data.test_share {test}: leave nothing to train on. Fix: lower them"
+        elif self.stride is not None and self.length is None:
+            problem = f"stride {self.stride}: needs --data.length. Fix: give the steps of a window"
+        elif self.context and self.split_by != "time":
+            needs = f"needs a split by time, but --data.split is {self.split_by}. Fix: set it to time"
+            problem = f"context {self.context}: {needs}"
+        elif of_time and self.time is None:
+            problem = f"{of_time}: needs --data.time. Fix: name the column of times"
+        elif len(self.delimiter) != 1:
+            problem = f"delimiter {self.delimiter!r}: must be one character"
+        if problem:
+            raise UserError(f"--data.{problem}")
 
     def setup(self, stage: str) -> None:
         """Read the files early, so that mistakes in them are reported before training starts."""
