@@ -73,10 +73,8 @@ class Recording:
 def find_recordings(root: Path, layout: Layout, invalid: InvalidFiles) -> list[Recording]:
     """Return the recordings of a corpus in the order of their paths, without hidden files.
 
-    Args:
-        root: The corpus' folder, or one above it; for "manifest" the csv file.
-        layout: How the corpus is laid out.
-        invalid: Decides about files that are named but missing, and about folders that can't be opened.
+    The root is the corpus' folder, or one above it; for the layout "manifest" the csv file. ``invalid`` decides about
+    files that are named but missing, and about folders that can't be opened.
 
     Raises:
         UserError: There is no such folder or file, nothing in it is of the layout, a manifest is damaged, or files are

@@ -48,10 +48,7 @@ def tracked(items: Collection[T], what: str) -> Iterator[T]:
 
 
 class InvalidFiles:
-    """The files that can't be used and are skipped, with ``skip_bad``.
-
-    Args:
-        skip: Skip and count invalid files; else the first of them raises its error.
+    """The files that can't be used: they are skipped and counted if ``skip``, else the first raises its error.
 
     >>> bad = InvalidFiles(skip=True)
     >>> with bad.tolerated():

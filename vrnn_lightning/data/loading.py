@@ -28,13 +28,9 @@ LINGER = 20
 
 
 class Window(NamedTuple):
-    """Steps ``first`` to ``last - 1`` of a sequence, as a row of a batch.
+    """Steps ``first`` to ``last - 1`` of a sequence, given by its index, as a row of a batch; an empty row's is -1.
 
-    Args:
-        sequence: Its index; -1 for an empty row.
-        first: The first step.
-        last: One past the last step.
-        reset: True where the row's state is reset, False where it continues from the row's last window.
+    ``reset`` is True where the row's state is reset, False where it continues from the row's last window.
     """
 
     sequence: int
