@@ -24,7 +24,6 @@ __all__ = [
 
 MAX_GB = 4.0  # gigabytes that the content of one file may take, unless an option sets them
 EXPANSION = 16  # times its own size that a file may take in any case
-SHORT_YAML = 100  # characters that hold too little to do harm
 MAX_DEPTH, MAX_SIZE = 32, 200_000  # of nested containers; the values of repeated parts are counted each time
 LONGEST_NAME = 40  # characters of a file's name in the name of its temporary file, which must not be too long
 FORMULA = re.compile(r"'*[=+\-@\t\r]")  # the start of a text that a spreadsheet would run, or that text_cell wrote
@@ -211,8 +210,6 @@ def require_plain_yaml(text: str, place: str) -> None:
 
     >>> require_plain_yaml("{a: &a [1, 2], b: [*a, *a]}", "a.yaml")
     """
-    if len(text) < SHORT_YAML and "&" not in text:
-        return
     with suppress(yaml.YAMLError, ValueError):
         try:
             value = yaml.load(text, Loader=yaml.BaseLoader)
