@@ -137,7 +137,6 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
         **options: Any,
     ) -> None:
         super().__init__(root, num_features=3, batch_size=batch_size, **options)
-        self.download = download
         self.max_steps = require("max_steps", max_steps, 1)
         if clip is not None and not 0 < clip < math.inf:
             raise UserError(f"--data.clip {clip}: must be positive, in data units")
@@ -298,11 +297,7 @@ class Handwriting(RandomSplitDataModule, FileDataModule):
 
 @dataclass(frozen=True, kw_only=True)
 class _Stretched(AugmentedSequences):
-    """Sequences of one epoch, stretched along x and y by factors of their own; another epoch has others.
-
-    Args:
-        amount: How far from 1 a factor may be.
-    """
+    """Sequences, stretched along x and y by other factors in each epoch, at most ``amount`` away from 1."""
 
     amount: float
 

@@ -80,7 +80,6 @@ class MNISTRows(FileDataModule):
         super().__init__(root, num_features=SIDE if read == "rows" else 1, batch_size=batch_size, **options)
         self.val_size = require("val_size", val_size, 1)
         self.binarise = binarise
-        self.download = download
 
     def sequences(self, split: Split) -> Sequences:
         """Return the images of a split."""

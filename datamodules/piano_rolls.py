@@ -102,7 +102,7 @@ class PianoRolls(FileDataModule):
         self.transpose = require("transpose", transpose, 0, KEYS - 1)
         self.max_quarters = require("max_quarters", max_quarters, 1, 10**9)
         self.test, self.val = require("test", test, 0, below=1), require("val", val, 0, below=1)
-        self.sustain, self.skip_bad, self.download = sustain, skip_bad, download
+        self.sustain, self.skip_bad = sustain, skip_bad
         self._members: dict[Split, list[str]] | None = None
         self._notes: dict[str, Notes] = {}
 
@@ -287,11 +287,9 @@ class _Songs:
 
 @dataclass(frozen=True, kw_only=True)
 class _Transposed(AugmentedSequences):
-    """Rolls that are shifted along the keyboard, by another interval in each epoch.
+    """Rolls that are shifted along the keyboard, by another interval of at most ``most`` semitones in each epoch.
 
-    Args:
-        most: Semitones.
-        reach: Lowest and highest key of each roll.
+    ``reach`` is the lowest and the highest key of each roll.
     """
 
     most: int

@@ -24,7 +24,7 @@ from vrnn_lightning.data import (
     require_size,
     tracked,
 )
-from vrnn_lightning.data.audio import HIGHEST_RATE, IndexedFile, index_audio, resampled_length
+from vrnn_lightning.data.audio import HIGHEST_RATE, AudioFile, index_audio, resampled_length
 from vrnn_lightning.data.cache import digest, recall, remember
 from vrnn_lightning.data.corpora import PATTERNS, CorpusSplits, Layout, Recording, find_recordings
 from vrnn_lightning.data.recordings import PCM16, Crops, LogMelFrames, RawFrames, Recordings
@@ -131,7 +131,6 @@ class Speech(RandomSplitDataModule, FileDataModule):
         is_mel = features == "log_mel"
         width = mel_bands or MEL_BANDS if is_mel else frame_size
         super().__init__(root, num_features=width, batch_size=batch_size, **options)
-        self.download = download
         self.frame_size = frame_size
         self.mel_window = mel_window or 4 * frame_size
         self.resample = resample
@@ -304,7 +303,7 @@ class Speech(RandomSplitDataModule, FileDataModule):
             )
         return counts
 
-    def _require_format(self, name: str, file: IndexedFile, samples: int) -> None:
+    def _require_format(self, name: str, file: AudioFile, samples: int) -> None:
         """Raise if a file's channels, rate or length after resampling are not as the options allow."""
         path = self._folder / name
         if file.channels > 1 and self.stereo == "refuse":
@@ -318,7 +317,7 @@ class Speech(RandomSplitDataModule, FileDataModule):
             require_size(path, 4 * samples, self.max_gb)
 
     @cached_property
-    def _files(self) -> dict[str, IndexedFile]:
+    def _files(self) -> dict[str, AudioFile]:
         invalid = InvalidFiles(self.skip_bad)
         recordings = find_recordings(self.root, self.layout, invalid)
         total = len(recordings) + len(invalid.problems)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -124,7 +125,6 @@ class Tables(FileDataModule):
         self._cuts: dict[str, list[float]] | None = None
         self._split_of: dict[str, tuple[str, int]] = {}
         self._clock = ""
-        self._predicted: SeriesWindows | None = None
 
     @staticmethod
     def _check_columns(columns: Sequence[str], inputs: Sequence[str], anomaly: str | None) -> None:
@@ -144,30 +144,22 @@ class Tables(FileDataModule):
                 used[name] = option
 
     def _check_options(self) -> None:
-        val, test, stride, context = self.val_share, self.test_share, self.stride, self.context
-        for is_wrong, problem in (
-            (
-                val + test >= 1,
-                f"val_share {val} and --data.test_share {test}: leave nothing to train on. Fix: lower them",
-            ),
-            (
-                stride is not None and self.length is None,
-                f"stride {stride}: needs --data.length. Fix: give the steps of a window",
-            ),
-            (
-                context and self.split_by != "time",
-                f"context {context}: needs a split by time, but --data.split is {self.split_by}. Fix: set it to time",
-            ),
-            (self.sort and self.time is None, "sort: needs --data.time. Fix: name the column of times"),
-            (
-                self.step and self.time is None,
-                f"step {self.step and self.step.word}: needs --data.time. Fix: name the column of times",
-            ),
-            (self.dt and self.time is None, "dt: needs --data.time. Fix: name the column of times"),
-            (len(self.delimiter) != 1, f"delimiter {self.delimiter!r}: must be one character"),
-        ):
-            if is_wrong:
-                raise UserError(f"--data.{problem}")
+        val, test, problem = self.val_share, self.test_share, ""
+        step = f"step {self.step.word}" if self.step else ""
+        of_time = ("sort" if self.sort else "") or step or ("dt" if self.dt else "")
+        if val + test >= 1:
+            problem = f"val_share {val} and --data.test_share {test}: leave nothing to train on. Fix: lower them"
+        elif self.stride is not None and self.length is None:
+            problem = f"stride {self.stride}: needs --data.length. Fix: give the steps of a window"
+        elif self.context and self.split_by != "time":
+            needs = f"needs a split by time, but --data.split is {self.split_by}. Fix: set it to time"
+            problem = f"context {self.context}: {needs}"
+        elif of_time and self.time is None:
+            problem = f"{of_time}: needs --data.time. Fix: name the column of times"
+        elif len(self.delimiter) != 1:
+            problem = f"delimiter {self.delimiter!r}: must be one character"
+        if problem:
+            raise UserError(f"--data.{problem}")
 
     def setup(self, stage: str) -> None:
         """Read the files early, so that mistakes in them are reported before training starts."""
@@ -187,25 +179,22 @@ class Tables(FileDataModule):
 
     def predict_dataloader(self) -> SequenceLoader:
         """Return the test batches, with the steps before them that ``context`` asks for."""
-        windows = self._to_predict()
+        windows = self._to_predict
         return self._loader("test", windows, windows.lengths)
 
     def anomalies(self, batch: SequenceBatch) -> Tensor | None:
         """Return True at steps that are known to be faulty, shape (batch, time); ``None`` without ``anomaly``."""
         if self.anomaly is None or batch.index is None:
             return None
-        faulty, windows = torch.zeros(batch.x.shape[:2], dtype=torch.bool), self._to_predict()
+        faulty, windows = torch.zeros(batch.x.shape[:2], dtype=torch.bool), self._to_predict
         for row, index, length in zip(faulty, batch.index.tolist(), batch.lengths.tolist(), strict=True):
             if length:
                 row[:length] = windows.faulty(index)
         return faulty
 
+    @cached_property
     def _to_predict(self) -> SeriesWindows:
-        if not self.context:
-            return self._windows("test")
-        if self._predicted is None:
-            self._predicted = self._cut("test", self.context)
-        return self._predicted
+        return self._cut("test", self.context) if self.context else self._windows("test")
 
     def _cut(self, split: Split, context: int) -> SeriesWindows:
         """Return a split's series, or their windows, each with so many steps before it."""
@@ -246,7 +235,7 @@ class Tables(FileDataModule):
         super().load_state_dict(state_dict)
         self._split_of = state_dict.get("drawn", {})
         self._cuts, self._clock = state_dict.get("cuts"), state_dict.get("clock", "")
-        self._predicted = None
+        vars(self).pop("_to_predict", None)
 
     def _moments(self, scaler: Scaler | None) -> tuple[Tensor, Tensor]:
         """Return mean and std of the training rows, each counted once however many windows it is in."""

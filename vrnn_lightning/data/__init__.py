@@ -5,7 +5,7 @@ from vrnn_lightning.data.archives import ArchiveSplit, archive_holds, read_archi
 from vrnn_lightning.data.columns import TABLE_SUFFIXES, Columns, read_columns
 from vrnn_lightning.data.datamodule import SequenceDataModule, require
 from vrnn_lightning.data.downloads import fetch
-from vrnn_lightning.data.files import FileDataModule, checked_limit, data_root
+from vrnn_lightning.data.files import FileDataModule, data_root
 from vrnn_lightning.data.folders import InvalidFiles, files_below, tracked
 from vrnn_lightning.data.ink import quickdraw_lines, read_iam, read_inkml, read_quickdraw, read_sketch_rnn
 from vrnn_lightning.data.loading import BatchSampler, SequenceLoader, Window
@@ -27,9 +27,9 @@ __all__ = [
     "MAX_GB", "TABLE_SUFFIXES", "ArchiveSplit", "AugmentedSequences", "BatchSampler", "ChangingSequences", "Columns",
     "FileDataModule", "InvalidFiles", "Modality", "RandomSplitDataModule", "RandomSplits", "Scaler",
     "SequenceDataModule", "SequenceLoader", "Sequences", "Split", "UnsafePickleError", "Window", "WindowedSequences",
-    "archive_holds", "checked_limit", "data_root", "explained", "fetch", "files_below", "quickdraw_lines",
-    "read_archive", "read_columns", "read_iam", "read_inkml", "read_quickdraw", "read_sketch_rnn", "require",
-    "require_size", "rows_to_strokes", "smooth_rows", "strokes_to_rows", "tracked", "unpickle",
+    "archive_holds", "data_root", "explained", "fetch", "files_below", "quickdraw_lines", "read_archive",
+    "read_columns", "read_iam", "read_inkml", "read_quickdraw", "read_sketch_rnn", "require", "require_size",
+    "rows_to_strokes", "smooth_rows", "strokes_to_rows", "tracked", "unpickle",
 ]  # fmt: skip
 
 __getattr__ = old_names(

@@ -114,16 +114,12 @@ class ArchiveSplit:
 
     def rows(self) -> NDArray[Any]:
         """Return the rows of all sequences, shape (steps, features)."""
-        if len(self) == 0:
-            return self.values[:0]
-        return np.concatenate([self.values[start:end] for start, end in self.bounds])
+        return np.concatenate([self.values[:0], *(self.values[start:end] for start, end in self.bounds)])
 
     def raise_if(self, wrong: NDArray[np.bool_], fix: str) -> None:
-        """Raise a UserError with the first wrong value and its place, if there is one.
+        """Raise a UserError with the first wrong value and its place, if there is one; ``fix`` ends the message.
 
-        Args:
-            wrong: True at wrong values, shape (total steps, features) or fewer features from the left on.
-            fix: The rest of the message.
+        ``wrong`` is True at wrong values, shape (total steps, features) or fewer features from the left on.
         """
         if not wrong.any():
             return

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from soundfile import SoundFile
 
 __all__ = [
-    "AUDIO_SUFFIXES", "HIGHEST_RATE", "SEEKABLE", "AudioHeader", "IndexedFile", "check_samples", "index_audio",
-    "opened", "read_header", "read_samples", "resampled_length",
+    "AUDIO_SUFFIXES", "HIGHEST_RATE", "SEEKABLE", "AudioFile", "check_samples", "index_audio", "opened", "read_header",
+    "read_samples", "resampled_length",
 ]  # fmt: skip
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".sph")
@@ -38,44 +38,34 @@ BLOCK = 2**20
 """Samples per channel that are in memory at once while a file is read to its end."""
 
 
-class AudioHeader(NamedTuple):
-    """The samples per channel, the rate in Hz and the number of channels that a file declares."""
-
-    samples: int
-    rate: int
-    channels: int
-
-
-class IndexedFile(NamedTuple):
-    """A file of a corpus: the content of its header, its size in bytes, and its last change in nanoseconds."""
+class AudioFile(NamedTuple):
+    """The samples per channel, the rate in Hz and the channels of a file, its bytes, its last change in nanoseconds."""
 
     samples: int
     rate: int
     channels: int
     size: int
     modified: int
-    is_checked: bool
+    is_checked: bool = False
     """True where it was once read to its end."""
 
 
-def read_header(path: Path, max_gb: float = MAX_GB) -> AudioHeader:
+def read_header(path: Path, max_gb: float = MAX_GB) -> AudioFile:
     """Read a file's header, and check that the file is as long as it declares.
 
-    Damage in the middle shows only when samples are read.
-
-    Args:
-        path: The file.
-        max_gb: Gigabytes that its samples may take in float32, or 16 times the file's size.
+    Damage in the middle shows only when samples are read. They may take ``max_gb`` gigabytes in float32, or 16 times
+    the file's size.
 
     Raises:
         UserError: It can't be read as audio, is empty, breaks off, or does not declare its length.
     """
     with explained(path), path.open("rb") as file:
+        stat = os.fstat(file.fileno())
         head = file.read(SPHERE_HEADER)
-        file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_PAGE))
+        file.seek(max(0, stat.st_size - LAST_PAGE))
         tail = file.read()
     with opened(path) as sound:
-        header = AudioHeader(sound.frames, sound.samplerate, sound.channels)
+        header = AudioFile(sound.frames, sound.samplerate, sound.channels, stat.st_size, stat.st_mtime_ns)
         if header.samples == 0:
             raise _make_error(path, "it holds no samples")
         require_size(path, 4 * header.samples * header.channels, max_gb)
@@ -123,33 +113,28 @@ def check_samples(path: Path) -> None:
 
 def index_audio(
     root: Path, names: Sequence[str], invalid: InvalidFiles, max_gb: float = MAX_GB
-) -> dict[str, IndexedFile]:
-    """Return the headers of a corpus' files, from the user's cache folder where size and time are the same.
+) -> dict[str, AudioFile]:
+    """Return the headers of files below a folder, from the user's cache folder where size and time are the same.
 
-    If invalid files are skipped, each file is read to its end, once: all damage is known before the splits are drawn.
-
-    Args:
-        root: The folder of the corpus.
-        names: Paths below it.
-        invalid: Decides about files that can't be used.
-        max_gb: Gigabytes that the samples of a file may take, or 16 times its size.
+    If ``invalid`` skips files that can't be used, each file is read to its end, once: all damage is known before the
+    splits are drawn. ``max_gb`` is that of :func:`read_header`.
 
     Raises:
         UserError: A file can't be used, and ``invalid`` does not skip it.
     """
     key = f"audio-1-{digest(str(root.resolve()))}"
-    cached = {name: IndexedFile(*file) for name, file in (recall(key) or {}).items()}
-    files: dict[str, IndexedFile] = {}
+    cached = {name: AudioFile(*file) for name, file in (recall(key) or {}).items()}
+    files: dict[str, AudioFile] = {}
     for name in tracked(names, "reading files" if invalid.skip else "reading headers"):
         path = root / name
         with invalid.tolerated(), explained(path):
             stat, file = path.stat(), cached.get(name)
             stamp = stat.st_size, stat.st_mtime_ns
             if file is None or (file.size, file.modified) != stamp or (invalid.skip and not file.is_checked):
-                header = read_header(path, max_gb)
+                file = read_header(path, max_gb)
                 if invalid.skip:
                     check_samples(path)
-                file = IndexedFile(*header, *stamp, invalid.skip)
+                    file = file._replace(is_checked=True)
             files[name] = file
     if any(cached.get(name) != file for name, file in files.items()):
         remember(key, cached | files)

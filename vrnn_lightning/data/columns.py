@@ -57,11 +57,9 @@ class Columns:
     dated: bool
 
     def raise_if(self, wrong: NDArray[np.bool_], fix: str) -> None:
-        """Raise a UserError with the place of the first wrong number, if there is one.
+        """Raise a UserError with the place of the first wrong number, if there is one; ``fix`` ends the message.
 
-        Args:
-            wrong: True at wrong numbers, shape (rows, columns) or fewer columns from the left on.
-            fix: The rest of the message.
+        ``wrong`` is True at wrong numbers, shape (rows, columns) or fewer columns from the left on.
         """
         if wrong.any():
             row, column = np.unravel_index(wrong.argmax(), wrong.shape)

@@ -21,13 +21,11 @@ from vrnn_lightning.data.sequences import Split
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import explained, undamaged
 
-__all__ = ["FSDD_TEST", "PATTERNS", "CorpusSplits", "Layout", "Recording", "find_recordings", "place_recordings"]
+__all__ = ["PATTERNS", "CorpusSplits", "Layout", "Recording", "find_recordings", "place_recordings"]
 
 Layout = Literal["folder", "fsdd", "timit", "ljspeech", "librispeech", "vctk", "blizzard", "manifest"]
 Place = Split | Literal["unused", "never"] | None
 
-FSDD_TEST = r"_[0-4]\.[^.]+$"
-"""The official test split of the spoken digits: the first five recordings of each digit and speaker."""
 LJSPEECH_HELD = 250
 """Clips for validation and as many for the test, as ESPnet and others take them: the last of all."""
 TIMIT_CORE = (
@@ -48,7 +46,7 @@ WORDS: dict[str, Split] = {
 }  # fmt: skip
 """What a manifest may call a split."""
 
-PATTERNS = {"fsdd": FSDD_TEST}
+PATTERNS = {"fsdd": r"_[0-4]\.[^.]+$"}
 """Official splits by name. ``fsdd``: the first five recordings of each spoken digit and speaker."""
 
 SHARE = 0.1
@@ -75,10 +73,8 @@ class Recording:
 def find_recordings(root: Path, layout: Layout, invalid: InvalidFiles) -> list[Recording]:
     """Return the recordings of a corpus in the order of their paths, without hidden files.
 
-    Args:
-        root: The corpus' folder, or one above it; for "manifest" the csv file.
-        layout: How the corpus is laid out.
-        invalid: Decides about files that are named but missing, and about folders that can't be opened.
+    The root is the corpus' folder, or one above it; for the layout "manifest" the csv file. ``invalid`` decides about
+    files that are named but missing, and about folders that can't be opened.
 
     Raises:
         UserError: There is no such folder or file, nothing in it is of the layout, a manifest is damaged, or files are
@@ -120,7 +116,7 @@ def place_recordings(layout: Layout, names: list[str]) -> list[Recording]:
 
 def _assign_splits(layout: Layout, matches: list[re.Match[str]]) -> Sequence[Place]:
     if layout == "fsdd":
-        return ["test" if re.search(FSDD_TEST, match.string) else None for match in matches]
+        return ["test" if re.search(PATTERNS["fsdd"], match.string) else None for match in matches]
     if layout == "timit":  # all speakers speak the sentences SA
         return [
             "never"

@@ -28,14 +28,9 @@ T = TypeVar("T", bound="float | None")
 
 
 def require(option: str, value: T, least: float, most: float | None = None, *, below: float | None = None) -> T:
-    """Return an option of a datamodule that is in its range, or ``None``; NaN is outside.
+    """Return the value of ``--data.{option}`` if it is ``None``, between ``least`` and ``most``, or below ``below``.
 
-    Args:
-        option: Its name.
-        value: Its value.
-        least: The smallest allowed value.
-        most: The largest allowed value.
-        below: The end of the range, which is not allowed; by default, without ``most``, 2^31.
+    Without ``most`` the range ends below 2^31; NaN is outside.
 
     Raises:
         UserError: The value is outside.
@@ -140,11 +135,7 @@ class SequenceDataModule(LightningDataModule):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.hparams.items())})"
 
     def sequences(self, split: Split) -> Sequences:
-        """Return the sequences of a split in data units.
-
-        Args:
-            split: "train", "val" or "test".
-        """
+        """Return the sequences of a split, "train", "val" or "test", in data units."""
         raise NotImplementedError(f"{type(self).__name__} must define sequences(split)")
 
     def lengths(self, split: Split) -> Sequence[int]:

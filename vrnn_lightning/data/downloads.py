@@ -186,21 +186,18 @@ def _unpack_recordings(files: Path, content: Path) -> None:
 
 
 def _convert_chorales(files: Path, content: Path) -> None:
-    parts = {split: read_note_lists(files / "chorales.json", split) for split in SPLITS}
-    _write_archive(content, {SPLITS[split]: (part.values, np.array(part.lengths)) for split, part in parts.items()})
+    parts = {word: read_note_lists(files / "chorales.json", split) for split, word in SPLITS.items()}
+    _write_archive(content, {word: np.split(part.values, part.bounds[:-1, 1]) for word, part in parts.items()})
 
 
 def _convert_drawings(files: Path, content: Path) -> None:
-    splits: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
-    for split in SPLITS.values():
-        drawings = [np.asarray(drawing, dtype=np.int16) for drawing in read_sketch_rnn(files / "omniglot.npz", split)]
-        splits[split] = np.concatenate(drawings), np.array([len(drawing) for drawing in drawings])
-    _write_archive(content, splits)
+    parts = {word: read_sketch_rnn(files / "omniglot.npz", word) for word in SPLITS.values()}
+    _write_archive(content, {word: [np.asarray(x, dtype=np.int16) for x in part] for word, part in parts.items()})
 
 
-def _write_archive(path: Path, splits: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> None:
-    arrays = {f"{split}_values": values for split, (values, _) in splits.items()}
-    arrays |= {f"{split}_lengths": lengths for split, (_, lengths) in splits.items()}
+def _write_archive(path: Path, splits: dict[str, list[NDArray[Any]]]) -> None:
+    arrays = {f"{word}_values": np.concatenate(sequences) for word, sequences in splits.items()}
+    arrays |= {f"{word}_lengths": np.array([len(x) for x in sequences]) for word, sequences in splits.items()}
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes them for options
 

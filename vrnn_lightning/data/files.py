@@ -13,13 +13,13 @@ from vrnn_lightning.data.downloads import fetch
 from vrnn_lightning.errors import UserError
 from vrnn_lightning.files import MAX_GB
 
-__all__ = ["FileDataModule", "checked_limit", "data_root"]
+__all__ = ["FileDataModule", "data_root"]
 
 
 class FileDataModule(SequenceDataModule):
     """Base class of datamodules that read the file or folder ``root``.
 
-    A subclass whose data can be fetched names them by ``dataset`` and sets ``self.download`` to its option.
+    A subclass whose data can be fetched names them by ``dataset`` and has an option ``download``.
 
     Args:
         root: The file or folder. It may lie elsewhere when a checkpoint is used again.
@@ -30,13 +30,15 @@ class FileDataModule(SequenceDataModule):
 
     run_options: ClassVar[frozenset[str]] = SequenceDataModule.run_options | {"max_gb"}
     dataset: ClassVar[str] = ""
-    download: bool = False
 
     def __init__(self, root: str, max_gb: float = MAX_GB, **options: Any) -> None:
         super().__init__(**options)
-        if "download" in self.hparams:
+        self.download: bool = self.hparams.get("download", False)
+        if self.download:
             self.hparams["download"] = False  # an option of this run: checkpoints do not repeat it
-        self.root, self.max_gb = data_root(root), checked_limit(max_gb)
+        if not max_gb > 0:
+            raise UserError(f"--data.max_gb {max_gb}: must be positive, in gigabytes")
+        self.root, self.max_gb = data_root(root), max_gb
         self._warnings = WarningCache()
         self._require_choices()
 
@@ -66,10 +68,3 @@ def data_root(root: str) -> Path:
         return Path(root).expanduser()
     except RuntimeError as error:  # no such user
         raise UserError(f"--data.root {root}: {str(error).rstrip('.')}. Fix: write the whole path") from error
-
-
-def checked_limit(max_gb: float) -> float:
-    """Return the option ``max_gb`` of a datamodule; raise a UserError unless it is positive."""
-    if not max_gb > 0:
-        raise UserError(f"--data.max_gb {max_gb}: must be positive, in gigabytes")
-    return max_gb

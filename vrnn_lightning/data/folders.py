@@ -37,11 +37,7 @@ class ProgressBar(tqdm):
 
 
 def tracked(items: Collection[T], what: str) -> Iterator[T]:
-    """Yield items; on one process show a bar on standard error once they take longer than a second.
-
-    Args:
-        items: The work.
-        what: The bar's text.
+    """Yield items; on one process show a bar, called ``what``, on standard error once they take longer than a second.
 
     >>> list(tracked([1, 2], "counting"))
     [1, 2]
@@ -52,10 +48,7 @@ def tracked(items: Collection[T], what: str) -> Iterator[T]:
 
 
 class InvalidFiles:
-    """The files that can't be used and are skipped, with ``skip_bad``.
-
-    Args:
-        skip: Skip and count invalid files; else the first of them raises its error.
+    """The files that can't be used: they are skipped and counted if ``skip``, else the first raises its error.
 
     >>> bad = InvalidFiles(skip=True)
     >>> with bad.tolerated():
@@ -93,12 +86,7 @@ class InvalidFiles:
         return contents
 
     def report(self, total: int, where: object, noun: str = "files") -> None:
-        """Warn of skipped files.
-
-        Args:
-            total: Number of files, with the skipped ones.
-            where: The folder, for messages.
-            noun: The word for them in messages.
+        """Warn of skipped files, out of ``total``; the message calls them ``noun``, and their folder ``where``.
 
         Raises:
             UserError: All files are skipped.
@@ -115,11 +103,7 @@ class InvalidFiles:
 
 
 def files_below(root: Path, invalid: InvalidFiles | None = None) -> list[Path]:
-    """Return all files below a folder but hidden ones, sorted.
-
-    Args:
-        root: The folder.
-        invalid: Decides about folders that can't be opened; by default they raise an error.
+    """Return all files below a folder but hidden ones, sorted; ``invalid`` decides about folders that can't be opened.
 
     Raises:
         UserError: A folder can't be opened, and ``invalid`` does not skip it.

@@ -71,9 +71,8 @@ class FormList(NamedTuple):
     def find(self, files: Mapping[str, Path], root: Path) -> list[str]:
         """Return the names of the forms' files; warn of forms without one, and raise a UserError if all are.
 
-        Args:
-            files: All files by name, as ``lineStrokes/a01/a01-020/a01-020x-01.xml`` for the form a01-020x.
-            root: The folder, for messages.
+        The files below ``root`` are given by name, as ``lineStrokes/a01/a01-020/a01-020x-01.xml`` for the form
+        a01-020x.
         """
         names: dict[str, list[str]] = {}
         for name, path in files.items():
@@ -94,11 +93,9 @@ class FormList(NamedTuple):
 
 
 def read_form_lists(root: Path, names: Sequence[str]) -> dict[str, FormList]:
-    """Read lists of task t1, a form per line, by their names.
+    """Read lists of task t1, a form per line, by their names; they may lie anywhere below a folder.
 
-    Args:
-        root: The folder, in which they lie anywhere; with lists of several tasks, those in "task1" or "t1" count.
-        names: Names of the lists.
+    Of lists of several tasks, those in "task1" or "t1" count.
 
     Raises:
         UserError: A list is missing, ambiguous, empty or not text.
@@ -199,11 +196,9 @@ def _read_xml(path: Path, root: str) -> Element:
 
 
 def quickdraw_lines(path: Path, name: str) -> Iterator[tuple[str, int, bytes]]:
-    """Yield the drawings of a QuickDraw file, unread: the name of each, its line's number and the line.
+    """Yield the drawings of a QuickDraw file, ``.ndjson``, unread: the name of each, its line's number and the line.
 
-    Args:
-        path: The ``.ndjson`` file, a JSON object per line.
-        name: The file's name; a drawing's name is that and its ``key_id``, or its line where it has none.
+    A drawing's name is the file's ``name`` and the drawing's ``key_id``, or its line where it has none of its own.
     """
     with explained(path):
         lines = path.read_bytes().split(b"\n")
@@ -216,12 +211,9 @@ def quickdraw_lines(path: Path, name: str) -> Iterator[tuple[str, int, bytes]]:
 
 
 def read_quickdraw(path: Path, number: int, line: bytes) -> NDArray[np.float32]:
-    """Read a drawing of QuickDraw: ``drawing`` is a list of strokes ``[xs, ys]`` or ``[xs, ys, times]``.
+    """Read a drawing of QuickDraw, a line of JSON; messages name the file and the line's number.
 
-    Args:
-        path: The file, for messages.
-        number: The line's number, for messages.
-        line: A JSON object.
+    Its ``drawing`` is a list of strokes ``[xs, ys]`` or ``[xs, ys, times]``.
 
     Raises:
         UserError: The line is not such an object.
@@ -257,13 +249,9 @@ def _rows(place: object, strokes: Iterable[NDArray[np.float64]]) -> NDArray[np.f
 def read_sketch_rnn(path: Path, word: str, max_gb: float = MAX_GB) -> list[Any]:
     """Return the drawings of a split of a sketch-rnn archive, unchecked.
 
-    Such a file holds object arrays called train, valid and test, which are pickles: only plain data and numpy arrays
-    are read of them, and nothing that they name is run.
-
-    Args:
-        path: The ``.npz`` file.
-        word: The array.
-        max_gb: Gigabytes that it may take, or 16 times the file's size.
+    Such a file, ``.npz``, holds object arrays called train, valid and test, which are pickles: only plain data and
+    numpy arrays are read of them, and nothing that they name is run. The array ``word`` may take ``max_gb`` gigabytes,
+    or 16 times the file's size.
 
     Raises:
         UserError: It can't be read, holds no such array, or its pickle names anything else.

@@ -28,13 +28,9 @@ LINGER = 20
 
 
 class Window(NamedTuple):
-    """Steps ``first`` to ``last - 1`` of a sequence, as a row of a batch.
+    """Steps ``first`` to ``last - 1`` of a sequence, given by its index, as a row of a batch; an empty row's is -1.
 
-    Args:
-        sequence: Its index; -1 for an empty row.
-        first: The first step.
-        last: One past the last step.
-        reset: True where the row's state is reset, False where it continues from the row's last window.
+    ``reset`` is True where the row's state is reset, False where it continues from the row's last window.
     """
 
     sequence: int
@@ -334,8 +330,7 @@ class SequenceLoader:
         self.sampler = sampler  # where Lightning looks to announce the epoch
         self.batch_sampler = None  # where it looks next
         self.dataset = ScaledSequences(sequences, scaler, num_features, num_inputs, num_targets)
-        if options.get("num_workers"):
-            options.setdefault("worker_init_fn", _outlive_signals)
+        options.setdefault("worker_init_fn", _outlive_signals)
         self._loader: DataLoader[SequenceBatch] = DataLoader(self.dataset, batch_size=None, sampler=sampler, **options)
         self.batches_read = 0
 

@@ -50,13 +50,9 @@ class RandomSplits:
         self._warnings = WarningCache()
 
     def names(self, split: Split, sizes: Mapping[str, int], root: object) -> list[str]:
-        """Return the present sequences of a split.
+        """Return the present sequences of a split, in the order of ``sizes``; messages call their folder ``root``.
 
-        Args:
-            split: The split.
-            sizes: All present sequences, by name, in order; with a size that tells a sequence from another of the same
-                name.
-            root: The folder, for messages.
+        ``sizes`` has all present sequences by name, with a size that tells a sequence from another of the same name.
 
         Raises:
             UserError: Data that the checkpoint does not know hold a sequence that it was trained on.

@@ -38,11 +38,9 @@ MAX_QUARTERS = 20_000
 
 @dataclass(frozen=True)
 class Notes:
-    """The notes of a piece.
+    """The notes of a piece of so many time steps.
 
-    Args:
-        steps: Time steps.
-        spans: Key from 0 to 87, first step and one past the last step of each note, shape (notes, 3).
+    ``spans`` are key from 0 to 87, first step and one past the last step of each note, shape (notes, 3).
     """
 
     steps: int
@@ -180,12 +178,8 @@ def read_note_lists(path: Path, split: Split, max_gb: float = MAX_GB) -> Archive
     """Read one split of a pickle or JSON of notes, in the format of Boulanger-Lewandowski et al. (2012).
 
     It is a dict whose entries "train", "valid" and "test" are lists of sequences; a sequence is a list of steps, and a
-    step a list of the MIDI notes that sound in it. Pickles, Python 2's too, are read as plain data.
-
-    Args:
-        path: The file: JSON where its name ends in ``.json``, else a pickle.
-        split: Which split; "val" is "valid" in the file.
-        max_gb: Gigabytes that its rolls may take, or 16 times the file's size.
+    step a list of the MIDI notes that sound in it. The file is JSON where its name ends in ``.json``, else a pickle,
+    also Python 2's, which is read as plain data. Its rolls may take ``max_gb`` gigabytes, or 16 times the file's size.
 
     Raises:
         UserError: It can't be read, has another structure, or holds a note outside a piano's keys.

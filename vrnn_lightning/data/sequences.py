@@ -80,11 +80,9 @@ class AugmentedSequences:
         return replace(self, epoch=epoch)
 
     def augmented(self, index: int, sequence: SequenceSample) -> SequenceSample:
-        """Return an augmented sequence, or part of one, of the same length, name and features.
+        """Return a sequence, or part of one, in data units, augmented but of the same length, name and features.
 
-        Args:
-            index: Index of the whole sequence.
-            sequence: The sequence or part without augmentation, in data units.
+        ``index`` is that of the whole sequence.
         """
         raise NotImplementedError(f"{type(self).__name__} must define augmented(index, sequence)")
 

@@ -129,18 +129,14 @@ class Rows:
             raise UserError(
                 f"{self.place(0)}: {option} makes {count} steps of {len(place)} rows. Fix: choose a longer one"
             )
-        return self.times[0] + np.arange(count) * (
-            int(step.size) if float(step.size).is_integer() else step.size
-        ), place
+        size = int(step.size) if float(step.size).is_integer() else step.size
+        return self.times[0] + np.arange(count) * size, place
 
 
 def group_rows(tables: Mapping[str, Columns], *, by_id: bool, sort: bool) -> dict[str, Rows]:
-    """Return the rows of each series by its name.
+    """Return the rows of each series by its name: those of an id in any file if ``by_id``, else those of a file.
 
-    Args:
-        tables: The files by name.
-        by_id: A series is the rows of an id, in any file; else a file.
-        sort: Bring rows into the order of time.
+    With ``sort`` they are brought into the order of time.
 
     Raises:
         UserError: Times are dates in one file and numbers in another, or an id is in two files without times.

@@ -23,10 +23,7 @@ def unpickle(file: BinaryIO) -> Any:
     """Read a pickle of numbers, words, lists, tuples, dicts and numpy arrays of these, and nothing else.
 
     No name in the pickle is ever looked up: functions of this module take the place of numpy's, and check arguments.
-    Strings of Python 2 are read as Latin-1.
-
-    Args:
-        file: Opened for reading in binary mode, at the pickle's start.
+    Strings of Python 2 are read as Latin-1. The file is open in binary mode, at the pickle's start.
 
     Raises:
         UnsafePickleError: It names a class or function that is not part of numpy's arrays.
