@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import test_recurrence
@@ -12,7 +13,12 @@ from readable import readable_filter, readable_loop
 from vrnn_lightning import MLPConfig, UserError, schedules
 from vrnn_lightning.filtering import Resampling
 from vrnn_lightning.noise import Noise
-from vrnn_lightning.objectives import ELBO, FIVO, IWAE, elbo, iwae
+from vrnn_lightning.objectives import ELBO, FIVO, IWAE, elbo
+
+
+def iwae(log_px, log_ratio, samples):
+    """Return the importance-weighted bound of each sequence (Burda et al. 2016): one weight per sequence."""
+    return (log_px + log_ratio).sum(1).unflatten(0, (samples, -1)).logsumexp(0) - math.log(samples)
 
 
 def terms():

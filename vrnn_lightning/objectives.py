@@ -22,7 +22,7 @@ from vrnn_lightning.noise import Noise
 from vrnn_lightning.recurrence import State
 from vrnn_lightning.vrnn import VRNN, Trace
 
-__all__ = ["ELBO", "FIVO", "IWAE", "ImportanceBound", "Objective", "ObjectiveOutput", "StreamState", "elbo", "iwae"]
+__all__ = ["ELBO", "FIVO", "IWAE", "ImportanceBound", "Objective", "ObjectiveOutput", "StreamState", "elbo"]
 
 __getattr__ = old_names(__name__, {"Carried": "StreamState", "Found": "ObjectiveOutput"})
 
@@ -59,29 +59,6 @@ def elbo(
         below = total(per_dim.detach().clone()) < free_bits * total(count.clone())
         per_dim = torch.where(below, free_bits * count, per_dim)
     return log_px.sum() - beta * per_dim.sum()
-
-
-def iwae(log_px: Tensor, log_ratio: Tensor, samples: int, beta: float = 1.0) -> Tensor:
-    r"""Return the importance-weighted bound of each sequence in nats, shape (batch,) (Burda et al. 2016).
-
-    .. math::
-        \log \frac1K \sum_k \exp \sum_t
-        \log p(x_t \mid \cdot) + \beta \log\frac{p(z_t^k \mid \cdot)}{q(z_t^k \mid \cdot)}
-
-    One weight per sequence: log-weights are summed over time before the mean over samples.
-
-    Args:
-        log_px: Zero at padding, shape (samples * batch, time).
-        log_ratio: log p(z_t | .) - log q(z_t | .), zero at padding, shape (samples * batch, time).
-        samples: K.
-        beta: Weight of the latent's part; 1 for the bound.
-
-    >>> iwae(torch.tensor([[-1.0], [-3.0]]), torch.zeros(2, 1), samples=2).round(decimals=4)
-    tensor([-1.5662])
-    """
-    log_weights = (log_px + beta * log_ratio).sum(1).unflatten(0, (samples, -1))
-    bound: Tensor = log_weights.logsumexp(0) - math.log(samples)
-    return bound
 
 
 class StreamState(NamedTuple):

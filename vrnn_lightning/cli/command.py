@@ -53,6 +53,7 @@ GROUPS: dict[str, type] = {
     "prediction": Predictions,
 }
 """The callbacks that every run has, by the group of their options."""
+FROM_DATA: dict[str, type] = {"num_inputs": int, "num_targets": int, "missing": bool}
 
 
 class CLI(LightningCLI):
@@ -167,8 +168,8 @@ class CLI(LightningCLI):
         for group, callback in GROUPS.items():
             parser.add_lightning_class_args(callback, group)
             parser.set_defaults({f"{group}.{key}": value for key, value in CHECKPOINTS.get(group, {}).items()})
-        links: dict[str, Callable[[Any], Any]] = {"num_features": self.num_features, "missing": _missing}
-        links |= {"num_inputs": _num_inputs, "num_targets": _num_targets}
+        links: dict[str, Callable[[Any], Any]] = {"num_features": self.num_features}
+        links |= {option: partial(_read, option, kind) for option, kind in FROM_DATA.items()}
         for option, read in links.items():
             parser.link_arguments("data", f"model.{option}", compute_fn=read, apply_on="instantiate")
         text = "Fit: a checkpoint whose weights to start from, on any data, with a new optimiser, at step 0."
@@ -347,16 +348,8 @@ class CLI(LightningCLI):
             print(f"report: {shorten(write_report(run.log_dir))}")
 
 
-def _num_inputs(data: LightningDataModule) -> int:
-    return int(getattr(data, "num_inputs", 0))
-
-
-def _num_targets(data: LightningDataModule) -> int:
-    return int(getattr(data, "num_targets", 0))
-
-
-def _missing(data: LightningDataModule) -> bool:
-    return bool(getattr(data, "missing", False))
+def _read(option: str, kind: type, data: LightningDataModule) -> Any:
+    return kind(getattr(data, option, 0))
 
 
 def _trusted(argv: list[str]) -> tuple[str, ...]:
