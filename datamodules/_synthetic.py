@@ -98,11 +98,9 @@ class SyntheticDataModule(SequenceDataModule):
         """
 
     def sequences(self, split: Split) -> list[SequenceSample]:
-        """Draw a split's sequences."""
         return Redrawn(self) if self.fresh and split == "train" else self.epoch_of(split, 0)
 
     def epoch_of(self, split: Split, epoch: int) -> list[SequenceSample]:
-        """Return a split's sequences as they are in an epoch."""
         lengths, random = self._open_stream(split, epoch)
         values = torch.as_tensor(self.draw(lengths, random))
         seen = torch.rand(values.shape, generator=random) >= self.missing_rate if self.missing_rate else None
@@ -204,7 +202,6 @@ class Redrawn(list[SequenceSample]):
         self.source.__dict__.update(trainer=None, _splits={}, _lengths={})  # it travels to reading processes
 
     def in_epoch(self, epoch: int) -> list[SequenceSample]:
-        """Return the sequences of an epoch."""
         return self.source.epoch_of("train", epoch) if epoch else self
 
 

@@ -44,7 +44,6 @@ class BouncingBall(SyntheticDataModule):
         self.noise = require("noise", noise, 0, 1e3)
 
     def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
-        """Draw noisy ways."""
         start = random.uniform(-1, 1, (len(lengths), 1, self.num_features))
         direction = random.standard_normal(start.shape)
         velocity = self.speed * direction / np.linalg.norm(direction, axis=-1, keepdims=True)

@@ -49,7 +49,6 @@ class DoublePendulum(MotionDataModule):
         self.max_angle = require("max_angle", max_angle, 1, 180)
 
     def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
-        """Draw noisy swings."""
         widest = math.radians(self.max_angle)
         angles = random.uniform(-widest, widest, (2, len(lengths)))
         start = np.concatenate([angles, np.zeros_like(angles)])

@@ -82,7 +82,6 @@ class HiddenMarkov(ExactDataModule):
         """Logits, or means, of the channels in each state, shape (states, channels)."""
 
     def draw(self, lengths: Lengths, random: torch.Generator) -> Tensor:
-        """Draw chains, and return what is seen of them."""
         state = self.initial.multinomial(len(lengths), replacement=True, generator=random)
         path = [state]
         for _ in range(self.steps - 1):

@@ -66,7 +66,6 @@ class Jumps(ExactDataModule):
         """Covariance of the noise, R, shape (channels, channels)."""
 
     def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
-        """Draw jumps."""
         root = torch.linalg.cholesky(self.noise_covariance).numpy()
         steps = (lengths.max(), len(lengths))
         signs = random.choice([-self.jump, self.jump], steps)

@@ -88,7 +88,6 @@ class LinearGaussian(ExactDataModule):
         """Covariance of the first state and of every later one, shape (states, states)."""
 
     def draw(self, lengths: Lengths, random: torch.Generator) -> Tensor:
-        """Draw paths of the state, and return what is seen of them."""
         first_root, state_root = (torch.linalg.cholesky(c) for c in (self.initial_covariance, self.state_covariance))
         channels, states = self.observation.shape
         noise = torch.randn(len(lengths), self.steps, states + channels, generator=random, dtype=torch.float64)

@@ -38,7 +38,6 @@ class Lorenz(MotionDataModule):
         require("channels", channels, 1, 3)
 
     def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
-        """Draw noisy paths."""
         anywhere = random.normal([[0], [0], [25]], 8, (3, len(lengths)))
         times = random.uniform(4, 6, len(lengths))  # by then they are on the attractor, and out of step
         start = integrate(_lorenz, anywhere, times, steps=2)[..., 1]

@@ -82,7 +82,6 @@ class MNISTRows(FileDataModule):
         self.binarise = binarise
 
     def sequences(self, split: Split) -> Sequences:
-        """Return the images of a split."""
         images = self._archived(split) if self.root.suffix == ".npz" else self._from_idx(split)
         if self.binarise == "none":
             self._warnings.warn(

@@ -81,7 +81,6 @@ class Pendulum(SyntheticDataModule):
         return values
 
     def epoch_of(self, split: Split, epoch: int) -> list[SequenceSample]:
-        """Return a split's sequences as they are in an epoch."""
         return [
             replace(s, x=x[:, :-3], inputs=x[:, -3:-2], targets=x[:, -2:-1], is_first=x[:, -1].to(torch.bool))
             for s in super().epoch_of(split, epoch)

@@ -129,7 +129,6 @@ class PianoRolls(FileDataModule):
         return super().state_dict() | {"members": dict(members)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the checkpoint's scaler and splits."""
         super().load_state_dict(state_dict)
         members = state_dict.get("members") or {}
         self._members = {split: list(members.get(split, ())) for split in SPLIT_NAMES}

@@ -67,7 +67,6 @@ class Sines(ExactDataModule):
         """What a diagonal Gaussian loses to the noise's correlation where the rest is known, in nats per step."""
 
     def draw(self, lengths: Lengths, random: torch.Generator) -> Tensor:
-        """Draw sines."""
         omega = self.omegas[torch.randint(len(self.omegas), lengths.shape, generator=random)]
         shape = (len(lengths), self.num_features, 2 + self.steps)
         draws = torch.randn(shape, generator=random, dtype=torch.float64)

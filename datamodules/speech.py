@@ -250,7 +250,6 @@ class Speech(RandomSplitDataModule, FileDataModule):
         return super().state_dict() | {"sample_rate": self.sample_rate}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the checkpoint's scaler, sample rate and splits."""
         super().load_state_dict(state_dict)
         self.random_splits.load_state_dict(state_dict)  # raises if it has no splits
         if self._rate != state_dict["sample_rate"]:

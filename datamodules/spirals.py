@@ -55,7 +55,6 @@ class Spirals(SyntheticDataModule):
         self.noise = require("noise", noise, 0, 1e3)
 
     def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
-        """Draw spirals."""
         count, points = len(lengths), np.arange(lengths.max())
         ends = np.arange(1, self.arms + 1) * lengths[:, None] // self.arms  # of the arms, shape (drawings, arms)
         arm = (points[:, None] >= ends[:, None]).sum(-1).clip(max=self.arms - 1)

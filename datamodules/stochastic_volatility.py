@@ -46,7 +46,6 @@ class StochasticVolatility(SyntheticDataModule):
         self.volatility = require("volatility", volatility, 0, 2)
 
     def draw(self, lengths: Lengths, random: np.random.Generator) -> Floats:
-        """Draw the returns."""
         drive = self.volatility * random.standard_normal((lengths.max(), len(lengths)))
         drive[0] /= math.sqrt(1 - self.persistence**2)
         level = np.zeros(len(lengths))

@@ -231,7 +231,6 @@ class Tables(FileDataModule):
         return state | {"cuts": cuts, "clock": self._clock or series[0].clock}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the checkpoint's scaler and splits."""
         super().load_state_dict(state_dict)
         self._split_of = state_dict.get("drawn", {})
         self._cuts, self._clock = state_dict.get("cuts"), state_dict.get("clock", "")

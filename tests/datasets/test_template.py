@@ -7,17 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import multivariate_normal
-from vrnn_lightning.datamodules._template import MyData
 
-from vrnn_lightning.datamodules import INSTALLED
 from vrnn_lightning.testing import CHECKS
 
-SOURCE = INSTALLED / "_template.py"
+SOURCE = Path(__file__).parents[2] / "docs" / "mydata.py"
+sys.path.append(str(SOURCE.parent))
+from mydata import MyData  # noqa: E402  # after the path is set
 
 
 def make(**options) -> MyData:

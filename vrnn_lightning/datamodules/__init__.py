@@ -1,4 +1,4 @@
-"""Datamodules, one per file and named after what they load; ``_template.py`` is the one to copy.
+"""Datamodules, one per file and named after what they load; ``docs/mydata.py`` is one to copy.
 
 The repository keeps their files in its folder ``datamodules/``, at the top; a wheel installs them here.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 __all__ = ["INSTALLED", "is_installed"]
 
 _here = Path(__file__).parent
-INSTALLED = _here if (_here / "_template.py").is_file() else _here.parents[1] / "datamodules"
+INSTALLED = _here if (_here / "_synthetic.py").is_file() else _here.parents[1] / "datamodules"
 """The folder of the datamodules that come with the package."""
 __path__ = [str(_here), str(INSTALLED)]
 

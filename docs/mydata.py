@@ -1,4 +1,4 @@
-"""A datamodule to copy: ``cp datamodules/_template.py datamodules/mydata.py``, then make it yours.
+"""A datamodule to copy: put this file into a folder ``datamodules/`` where you work, then make it yours.
 
 The documentation's page on your own data and parts lists the hooks.
 """
