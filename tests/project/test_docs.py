@@ -30,6 +30,7 @@ def here(folder, monkeypatch):
     """An empty working directory with the files that the pages write; modules imported from it stay, see ``folder``."""
     write_files(folder)
     monkeypatch.syspath_prepend(folder)
+    local.use_working_directory()  # as a new process does
     return folder
 
 
