@@ -84,6 +84,8 @@ def readable_step(
     noise: Tensor,
     masks: Masks | None = None,
     future: Tensor | None = None,
+    *,
+    weighted: bool = False,
 ) -> StepTerms:
     """Take step t: prior, posterior, latent, likelihood, recurrence.
 
@@ -95,6 +97,7 @@ def readable_step(
         noise: Standard normal, shape (batch, latent).
         masks: Dropout.
         future: States of the recurrence that reads backwards, for smoothing, shape (batch, time, hidden).
+        weighted: Whether the rows are particles; then a straight-through draw has no gradient.
     """
     if batch.is_first is not None:
         state = _next_where(batch.is_first[:, t], model.initial_state(len(batch)), state)
@@ -105,6 +108,7 @@ def readable_step(
     posterior = model.posterior_dist(x_features, h, prior, inputs, future)
     is_gaussian = isinstance(getattr(posterior, "base_dist", None), Normal)
     z = posterior.mean + posterior.stddev * noise if is_gaussian else model.latent.rsample(posterior, noise)
+    z = z.detach() if weighted and model.latent.is_straight_through else z
     z_features = model.extract_z(z, masks)
     emission = model.emission_dist(z_features, h, inputs)
     log_px = log_prob(emission, x, None if batch.observed is None else valid)
@@ -178,7 +182,7 @@ def readable_filter(
     dropped = None if masks is None else Masks(*(spread(mask) for mask in masks))
 
     def step(t: int, state: State) -> tuple[Tensor, State]:
-        terms = readable_step(model, many, t, state, noise[:, t], dropped)
+        terms = readable_step(model, many, t, state, noise[:, t], dropped, weighted=samples > 1)
         return (terms.log_px + beta * terms.log_ratio).unflatten(0, (samples, -1)), terms.state
 
     uniforms = iter(draws.unbind(1))

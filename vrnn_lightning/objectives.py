@@ -244,7 +244,17 @@ class ELBO(Objective):
 class ImportanceBound(Objective):
     """A bound made of importance weights: the sum of one bound per sequence."""
 
+    option: str
+    """The option that holds the number of particles."""
     unsupported_options = {"kl": "importance weights need a sampled KL; for an analytic one use ELBO"}
+
+    def count(self, model: VRNN) -> int:
+        """Return the number of particles, 1 for a model without a latent; raise if the latent learns of more alone."""
+        wanted: int = getattr(self, self.option)
+        if model.latent_size and model.latent.is_straight_through and wanted == 1:
+            kind = type(model.latent).__name__
+            raise UserError(f"objective.{self.option} 1: weights of several teach a {kind}. Fix: give 2 or more")
+        return wanted if model.has_latent else 1
 
     @abstractmethod
     def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise) -> Tensor:
@@ -264,6 +274,7 @@ class IWAE(ImportanceBound):
     """
 
     has_auxiliary = True
+    option = "samples"
 
     def __init__(self, samples: int = 16) -> None:
         self.samples = require("objective.samples", samples, 1)
@@ -278,7 +289,7 @@ class IWAE(ImportanceBound):
         carried: StreamState | None = None,
     ) -> ObjectiveOutput:
         """Evaluate the objective."""
-        samples = self.samples if model.has_latent else 1
+        samples = self.count(model)
         state, weights = _trajectories(model, batch, samples, carried)
         masks = model.draw_masks(noise)
 
@@ -293,7 +304,7 @@ class IWAE(ImportanceBound):
 
     def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise) -> Tensor:
         """Return the bound of each sequence in nats, shape (batch,)."""
-        return model.filter(batch, self.samples if model.has_latent else 1, None, noise).log_likelihood
+        return model.filter(batch, self.count(model), None, noise).log_likelihood
 
 
 class FIVO(ImportanceBound):
@@ -308,6 +319,8 @@ class FIVO(ImportanceBound):
     Raises:
         UserError: An option is outside its range.
     """
+
+    option = "particles"
 
     def __init__(
         self,
@@ -335,7 +348,7 @@ class FIVO(ImportanceBound):
             (log_px, kl), state = model.collect(batch, noise, lambda trace: (trace.log_px, trace.kl), state, masks)
         filtered = model.filter(
             batch,
-            self.particles if model.has_latent else 1,
+            self.count(model),
             self.resampling,
             noise,
             masks,
@@ -347,5 +360,4 @@ class FIVO(ImportanceBound):
 
     def of_sequences(self, model: VRNN, batch: SequenceBatch, noise: Noise) -> Tensor:
         """Return the bound of each sequence in nats, shape (batch,)."""
-        particles = self.particles if model.has_latent else 1
-        return model.filter(batch, particles, self.resampling, noise).log_likelihood
+        return model.filter(batch, self.count(model), self.resampling, noise).log_likelihood

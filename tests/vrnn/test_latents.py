@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -257,3 +258,34 @@ def test_a_latent_of_ones_own_is_the_one_that_is_trained_and_resumed(lightning, 
     own = VRNNLightningModule.load_from_checkpoint(path, trust=["test_latents"]).vrnn.latent
     assert (type(own), own.factor) == (Wide, 2.0)
     assert lightning("fit", "-c", tiny, *trusted, "--trainer.max_epochs", "3").code == 0
+
+
+@pytest.mark.parametrize("objective", [IWAE(3), FIVO(3, threshold=0.0)], ids=["IWAE", "FIVO"])
+def test_importance_weights_teach_a_categorical_latent_by_reweighted_wake_sleep(objective):
+    """Weights times the gradient of log p(x, z) + log q(z), with the draws as they are."""
+    model = build_vrnn(3, 8, 5, latent=partial(CategoricalLatent, classes=4)).double()
+    batch = SequenceBatch(torch.randn(2, 1, 3).double(), torch.tensor([1, 1]))
+    noise = Noise(batch, [1, 2])
+    value = objective(model, batch, noise, 1.0, lambda x: x).value
+    grads = torch.autograd.grad(value, list(model.parameters()), allow_unused=True, materialize_grads=True)
+    state = model.initial_state(6)
+    x, h = batch.x[:, 0].repeat(3, 1), state.h[:, -1]
+    prior, posterior = model.prior_dist(h), model.posterior_dist(model.extract_x(x), h)
+    z = model.latent.rsample(posterior, noise.over_time(model.latent.noise_size, 3)[:, 0]).detach()
+    joint = model.emission_dist(model.extract_z(z), h).log_prob(x) + prior.log_prob(z)
+    log_q = posterior.log_prob(z)
+    log_weights = (joint - log_q).detach().view(3, 2)
+    weights = log_weights.softmax(0).flatten()
+    torch.testing.assert_close(value, (log_weights.logsumexp(0) - math.log(3)).sum(), rtol=1e-9, atol=1e-9)
+    wake = (weights * (joint + log_q)).sum()
+    expected = torch.autograd.grad(wake, list(model.parameters()), allow_unused=True, materialize_grads=True)
+    for one, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_one_particle_teaches_a_categorical_latent_nothing():
+    model = build_vrnn(3, 8, 5, latent=partial(CategoricalLatent, classes=4)).double()
+    batch = SequenceBatch(torch.randn(2, 3, 3).double(), torch.tensor([3, 2]))
+    for objective, option in ((IWAE(1), "samples"), (FIVO(1), "particles")):
+        with pytest.raises(UserError, match=rf"objective.{option} 1: .* CategoricalLatent. Fix: give 2 or more"):
+            objective(model, batch, Noise(batch), 1.0, lambda x: x)

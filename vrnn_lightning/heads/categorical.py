@@ -67,6 +67,8 @@ def _one_hot(index: Tensor, like: Tensor) -> Tensor:
 class OneHot(FrameDistribution):
     """Independent one-hot groups with unnormalised logits of shape (..., groups, classes)."""
 
+    is_straight_through = True
+
     def __init__(self, logits: Tensor) -> None:
         super().__init__(logits.flatten(-2).shape)
         self.logits = logits.log_softmax(-1)

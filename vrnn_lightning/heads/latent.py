@@ -40,6 +40,9 @@ class Latent(ABC):
     """Distribution that the encoder returns, for messages."""
     has_closed_kl: ClassVar[bool] = True
     """Whether the KL from its own prior network has a closed form."""
+    is_straight_through: ClassVar[bool] = False
+    """Whether a draw's gradient is not that of its distribution, whose class has the attribute as well: importance-
+    weighted bounds then use reweighted wake-sleep."""
     can_be_residual: ClassVar[bool] = False
     """Whether the prior's mean can be added to the posterior's."""
 
@@ -269,7 +272,8 @@ class CategoricalLatent(Latent):
     .. math:: z = \mathrm{onehot}\big(\arg\max_c (\log \pi_c + g_c)\big) + \pi - \mathrm{stop}(\pi), \qquad
         g_c = -\log(-\log \Phi(\epsilon_c)), \quad \pi = (1 - u)\, \mathrm{softmax}(s) + u / C
 
-    The KL is that of each group.
+    The KL is that of each group. IWAE and FIVO do without straight-through gradients, see
+    :func:`~vrnn_lightning.recurrence.log_ratio`.
 
     Args:
         size: Numbers of z_t, groups times classes.
@@ -281,6 +285,7 @@ class CategoricalLatent(Latent):
     """
 
     family = "OneHot(logits)"
+    is_straight_through = True
 
     def __init__(self, size: int, classes: int = 8, unimix: float = 0.01) -> None:
         super().__init__(size)

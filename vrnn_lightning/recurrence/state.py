@@ -88,6 +88,12 @@ def repeat_rows(x: Tensor, samples: int) -> Tensor:
 
 
 def log_ratio(prior: Distribution, posterior: Distribution, z: Tensor) -> Tensor:
-    """Return log p(z) - log q(z) in nats, shape (...), of latents of shape (..., latent)."""
-    ratio: Tensor = prior.log_prob(z) - posterior.log_prob(z)
+    """Return log p(z) - log q(z) in nats, shape (...), of latents of shape (..., latent).
+
+    Its gradient follows reweighted wake-sleep where a draw has none of its own: the posterior is moved to latents of
+    large weight, by the gradient of + log q(z) (Bornschein & Bengio 2015, arXiv 1406.2751; Le et al. 2019, 1805.10469).
+    """
+    log_p, log_q = prior.log_prob(z), posterior.log_prob(z)
+    is_pathwise = not getattr(posterior, "is_straight_through", False)
+    ratio: Tensor = log_p - log_q if is_pathwise else log_p + log_q - 2 * log_q.detach()
     return ratio

@@ -221,8 +221,13 @@ class FastStep:
             floor = cast("Network[Gaussian]", model.encoder).head.min_std
             tape.add(GaussianSample(self.posterior[0], noise, z, floor, moved_by))
             return
+        is_fixed = self.samples > 1 and latent.is_straight_through  # see log_ratio
 
-        self._call(lambda *x: latent.rsample(latent.dist(*x[:-1]), x[-1]), [*self.posterior, noise], [z], model.encoder)
+        def rsample(*values: Tensor) -> Tensor:
+            drawn: Tensor = latent.rsample(latent.dist(*values[:-1]), values[-1])
+            return drawn.detach() if is_fixed else drawn
+
+        self._call(rsample, [*self.posterior, noise], [z], model.encoder)
 
     def _draw(self, raw: Buffer, target: Buffer, floor: float, std: float = 1.0) -> None:
         noise = self.tape.buffer(target.width, target.dtype)
