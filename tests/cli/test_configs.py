@@ -20,6 +20,7 @@ TINY = {
     "archive": ["--data.root", "series.npz", "--data.features", "2"],
     "exact": ["--data.train_size", "8", "--data.val_size", "4", "--data.steps", "5"],
     "handwriting": ["--data.root", "strokes.npz"],
+    "hidden_markov": ["--data.train_size", "8", "--data.val_size", "4", "--data.steps", "5"],
     "mnist": ["--data.root", "digits.npz"],
     "music": ["--data.root", "rolls.npz"],
     "rssm": ["--data.train_size", "8", "--data.val_size", "4", "--data.steps", "5"],

@@ -21,7 +21,8 @@ from vrnn_lightning.trust.checkpoints import FIX
 
 __all__ = ["Checkpoint", "find_checkpoint", "runs_folder"]
 
-FROM_DATA = ("num_features", "num_inputs", "num_targets", "missing")  # linked, so not options of the command line
+FROM_DATA: dict[str, type] = {"num_features": int, "num_inputs": int, "num_targets": int, "missing": bool}
+"""What the model takes from its data by a link; no option of the command line sets it."""
 NOT_ARCHITECTURE = ("optimizer", "lr_scheduler", "objective")  # a test may be run under a YAML that trains otherwise
 RUN_OPTIONS = frozenset({"root", "batch_size", "num_workers"})
 

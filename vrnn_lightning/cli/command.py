@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from vrnn_lightning.callbacks import Diagnostics, Evaluation, Loop, Predictions,
 from vrnn_lightning.callbacks.predictions import Draws
 from vrnn_lightning.cli import processes, slurm
 from vrnn_lightning.cli.argv import collect_texts, last_mention, mentions, read_config, with_configs
-from vrnn_lightning.cli.checkpoint import Checkpoint, find_checkpoint, runs_folder
+from vrnn_lightning.cli.checkpoint import FROM_DATA, Checkpoint, find_checkpoint, runs_folder
 from vrnn_lightning.cli.failures import explain_construction, explain_run
 from vrnn_lightning.cli.outcome import class_name, evaluation_lines, fit_lines, foreign_data, prediction_lines, shorten
 from vrnn_lightning.cli.parser import MODE, Parser
@@ -53,7 +53,6 @@ GROUPS: dict[str, type] = {
     "prediction": Predictions,
 }
 """The callbacks that every run has, by the group of their options."""
-FROM_DATA: dict[str, type] = {"num_inputs": int, "num_targets": int, "missing": bool}
 
 
 class CLI(LightningCLI):
@@ -168,9 +167,8 @@ class CLI(LightningCLI):
         for group, callback in GROUPS.items():
             parser.add_lightning_class_args(callback, group)
             parser.set_defaults({f"{group}.{key}": value for key, value in CHECKPOINTS.get(group, {}).items()})
-        links: dict[str, Callable[[Any], Any]] = {"num_features": self.num_features}
-        links |= {option: partial(_read, option, kind) for option, kind in FROM_DATA.items()}
-        for option, read in links.items():
+        for option, kind in FROM_DATA.items():
+            read = self.num_features if option == "num_features" else partial(_read, option, kind)
             parser.link_arguments("data", f"model.{option}", compute_fn=read, apply_on="instantiate")
         text = "Fit: a checkpoint whose weights to start from, on any data, with a new optimiser, at step 0."
         parser.add_argument("--init_from", type=str | None, default=None, help=text)

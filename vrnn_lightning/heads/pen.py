@@ -82,12 +82,7 @@ class Pen(Head):
 class _PenStroke(Distribution):
     """A mixture of K correlated Gaussians over (dx, dy) and a Bernoulli over lift.
 
-    Args:
-        weights: Of the components, batch shape (...).
-        loc: Means of the components, shape (..., K, 2).
-        scale: Their standard deviations, shape (..., K, 2).
-        correlation: Of the components, shape (..., K).
-        lift: Whether the pen is lifted, batch shape (...).
+    ``loc`` and ``scale`` have shape (..., K, 2), ``correlation`` (..., K), weights and lift batch shape (...).
     """
 
     arg_constraints: ClassVar = {}

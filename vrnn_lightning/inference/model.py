@@ -236,7 +236,7 @@ class Inference:
             noise, particles, first = make_noise(batch, seed), None, 0
             for origin in origins:
                 with evaluating(self.vrnn, seed):
-                    if self.vrnn.reads_ahead:
+                    if self.vrnn.backward_rnn is not None or self.vrnn.infers_state:
                         particles, first = None, 0
                     window, draws = batch.window(first, origin), noise.window(first, origin)
                     filtered = self.vrnn.filter(window, samples, RESAMPLING, draws, particles=particles)

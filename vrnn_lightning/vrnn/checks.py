@@ -91,12 +91,9 @@ def _refuse(model: nn.Module, module: nn.Module, what: str, fix: str) -> None:
 
 @torch.no_grad()
 def _check_step(model: Equations) -> None:
-    """Raise if a step of the fast loop does not compute what the model's four methods compute.
+    """Raise if a step of the fast loop differs from the model's four methods, or is not finite; name the part.
 
     Random numbers, buffers and the mode of modules are left as they were.
-
-    Raises:
-        UserError: It differs, or is not finite; the message names the part.
     """
     like = model.input_mean
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]

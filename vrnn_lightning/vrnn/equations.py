@@ -245,11 +245,6 @@ class Equations(nn.Module):
         return bool(self.latent_size) or self.infers_state
 
     @property
-    def reads_ahead(self) -> bool:
-        """Whether what is inferred at a step depends on later frames: a smoothing posterior, an inferred state."""
-        return self.backward_rnn is not None or self.infers_state
-
-    @property
     def feature_widths(self) -> tuple[int, int]:
         """Widths of the features of x_t and of z_t."""
         like = self.input_mean
@@ -346,13 +341,9 @@ class Equations(nn.Module):
     def initial_state_of(
         self, batch: SequenceBatch, samples: int = 1, noise: Noise | None = None, masks: Masks | None = None
     ) -> Initial:
-        """Return the state before the first step of each sequence, for ``samples`` trajectories of it.
+        """Return the state before the first step of each sequence of a clean batch, for ``samples`` trajectories of it.
 
-        Args:
-            batch: Sequences; a clean batch if the state is inferred.
-            samples: Trajectories, K.
-            noise: The noise of the pass, if the state is inferred; from torch's global generator if not given.
-            masks: Dropout.
+        An inferred state is drawn with the noise of the pass, by default from torch's global generator.
         """
         if isinstance(self.initial, InferredState):
             x_features, covariates, _ = self.network_inputs(batch, masks, None)

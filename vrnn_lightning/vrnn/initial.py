@@ -115,13 +115,9 @@ class InferredState(InitialState):
         return self.moved(batch_size, torch.randn(batch_size, self.size, dtype=b.dtype, device=b.device))
 
     def infer(self, reads: Tensor, batch: SequenceBatch, noise: Noise, samples: int) -> Initial:
-        """Return the state of each sequence, drawn from the posterior.
+        """Return the state of each sequence, drawn ``samples`` times from the posterior.
 
-        Args:
-            reads: What the recurrence reads of a clean batch, shape (time, batch, in_features).
-            batch: The batch.
-            noise: The noise of the pass.
-            samples: Draws for each sequence, K.
+        ``reads`` is what the recurrence reads of a clean batch, shape (time, batch, in_features).
         """
         features = run_backward(self.backward_rnn, reads, batch)[0]
         with torch.autocast(features.device.type, enabled=False):

@@ -138,18 +138,9 @@ def make_trace(model: Equations, steps: InferenceSteps, state: State, frames: Fr
 def _score(
     model: Equations, body: nn.Module | None, head: Callable[..., Any], steps: InferenceSteps, frames: Frames
 ) -> tuple[Tensor, ...]:
-    """Score what the loop computed, for all steps at once and time first.
+    """Return what the emission's head reads, log p(x_t | .), the KL and the parameters of an own prior, time first.
 
-    Args:
-        model: The model.
-        body: Its :attr:`~Equations.emission_parts`, as the head.
-        head: What makes the emission of features.
-        steps: What the loop computed.
-        frames: What to score it on.
-
-    Returns:
-        What the emission's head reads, and log p(x_t | .); with a latent also the KL in nats, and the parameters of a
-        prior of the latent's family.
+    ``body`` and ``head`` are the model's :attr:`~Equations.emission_parts`. The last two are there with a latent.
     """
     features = steps.emission
     if features is None:
