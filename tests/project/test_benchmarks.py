@@ -31,11 +31,11 @@ def test_loop(capsys, monkeypatch):
     tables = (
         []
         if sys.platform == "linux"
-        else ["training", "rates", "evaluation", "generation", "filter", "compiled", "profile"]
+        else ["training", "replaced", "rates", "evaluation", "generation", "filter", "compiled", "profile"]
     )
     benchmark["main"]([*tables, "--repeats", "1", "--threads", "1"])
     said = capsys.readouterr().out
-    assert said.count("| 2 / 3 / 1, 2 x 3 |") + said.count("| LSTM, 2 / 3 / 1, 2 x 3 |") == 2 * 6
+    assert said.count("| 2 / 3 / 1, 2 x 3 |") + said.count("| LSTM, 2 / 3 / 1, 2 x 3 |") == 2 * 7
     assert "| Gaussian, 2 / 3 / 1, 2 x 3 |" in said
     assert ("| one step, 2 / 3 / 1, 2 x 3 |" in said) == (sys.platform == "linux")
 
