@@ -131,7 +131,7 @@ class Parser(LightningArgumentParser):
                 _unknown_init_arg,
             ),
             (r"Expected a dot import path string: (?P<name>\S+)", _unknown_class),
-            (r"Expected a path but (?P<name>\S+) either not accessible", _unknown_class),
+            (r"Expected a path but (?P<name>\S+) ", _unknown_class),
             (
                 r"Got value: \W*(?:class_path\W+)?(?P<name>[\w.]+)[^\n]*\n\s*Subtype errors:.*path or the name of",
                 _unknown_class,
