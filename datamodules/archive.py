@@ -47,6 +47,7 @@ class Archive(RandomSplitDataModule, FileDataModule):
         test: Fraction of them for the test, where it has no ``test``; at least one unless it is 0.
         inputs: Columns of the archive's ``{split}_inputs`` (total steps, inputs): covariates, as they are.
         targets: Columns of ``{split}_targets`` (total steps, targets): what auxiliary losses predict, or NaN.
+        unscaled: Columns that are not scaled, such as binary or categorical ones, counted from 0.
         options: The other options of ``FileDataModule``.
 
     Raises:
@@ -69,14 +70,18 @@ class Archive(RandomSplitDataModule, FileDataModule):
         test: float = 0.1,
         inputs: int = 0,
         targets: int = 0,
+        unscaled: list[int] | None = None,
         **options: Any,
     ) -> None:
         require("features", features, 1)
-        out = _columns(exclude or [], features)
+        out, raw = _columns("exclude", exclude or [], features), _columns("unscaled", unscaled or [], features)
+        if len(out) == features:
+            raise UserError(f"--data.exclude {exclude}: excludes all {features} columns. Fix: keep at least one")
         super().__init__(root, num_features=features - len(out), **options)
         self.features = features
         self.num_inputs, self.num_targets = require("inputs", inputs, 0), require("targets", targets, 0)
         self.kept = [column for column in range(features) if column not in out]
+        self.unscaled = [place for place, column in enumerate(self.kept) if column in raw]
         self._parts: dict[Split, float] = {"val": val, "test": test}
         RandomSplits(val, test, self.seed)  # checks the fractions
 
@@ -136,10 +141,7 @@ class Archive(RandomSplitDataModule, FileDataModule):
         return replace(whole, values=whole.values[:, self.kept])
 
 
-def _columns(exclude: Sequence[int], features: int) -> set[int]:
-    for column in exclude:
-        if not 0 <= column < features:
-            raise UserError(f"--data.exclude {column}: must lie between 0 and {features - 1}")
-    if len(set(exclude)) == features:
-        raise UserError(f"--data.exclude {list(exclude)}: excludes all {features} columns. Fix: keep at least one")
-    return set(exclude)
+def _columns(option: str, given: Sequence[int], features: int) -> set[int]:
+    for column in given:
+        require(option, column, 0, features - 1)
+    return set(given)

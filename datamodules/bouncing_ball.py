@@ -27,9 +27,6 @@ class BouncingBall(SyntheticDataModule):
         noise: Standard deviation of the noise, sigma; 0 for none.
         options: The other options of ``SyntheticDataModule``.
 
-    Raises:
-        UserError: An option outside its range.
-
     >>> ball = BouncingBall(channels=1, speed=0.5, noise=0, seed=3)
     >>> [round(float(x), 2) for x in ball.split("test")[0].x[:8]]
     [0.66, 0.16, -0.34, -0.84, -0.66, -0.16, 0.34, 0.84]

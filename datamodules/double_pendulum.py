@@ -35,9 +35,6 @@ class DoublePendulum(MotionDataModule):
         noise: Standard deviation of the noise, in metres; 0 for none.
         options: The other options of ``MotionDataModule``.
 
-    Raises:
-        UserError: An option outside its range.
-
     >>> DoublePendulum().num_features
     4
     """

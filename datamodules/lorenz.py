@@ -24,9 +24,6 @@ class Lorenz(MotionDataModule):
         noise: Standard deviation of the noise, in the attractor's units; x spreads by 7.9. 0 for none.
         options: The other options of ``MotionDataModule``.
 
-    Raises:
-        UserError: An option outside its range.
-
     >>> Lorenz(channels=1).num_features
     1
     """

@@ -35,9 +35,6 @@ class Spirals(SyntheticDataModule):
         noise: Standard deviation of each point, sigma; a drawing is of size 1, give or take a quarter. 0 for none.
         options: The other options of ``SyntheticDataModule``.
 
-    Raises:
-        UserError: An option outside its range.
-
     >>> Spirals(arms=2, steps=6).split("test")[0].x[:, 2].tolist()
     [0.0, 0.0, 1.0, 0.0, 0.0, 1.0]
     """

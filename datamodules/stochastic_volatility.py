@@ -30,9 +30,6 @@ class StochasticVolatility(SyntheticDataModule):
         volatility: Standard deviation of what drives it, sigma, at most 2.
         options: The other options of ``SyntheticDataModule``.
 
-    Raises:
-        UserError: An option outside its range.
-
     >>> StochasticVolatility(channels=5).num_features
     5
     """

@@ -69,6 +69,7 @@ class Tables(FileDataModule):
         missing: Allow missing values. False refuses them, and builds a model that doesn't ask.
         sort: Bring rows that are not in the order of time into it, instead of refusing them.
         delimiter: The character between the cells of a csv file.
+        unscaled: Those of ``columns`` that are not scaled, such as binary or categorical ones.
         options: The other options of ``FileDataModule``.
 
     Raises:
@@ -105,11 +106,16 @@ class Tables(FileDataModule):
         missing: bool = True,
         sort: bool = False,
         delimiter: str = ",",
+        unscaled: list[str] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(root, num_features=len(columns), **options)
         self._check_columns(columns, inputs or [], anomaly)
         self.columns, self.inputs = list(columns), list(inputs or [])
+        for name in unscaled or []:
+            if name not in columns:
+                raise UserError(f"--data.unscaled {name!r}: is not in --data.columns. Fix: name one of {columns}")
+        self.unscaled = [place for place, name in enumerate(columns) if name in (unscaled or [])]
         self.num_inputs = len(self.inputs) + (dt is not None)
         self.missing = missing
         self.id, self.time, self.sort, self.delimiter = id, time, sort, delimiter

@@ -6,6 +6,7 @@ import math
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -154,3 +155,36 @@ def test_on_the_command_line(lightning, tiny):
     wrong = lightning(*words, "--model.emission.groups", "[{columns: '0:3', head: Gausian}]")
     assert "Did you mean 'Gaussian'?" in wrong.err
     assert len(wrong.err.strip().splitlines()) == 1
+
+
+def test_columns_of_every_kind_from_files(lightning):
+    """Real ones are scaled, binary and categorical ones are as they are."""
+    generator, arrays = np.random.default_rng(0), {}
+    for split in ("train", "valid", "test"):
+        kind = np.eye(3)[generator.integers(0, 3, 40)]
+        x = np.column_stack([5 + 3 * generator.standard_normal(40), generator.random(40) < 0.3, kind])
+        arrays |= {f"{split}_values": x, f"{split}_lengths": np.full(4, 10)}
+    np.savez("mixed.npz", **arrays)
+    values = np.concatenate([x for x in arrays.values() if x.ndim == 2])
+    rows = [",".join(f"{value:.4f}" for value in row) for row in values]
+    Path("mixed.csv").write_text("\n".join(["a,b,c0,c1,c2", *rows]))
+    groups = "[{columns: [0]}, {columns: [1], head: Bernoulli}, {columns: '2:5', head: Categorical}]"
+    emission = ["--model.emission", "Joint", "--model.emission.groups", groups, "--trainer.max_epochs", "1"]
+    for data in (
+        ["Archive", "--data.root", "mixed.npz", "--data.features", "5", "--data.unscaled", "[1,2,3,4]"],
+        ["Tables", "--data.root", "mixed.csv", "--data.columns", "[a,b,c0,c1,c2]", "--data.unscaled", "[b,c0,c1,c2]"],
+    ):
+        said = lightning("fit", "--data", *data, *emission)
+        assert said.code == 0, said.err
+        (path,) = Path("runs", data[0].lower()).rglob("last.ckpt")
+        weights = torch.load(path, weights_only=True)["state_dict"]
+        assert weights["scale_mean"][0] > 3
+        assert (weights["scale_mean"][1:] == 0).all()
+        assert (weights["scale_std"][1:] == 1).all()
+        assert lightning("test", "--ckpt_path", path).code == 0
+    archive = ["Archive", "--data.root", "mixed.npz", "--data.features", "5", "--data.unscaled", "[5]"]
+    tables = ["Tables", "--data.root", "mixed.csv", "--data.columns", "[a,b]", "--data.unscaled", "[c0]"]
+    for data, words in ((archive, "unscaled 5: must lie"), (tables, "unscaled 'c0': is not in --data.columns. Fix: ")):
+        said = lightning("fit", "--data", *data)
+        assert said.code == 1
+        assert words in said.err

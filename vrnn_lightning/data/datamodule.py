@@ -72,6 +72,8 @@ class SequenceDataModule(LightningDataModule):
     """Covariates per time step, which ``__init__`` sets; where it is not 0, every sequence must have them."""
     num_targets: int = 0
     """Targets of auxiliary losses per time step, which ``__init__`` sets; as for :attr:`num_inputs`."""
+    unscaled: Sequence[int] = ()
+    """Features that keep their units, which ``__init__`` sets: those that are binary or categorical."""
     missing: bool = False
     """True where sequences may come with ``observed``; the model's phi_x is then told which values are missing."""
 
@@ -197,7 +199,10 @@ class SequenceDataModule(LightningDataModule):
         """Fit the scaler on the training split: none, one scalar mean and std, or one per feature (``scaling``)."""
         if self.scaling == "none":
             return Scaler()
-        return Scaler.from_moments(*self._moments(None))
+        scaler = Scaler.from_moments(*self._moments(None))
+        if self.unscaled:
+            scaler.mean[list(self.unscaled)], scaler.std[list(self.unscaled)] = 0.0, 1.0
+        return scaler
 
     def fitted_on(self) -> tuple[Sequences, Iterable[int]]:
         """Return the sequences that the moments are taken over, and their steps: by default the training split."""
