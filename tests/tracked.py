@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from wandb.proto.wandb_internal_pb2 import Record
 
 HEADER, BLOCK, FRAME = 7, 32768, 7
@@ -50,7 +51,11 @@ def read(folder: Path, patience: float = 20) -> Tracked:
 
 def _read(file: Path) -> Tracked:
     found = Tracked()
-    for record in map(Record.FromString, frames(file.read_bytes())):
+    for data in frames(file.read_bytes()):
+        try:
+            record = Record.FromString(data)
+        except DecodeError:  # it is being written
+            return found
         kind = record.WhichOneof("record_type")
         if kind == "run":
             found.id, found.about = record.run.run_id, record.run
